@@ -1,0 +1,308 @@
+"""Files made to deceive: pickles that ask for code, sizes that lie, bombs. Nothing may run, hang, crash or grow."""
+
+import io
+import pickle
+import struct
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from tinymodel_jax.io import pickle_instructions
+from tinymodel_jax.io.torch_files import describe_torch_file, load_torch_file
+
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
+FLOAT_STORAGE = b"ctorch\nFloatStorage\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+LEGACY_HEADER = b"".join(
+    pickle.dumps(value, protocol=2)
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}})
+)
+
+
+def push(value) -> bytes:
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def tensor(
+    shape=(2,), strides=(1,), offset=0, numel=2, storage=b"ctorch\nFloatStorage\n", key="0", tail=b"\x89)"
+) -> bytes:
+    """Instructions of a tensor on a storage of `numel` elements."""
+    reference = b"(" + push("storage") + storage + push(key) + push("cpu") + push(numel) + b"tQ"
+    return REBUILD + b"(" + reference + push(offset) + push(shape) + push(strides) + tail + b"tR"
+
+
+def mapping(value: bytes) -> bytes:
+    """A whole pickle of {"w": value}."""
+    return b"\x80\x02}" + push("w") + value + b"s."
+
+
+def archive(content: bytes, storages=None, compression=zipfile.ZIP_STORED, extra=()) -> bytes:
+    """A zip file like PyTorch's around a pickle; storage 0 has eight bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", content)
+        for key, raw in (storages or {"0": bytes(8)}).items():
+            file.writestr(f"archive/data/{key}", raw, compress_type=compression)
+        for name in extra:
+            file.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def legacy(content: bytes, keys=b"\x80\x02]X\x01\x00\x00\x000a.", storages=b"\x02" + bytes(15)) -> bytes:
+    return LEGACY_HEADER + content + keys + storages
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """A function: the message with which a file of the given bytes is refused, having checked that it is one line."""
+
+    def message(content: bytes) -> str:
+        path = tmp_path / "file.pt"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"file\.pt cannot be read as a PyTorch file: ") as caught:
+            load_torch_file(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return message
+
+
+@pytest.mark.parametrize("wrap", [archive, legacy])
+def test_the_hand_made_pieces_are_a_good_file(tmp_path, wrap):
+    """So that the refusals below are about what each test changes."""
+    (tmp_path / "file.pt").write_bytes(wrap(mapping(tensor())))
+    np.testing.assert_array_equal(load_torch_file(tmp_path / "file.pt")["w"], np.zeros(2, np.float32))
+
+
+CODE = {
+    "os.system": b"cos\nsystem\n(S'true'\ntR",
+    "posix.system": b"(S'true'\niposix\nsystem\n",
+    "builtins.eval": b"cbuiltins\neval\n" + push("1") + b"\x85R",
+    "builtins.exec": b"(cbuiltins\nexec\n" + push("1") + b"o",
+    "torch.load": b"ctorch\nload\n" + push("x") + b"\x85R",
+    "torch.storage._load_from_bytes": b"ctorch.storage\n_load_from_bytes\n" + push("x") + b"\x85R",
+    # The module and the name come from the memo, in disguise and out of order.
+    "subprocess.Popen": push("Popen") + b"q\x07" + push("subprocess") + b"q\x080" + b"0h\x08h\x07\x93)\x81",
+    # The name is never called, and what holds it is thrown away.
+    "builtins.getattr": b"(cbuiltins\ngetattr\n1N",
+    "collections.OrderedDict.__init__": b"ccollections\nOrderedDict.__init__\n)R",
+    "torch._utils.sys.modules": b"ctorch._utils\nsys.modules\n",
+    "copyreg._reconstructor": b"ccopyreg\n_reconstructor\n)R}b",
+    # An instruction that is refused itself comes first.
+    "os.popen": b"\x82\x01cos\npopen\n",
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("wrap", [archive, legacy, lambda content: content])
+def test_a_pickle_that_asks_for_code_is_refused_by_the_name_it_asks_for(refusal, name, wrap):
+    assert f"asks for {name}" in refusal(wrap(mapping(CODE[name])))
+
+
+def test_nothing_of_a_refused_file_runs_and_describe_names_what_it_wanted(tmp_path):
+    target = tmp_path / "owned"
+    command = f"cos\nsystem\n(S'touch {target}'\ntR".encode()
+    path = tmp_path / "file.pt"
+    path.write_bytes(archive(mapping(tensor() + b"0" + command)))
+    with pytest.raises(ValueError, match=r"asks for os\.system, and nothing was run"):
+        load_torch_file(path)
+    summary = describe_torch_file(path)
+    assert (summary.refused, summary.tensors) == (("os.system",), ())
+    assert summary.globals == ("torch._utils._rebuild_tensor_v2", "torch.FloatStorage", "os.system")
+    assert not target.exists()
+
+
+def test_all_refused_globals_are_listed_at_once_without_control_characters(refusal):
+    names = b"".join(b"cevil%d\nx\x1b[2J\r\n0" % number for number in range(10))
+    assert "evil0.x\\x1b[2J\\r, evil1" in (message := refusal(archive(mapping(names + b"N"))))
+    assert "and 2 more" in message
+
+
+MISUSES = {
+    "sets attributes of torch._utils._rebuild_tensor_v2": REBUILD + b"}" + push("__code__") + b"Nsb",
+    "sets attributes of collections.OrderedDict": ORDERED_DICT + b"}" + push("__init__") + b"Nsb",
+    "sets attributes of a OrderedDict": ORDERED_DICT + b")RNb",
+    "sets keys of collections.OrderedDict": ORDERED_DICT + push("a") + b"Ns",
+    "appends to a tuple": b")Na",
+    "calls torch.FloatStorage, which is not a function": b"ctorch\nFloatStorage\n)R",
+    "calls a Float32DType": b"ctorch\nfloat32\n)R",
+    "calls a str, which is not a function": push("os.system") + b")R",
+    "with 3 arguments, not 6 to 7": REBUILD + push((1, 2, 3)) + b"R",
+    "named by a int and a str": b"K\x01" + push("x") + b"\x93",
+    "a value is missing": b"000000R",
+    "a mark is missing": b"tttt",
+    "memo 9 was never stored": b"h\x09",
+    "instruction EXT1": b"\x82\x01",
+    "instruction NEXT_BUFFER": b"\x97",
+    "reference to a storage is malformed": push(("storage", "os.system", "0", "cpu", 2)) + b"Q",
+    "a bare storage": b"(" + push("storage") + FLOAT_STORAGE + push("0") + push("cpu") + b"K\x02tQ",
+    "holds collections.OrderedDict": ORDERED_DICT,
+    "lazy conjugate": tensor(tail=b"\x89)}" + push("conj") + b"\x88s"),
+    "a tuple is used as a key": b"})Ns",
+    "a int is used as a key": b"}" + push(1 << 70) + b"Ns",
+    "a number of 200 bytes": b"\x8a\xc8" + bytes(200),
+    "declared twice": tensor() + b"0" + tensor(numel=3),
+    "calls collections.OrderedDict with 1 arguments": ORDERED_DICT + push([["a", 1]]) + b"\x85R",
+    "named by 1,001 characters": push("x" * 1000) + push("y") + b"\x93",
+    "not of up to 64 whole numbers": b"ctorch\nSize\n" + push((1,) * 65) + b"\x85R",
+    "impossible size or an unknown class": tensor(storage=b"ctorch\nfloat32\n").replace(b"float32", b"Size"),
+}
+
+
+@pytest.mark.parametrize("fault", MISUSES)
+def test_allowed_names_cannot_be_misused(refusal, fault):
+    assert fault in refusal(archive(mapping(MISUSES[fault])))
+
+
+def test_setting_the_state_of_a_state_dict_changes_nothing(tmp_path):
+    """A module's state dict carries `_metadata`; other names in its place must not become attributes either."""
+    state = b"}(" + push("_metadata") + b"}" + push("move_to_end") + push("x") + push("__class__") + b"Nub"
+    (tmp_path / "file.pt").write_bytes(archive(b"\x80\x02" + ORDERED_DICT + b")R" + state + b"."))
+    loaded = load_torch_file(tmp_path / "file.pt")
+    assert (type(loaded), vars(loaded)) == (OrderedDict, {})
+
+
+LIES = {
+    "needs 3 elements": tensor(shape=(3,)),
+    "needs 4 elements": tensor(offset=2),
+    "needs 1152921504606846977": tensor(shape=(2,), strides=((1 << 60) - 1,), offset=1),
+    "expands a storage of 8 bytes to 4000000000": tensor(shape=(10**9,), strides=(0,)),
+    "not whole numbers": tensor(shape=(-1,)),
+    "2 axes and 1 strides": tensor(shape=(1, 1)),
+    "impossible shape": tensor(shape=(0, 1 << 40, 1 << 40), strides=(1, 1, 1)),
+    "65 axes": tensor(shape=(1,) * 65, strides=(1,) * 65),
+    "has 8 bytes, but the pickle says 4611686018427387900": tensor(numel=(1 << 60) - 1),
+    "is not in the archive": tensor(key="../0"),
+}
+
+
+@pytest.mark.parametrize("fault", LIES)
+def test_sizes_that_lie_are_refused(refusal, fault):
+    assert fault in refusal(archive(mapping(LIES[fault])))
+
+
+def test_axes_of_length_one_may_have_any_stride_and_small_expansions_stay(tmp_path):
+    content = mapping(
+        b"(" + tensor(shape=(1, 2), strides=(1 << 59, 1)) + tensor(shape=(1000, 1), strides=(0, 0)) + b"t"
+    )
+    (tmp_path / "file.pt").write_bytes(archive(content))
+    first, second = load_torch_file(tmp_path / "file.pt")["w"]
+    assert (first.shape, second.shape, second.strides[0]) == ((1, 2), (1000, 1), 0)
+
+
+@pytest.mark.parametrize(
+    ("storages", "fault"),
+    [
+        (struct.pack("<q8x", 3), "storage '0' is cut short or damaged"),
+        (struct.pack("<q8x", 1 << 62), "storage '0' is cut short or damaged"),
+        (struct.pack("<q4x", 2), "storage '0' is cut short or damaged"),
+        (struct.pack("<q9x", 2), "1 bytes follow its last storage"),
+    ],
+)
+def test_the_older_form_with_other_storages_than_its_pickle_says_is_refused(refusal, storages, fault):
+    assert fault in refusal(legacy(mapping(tensor()), storages=storages))
+
+
+@pytest.mark.parametrize("keys", [b"\x80\x02].", b"\x80\x02]K\x00a.", b"\x80\x02N.", b"\x80\x02]]a."])
+def test_the_older_form_with_another_list_of_storages_is_refused(refusal, keys):
+    assert "list of storages" in refusal(legacy(mapping(tensor()), keys=keys))
+
+
+@pytest.mark.parametrize(
+    ("facts", "fault"),
+    [((1002, {"little_endian": True}), "protocol"), ((1001, {"little_endian": False}), "big-endian")],
+)
+def test_the_older_form_with_another_header_is_refused(refusal, facts, fault):
+    content = b"".join(pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, *facts))
+    assert fault in refusal(content + mapping(tensor()))
+
+
+def test_a_big_endian_zip_file_is_refused(refusal):
+    content = archive(mapping(tensor()), extra=["archive/byteorder"])
+    assert "big-endian" in refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (archive(mapping(tensor()), extra=["archive/constants.pkl"]), "TorchScript"),
+        (archive(mapping(tensor()), extra=["archive/code/__torch__.py"]), "TorchScript"),
+        (archive(mapping(tensor()), extra=["other/data.pkl"]), "not of torch.save: it has 2 data.pkl"),
+        (archive(b"").replace(b"data.pkl", b"data.txt"), "not of torch.save: it has 0 data.pkl"),
+        (bytes(257) + b"ustar" + bytes(250), "tar archive"),
+        (pickle.dumps({"w": [1.0]}), "a plain pickle"),
+        (b"\x93NUMPY\x01\x00", "torch.save did not write it; it begins with b'\\x93NUMPY"),
+        (b"<!DOCTYPE html>", "it begins with b'<!DOCTYPE html>'"),
+        (archive(b"\x80\x02]."), "holds a list, not a mapping"),
+        (archive(b"\x80\x02" + tensor() + b"."), "holds a tensor, not a mapping"),
+    ],
+)
+def test_files_of_other_kinds_are_told_apart(refusal, content, fault):
+    assert fault in refusal(content)
+
+
+def test_a_zip_bomb_is_refused_for_being_compressed(refusal):
+    content = archive(mapping(tensor(numel=1 << 22)), {"0": bytes(1 << 24)}, zipfile.ZIP_DEFLATED)
+    assert "is compressed or encrypted" in refusal(content)
+
+
+def test_zip_members_that_claim_more_than_the_file_are_refused(refusal):
+    content = archive(mapping(tensor(numel=1 << 28)))
+    real, claimed = struct.pack("<II", 8, 8), struct.pack("<II", 1 << 30, 1 << 30)
+    directory = content.rindex(real, 0, content.rindex(b"archive/data/0"))
+    assert "claim more bytes" in refusal(content[:directory] + claimed + content[directory + 8 :])
+
+
+BOMBS = {
+    "bytes": b"\x80\x04B\xff\xff\xff\xff.",
+    "string of eight-byte length": b"\x80\x04\x8d" + b"\xff" * 8 + b".",
+    "long integer": b"\x80\x04\x8b\xff\xff\xff\x7f.",
+    "negative string length": b"\x80\x02T\xff\xff\xff\xff.",
+    "memo index": mapping(b"Nr\xff\xff\xff\xff" + ORDERED_DICT),
+    "deep lists": mapping(b"]" * 5000 + b"a" * 4999),
+    "deep tuples as a key": mapping(b"})" + b"\x85" * 10_000 + b"Ns"),
+    "deep marks": mapping(b"(" * 10_000),
+    "a list in itself": mapping(b"]q\x00h\x00a"),
+    "booleans that are none": mapping(tensor(storage=b"ctorch\nBoolStorage\n", numel=8)),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("wrap", [lambda content: archive(content, {"0": b"\x02" * 8}), legacy])
+def test_bombs_are_refused_and_cost_little_memory(refusal, bomb, wrap):
+    content = wrap(BOMBS[bomb])
+    tracemalloc.start()
+    refusal(content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(content) + (8 << 20)
+
+
+def test_an_endless_pickle_is_given_up(refusal, monkeypatch):
+    monkeypatch.setattr(pickle_instructions, "MAX_INSTRUCTIONS", 1000)
+    assert "more than 1,000 instructions" in refusal(archive(mapping(b"N0" * 600)))
+
+
+def test_a_huge_string_is_given_up(refusal, monkeypatch):
+    monkeypatch.setattr(pickle_instructions, "MAX_BYTES", 1 << 20)
+    assert "larger than 1 MiB" in refusal(archive(mapping(push("x" * (1 << 20)))))
+
+
+def test_shared_containers_are_neither_copied_nor_walked_again(tmp_path):
+    """Twenty lists, each holding the one before ten times: 10^20 leaves if they were unfolded."""
+    layers = b"".join(b"0](" + bytes([104, index]) * 10 + b"e" + bytes([113, index + 1]) for index in range(20))
+    path = tmp_path / "file.pt"
+    path.write_bytes(archive(mapping(b"](" + tensor() + b"eq\x00" + layers)))
+    inner = load_torch_file(path)["w"]
+    assert len(inner) == 10
+    assert all(item is inner[0] for item in inner)
+    assert len(describe_torch_file(path).tensors) == 1
+
+
+def test_described_names_stay_short(tmp_path):
+    path = tmp_path / "file.pt"
+    path.write_bytes(archive(mapping(b"}" + push("x" * 10_000) + tensor() + b"s")))
+    assert describe_torch_file(path).tensors[0].name == "w." + "x" * 198
