@@ -1,0 +1,206 @@
+"""Configurations: what shapes a model or a dictionary has, and where a dictionary sits.
+
+Frozen, hashable and validated once, so that they can be static arguments of compiled functions; they go to JSON and
+back without loss. They hold no weights and no training options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import ml_dtypes
+import numpy as np
+
+Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class _JsonConfig:
+    """JSON round trip for a frozen dataclass; unknown or missing fields are errors that name them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build the configuration from `to_dict`'s output.
+
+        Raises:
+            ValueError: a field is unknown, or one without a default is missing.
+        """
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        known = [field.name for field in fields]
+        unknown = sorted(set(values) - set(known))
+        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+        if unknown or missing:
+            problems = [f"unknown field {name!r}{_closest(name, known)}" for name in unknown]
+            problems += [f"missing field {name!r}" for name in missing]
+            raise ValueError(f"{cls.__name__}: {'; '.join(problems)}. Known fields: {', '.join(known)}.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_JsonConfig):
+    """Shape and number formats of one TinyModel transformer. The defaults are the published 44M model's.
+
+    Source: the reference's published checkpoints (noanabeshima/tiny_model).
+    """
+
+    n_layers: int = 4
+    """Number of transformer blocks."""
+    d_model: int = 768
+    """Width of the residual stream."""
+    n_heads: int = 16
+    """Attention heads a layer; must divide `d_model`."""
+    d_mlp: int = 3072
+    """Hidden neurons of each MLP."""
+    n_ctx: int = 256
+    """Longest sequence, in tokens, `[BEGIN]` included."""
+    d_vocab: int = 10_000
+    """Vocabulary size; the last four ids are `[BEGIN] [END] [PAD] [UNK]`."""
+    dtype: str = "float32"
+    """Number format of the computation; log-probabilities and losses are float32 whatever it is."""
+    param_dtype: str = "float32"
+    """Number format of the stored parameters."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
+        for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_ctx", "d_vocab"):
+            _require_positive("ModelConfig", name, getattr(self, name))
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"ModelConfig: n_heads={self.n_heads} does not divide d_model={self.d_model}; "
+                f"choose one of {[n for n in range(1, self.d_model + 1) if self.d_model % n == 0]}."
+            )
+
+    @property
+    def d_head(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def begin_id(self) -> int:
+        """Id of `[BEGIN]`, the first token of every story."""
+        return self.d_vocab - 4
+
+    @property
+    def end_id(self) -> int:
+        """Id of `[END]`."""
+        return self.d_vocab - 3
+
+    @property
+    def pad_id(self) -> int:
+        """Id of `[PAD]`."""
+        return self.d_vocab - 2
+
+    @property
+    def unk_id(self) -> int:
+        """Id of `[UNK]`."""
+        return self.d_vocab - 1
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters; 43,896,592 for the published model."""
+        attention = 4 * self.d_model**2 + self.d_model
+        mlp = 2 * self.d_model * self.d_mlp + self.d_mlp + self.d_model
+        embeddings = (self.d_vocab + self.n_ctx) * self.d_model
+        return embeddings + self.n_layers * (attention + mlp) + self.d_vocab * (self.d_model + 1)
+
+
+@dataclass(frozen=True)
+class DictionaryConfig(_JsonConfig):
+    """Shape, architecture and placement of one sparse dictionary.
+
+    A dictionary is a sparse autoencoder (SAE) when `hook_in == hook_out`, a transcoder otherwise.
+    """
+
+    hook_in: str
+    """Hook point the encoder reads."""
+    hook_out: str
+    """Hook point the decoder predicts; equal to `hook_in` for an SAE."""
+    d_in: int
+    """Width of what the encoder reads."""
+    d_out: int
+    """Width of what the decoder predicts."""
+    n_features: int
+    """Dictionary size, in features."""
+    architecture: Architecture = "relu"
+    """Activation function: which pre-activations become active features."""
+    k: int | None = None
+    """Active features a position (`topk`: exactly, `batch_topk`: on average in training); None for the others."""
+    skip: bool = False
+    """Whether a linear map `x @ W_skip` from input to prediction stands beside the features (transcoders only)."""
+    subtract_b_dec: bool = False
+    """Whether the encoder reads `x - b_dec` (SAEs of other libraries); the published dictionaries read `x`."""
+    dtype: str = "float32"
+    """Number format of encode and decode; near a threshold bfloat16 switches features on and off."""
+    param_dtype: str = "float32"
+    """Number format of the stored parameters."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
+        for name in ("d_in", "d_out", "n_features"):
+            _require_positive("DictionaryConfig", name, getattr(self, name))
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"DictionaryConfig: architecture {self.architecture!r} is unknown; "
+                f"choose one of {', '.join(ARCHITECTURES)}."
+            )
+        self._check_k()
+        if not self.is_transcoder and self.d_in != self.d_out:
+            raise ValueError(
+                f"DictionaryConfig: an SAE reads and predicts the same hook point {self.hook_in!r}, "
+                f"so d_in={self.d_in} and d_out={self.d_out} must be equal."
+            )
+        if self.skip and not self.is_transcoder:
+            raise ValueError(
+                "DictionaryConfig: skip=True needs a transcoder (hook_in != hook_out): an SAE would copy its input."
+            )
+        if self.subtract_b_dec and self.d_in != self.d_out:
+            raise ValueError(f"DictionaryConfig: subtract_b_dec needs d_in == d_out, got {self.d_in} and {self.d_out}.")
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether the dictionary predicts another hook point than the one it reads."""
+        return self.hook_in != self.hook_out
+
+    def _check_k(self) -> None:
+        takes_k = self.architecture in ("topk", "batch_topk")
+        if takes_k != (self.k is not None):
+            wants = f"needs k, 1 to n_features={self.n_features}" if takes_k else f"takes no k, got k={self.k}"
+            raise ValueError(f"DictionaryConfig: architecture {self.architecture!r} {wants}.")
+        if self.k is not None and not 1 <= self.k <= self.n_features:
+            raise ValueError(f"DictionaryConfig: k={self.k} is outside 1..n_features={self.n_features}.")
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a floating-point number format given as a name, a NumPy or a JAX dtype.
+
+    Raises:
+        ValueError: it is not one of float32, bfloat16, float16, float64.
+    """
+    try:
+        name = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}.")
+    return name
+
+
+def _require_positive(owner: str, name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{owner}: {name}={value!r} must be a whole number of 1 or more.")
+
+
+def _closest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,230 @@
+"""Generation: one prefill of the prompts, then one compiled loop that decodes a token a row with a key/value cache.
+
+Prompts of different lengths run in one batch. Hooks apply in both phases, so spliced models generate through their
+dictionaries. Text is not known here: ids in, ids out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.hook_points import Hook, apply_with_hooks
+from tinymodel_jax.padding import bucket, pad_right
+from tinymodel_jax.transformer import KVCache, LayerCache, Params, Transformer
+
+Method = Literal["greedy", "sample", "filtered"]
+"""How the next token is chosen: the largest logit, by all probabilities, or after top-k and top-p."""
+
+
+class Sampling(NamedTuple):
+    """Numbers of the sampling, traced: changing them does not compile again."""
+
+    temperature: Float[Array, ""] | float
+    """Divides the logits; unused by `greedy`."""
+    top_k: Int[Array, ""] | int
+    """Tokens kept, largest logits first; used by `filtered` only."""
+    top_p: Float[Array, ""] | float
+    """Tokens kept until their probabilities reach this sum; used by `filtered` only."""
+
+
+class _State(NamedTuple):
+    step: Int[Array, ""]
+    """Number of tokens chosen so far."""
+    lengths: Int[Array, " batch"]
+    """Tokens of each row, prompt included."""
+    tokens: Int[Array, "batch capacity"]
+    logits: Float[Array, "batch d_vocab"]
+    """Of the token to be chosen next."""
+    cache: KVCache
+    done: Bool[Array, " batch"]
+
+
+def continue_prompts(
+    params: Params,
+    config: ModelConfig,
+    prompts: np.ndarray,
+    n_toks: int = 50,
+    temperature: float = 0.8,
+    end_id: int | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    hooks: Mapping[str, Hook] | None = None,
+) -> np.ndarray:
+    """Continue rows of ids, right-padded with `[PAD]`; return them as long as the longest row.
+
+    Args:
+        n_toks: tokens to add to each row at most; a row also stops where the context is full.
+        temperature: divides the logits; 0 takes the largest.
+        end_id: a row stops after this token, which is kept; None for never.
+        top_k: sample from the k largest logits only; None for all.
+        top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
+        seed: of the random draws; row r, step s draws from `fold_in(fold_in(key(seed), r), s)`.
+
+    Raises:
+        ValueError: a row has no tokens, or an option is out of range.
+    """
+    _check_options(n_toks, temperature, top_k, top_p)
+    lengths = prompts.shape[1] - np.argmax((prompts != config.pad_id)[:, ::-1], axis=1)
+    if prompts.size == 0 or (prompts == config.pad_id).all(axis=1).any():
+        raise ValueError("generate: a prompt has no tokens; every row needs at least one, usually [BEGIN].")
+    longest = int(lengths.max())
+    width = bucket(longest, config.n_ctx)
+    capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
+    method: Method = "greedy" if temperature == 0 else "sample" if top_k is None and top_p is None else "filtered"
+    sampling = Sampling(temperature, top_k or config.d_vocab, 1.0 if top_p is None else top_p)
+    tokens, new_lengths = _generate_compiled(
+        params,
+        pad_right(prompts[:, :longest], max(width, capacity), config.pad_id),
+        lengths.astype(np.int32),
+        n_toks,
+        -1 if end_id is None else end_id,
+        sampling,
+        jax.random.key(seed),
+        hooks or {},
+        config=config,
+        method=method,
+        prompt_width=width,
+    )
+    return np.asarray(tokens)[:, : int(np.max(new_lengths))]
+
+
+def _generate(
+    params: Params,
+    tokens: Int[Array, "batch capacity"],
+    lengths: Int[Array, " batch"],
+    n_toks: Int[Array, ""] | int,
+    end_id: Int[Array, ""] | int,
+    sampling: Sampling,
+    key: Array,
+    hooks: Mapping[str, Hook],
+    *,
+    config: ModelConfig,
+    method: Method,
+    prompt_width: int,
+) -> tuple[Int[Array, "batch capacity"], Int[Array, " batch"]]:
+    """Continue every row; return the filled rows and their new lengths.
+
+    Args:
+        tokens: prompts from the left, `config.pad_id` after them; its width bounds prompt and continuation.
+        lengths: tokens of each prompt, at least 1 and at most `prompt_width`.
+        n_toks: tokens to add at most, to each row.
+        end_id: a row is finished after this token; -1 never.
+        key: random key; row r draws from `fold_in(key, r)`.
+        prompt_width: leading columns of `tokens` that hold the prompts.
+    """
+    transformer, loop_params = Transformer(config), jax.lax.optimization_barrier(_as_matrices(params))
+    rows = jnp.arange(tokens.shape[0])
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+    def choose(logits: Array, step: Array) -> Array:
+        if method == "greedy":
+            return jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+        logits = logits / sampling.temperature
+        if method == "filtered":
+            logits = keep_likely(logits, sampling.top_k, sampling.top_p)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(tokens.dtype)
+
+    def advance(state: _State) -> _State:
+        step, lengths, tokens, logits, cache, done = state
+        position = jnp.minimum(lengths, tokens.shape[1] - 1)
+        token = jnp.where(done, tokens[rows, position], choose(logits, step))
+        tokens = tokens.at[rows, position].set(token)
+        lengths = jnp.where(done, lengths, lengths + 1)
+        done = done | (token == end_id) | (lengths >= config.n_ctx)
+        variables = {"params": _as_heads(loop_params, config)}
+        (logits, cache), _ = apply_with_hooks(
+            transformer, variables, token, position, cache, hooks=hooks, method="decode"
+        )
+        return _State(step + 1, lengths, tokens, logits, cache, done)
+
+    def unfinished(state: _State) -> Array:
+        return (state.step < n_toks) & ~jnp.all(state.done)
+
+    logits, cache = _prefill(transformer, {"params": params}, tokens, lengths, hooks, prompt_width)
+    start = _State(jnp.int32(0), lengths, tokens, logits, cache, lengths >= config.n_ctx)
+    end = jax.lax.while_loop(unfinished, advance, start)
+    return end.tokens, end.lengths
+
+
+_generate_compiled = fast_jit(_generate, static_argnames=("config", "method", "prompt_width"))
+
+
+def keep_likely(
+    logits: Float[Array, "batch d_vocab"], top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+) -> Float[Array, "batch d_vocab"]:
+    """Set to -inf all but the `top_k` largest logits and, of these, the fewest that reach probability `top_p`.
+
+    Ties with the last kept logit are kept. Source: nucleus sampling, Holtzman et al. 2020, §3.1.
+    """
+    ordered = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(logits.shape[-1])
+    ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p) & (rank < top_k)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    problems = []
+    if not (isinstance(n_toks, int | np.integer) and n_toks >= 0):
+        problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        problems.append(f"temperature={temperature!r} must be 0 (greedy) or more")
+    if top_k is not None and not (isinstance(top_k, int | np.integer) and top_k >= 1):
+        problems.append(f"top_k={top_k!r} must be 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p!r} must be above 0 and at most 1")
+    if problems:
+        raise ValueError(f"generate: {'; '.join(problems)}.")
+
+
+def _prefill(
+    transformer: Transformer,
+    variables: Any,
+    tokens: Array,
+    lengths: Array,
+    hooks: Mapping[str, Hook],
+    prompt_width: int,
+) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
+    """Return the logits after each prompt, and the cache with the prompts' keys and values."""
+    n_layers, capacity = transformer.config.n_layers, tokens.shape[1]
+    final = f"blocks.{n_layers - 1}.hook_resid_post"
+    names = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in range(n_layers)]
+    keep = (final, *(name for pair in names for name in pair))
+    _, acts = apply_with_hooks(transformer, variables, tokens[:, :prompt_width], hooks=hooks, keep=keep)
+    last = jnp.take_along_axis(acts[final], (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = transformer.apply(variables, last, method="unembed")
+    return logits, tuple(LayerCache.of_prompt(acts[k], acts[v], capacity) for k, v in names)
+
+
+def _as_matrices(params: Params) -> Any:
+    """Reshape W_Q, W_K and W_V to (d_model, n_heads * d_head), the matrix operands that decoding multiplies by.
+
+    Done before the loop and undone inside it (which costs nothing), else the compiler transposes for every token.
+    """
+    return _map_query_key_value(lambda w: w.swapaxes(0, 1).reshape(w.shape[1], -1), params)
+
+
+def _as_heads(params: Params, config: ModelConfig) -> Any:
+    """Undo `_as_matrices`."""
+    return _map_query_key_value(lambda w: w.reshape(w.shape[0], config.n_heads, -1).swapaxes(0, 1), params)
+
+
+def _map_query_key_value(function: Callable[[Array], Array], params: Params) -> Any:
+    def convert(path: Any, leaf: Array) -> Array:
+        return function(leaf) if path[-1].key in ("W_Q", "W_K", "W_V") else leaf
+
+    return jax.tree_util.tree_map_with_path(convert, params)

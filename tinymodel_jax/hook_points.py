@@ -1,0 +1,137 @@
+"""The named places of the forward pass, and the one mechanism that reads and edits the values there.
+
+A `HookPoint` is an identity module with no parameters. `apply_with_hooks` runs a Linen module while intercepting its
+hook points: values that are asked for come back, edits are applied. It knows names and shapes only; what an edit does
+is up to the edit (`interventions.py` builds the usual ones).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from tinymodel_jax.config import ModelConfig
+
+Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
+"""An edit: `(value, values of the hook points passed so far) -> new value` of the same shape."""
+
+BLOCK_HOOKS = (
+    "hook_resid_pre",
+    "hook_attn_in",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_in",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""Hook points of one block, in the order in which the forward pass meets them."""
+
+
+class HookPoint(nn.Module):
+    """Identity that gives a value of the forward pass a name."""
+
+    @nn.nowrap
+    def hook_name(self) -> str:
+        """Return the point's name, such as `blocks.2.attn.hook_z`."""
+        return ".".join(self.path).replace("blocks_", "blocks.", 1)
+
+    def __call__(self, value: jax.Array) -> jax.Array:
+        return value
+
+
+@functools.cache
+def hook_names(config: ModelConfig) -> tuple[str, ...]:
+    """Return every hook point of a model, in the order of the forward pass (TransformerLens names)."""
+    blocks = (f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in BLOCK_HOOKS)
+    return ("hook_embed", "hook_pos_embed", *blocks)
+
+
+def hook_width(name: str, config: ModelConfig) -> int | None:
+    """Return the size of a hook point's last axis; None for scores and pattern, whose last axis is a position."""
+    if name.endswith(("hook_attn_scores", "hook_pattern")):
+        return None
+    if name.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")):
+        return config.d_head
+    return config.d_mlp if ".mlp.hook_" in name else config.d_model
+
+
+def position_axes(name: str) -> tuple[int, ...]:
+    """Return the axes of a hook point's value that run over positions."""
+    return (2, 3) if name.endswith(("hook_attn_scores", "hook_pattern")) else (1,)
+
+
+def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
+    """Raise for names that are no hook points of the model, naming the closest valid ones.
+
+    Raises:
+        ValueError: at least one name does not exist.
+    """
+    valid = hook_names(config)
+    problems = []
+    for name in names:
+        if name not in valid:
+            close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
+            problems.append(f"{name!r}" + (f" (closest: {', '.join(close)})" if close else ""))
+    if problems:
+        raise ValueError(
+            f"no such hook point in a {config.n_layers}-layer model: {'; '.join(problems)}. "
+            "All names: tinymodel_jax.hook_names(config)."
+        )
+
+
+def apply_with_hooks(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    hooks: Mapping[str, Hook],
+    keep: Iterable[str] = (),
+    method: str | None = None,
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Run `model.apply` with hooks; return its output and the values of the hook points in `keep`.
+
+    Kept values are those after the edit. The interceptor lives inside this call only: a function that was compiled
+    outside it cannot be reached by hooks, so compile the function that calls this one.
+
+    Raises:
+        ValueError: an edit returned another shape, or an asked-for hook point was not passed by `method`.
+    """
+    seen: dict[str, jax.Array] = {}
+
+    def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        value = call(*args, **kwargs)
+        if isinstance(context.module, HookPoint) and context.method_name == "__call__":
+            name = context.module.hook_name()
+            if name in hooks:
+                value = _edited(name, value, hooks[name], seen)
+            seen[name] = value
+        return value
+
+    with nn.intercept_methods(tap):
+        output = model.apply(variables, *args, method=method)
+    unmet = [name for name in (*hooks, *keep) if name not in seen]
+    if unmet:
+        raise ValueError(f"hook points not passed in {method or '__call__'}: {', '.join(unmet)}.")
+    return output, {name: seen[name] for name in keep}
+
+
+def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
+    edited = hook(value, seen)
+    if edited.shape != value.shape:
+        raise ValueError(
+            f"the hook at {name!r} returned shape {tuple(edited.shape)}; the value there has shape "
+            f"{tuple(value.shape)}, and an edit must keep it."
+        )
+    return edited.astype(value.dtype)

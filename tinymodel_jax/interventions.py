@@ -1,0 +1,196 @@
+"""Edits of the forward pass: steer, patch, scale, splice dictionaries in, ablate and clamp their features.
+
+Each function returns hooks (hook name -> edit) for `run_with_hooks`; `combine` merges several. An edit is a pytree of
+arrays that is called with `(value, acts)`: N edits stacked under `vmap` are N interventions in one compiled call, and
+gradients flow through an edit's arrays. The transformer and the dictionaries meet only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionary import (
+    Dictionary,
+    encode,
+    reconstruct,
+    resolve_indices,
+)
+from tinymodel_jax.hook_points import Hook
+
+Hooks = dict[str, Hook]
+Acts = Mapping[str, Array]
+
+
+@struct.dataclass
+class Add:
+    """Add a vector (broadcast to the value) at the positions."""
+
+    vector: Any
+    positions: Any = None
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        del acts
+        return _where(self.positions, value + self.vector, value)
+
+
+@struct.dataclass
+class Replace:
+    """Put another value (broadcast) in place of the model's at the positions."""
+
+    value: Any
+    positions: Any = None
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        del acts
+        return _where(self.positions, jnp.broadcast_to(jnp.asarray(self.value, value.dtype), value.shape), value)
+
+
+@struct.dataclass
+class Scale:
+    """Multiply by a factor (broadcast) at the positions; 0 ablates."""
+
+    factor: Any
+    positions: Any = None
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        del acts
+        return _where(self.positions, value * self.factor, value)
+
+
+@struct.dataclass
+class EditFeatures:
+    """Change some features of a dictionary by their decoder directions; everything else, error included, stays.
+
+    Adds `(new - old activation) @ W_dec[features]` to the value at the dictionary's `hook_out`.
+    """
+
+    params: Any
+    features: Any
+    """(n,) feature ids; may be a traced array, so that a sweep over features is one vmapped call."""
+    amount: Any
+    """New activation, or the factor on the old one; broadcast against (batch, seq, n)."""
+    positions: Any = None
+    config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
+    scale: bool = struct.field(pytree_node=False, kw_only=True)
+    """Whether `amount` is a factor on the old activation rather than the new activation."""
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        source = acts[self.config.hook_in] if self.config.is_transcoder else value
+        features = jnp.atleast_1d(jnp.asarray(self.features))
+        old = encode(self.params, self.config, source, features)
+        new = old * self.amount if self.scale else jnp.broadcast_to(jnp.asarray(self.amount, old.dtype), old.shape)
+        change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
+        return _where(self.positions, value + change.astype(value.dtype), value)
+
+
+@struct.dataclass
+class Splice:
+    """Put a dictionary's prediction in place of the value it predicts."""
+
+    params: Any
+    config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
+    include_error: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+    """Add the reconstruction error back, so that the value stays the same and only gradients change."""
+    detach_error: bool = struct.field(pytree_node=False, default=True, kw_only=True)
+    """Let no gradient through the error term."""
+    detach_pred: bool = struct.field(pytree_node=False, default=False, kw_only=True)
+    """Let no gradient through the dictionary."""
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        source = acts[self.config.hook_in] if self.config.is_transcoder else value
+        prediction = reconstruct(self.params, self.config, source).astype(value.dtype)
+        if self.detach_pred:
+            prediction = jax.lax.stop_gradient(prediction)
+        if not self.include_error:
+            return prediction
+        error = value - jax.lax.stop_gradient(prediction)
+        return prediction + (jax.lax.stop_gradient(error) if self.detach_error else error)
+
+
+@struct.dataclass
+class Chain:
+    """Several edits of one hook point, applied one after the other."""
+
+    edits: tuple[Any, ...]
+
+    def __call__(self, value: Array, acts: Acts) -> Array:
+        for edit in self.edits:
+            value = edit(value, acts)
+        return value
+
+
+def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
+    """Add `vector` (…, width) to the value at a hook point, at all positions or where the mask is true.
+
+    Args:
+        positions: here and below, a boolean mask of shape (seq,) or (batch, seq).
+    """
+    return {hook_name: Add(vector, positions)}
+
+
+def patch(hook_name: str, value: Any, positions: Any = None) -> Hooks:
+    """Replace the value at a hook point, such as by the same value from another prompt (activation patching)."""
+    return {hook_name: Replace(value, positions)}
+
+
+def scale(hook_name: str, factor: Any, positions: Any = None) -> Hooks:
+    """Multiply the value at a hook point; 0 ablates it, a (n_heads, 1) factor at `attn.hook_z` ablates heads."""
+    return {hook_name: Scale(factor, positions)}
+
+
+def ablate(dictionary: Dictionary, features: Any, positions: Any = None) -> Hooks:
+    """Set features of a dictionary to zero, leaving its error and all other features as they are."""
+    return scale_features(dictionary, features, 0.0, positions)
+
+
+def scale_features(dictionary: Dictionary, features: Any, factor: Any, positions: Any = None) -> Hooks:
+    """Multiply the activations of features by a factor."""
+    return _edit_features(dictionary, features, factor, positions, scale=True)
+
+
+def clamp(dictionary: Dictionary, features: Any, value: Any, positions: Any = None) -> Hooks:
+    """Set the activations of features to a value, whatever the input."""
+    return _edit_features(dictionary, features, value, positions, scale=False)
+
+
+def splice(
+    dictionaries: Iterable[Dictionary],
+    include_error: bool = False,
+    detach_error: bool = True,
+    detach_pred: bool = False,
+) -> Hooks:
+    """Run the model through dictionaries; those that replace the same value act in the given order."""
+    switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
+    edits = ({d.config.hook_out: Splice(d.params, config=d.config, **switches)} for d in dictionaries)
+    return combine(*edits)
+
+
+def combine(*hooks: Mapping[str, Hook]) -> Hooks:
+    """Merge hooks; several edits of one hook point act one after the other."""
+    merged: dict[str, list[Hook]] = {}
+    for group in hooks:
+        for name, edit in group.items():
+            merged.setdefault(name, []).append(edit)
+    return {name: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for name, edits in merged.items()}
+
+
+def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
+    config = dictionary.config
+    indices = resolve_indices(features, config.n_features)
+    edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, scale=scale)
+    return {config.hook_out: edit}
+
+
+def _where(positions: Any, edited: Array, value: Array) -> Array:
+    if positions is None:
+        return edited
+    mask = jnp.asarray(positions, bool)
+    mask = mask[None] if mask.ndim == 1 else mask
+    return jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), edited, value)

@@ -1,0 +1,212 @@
+"""Folders of published models and dictionaries: safetensors for the numbers, JSON for the configuration.
+
+    MODEL/       config.json  model.safetensors  tokenizer.json  token_table.json  dictionaries/TAG/
+    DICTIONARY/  config.json  dictionary.safetensors
+
+Also decides what a name or path given by a user means. Arrays are NumPy, in the file's number format; nothing here
+needs JAX. Resumable training checkpoints are another format, elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save
+
+from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
+from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.sites import Site
+
+if TYPE_CHECKING:
+    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.tokenization import Tokenizer
+
+FORMAT_VERSION = 1
+MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
+
+
+class ModelFiles(NamedTuple):
+    """A language model as read from disk."""
+
+    config: ModelConfig
+    params: dict[str, np.ndarray]
+    """Flat: `blocks.0.attn.W_Q` -> array."""
+    dictionaries: dict[str, ConvertedDictionary | Path]
+    """Tag -> dictionary that came with the model, read or yet to be read."""
+    directory: Path | None
+    """Folder that may hold a tokenizer; None for a `.pt` file."""
+
+
+def save_model(
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    directory: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    dictionaries: Mapping[str, ConvertedDictionary] | None = None,
+) -> None:
+    """Write a model's folder; each file replaces an earlier one only when it is complete."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors(params, folder / MODEL_FILE)
+    _write_config("model", config.to_dict(), folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for tag, dictionary in (dictionaries or {}).items():
+        save_dictionary(dictionary.config, dictionary.params, folder / "dictionaries" / tag)
+
+
+def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
+    """Read a model by published name, folder, training run's folder or reference `.pt` file.
+
+    Raises:
+        FileNotFoundError: there is no such name or path; the message lists what would work.
+        ValueError: what is there is no model.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        converted = _about(path, lambda: convert_model(load_torch_file(path), n_heads))
+        return ModelFiles(converted.config, converted.params, dict(converted.dictionaries), None)
+    if not path.is_dir():
+        from tinymodel_jax.io import hub  # the network part loads when it is needed
+
+        path = hub.model_folder(str(name_or_path))
+    folder = next(
+        (p for p in (path, path / "model") if (p / CONFIG_FILE).is_file() and (p / MODEL_FILE).is_file()), None
+    )
+    if folder is None:
+        raise FileNotFoundError(
+            f"{path} holds no model: looked for {CONFIG_FILE} and {MODEL_FILE} there and in its folder 'model'. "
+            "A folder of save_pretrained, a training run's folder or a reference .pt file would work."
+        )
+    if n_heads is not None:
+        raise ValueError(f"n_heads={n_heads} is for .pt files; {folder / CONFIG_FILE} already says how many there are.")
+    return _load_model_folder(folder)
+
+
+def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Check the names and shapes of a flat parameter dict.
+
+    Raises:
+        ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
+    """
+    expected = {tensor.name: tensor.shape for tensor in model_tensors(config)}
+    problems = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in params]
+    problems += [f"unexpected {name!r}" for name in params if name not in expected]
+    problems += [
+        f"{name!r} has shape {tuple(params[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in params and tuple(params[name].shape) != shape
+    ]
+    if problems:
+        raise ValueError(f"parameters do not fit the configuration: {'; '.join(problems)}.")
+
+
+def save_dictionary(config: DictionaryConfig, params: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
+    """Write a dictionary's folder; each file replaces an earlier one only when it is complete."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tensors({name: np.asarray(array) for name, array in params.items()}, folder / DICTIONARY_FILE)
+    _write_config("dictionary", config.to_dict(), folder)
+
+
+def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | None = None) -> Dictionary:
+    """Read a dictionary from its folder, a reference `.pt` file, or the hub by its tag; see `Dictionary`.
+
+    Raises:
+        FileNotFoundError: there is no such path or tag; the message lists what would work.
+        ValueError: what is there is no dictionary, or a `.pt` file is given without a site.
+    """
+    from tinymodel_jax.dictionary import Dictionary  # needs JAX, which conversion alone does without
+
+    place = Site.parse(site)[0] if isinstance(site, str) else site
+    config, params = read_dictionary(path_or_name, place)
+    if place is not None:
+        config = config_at(config, place)
+    return Dictionary.from_params(config, params)
+
+
+def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> ConvertedDictionary:
+    """As `load_dictionary`, but NumPy arrays in the file's number format."""
+    path = Path(path_or_name)
+    if path.is_file():
+        if site is None:
+            raise ValueError(f"{path}: a .pt file does not say where its dictionary belongs; give site=, such as 'M2'.")
+        return _about(path, lambda: convert_dictionary(load_torch_file(path), site))
+    if not path.is_dir():
+        from tinymodel_jax.io import hub  # the network part loads when it is needed
+
+        path = hub.dictionary_folder(str(path_or_name))
+    if not (path / DICTIONARY_FILE).is_file():
+        raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
+    config = _read_config("dictionary", DictionaryConfig, path)
+    return ConvertedDictionary(config, _read_tensors(path / DICTIONARY_FILE))
+
+
+def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
+    """Return the configuration with the site's hook points in place of its own."""
+    return DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
+
+
+def _load_model_folder(folder: Path) -> ModelFiles:
+    config = _read_config("model", ModelConfig, folder)
+    params = _read_tensors(folder / MODEL_FILE)
+    _about(folder / MODEL_FILE, lambda: require_model_params(config, params))
+    found = sorted(p for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
+    return ModelFiles(config, params, {p.name: p for p in found}, folder)
+
+
+def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    replace_file(path, save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); write or download it again.") from error
+
+
+def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:
+    content = {"format": f"tinymodel_jax/{kind}", "format_version": FORMAT_VERSION, **values}
+    replace_file(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found != f"tinymodel_jax/{kind}":
+        raise ValueError(f"{path} describes {found!r}, expected 'tinymodel_jax/{kind}'.")
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}.")
+    return _about(path, lambda: config_class.from_dict(values))
+
+
+def _about(path: Path, read: Any) -> Any:
+    """Call `read`; put the path in front of what a ValueError says."""
+    try:
+        return read()
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

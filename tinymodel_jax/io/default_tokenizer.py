@@ -1,0 +1,55 @@
+"""Which tokenizer a model has: the one saved with it, else the default for the published vocabulary.
+
+The default comes from the folder that the environment variable TINYMODEL_TOKENIZER names, else from the hub, asked
+once and cached. Nothing is read before it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from tinymodel_jax.tokenization import Tokenizer
+
+ENVIRONMENT_VARIABLE = "TINYMODEL_TOKENIZER"
+
+
+def saved_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer saved in a model's folder, if there is one."""
+    if folder is None or not (folder / "token_table.json").is_file():
+        return None
+    return Tokenizer.from_pretrained(folder)
+
+
+@functools.cache
+def default_tokenizer() -> Tokenizer:
+    """Return the published 10,000-id tokenizer.
+
+    Raises:
+        FileNotFoundError: TINYMODEL_TOKENIZER names no tokenizer, or the hub cannot be reached.
+    """
+    named = os.environ.get(ENVIRONMENT_VARIABLE)
+    if named:
+        folder = Path(named)
+        saved = saved_tokenizer(folder)
+        return Tokenizer.from_gpt2(folder) if saved is None else saved
+    from tinymodel_jax.io import hub  # the network part loads when it is needed
+
+    return Tokenizer.from_pretrained(hub.tokenizer_folder())
+
+
+class LazyTokenizer:
+    """The default tokenizer, loaded when first used: the package's public `tokenizer`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return default_tokenizer()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(default_tokenizer(), name)
+
+    def __repr__(self) -> str:
+        return "<the default tokenizer of tinymodel_jax, loaded when used>"

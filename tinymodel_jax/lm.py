@@ -1,0 +1,453 @@
+"""`TinyModel`: a language model with its parameters, tokenizer and dictionaries, behind the seed's API.
+
+A small façade over pure functions: it checks input, pads it to a few lengths so that few programs are compiled, and
+calls functions that instances with equal configurations share. Computations never change it; `attach` adds a
+dictionary, `splice` returns another model. Inside `jit`, `grad` or `vmap` its methods work unpadded and unchecked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionary import Dictionary, Indices, resolve_indices
+from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
+from tinymodel_jax.generate import continue_prompts
+from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_hook_names
+from tinymodel_jax.interventions import Hooks, Splice, combine
+from tinymodel_jax.io import artifacts
+from tinymodel_jax.padding import bucket, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.sites import Site
+from tinymodel_jax.weights import WeightViews, flatten, unflatten
+
+if TYPE_CHECKING:
+    from tinymodel_jax.tokenization import Tokenizer
+
+
+class TinyModel(WeightViews):
+    """A TinyModel language model; calling it gives log-probabilities.
+
+    Args:
+        name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`), a
+            folder written by `save_pretrained` or by a training run, or a reference `.pt` file.
+        n_heads: attention heads of a `.pt` file; needed where its width is not the published 768.
+        dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
+
+    Raises:
+        FileNotFoundError: there is no such model; the message says what was tried and what would work.
+        ValueError: the file or folder holds no model, or an incomplete one.
+    """
+
+    config: ModelConfig
+    params: Mapping[str, Any]
+    dictionaries: dict[str, Dictionary]
+    """Tag -> dictionary, attached or loaded so far."""
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike[str] = "tiny_model",
+        *,
+        n_heads: int | None = None,
+        dtype: Any = "float32",
+    ):
+        files = artifacts.load_model(name_or_path, n_heads)
+        config = dataclasses.replace(files.config, dtype=dtype, param_dtype="float32")
+        self._set(config, unflatten(files.params), None)
+        self._tokenizer_folder = files.directory
+        self._own_dictionaries = files.dictionaries
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Self:
+        """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
+
+        Raises:
+            ValueError: the tree does not fit the configuration, or the tokenizer has another vocabulary size.
+        """
+        artifacts.require_model_params(config, flatten(params))
+        lm = cls.__new__(cls)
+        lm._set(config, params, tokenizer)
+        return lm
+
+    def _set(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
+        if tokenizer is not None:
+            _require_vocabulary(tokenizer, config)
+        self.config = config
+        self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), params)
+        self.dictionaries = {}
+        self._tokenizer = tokenizer
+        self._tokenizer_folder: Path | None = None
+        self._own_dictionaries: Mapping[str, Any] = {}
+        self._splices: dict[str, dict[str, bool]] = {}
+
+    def __repr__(self) -> str:
+        cfg = self.config
+        spliced = f", spliced: {', '.join(self.spliced)}" if self._splices else ""
+        return f"TinyModel({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_params:,} parameters{spliced})"
+
+    # Forward passes
+
+    def __call__(self, tok_ids: Any) -> Float[Array, "batch seq d_vocab"]:
+        """Return float32 log-probabilities of the next token.
+
+        Args:
+            tok_ids: integers (batch, seq), or (seq,) for a batch of one; right-padded rows need no mask.
+        """
+        return self._run(tok_ids, "logprobs", ())[0]
+
+    def logits(self, tok_ids: Any) -> Float[Array, "batch seq d_vocab"]:
+        """Return float32 logits."""
+        return self._run(tok_ids, "logits", ())[0]
+
+    def residual(self, tok_ids: Any, layer: int) -> Float[Array, "batch seq d_model"]:
+        """Return the residual stream before block `layer`; `layer == n_layers` is what the unembedding reads.
+
+        Raises:
+            ValueError: `layer` is outside 0..n_layers.
+        """
+        n_layers = self.config.n_layers
+        if layer not in range(n_layers + 1):
+            raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
+        if layer == n_layers:
+            name, hooks = f"blocks.{n_layers - 1}.hook_resid_post", self._hooks()
+        else:
+            site = Site("Ra", layer)
+            name, hooks = site.hook_in, self._hooks(before=site)
+        return self._run(tok_ids, "none", (name,), hooks)[1][name]
+
+    def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
+        """Return the mean next-token cross-entropy in nats.
+
+        Args:
+            attn_mask: (batch, seq), 1 where the token counts as a target; the tokenizer's second output. All count
+                when it is left out.
+
+        Raises:
+            ValueError: the mask has another shape, or no token counts.
+        """
+        ids, length = self._prepare(tok_ids)
+        if attn_mask is None:
+            attn_mask = np.ones((ids.shape[0], length), np.float32)
+        if attn_mask.shape != (ids.shape[0], length):
+            raise ValueError(
+                f"attn_mask has shape {attn_mask.shape}, tok_ids {(ids.shape[0], length)}; they must agree."
+            )
+        if not is_traced(attn_mask) and not np.any(np.asarray(attn_mask)[:, 1:]):
+            raise ValueError(
+                "loss: no token to predict; it takes at least two tokens a row, and a mask that is not all 0."
+            )
+        weights = jnp.pad(attn_mask, ((0, 0), (0, ids.shape[1] - length))).astype(jnp.float32)
+        return mean_loss(self.params, ids, weights, self._hooks(), config=self.config)
+
+    def run_with_cache(
+        self, tok_ids: Any, names: Iterable[str] | None = None
+    ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
+        """Return log-probabilities and the activations at hook points (all of them when `names` is None).
+
+        Raises:
+            ValueError: a name is no hook point; the closest are listed.
+        """
+        keep = hook_names(self.config) if names is None else tuple(names)
+        require_hook_names(keep, self.config)
+        return self._run(tok_ids, "logprobs", keep)
+
+    def run_with_hooks(
+        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: Iterable[str] = ()
+    ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
+        """Return log-probabilities and kept activations of a pass with edits.
+
+        Args:
+            hooks: hook name -> edit. Pytrees of arrays (`tinymodel_jax.interventions`) run compiled, once a kind of
+                edit; plain functions `(value, acts) -> value` run operation by operation, always as they are now.
+            keep: hook names whose values, after their edit, come back.
+
+        Raises:
+            ValueError: a name is no hook point, or an edit changes the shape.
+        """
+        keep = tuple(keep)
+        require_hook_names((*hooks, *keep), self.config)
+        ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
+        edits = combine(self._hooks(), hooks)
+        run = forward if _is_array_tree(edits) else forward_with_hooks
+        return run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
+
+    def _run(
+        self, tok_ids: Any, output: Output, keep: tuple[str, ...], hooks: Hooks | None = None
+    ) -> tuple[Any, dict[str, Array]]:
+        ids, length = self._prepare(tok_ids)
+        hooks = self._hooks() if hooks is None else hooks
+        value, acts = forward(self.params, ids, hooks, config=self.config, keep=keep, output=output)
+        value = None if value is None else cut(value, (1,), length)
+        return value, {name: cut(act, position_axes(name), length) for name, act in acts.items()}
+
+    def _prepare(self, tok_ids: Any) -> tuple[Any, int]:
+        """Return ids padded to a compiled length, and their own length."""
+        if is_traced(tok_ids):
+            return tok_ids, tok_ids.shape[1]
+        ids = check_tok_ids(tok_ids, self.config)
+        length = ids.shape[1]
+        return pad_right(ids, bucket(length, self.config.n_ctx), self.config.pad_id), length
+
+    # Dictionaries
+
+    def __getitem__(self, tag: str) -> FeatureReader:
+        """Return the activations of a dictionary, or of one of its features, as a function of token ids.
+
+        `lm["M2"](tok_ids)` is (batch, seq, n_features), `lm["M1N123"](tok_ids)` is (batch, seq). The dictionary is the
+        attached one, else the model's own, else the published default, which is loaded once.
+
+        Raises:
+            ValueError: the tag is none, its layer or feature does not exist, or the site has no dictionary.
+        """
+        site, feature = self._site(tag)
+        dictionary = self._dictionary(site)
+        if feature is not None:
+            resolve_indices(feature, dictionary.config.n_features)
+        return FeatureReader(self, site, dictionary, feature)
+
+    def attach(self, tag: str, dictionary: Dictionary | str | os.PathLike[str]) -> None:
+        """Put a dictionary at a site, for `lm[tag]` and `splice`; a reference `.pt` file is read for that site.
+
+        Raises:
+            ValueError: the tag is none, or the dictionary's widths do not fit the site.
+        """
+        site, feature = self._site(tag)
+        if feature is not None:
+            raise ValueError(f"attach: {tag!r} names a feature; name the site, {site.tag!r}.")
+        if not isinstance(dictionary, Dictionary):
+            dictionary = Dictionary.from_pretrained(dictionary, site.tag)
+        config = artifacts.config_at(dictionary.config, site)
+        for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
+            expected = hook_width(hook, self.config)
+            if width != expected:
+                raise ValueError(
+                    f"attach: the dictionary has {name}={width}, "
+                    f"but {hook} ({site.tag}) is {expected} wide in this model."
+                )
+        self.dictionaries[site.tag] = Dictionary.from_params(config, dictionary.params)
+
+    def splice(
+        self,
+        tags: str | Iterable[str],
+        include_error: bool = False,
+        detach_error: bool = True,
+        detach_pred: bool = False,
+    ) -> Self:
+        """Return a model whose forward pass runs through the dictionaries at these sites; this one is unchanged.
+
+        Dictionaries act in the order of the forward pass; a site that was spliced before takes the new switches.
+
+        Args:
+            include_error: add the reconstruction error back: values stay, gradients flow through the dictionary.
+            detach_error: let no gradient through the error.
+            detach_pred: let no gradient through the prediction.
+        """
+        lm = type(self).__new__(type(self))
+        lm.__dict__.update(self.__dict__)
+        switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
+        splices = dict(self._splices)
+        for tag in [tags] if isinstance(tags, str) else tags:
+            site, feature = self._site(tag)
+            if feature is not None:
+                raise ValueError(f"splice: {tag!r} names a feature; a whole dictionary is spliced, {site.tag!r}.")
+            self._dictionary(site)
+            splices[site.tag] = switches
+        lm._splices = dict(sorted(splices.items(), key=lambda item: Site.parse(item[0])[0].order))
+        lm.dictionaries = dict(self.dictionaries)
+        return lm
+
+    @property
+    def spliced(self) -> tuple[str, ...]:
+        """Tags of the dictionaries that the forward pass runs through, in its order."""
+        return tuple(self._splices)
+
+    def _hooks(self, before: Site | None = None) -> Hooks:
+        """Return the spliced dictionaries' hooks, or only those that act before a site is read."""
+        edits = []
+        for tag, switches in self._splices.items():
+            if before is None or Site.parse(tag)[0].order < before.order:
+                dictionary = self.dictionaries[tag]
+                edit = Splice(dictionary.params, config=dictionary.config, **switches)
+                edits.append({dictionary.config.hook_out: edit})
+        return combine(*edits)
+
+    def _site(self, tag: str) -> tuple[Site, int | None]:
+        site, feature = Site.parse(tag)
+        if site.layer >= self.config.n_layers:
+            raise ValueError(
+                f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{self.config.n_layers - 1}."
+            )
+        return site, feature
+
+    def _dictionary(self, site: Site) -> Dictionary:
+        if site.tag not in self.dictionaries:
+            own = self._own_dictionaries.get(site.tag)
+            if own is None and not self._is_published:
+                attached = ", ".join({**self._own_dictionaries, **self.dictionaries}) or "none"
+                raise ValueError(
+                    f"{site.tag!r}: this model has no dictionary there (it has: {attached}), and the published ones "
+                    f"fit the published sizes only. Attach one: lm.attach({site.tag!r}, path)."
+                )
+            if isinstance(own, artifacts.ConvertedDictionary):
+                self.attach(site.tag, Dictionary.from_params(*own))
+            else:
+                self.attach(site.tag, Dictionary.from_pretrained(site.tag if own is None else own, site.tag))
+        return self.dictionaries[site.tag]
+
+    @property
+    def _is_published(self) -> bool:
+        """Whether the published dictionaries have this model's widths."""
+        return (self.config.d_model, self.config.d_vocab) == (768, 10_000)
+
+    # Text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: its own, else the default one for the published vocabulary of 10,000.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self._tokenizer is None:
+            from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
+
+            found = saved_tokenizer(self._tokenizer_folder)
+            if found is None and self.config.d_vocab != 10_000:
+                raise ValueError(
+                    f"this model has no tokenizer, and the default one has 10,000 ids, not {self.config.d_vocab}. "
+                    "Use token ids (generate_ids), or TinyModel.from_params(config, params, tokenizer)."
+                )
+            found = default_tokenizer() if found is None else found
+            _require_vocabulary(found, self.config)
+            self._tokenizer = found
+        return self._tokenizer
+
+    @overload
+    def generate(self, prompt: str, n_toks: int = 50, temperature: float = 0.8, **options: Any) -> str: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], n_toks: int = 50, temperature: float = 0.8, **options: Any
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        n_toks: int = 50,
+        temperature: float = 0.8,
+        break_on_end: bool = True,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Continue a prompt, or several in one batch; return prompts and continuations as text.
+
+        Args:
+            n_toks: tokens to add at most; a row also stops where the context is full.
+            temperature: divides the logits; 0 takes the most likely token.
+            break_on_end: stop a row at `[END]`, which stays in the text.
+            top_k: sample from the k most likely tokens only.
+            top_p: sample from the fewest tokens whose probabilities reach this sum.
+            seed: of the random draws; a batch's rows draw differently.
+
+        Raises:
+            ValueError: a prompt is longer than the context, or an option is out of range.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows = [[self.config.begin_id, *self.tokenizer.encode(text, max_length=None)] for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > self.config.n_ctx:
+                raise ValueError(
+                    f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {self.config.n_ctx}."
+                )
+        width = max(map(len, rows), default=1)
+        ids = np.array([row + [self.config.pad_id] * (width - len(row)) for row in rows], np.int32).reshape(-1, width)
+        out = self.generate_ids(ids, n_toks, temperature, break_on_end, top_k=top_k, top_p=top_p, seed=seed)
+        stories = [self.tokenizer.decode(row[1:][row[1:] != self.config.pad_id]) for row in np.asarray(out)]
+        return stories[0] if isinstance(prompt, str) else stories
+
+    def generate_ids(
+        self,
+        tok_ids: Any,
+        n_toks: int = 50,
+        temperature: float = 0.8,
+        break_on_end: bool = True,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Continue rows of token ids; return int32 (batch, prompt + generated), padded with `[PAD]` after each row.
+
+        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end. Options as `generate`.
+        """
+        ids = check_tok_ids(tok_ids, self.config)
+        end_id = self.config.end_id if break_on_end else None
+        return continue_prompts(
+            self.params, self.config, ids, n_toks, temperature, end_id, top_k, top_p, seed, self._hooks()
+        )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and attached dictionaries.
+
+        `TinyModel(directory)` loads it. Splices are not saved.
+        """
+        flat = {name: np.asarray(array) for name, array in flatten(self.params).items()}
+        tokenizer = self._tokenizer
+        if tokenizer is None and self._tokenizer_folder is not None:
+            tokenizer = self.tokenizer
+        dictionaries = {
+            tag: artifacts.ConvertedDictionary(d.config, {name: np.asarray(array) for name, array in d.params.items()})
+            for tag, d in self.dictionaries.items()
+        }
+        artifacts.save_model(self.config, flat, directory, tokenizer, dictionaries)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureReader:
+    """The activations at one site as a function of token ids: what `lm[tag]` returns."""
+
+    lm: TinyModel
+    site: Site
+    dictionary: Dictionary
+    feature: int | None
+    """The one feature that the tag names; None for all."""
+
+    def __call__(self, tok_ids: Any, indices: Indices = None) -> Array:
+        """Return activations (batch, seq, n_features), only the columns of `indices` if given.
+
+        Args:
+            indices: an int (drops the last axis), a list or a slice; by default the feature of the tag, else all.
+
+        Raises:
+            ValueError: an index is out of range, or `tok_ids` are not valid for the model.
+        """
+        config = self.dictionary.config
+        chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
+        ids, length = self.lm._prepare(tok_ids)
+        acts = features(
+            self.lm.params,
+            self.dictionary.params,
+            ids,
+            chosen,
+            self.lm._hooks(before=self.site),
+            config=self.lm.config,
+            dictionary_config=config,
+        )
+        return cut(acts, (1,), length)
+
+
+def _require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size != config.d_vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
+
+
+def _is_array_tree(hooks: Hooks) -> bool:
+    return all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in jax.tree.leaves(hooks))

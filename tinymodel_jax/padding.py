@@ -1,0 +1,85 @@
+"""Token ids from callers: checked, padded to one of a few lengths, and results cut back to the length asked for.
+
+Attention is causal and padding is on the right, so a position's values do not depend on it. At most six lengths are
+ever compiled for a batch size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinymodel_jax.config import ModelConfig
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether a value holds a tracer, so that the caller is inside `jit`, `grad` or `vmap`."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
+    """Return token ids as an int32 array (batch, seq); 1-D ids are a batch of one.
+
+    Raises:
+        ValueError: wrong rank or type, a sequence longer than the context, or an id outside the vocabulary.
+    """
+    try:
+        ids = np.asarray(tok_ids)
+    except ValueError as error:
+        raise ValueError(
+            "tok_ids: rows of different lengths; pad them (the tokenizer does) to (batch, seq)."
+        ) from error
+    if ids.size == 0 and ids.dtype.kind == "f":
+        ids = ids.astype(np.int32)  # NumPy's type for an empty list
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"tok_ids: got {ids.dtype} values; token ids are integers, shape (batch, seq).")
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"tok_ids: got shape {ids.shape}; expected (batch, seq), or (seq,) for one sequence.")
+    if ids.shape[1] > config.n_ctx:
+        raise ValueError(
+            f"tok_ids: sequences of {ids.shape[1]} tokens; the model's context is {config.n_ctx}. Cut them."
+        )
+    outside = np.argwhere((ids < 0) | (ids >= config.d_vocab))
+    if len(outside):
+        row, column = outside[0]
+        raise ValueError(
+            f"tok_ids: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary "
+            f"0..{config.d_vocab - 1} ({len(outside)} such ids)."
+        )
+    return ids.astype(np.int32)
+
+
+@functools.cache
+def bucket_lengths(n_ctx: int) -> tuple[int, ...]:
+    """Return the lengths that are compiled: a few powers of two, three quarters of the context, the context."""
+    powers = [n_ctx >> shift for shift in (4, 3, 2, 1) if n_ctx >> shift]
+    return tuple(sorted({*powers, -(-3 * n_ctx // 4), n_ctx}))
+
+
+def bucket(length: int, n_ctx: int) -> int:
+    """Return the smallest compiled length that holds `length` tokens."""
+    return next(size for size in bucket_lengths(n_ctx) if size >= length)
+
+
+def pad_right(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
+    """Pad rows of ids on the right to a width."""
+    return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad_id)
+
+
+def cut(array: jax.Array, axes: Iterable[int], length: int) -> jax.Array:
+    """Cut axes of a result back to `length`."""
+    index = [slice(None)] * array.ndim
+    for axis in axes:
+        index[axis] = slice(length)
+    if all(array.shape[axis] == length for axis in axes):
+        return array
+    if array.devices() == {jax.devices("cpu")[0]}:
+        # A slice of a JAX array is a program of its own for every length; on the CPU, NumPy's view needs none.
+        return jax.device_put(np.asarray(array)[tuple(index)])
+    return array[tuple(index)]

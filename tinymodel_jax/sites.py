@@ -1,0 +1,105 @@
+"""Sites: the places of the model where a dictionary may sit, and the grammar of their tags.
+
+A tag such as `M1` names a kind and a layer, `M1N123` also a feature, `M1_S-2_R1_P0` a published file. Parsing knows no
+model: whether layer and feature exist is checked where a model or a dictionary is at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class SiteKind(NamedTuple):
+    """What a kind of dictionary reads and predicts, and where its published files are."""
+
+    reads: str
+    predicts: str
+    folders: tuple[str, ...]
+    meaning: str
+
+
+KINDS: dict[str, SiteKind] = {
+    "Ra": SiteKind(
+        "hook_resid_pre", "hook_resid_pre", ("res_pre_attn",), "SAE on the residual stream before attention"
+    ),
+    "A": SiteKind("hook_attn_out", "hook_attn_out", ("attn", "attn_test"), "SAE on the attention output"),
+    "Rm": SiteKind("hook_resid_mid", "hook_resid_mid", ("res_pre_mlp",), "SAE on the residual stream before the MLP"),
+    "T": SiteKind("hook_mlp_in", "hook_mlp_out", ("mlp_map_test",), "transcoder of the MLP (M's published twin)"),
+    "M": SiteKind("hook_mlp_in", "hook_mlp_out", ("mlp", "mlp_map_test"), "transcoder of the MLP"),
+    "Mo": SiteKind("hook_mlp_out", "hook_mlp_out", ("mlp_out", "small_mlp_out"), "SAE on the MLP output"),
+}
+"""The kinds, in the order in which a block meets them (Source: order of the reference's TransformerBlock)."""
+
+_DEFAULT_FILES = {
+    "M": ("mlp/M0_S-2_R1_P0", "mlp/M1_S-2_R1_P0", "mlp/M2_S-2_R1_P0", "mlp/M3_S-1_B0_P0"),
+    "T": tuple(f"mlp_map_test/M{layer}_S-3_R1_P0" for layer in range(4)),
+    "A": ("attn/A0_S-1_R1_P0", "attn/A1_S-1_R1_P0", "attn/A2_S-3_R1_P0", "attn/A3_S-3_R1_P0"),
+    "Ra": tuple(f"res_pre_attn/Ra{layer}_S-3_R1_P0" for layer in range(4)),
+    "Rm": tuple(f"res_pre_mlp/Rm{layer}_S-3_R1_P0" for layer in range(4)),
+}
+
+_TAG = re.compile(
+    r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]+)(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]+))?"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a dictionary: a kind (`A M T Mo Ra Rm`) at a layer, or one published file there."""
+
+    kind: str
+    """Key of `KINDS`."""
+    layer: int
+    """Block, counted from 0."""
+    suffix: str = ""
+    """Rest of a published file's stem (`_S-2_R1_P0`); empty for the site itself."""
+
+    @staticmethod
+    def parse(tag: str) -> tuple[Site, int | None]:
+        """Split a tag into its site and its feature (None if it names none).
+
+        `M1`, `M1N123` (any one character that is no digit may stand for the N), `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`.
+
+        Raises:
+            ValueError: the text is no tag; the message shows the grammar.
+        """
+        match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
+        if match is None:
+            raise ValueError(
+                f"{tag!r} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
+                "suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
+            )
+        feature = match["feature"]
+        site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
+        return site, None if feature is None else int(feature)
+
+    @property
+    def tag(self) -> str:
+        """The site's tag, without a feature."""
+        return f"{self.kind}{self.layer}{self.suffix}"
+
+    @property
+    def hook_in(self) -> str:
+        """Hook point that the dictionary reads."""
+        return f"blocks.{self.layer}.{KINDS[self.kind].reads}"
+
+    @property
+    def hook_out(self) -> str:
+        """Hook point that the dictionary predicts, and replaces when spliced in."""
+        return f"blocks.{self.layer}.{KINDS[self.kind].predicts}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: the order in which the forward pass meets the sites."""
+        return self.layer, list(KINDS).index(self.kind)
+
+    def published_files(self) -> tuple[str, ...]:
+        """Return the published files (hub paths without `.pt`) that the tag may mean, best first; () if none."""
+        if self.suffix:
+            # The twins of M are published under M's letter.
+            letter = "M" if self.kind == "T" else self.kind
+            return tuple(f"{folder}/{letter}{self.layer}{self.suffix}" for folder in KINDS[self.kind].folders)
+        files = _DEFAULT_FILES.get(self.kind, ())
+        return files[self.layer : self.layer + 1]

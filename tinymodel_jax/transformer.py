@@ -1,0 +1,227 @@
+"""The transformer: embeddings, causal attention, ReLU MLPs and an unembedding, with no layer norm anywhere.
+
+Stateless Linen modules over a plain nested dict of parameters with TransformerLens names and head-split shapes; a
+`HookPoint` stands at every named place. Nothing here is compiled: jit is at the edge, by the caller. It does not
+tokenize, sample or load.
+
+Axes: `b` batch, `s` query position, `t` key position, `d` d_model, `h` head, `k` d_head, `m` d_mlp, `v` vocabulary
+(and `f` feature, in the dictionaries).
+
+Source: architecture of noanabeshima/tiny_model (tinymodel/lm_modules.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, require_hook_names
+from tinymodel_jax.initializers import uniform_fan_in
+
+Params = Mapping[str, Any]
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer for the positions seen so far, laid out as the products with them want."""
+
+    keys: Float[Array, "batch n_heads d_head key_pos"]
+    values: Float[Array, "batch n_heads d_head key_pos"]
+
+    @classmethod
+    def of_prompt(cls, keys: Array, values: Array, capacity: int) -> LayerCache:
+        """Build it from the (batch, pos, head, d_head) keys and values of a prompt, with room for more positions."""
+        room = ((0, 0), (0, 0), (0, 0), (0, capacity - keys.shape[1]))
+        return cls(*(jnp.pad(jnp.moveaxis(x, 1, 3), room) for x in (keys, values)))
+
+    def with_token(self, key: Array, value: Array, positions: Int[Array, " batch"]) -> LayerCache:
+        """Write the (batch, head, d_head) key and value of one token a row at the row's position."""
+        rows = jnp.arange(key.shape[0])
+        return LayerCache(
+            self.keys.at[rows, :, :, positions].set(key), self.values.at[rows, :, :, positions].set(value)
+        )
+
+
+KVCache = tuple[LayerCache, ...]
+"""One `LayerCache` a layer. Slots at or after a row's current position may hold anything: attention masks them."""
+
+
+class Attention(nn.Module):
+    """Causal attention: no biases on queries, keys and values, one on the output."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        cache: LayerCache | None = None,
+        positions: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
+        """Return what the heads write, and the cache with the new token's key and value in it.
+
+        With a cache, `x` is one token a row, standing at `positions`.
+        """
+        cfg = self.config
+        split, merged = (cfg.n_heads, cfg.d_model, cfg.d_head), (cfg.n_heads, cfg.d_head, cfg.d_model)
+        W_Q = self.param("W_Q", _query_key_init(cfg), split, cfg.param_dtype)
+        W_K = self.param("W_K", _query_key_init(cfg), split, cfg.param_dtype)
+        W_V = self.param("W_V", uniform_fan_in(cfg.d_model), split, cfg.param_dtype)
+        W_O = self.param("W_O", uniform_fan_in(cfg.d_model), merged, cfg.param_dtype)
+        b_O = self.param("b_O", nn.initializers.zeros, (cfg.d_model,), cfg.param_dtype)
+        q = HookPoint(name="hook_q")(jnp.einsum("bsd,hdk->bshk", x, W_Q.astype(cfg.dtype)))
+        k = HookPoint(name="hook_k")(jnp.einsum("bsd,hdk->bshk", x, W_K.astype(cfg.dtype)))
+        v = HookPoint(name="hook_v")(jnp.einsum("bsd,hdk->bshk", x, W_V.astype(cfg.dtype)))
+        if cache is not None:
+            cache = cache.with_token(k[:, 0], v[:, 0], positions)
+            k, v = jnp.moveaxis(cache.keys, 3, 1), jnp.moveaxis(cache.values, 3, 1)
+        scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
+        scores = HookPoint(name="hook_attn_scores")(_causal(scores, positions))
+        pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
+        pattern = HookPoint(name="hook_pattern")(pattern)
+        z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
+        out = jnp.einsum("bshk,hkd->bsd", z, W_O.astype(cfg.dtype)) + b_O.astype(cfg.dtype)
+        return out, cache
+
+
+class MLP(nn.Module):
+    """Two linear maps with a ReLU between them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+        cfg = self.config
+        W_in = self.param("W_in", uniform_fan_in(cfg.d_model), (cfg.d_model, cfg.d_mlp), cfg.param_dtype)
+        b_in = self.param("b_in", uniform_fan_in(cfg.d_model), (cfg.d_mlp,), cfg.param_dtype)
+        W_out = self.param("W_out", uniform_fan_in(cfg.d_mlp), (cfg.d_mlp, cfg.d_model), cfg.param_dtype)
+        b_out = self.param("b_out", uniform_fan_in(cfg.d_mlp), (cfg.d_model,), cfg.param_dtype)
+        pre = HookPoint(name="hook_pre")(x @ W_in.astype(cfg.dtype) + b_in.astype(cfg.dtype))
+        post = HookPoint(name="hook_post")(jax.nn.relu(pre))
+        return post @ W_out.astype(cfg.dtype) + b_out.astype(cfg.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP; each reads the residual stream and adds to it.
+
+    `hook_resid_*` are the stream itself: an edit there changes all that follows. `hook_attn_in` and `hook_mlp_in` are
+    what the sublayer reads: equal values, but an edit there leaves the stream as it was.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        cache: LayerCache | None = None,
+        positions: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
+        x = HookPoint(name="hook_resid_pre")(x)
+        attn_in = HookPoint(name="hook_attn_in")(x)
+        attn_out, layer_cache = Attention(self.config, name="attn")(attn_in, cache, positions)
+        x = HookPoint(name="hook_resid_mid")(x + HookPoint(name="hook_attn_out")(attn_out))
+        mlp_in = HookPoint(name="hook_mlp_in")(x)
+        mlp_out = HookPoint(name="hook_mlp_out")(MLP(self.config, name="mlp")(mlp_in))
+        return HookPoint(name="hook_resid_post")(x + mlp_out), layer_cache
+
+
+class Transformer(nn.Module):
+    """The language model: token ids in, logits out.
+
+    `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked (a
+    compiled function cannot): `TinyModel` checks them.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        cfg = self.config
+        self.W_E = self.param("W_E", nn.initializers.normal(1e-4), (cfg.d_vocab, cfg.d_model), cfg.param_dtype)
+        self.W_pos = self.param("W_pos", nn.initializers.normal(1e-4), (cfg.n_ctx, cfg.d_model), cfg.param_dtype)
+        self.W_U = self.param("W_U", uniform_fan_in(cfg.d_model), (cfg.d_model, cfg.d_vocab), cfg.param_dtype)
+        self.b_U = self.param("b_U", uniform_fan_in(cfg.d_model), (cfg.d_vocab,), cfg.param_dtype)
+        self.hook_embed = HookPoint()
+        self.hook_pos_embed = HookPoint()
+        self.blocks = [Block(cfg) for _ in range(cfg.n_layers)]
+
+    def __call__(self, tok_ids: Int[Array, "batch seq"]) -> Float[Array, "batch seq d_vocab"]:
+        x = self._embed(tok_ids, self.W_pos[: tok_ids.shape[1]])
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.unembed(x)
+
+    def decode(
+        self, tok_ids: Int[Array, " batch"], positions: Int[Array, " batch"], cache: KVCache
+    ) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
+        """Return the logits after one more token a row, standing at `positions`, and the cache with it."""
+        x = self._embed(tok_ids[:, None], self.W_pos[positions][:, None])
+        layers = []
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x, extended = block(x, layer_cache, positions)
+            layers.append(extended)
+        return self.unembed(x)[:, 0], tuple(layers)
+
+    def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
+        """Return the float32 logits of a final residual stream."""
+        dtype = self.config.dtype
+        return (resid @ self.W_U.astype(dtype) + self.b_U.astype(dtype)).astype(jnp.float32)
+
+    def _embed(self, tok_ids: Int[Array, "batch seq"], pos_embed: Array) -> Float[Array, "batch seq d_model"]:
+        dtype = self.config.dtype
+        embed = self.hook_embed(self.W_E[tok_ids].astype(dtype))
+        return embed + self.hook_pos_embed(jnp.broadcast_to(pos_embed.astype(dtype), embed.shape))
+
+
+def run_with_hooks(
+    params: Params,
+    config: ModelConfig,
+    tok_ids: Int[Array, "batch seq"],
+    hooks: Mapping[str, Hook] | None = None,
+    keep: Iterable[str] = (),
+) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
+    """Run the model with edits; return its logits and the asked-for activations.
+
+    A pure function: jit, vmap and grad go through it, through `params`, `tok_ids` and the arrays of `hooks`. Under
+    `jit`, what the caller does not use is not computed: with the logits dropped, no layer after the last kept hook
+    point runs. With no hooks and nothing kept it is `Transformer(config).apply`, to the bit.
+
+    Args:
+        hooks: hook name to edit: a pytree of `interventions`, or any `(value, acts) -> value`, where `acts` holds
+            the values of the hook points passed so far.
+        keep: hook names whose values (after their edit) come back.
+
+    Raises:
+        ValueError: a hook name does not exist, or an edit changes a shape.
+    """
+    hooks, keep = hooks or {}, tuple(keep)
+    require_hook_names((*hooks, *keep), config)
+    return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)
+
+
+@functools.cache
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
+    tok_ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tok_ids)["params"]
+
+
+def _query_key_init(config: ModelConfig) -> nn.initializers.Initializer:
+    """Normal, standard deviation sqrt(2 / (d_model + d_head))."""
+    return nn.initializers.normal(math.sqrt(2 / (config.d_model + config.d_head)))
+
+
+def _causal(scores: Float[Array, "batch n_heads seq key_pos"], positions: Int[Array, " batch"] | None) -> Array:
+    key_pos = jnp.arange(scores.shape[-1])
+    if positions is None:
+        allowed = key_pos <= jnp.arange(scores.shape[-2])[:, None]
+    else:
+        allowed = (key_pos <= positions[:, None])[:, None, None]
+    return jnp.where(allowed, scores, -jnp.inf)
