@@ -28,24 +28,22 @@ Method = Literal["greedy", "sample", "filtered"]
 class Sampling(NamedTuple):
     """Numbers of the sampling, traced: changing them does not compile again."""
 
-    temperature: Float[Array, ""] | float
+    temperature: Float[Array, ""]
     """Divides the logits; unused by `greedy`."""
-    top_k: Int[Array, ""] | int
+    top_k: Int[Array, ""]
     """Tokens kept, largest logits first; used by `filtered` only."""
-    top_p: Float[Array, ""] | float
+    top_p: Float[Array, ""]
     """Tokens kept until their probabilities reach this sum; used by `filtered` only."""
 
 
 class _State(NamedTuple):
     step: Int[Array, ""]
     """Number of tokens chosen so far."""
+    tokens: Int[Array, "batch capacity"]
     lengths: Int[Array, " batch"]
     """Tokens of each row, prompt included."""
-    tokens: Int[Array, "batch capacity"]
-    logits: Float[Array, "batch d_vocab"]
-    """Of the token to be chosen next."""
-    cache: KVCache
     done: Bool[Array, " batch"]
+    cache: KVCache
 
 
 def continue_prompts(
@@ -81,13 +79,15 @@ def continue_prompts(
     width = bucket(longest, config.n_ctx)
     capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
     method: Method = "greedy" if temperature == 0 else "sample" if top_k is None and top_p is None else "filtered"
-    sampling = Sampling(temperature, top_k or config.d_vocab, 1.0 if top_p is None else top_p)
+    sampling = Sampling(
+        np.float32(temperature), np.int32(top_k or config.d_vocab), np.float32(1 if top_p is None else top_p)
+    )
     tokens, new_lengths = _generate_compiled(
         params,
         pad_right(prompts[:, :longest], max(width, capacity), config.pad_id),
         lengths.astype(np.int32),
-        n_toks,
-        -1 if end_id is None else end_id,
+        np.int32(n_toks),
+        np.int32(-1 if end_id is None else end_id),
         sampling,
         jax.random.key(seed),
         hooks or {},
@@ -102,8 +102,8 @@ def _generate(
     params: Params,
     tokens: Int[Array, "batch capacity"],
     lengths: Int[Array, " batch"],
-    n_toks: Int[Array, ""] | int,
-    end_id: Int[Array, ""] | int,
+    n_toks: Int[Array, ""],
+    end_id: Int[Array, ""],
     sampling: Sampling,
     key: Array,
     hooks: Mapping[str, Hook],
@@ -135,24 +135,32 @@ def _generate(
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(tokens.dtype)
 
+    def append(state: _State, logits: Array) -> _State:
+        position = jnp.minimum(state.lengths, tokens.shape[1] - 1)
+        token = jnp.where(state.done, state.tokens[rows, position], choose(logits, state.step))
+        lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
+        done = state.done | (token == end_id) | (lengths >= config.n_ctx)
+        return _State(state.step + 1, state.tokens.at[rows, position].set(token), lengths, done, state.cache)
+
     def advance(state: _State) -> _State:
-        step, lengths, tokens, logits, cache, done = state
-        position = jnp.minimum(lengths, tokens.shape[1] - 1)
-        token = jnp.where(done, tokens[rows, position], choose(logits, step))
-        tokens = tokens.at[rows, position].set(token)
-        lengths = jnp.where(done, lengths, lengths + 1)
-        done = done | (token == end_id) | (lengths >= config.n_ctx)
-        variables = {"params": _as_heads(loop_params, config)}
+        last = state.lengths - 1
         (logits, cache), _ = apply_with_hooks(
-            transformer, variables, token, position, cache, hooks=hooks, method="decode"
+            transformer,
+            {"params": _as_heads(loop_params, config)},
+            state.tokens[rows, last],
+            last,
+            state.cache,
+            hooks=hooks,
+            method="decode",
         )
-        return _State(step + 1, lengths, tokens, logits, cache, done)
+        return append(state._replace(cache=cache), logits)
 
     def unfinished(state: _State) -> Array:
         return (state.step < n_toks) & ~jnp.all(state.done)
 
     logits, cache = _prefill(transformer, {"params": params}, tokens, lengths, hooks, prompt_width)
-    start = _State(jnp.int32(0), lengths, tokens, logits, cache, lengths >= config.n_ctx)
+    done = (lengths >= config.n_ctx) | (n_toks < 1)
+    start = append(_State(jnp.int32(0), tokens, lengths, done, cache), logits)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.tokens, end.lengths
 
@@ -161,7 +169,7 @@ _generate_compiled = fast_jit(_generate, static_argnames=("config", "method", "p
 
 
 def keep_likely(
-    logits: Float[Array, "batch d_vocab"], top_k: Int[Array, ""] | int, top_p: Float[Array, ""] | float
+    logits: Float[Array, "batch d_vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "batch d_vocab"]:
     """Set to -inf all but the `top_k` largest logits and, of these, the fewest that reach probability `top_p`.
 
