@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,9 @@ import numpy as np
 Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+Config = TypeVar("Config", bound="_JsonConfig")
 
 
 class _JsonConfig:
@@ -28,7 +31,7 @@ class _JsonConfig:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Build the configuration from `to_dict`'s output.
 
         Raises:

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.initializers import uniform_fan_in
 
-DictionaryParams = Mapping[str, Array]
+DictionaryParams = Mapping[str, Any]
 Indices = Any
 """Features to compute: None for all, an int (drops the feature axis), or a slice, list or array of ints."""
 
@@ -48,7 +49,7 @@ def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
 
 def pre_activations(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
-) -> Float[Array, "*batch n"]:
+) -> Float[Array, "..."]:
     """Return the encoder's linear output at the given features; for `gated` without either bias."""
     dtype = config.dtype
     x = x.astype(dtype)
@@ -60,7 +61,7 @@ def pre_activations(
 
 def encode(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
-) -> Float[Array, "*batch n"]:
+) -> Float[Array, "..."]:
     """Return the feature activations of `x`.
 
     With `indices` only those columns of the encoder are computed (`topk` has to compare all features first). Indices
@@ -122,7 +123,7 @@ class Dictionary(nn.Module):
         """Return the prediction of the value at `hook_out`."""
         return reconstruct(self._tree(), self.config, x)
 
-    def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "*batch n"]:
+    def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "..."]:
         """Return the feature activations of `x`; an int in `indices` drops the feature axis.
 
         Raises:
@@ -137,7 +138,7 @@ class Dictionary(nn.Module):
         return decode(self._tree(), self.config, acts)
 
     @classmethod
-    def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Self:
+    def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Dictionary:
         """Bind parameters to a dictionary.
 
         Raises:
@@ -197,7 +198,7 @@ def resolve_indices(indices: Indices, n_features: int) -> Any:
     Raises:
         ValueError: an index is no whole number, or outside -n_features..n_features-1.
     """
-    if indices is None or isinstance(indices, jax.core.Tracer):
+    if indices is None or isinstance(indices, Tracer):
         return indices
     if isinstance(indices, slice):
         return np.arange(n_features, dtype=np.int32)[indices]

@@ -26,13 +26,13 @@ Method = Literal["greedy", "sample", "filtered"]
 
 
 class Sampling(NamedTuple):
-    """Numbers of the sampling, traced: changing them does not compile again."""
+    """Numbers of the sampling, as scalar arrays: changing them does not compile again."""
 
-    temperature: Float[Array, ""]
+    temperature: Any
     """Divides the logits; unused by `greedy`."""
-    top_k: Int[Array, ""]
+    top_k: Any
     """Tokens kept, largest logits first; used by `filtered` only."""
-    top_p: Float[Array, ""]
+    top_p: Any
     """Tokens kept until their probabilities reach this sum; used by `filtered` only."""
 
 
@@ -214,7 +214,7 @@ def _prefill(
     keep = (final, *(name for pair in names for name in pair))
     _, acts = apply_with_hooks(transformer, variables, tokens[:, :prompt_width], hooks=hooks, keep=keep)
     last = jnp.take_along_axis(acts[final], (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = transformer.apply(variables, last, method="unembed")
+    logits: Any = transformer.apply(variables, last, method="unembed")
     return logits, tuple(LayerCache.of_prompt(acts[k], acts[v], capacity) for k, v in names)
 
 

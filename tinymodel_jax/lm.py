@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,9 @@ class TinyModel(WeightViews):
         self._own_dictionaries = files.dictionaries
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> Self:
+    def from_params(
+        cls, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None = None
+    ) -> TinyModel:
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
         Raises:
@@ -176,7 +178,7 @@ class TinyModel(WeightViews):
         require_hook_names((*hooks, *keep), self.config)
         ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
         edits = combine(self._hooks(), hooks)
-        run = forward if _is_array_tree(edits) else forward_with_hooks
+        run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
         return run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
 
     def _run(
@@ -240,7 +242,7 @@ class TinyModel(WeightViews):
         include_error: bool = False,
         detach_error: bool = True,
         detach_pred: bool = False,
-    ) -> Self:
+    ) -> TinyModel:
         """Return a model whose forward pass runs through the dictionaries at these sites; this one is unchanged.
 
         Dictionaries act in the order of the forward pass; a site that was spliced before takes the new switches.
@@ -330,12 +332,6 @@ class TinyModel(WeightViews):
             self._tokenizer = found
         return self._tokenizer
 
-    @overload
-    def generate(self, prompt: str, n_toks: int = 50, temperature: float = 0.8, **options: Any) -> str: ...
-    @overload
-    def generate(
-        self, prompt: Sequence[str], n_toks: int = 50, temperature: float = 0.8, **options: Any
-    ) -> list[str]: ...
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -370,7 +366,7 @@ class TinyModel(WeightViews):
         width = max(map(len, rows), default=1)
         ids = np.array([row + [self.config.pad_id] * (width - len(row)) for row in rows], np.int32).reshape(-1, width)
         out = self.generate_ids(ids, n_toks, temperature, break_on_end, top_k=top_k, top_p=top_p, seed=seed)
-        stories = [self.tokenizer.decode(row[1:][row[1:] != self.config.pad_id]) for row in np.asarray(out)]
+        stories = [str(self.tokenizer.decode(row[1:][row[1:] != self.config.pad_id])) for row in out]
         return stories[0] if isinstance(prompt, str) else stories
 
     def generate_ids(

@@ -80,6 +80,7 @@ class Attention(nn.Module):
         k = HookPoint(name="hook_k")(jnp.einsum("bsd,hdk->bshk", x, W_K.astype(cfg.dtype)))
         v = HookPoint(name="hook_v")(jnp.einsum("bsd,hdk->bshk", x, W_V.astype(cfg.dtype)))
         if cache is not None:
+            assert positions is not None
             cache = cache.with_token(k[:, 0], v[:, 0], positions)
             k, v = jnp.moveaxis(cache.keys, 3, 1), jnp.moveaxis(cache.values, 3, 1)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)

@@ -52,8 +52,7 @@ def save_model(
     dictionaries: Mapping[str, ConvertedDictionary] | None = None,
 ) -> None:
     """Write a model's folder; each file replaces an earlier one only when it is complete."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _own_folder("model", directory)
     _write_tensors(params, folder / MODEL_FILE)
     _write_config("model", config.to_dict(), folder)
     if tokenizer is not None:
@@ -110,8 +109,7 @@ def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None
 
 def save_dictionary(config: DictionaryConfig, params: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
     """Write a dictionary's folder; each file replaces an earlier one only when it is complete."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _own_folder("dictionary", directory)
     _write_tensors({name: np.asarray(array) for name, array in params.items()}, folder / DICTIONARY_FILE)
     _write_config("dictionary", config.to_dict(), folder)
 
@@ -162,6 +160,18 @@ def _load_model_folder(folder: Path) -> ModelFiles:
     return ModelFiles(config, params, {p.name: p for p in found}, folder)
 
 
+def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
+    """Make the folder; refuse one that holds a configuration of something else, which would be lost."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / CONFIG_FILE).exists():
+        try:
+            _config_values(kind, folder / CONFIG_FILE)
+        except ValueError as error:
+            raise ValueError(f"{error} Nothing was written; choose another folder.") from error
+    return folder
+
+
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     replace_file(path, save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
 
@@ -180,6 +190,15 @@ def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:
 
 def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
     path = folder / CONFIG_FILE
+    values = _config_values(kind, path)
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}.")
+    return _about(path, lambda: config_class.from_dict(values))
+
+
+def _config_values(kind: str, path: Path) -> dict[str, Any]:
+    """Return a configuration's values, if it is one of ours of the kind."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -187,10 +206,7 @@ def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != f"tinymodel_jax/{kind}":
         raise ValueError(f"{path} describes {found!r}, expected 'tinymodel_jax/{kind}'.")
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}.")
-    return _about(path, lambda: config_class.from_dict(values))
+    return values
 
 
 def _about(path: Path, read: Any) -> Any:

@@ -1,0 +1,144 @@
+"""Convert TinyModel checkpoints between PyTorch files and this package's folders; needs no PyTorch and no JAX.
+
+    python convert_torch_weights.py lm SRC.pt DEST_DIR
+    python convert_torch_weights.py dictionary SRC.pt DEST_DIR --site M2
+    python convert_torch_weights.py export-lm SRC_DIR DEST.pt|DEST.safetensors
+    python convert_torch_weights.py inspect SRC.pt
+
+Thin over `tinymodel_jax.io`. Installed as `tinymodel-convert`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tinymodel_jax.cli import print_json, run_commands
+
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the converter; return its exit status."""
+    commands = {"lm": convert_lm, "dictionary": convert_dictionary, "export-lm": export_lm, "inspect": inspect}
+    description = "Convert TinyModel checkpoints between PyTorch files and folders of safetensors."
+    return run_commands("tinymodel-convert", description, commands, argv)
+
+
+def convert_lm(
+    src: Source,
+    dest: Destination,
+    *,
+    n_heads: int | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Convert a language model's .pt file, and dictionaries registered in it, to a folder.
+
+    Args:
+        src: PyTorch file of the reference.
+        dest: folder to write: config.json, model.safetensors.
+        n_heads: attention heads, where the width is not the published 768.
+        tokenizer: folder or tokenizer.json with GPT-2's BPE, to store the published tokenizer with the model.
+    """
+    from tinymodel_jax.io.artifacts import save_model
+    from tinymodel_jax.io.convert import convert_model
+    from tinymodel_jax.io.torch_files import load_torch_file
+
+    converted = convert_model(load_torch_file(src), n_heads)
+    found = None
+    if tokenizer is not None:
+        from tinymodel_jax.tokenization import Tokenizer
+
+        found = Tokenizer.from_gpt2(tokenizer)
+    save_model(converted.config, converted.params, dest, found, converted.dictionaries)
+    cfg = converted.config
+    extra = f", dictionaries {', '.join(converted.dictionaries)}" if converted.dictionaries else ""
+    print(
+        f"{dest}: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads, d_mlp {cfg.d_mlp}, "
+        f"context {cfg.n_ctx}, vocabulary {cfg.d_vocab}; {cfg.n_params:,} parameters{extra}"
+    )
+
+
+def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
+    """Convert a dictionary's .pt file to a folder.
+
+    Args:
+        src: PyTorch file of the reference.
+        dest: folder to write: config.json, dictionary.safetensors.
+        site: tag of the place the dictionary belongs to, such as M2.
+    """
+    from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
+    from tinymodel_jax.sites import Site
+
+    config, params = read_dictionary(src, Site.parse(site)[0])
+    save_dictionary(config, params, dest)
+    kind = "transcoder" if config.is_transcoder else "SAE"
+    print(f"{dest}: {kind} of {config.n_features} features, reads {config.hook_in}, predicts {config.hook_out}")
+
+
+def export_lm(src: Source, dest: Destination) -> None:
+    """Write a model's folder as one file with the reference's key names.
+
+    Args:
+        src: folder of the model.
+        dest: file to write, .pt or .safetensors.
+    """
+    from safetensors.numpy import save
+
+    from tinymodel_jax.io.artifacts import load_model, replace_file
+    from tinymodel_jax.io.convert import export_model
+    from tinymodel_jax.io.torch_files import save_torch_file
+
+    if dest.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")
+    if not src.exists():
+        raise FileNotFoundError(f"{src}: there is no such folder.")
+    files = load_model(src)
+    state = export_model(files.config, files.params)
+    if dest.suffix == ".pt":
+        save_torch_file(state, dest)
+    else:
+        replace_file(dest, save(state))
+    print(f"{dest}: {len(state)} tensors, {sum(array.nbytes for array in state.values()) / 1e6:.1f} MB")
+
+
+def inspect(src: Source, *, json: bool = False) -> None:
+    """Show what is in a PyTorch file, without running any of it.
+
+    Args:
+        src: PyTorch file, whatever it holds.
+        json: print one JSON object.
+    """
+    from tinymodel_jax.io.torch_files import describe_torch_file
+
+    summary = describe_torch_file(src)
+    if json:
+        tensors = [
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "is_view": t.is_view} for t in summary.tensors
+        ]
+        print_json(
+            {
+                "form": summary.form,
+                "file_bytes": summary.file_bytes,
+                "globals": list(summary.globals),
+                "refused": list(summary.refused),
+                "tensors": tensors,
+            }
+        )
+        return
+    print(f"{src}: {summary.form} format, {summary.file_bytes:,} bytes")
+    print(f"pickle globals: {', '.join(summary.globals) or 'none'}")
+    if summary.refused:
+        print(f"refused, so it will not be loaded: {', '.join(summary.refused)}")
+    for tensor in summary.tensors:
+        shape = " × ".join(map(str, tensor.shape)) or "scalar"
+        print(f"  {tensor.name:44} {tensor.dtype:10} {shape}{'  (view)' if tensor.is_view else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

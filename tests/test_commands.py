@@ -1,0 +1,218 @@
+"""The commands, run as a user runs them: output, exit status, one-line errors."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert_torch_weights
+from tinymodel_jax import cli
+from tinymodel_jax.io.artifacts import load_model
+from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.lm import TinyModel
+
+DATA = Path(__file__).parent / "data"
+GOLDEN_PROMPT = "208 5 17 100 3 42"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands") / "lm"
+    assert convert_torch_weights.main(["lm", str(DATA / "lm_f32_zip.pt"), str(folder), "--n-heads", "4"]) == 0
+    return folder
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what the command wrote to stderr, having checked that it is one line without a traceback."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
+
+
+def test_a_converted_model_gives_the_same_log_probabilities_as_the_file(model_folder: Path) -> None:
+    tok_ids = np.arange(20).reshape(2, 10)
+    from_file = TinyModel(DATA / "lm_f32_zip.pt", n_heads=4)
+    np.testing.assert_array_equal(TinyModel(model_folder)(tok_ids), from_file(tok_ids))
+
+
+def test_converting_keeps_bfloat16_to_the_bit(tmp_path: Path) -> None:
+    assert convert_torch_weights.main(["lm", str(DATA / "lm_bf16_zip.pt"), str(tmp_path / "lm"), "--n-heads", "4"]) == 0
+    params = load_model(tmp_path / "lm").params
+    original = load_torch_file(DATA / "lm_bf16_zip.pt")["embed.weight"]
+    assert params["W_E"].dtype == original.dtype
+    np.testing.assert_array_equal(params["W_E"].view(np.uint16), original.view(np.uint16))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_export_gives_back_the_reference_file(model_folder: Path, tmp_path: Path, ending: str) -> None:
+    exported = tmp_path / f"lm.{ending}"
+    assert convert_torch_weights.main(["export-lm", str(model_folder), str(exported)]) == 0
+    original = load_torch_file(DATA / "lm_f32_zip.pt")
+    if ending == "pt":
+        state = load_torch_file(exported)
+        assert list(state) == list(original)
+    else:
+        from safetensors.numpy import load_file
+
+        state = load_file(exported)
+    assert set(state) == set(original)
+    for key, value in original.items():
+        np.testing.assert_array_equal(state[key], value)
+
+
+def test_inspect_names_every_tensor_and_global(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert_torch_weights.main(["inspect", str(DATA / "sparse_T1_f32_zip.pt"), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert "collections.OrderedDict" in summary["globals"]
+    assert {"name": "encoder.weight", "shape": [48, 64], "dtype": "float32", "is_view": False} in summary["tensors"]
+
+
+def test_generate_gives_the_reference_s_greedy_ids(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--ids", "--model", str(model_folder), "--temperature", "0", "--n-toks", "10", "--json"]
+    assert cli.main(["generate", GOLDEN_PROMPT, *options]) == 0
+    greedy = json.loads((DATA / "generate.json").read_text())["greedy10"]
+    assert json.loads(capsys.readouterr().out)["tok_ids"] == [208, *greedy["ids_after_begin"]]
+
+
+def test_features_shows_the_largest_activations(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dictionary = DATA / "sparse_T1_f32_zip.pt"
+    options = ["--site", "M1", "--dictionary", str(dictionary), "--ids", "--model", str(model_folder), "--top", "2"]
+    assert cli.main(["features", GOLDEN_PROMPT, *options, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["tokens"]
+    lm = TinyModel(model_folder)
+    lm.attach("M1", dictionary)
+    acts = np.asarray(lm["M1"]([[int(word) for word in GOLDEN_PROMPT.split()]]))[0]
+    for row, token in zip(acts, shown, strict=True):
+        best = row.argsort()[::-1][:2]
+        assert [f["feature"] for f in token["features"]] == best.tolist()
+        np.testing.assert_allclose([f["activation"] for f in token["features"]], row[best], atol=1e-4)
+
+
+def test_features_prints_a_table_for_people(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dictionary = str(DATA / "sparse_T1_f32_zip.pt")
+    arguments = [
+        "features",
+        "208 5",
+        "--ids",
+        "--site",
+        "M1N7",
+        "--dictionary",
+        dictionary,
+        "--model",
+        str(model_folder),
+    ]
+    assert cli.main(arguments) == 0
+    assert re.search(r"208\s.*\b7 \d+\.\d{3}", capsys.readouterr().out)
+
+
+def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n\n{"text": "Two."}\n{"text": "Three."}\n')
+    (tmp_path / "b.txt").write_text("One.\nTwo.\n")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write('{"text": "One."}\n')
+    assert cli.read_stories(tmp_path / "a.jsonl", 2) == ["One.", "Two."]
+    assert cli.read_stories(tmp_path / "b.txt", 9) == ["One.", "Two."]
+    assert cli.read_stories(tmp_path / "c.jsonl.gz", 9) == ["One."]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        ("", "a.jsonl", "no story"),
+        ("not json\n", "a.jsonl", "line 1"),
+        ('{"story": "x"}\n', "a.jsonl", "'text'"),
+        ("x", "a.csv", "expected a .jsonl"),
+    ],
+)
+def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, name: str, says: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        cli.read_stories(tmp_path / name, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "1 2", "--ids", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "1 x", "--ids"], "no list of whole numbers"),
+        (["generate", "1 999", "--ids"], "id 999"),
+        (["generate", "--ids"], "give a prompt"),
+        (["generate", "Once"], "no tokenizer"),
+        (["features", "1", "--ids", "--site", "Q1"], "no dictionary tag"),
+        (["features", "1", "--ids", "--site", "M9"], "layer 9"),
+        (["features", "1", "--ids", "--site", "M0"], "has no dictionary there"),
+        (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_1(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert cli.main([*arguments, "--model", str(model_folder)]) == 1
+    assert says in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["lm", "{data}/lm_f32_zip.pt", "{tmp}/new"], "n_heads is needed"),
+        (["lm", "{data}/lm_f32_zip.pt", "{tmp}/new", "--n-heads", "7"], "does not divide"),
+        (["lm", "{data}/sparse_T1_f32_zip.pt", "{tmp}/new"], "not a TinyModel language model"),
+        (["lm", "{tmp}/none.pt", "{tmp}/new"], "none.pt"),
+        (["lm", "{data}/lm_f32_zip.pt", "{tmp}/taken", "--n-heads", "4"], "Nothing was written"),
+        (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
+        (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "no such folder"),
+        (["export-lm", "{tmp}", "{tmp}/new.bin"], "use .pt or .safetensors"),
+        (["inspect", "{tmp}/taken/config.json"], "config.json"),
+    ],
+)
+def test_the_converter_refuses_in_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text('{"model_type": "other"}')
+    before = sorted(tmp_path.rglob("*"))
+    filled = [argument.format(data=DATA, tmp=tmp_path) for argument in arguments]
+    assert convert_torch_weights.main(filled) == 1
+    assert says in error_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--no-such-option"]) == 2
+    assert cli.main(["features", "Once"]) == 2
+    assert convert_torch_weights.main(["frobnicate"]) == 2
+    capsys.readouterr()
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert convert_torch_weights.main(["inspect", str(tmp_path / "none.pt"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_loads_neither_jax_nor_torch() -> None:
+    code = (
+        "import sys; from tinymodel_jax.cli import main; main(['--help']);"
+        "print([m for m in ('jax', 'torch', 'rich.progress') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_the_converter_runs_as_a_script_without_loading_jax(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    code = (
+        "import runpy, sys; sys.argv = ['convert_torch_weights.py', 'lm', *sys.argv[1:]]\n"
+        "try: runpy.run_path('convert_torch_weights.py', run_name='__main__')\n"
+        "except SystemExit as stop: print(stop.code, 'jax' in sys.modules)"
+    )
+    arguments = [str(DATA / "lm_f32_zip.pt"), str(tmp_path / "lm"), "--n-heads", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0 False"

@@ -1,0 +1,264 @@
+"""The `tinymodel` command. `run_commands` is the frame that every command of the project runs in.
+
+Exit status 0, 1 (failed) or 2 (bad usage); an error is one line on stderr, with `--debug` its traceback. Heavy parts
+load when a command uses them, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.lm import TinyModel
+
+Prompts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT…")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tinymodel`; return its exit status."""
+    commands = {"generate": generate, "features": features}
+    return run_commands("tinymodel", "TinyModel in JAX: generate stories, read features.", commands, argv)
+
+
+def generate(
+    prompts: Prompts = (),
+    *,
+    model: str = "tiny_model",
+    n_toks: int = 50,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stories: Path | None = None,
+    limit: int = 8,
+    prompt_toks: int = 16,
+    ids: bool = False,
+    n_heads: int | None = None,
+    json: bool = False,
+) -> None:
+    """Continue prompts.
+
+    Args:
+        prompts: texts to continue, all in one batch.
+        model: published name, folder, or reference .pt file.
+        n_toks: tokens to add at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the fewest tokens whose probabilities reach this sum.
+        seed: of the random draws.
+        stories: file of stories (.jsonl with "text", .txt with a story a line, also .gz) whose beginnings to continue.
+        limit: stories to read at most.
+        prompt_toks: tokens of each story that make its prompt.
+        ids: prompts are token ids, as "9996 51 56", and so is the answer.
+        n_heads: attention heads of a .pt file whose width is not the published 768.
+        json: print a JSON object a line.
+    """
+    lm = _load(model, n_heads)
+    rows = _prompt_rows(lm, prompts, stories, limit, ids, prompt_toks if stories else None)
+    width = max(map(len, rows))
+    padded = [[*row, *[lm.config.pad_id] * (width - len(row))] for row in rows]
+    out = lm.generate_ids(padded, n_toks, temperature, top_k=top_k, top_p=top_p, seed=seed)
+    for row, continued in zip(rows, out, strict=True):
+        kept = continued[continued != lm.config.pad_id].tolist()
+        if json:
+            print_json({"prompt": _shown(lm, row, ids), "text": _shown(lm, kept, ids), "tok_ids": kept})
+        else:
+            print(_shown(lm, kept, ids))
+
+
+def features(
+    prompts: Prompts = (),
+    *,
+    site: str,
+    top: int = 5,
+    model: str = "tiny_model",
+    dictionary: Path | None = None,
+    stories: Path | None = None,
+    limit: int = 8,
+    ids: bool = False,
+    n_heads: int | None = None,
+    json: bool = False,
+) -> None:
+    """Show the most active features of a dictionary at each token.
+
+    Args:
+        prompts: texts to read.
+        site: dictionary's tag, such as M2; with a feature, as M2N123, only that feature is shown.
+        top: features shown at each token.
+        model: published name, folder, or reference .pt file.
+        dictionary: folder or .pt file to use at the site, instead of the model's own or published one.
+        stories: file of stories (.jsonl with "text", .txt with a story a line, also .gz) to read.
+        limit: stories to read at most.
+        ids: prompts are token ids, as "9996 51 56".
+        n_heads: attention heads of a .pt file whose width is not the published 768.
+        json: print a JSON object a line.
+    """
+    import numpy as np
+
+    if top < 1:
+        raise ValueError(f"--top {top} must be 1 or more.")
+    lm = _load(model, n_heads)
+    if dictionary is not None:
+        from tinymodel_jax.sites import Site
+
+        lm.attach(Site.parse(site)[0].tag, dictionary)
+    reader = lm[site]
+    rows = _prompt_rows(lm, prompts, stories, limit, ids, lm.config.n_ctx if stories else None)
+    for row in _with_progress(rows, "reading"):
+        acts = np.asarray(reader([row]))[0]
+        chosen = _strongest(acts, top) if reader.feature is None else [[(reader.feature, float(a))] for a in acts]
+        words = [_shown(lm, [tok], ids) for tok in row]
+        if json:
+            strongest = [[{"feature": f, "activation": round(a, 4)} for f, a in found] for found in chosen]
+            tokens = [{"token": word, "features": found} for word, found in zip(words, strongest, strict=True)]
+            print_json({"site": reader.site.tag, "text": _shown(lm, row, ids), "tokens": tokens})
+        else:
+            _print_table(f"{reader.site.tag} on {_shown(lm, row, ids)[:70]!r}", words, chosen)
+
+
+def run_commands(
+    program: str,
+    description: str,
+    commands: Mapping[str, Callable[..., None]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run one of several commands, as the command line says; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            dict(commands),
+            prog=program,
+            description=f"{description} Any command takes --debug, which shows the traceback of an error.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:  # tyro's own, after --help or bad usage
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, LookupError, OSError, ImportError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"{program}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def read_stories(path: Path, limit: int) -> list[str]:
+    """Return the first stories of a `.jsonl` (field `text`) or `.txt` file (a story a line), also gzipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line holds no story, or the file has none.
+    """
+    kind = path.name.removesuffix(".gz")
+    if not kind.endswith((".jsonl", ".txt")):
+        raise ValueError(f"{path}: expected a .jsonl or .txt file, or one of them with .gz.")
+    found: list[str] = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(found) == limit:
+                break
+            if line.strip():
+                found.append(_story(line, kind.endswith(".jsonl"), f"{path}, line {number}"))
+    if not found:
+        raise ValueError(f"{path}: no story found (limit {limit}).")
+    return found
+
+
+def _story(line: str, is_json: bool, where: str) -> str:
+    if not is_json:
+        return line.rstrip("\n")
+    try:
+        story = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+    if not isinstance(story, dict) or not isinstance(story.get("text"), str):
+        raise ValueError(f"{where}: expected an object with a string 'text'.")
+    return story["text"]
+
+
+def _load(model: str, n_heads: int | None) -> TinyModel:
+    from tinymodel_jax.lm import TinyModel  # JAX loads here, not for --help
+
+    return TinyModel(model, n_heads=n_heads)
+
+
+def _prompt_rows(
+    lm: TinyModel, prompts: Sequence[str], stories: Path | None, limit: int, ids: bool, max_length: int | None
+) -> list[list[int]]:
+    """Return rows of token ids; text gets `[BEGIN]` in front and is cut to `max_length` tokens with it."""
+    texts = [*prompts, *(read_stories(stories, limit) if stories else [])]
+    if not texts:
+        raise ValueError("nothing to read: give a prompt, or --stories FILE.")
+    if ids:
+        return [_parse_ids(text) for text in texts]
+    rows = [[lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)] for text in texts]
+    return [row[:max_length] for row in rows]
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--ids: {text!r} is no list of whole numbers, as '9996 51 56'.") from None
+
+
+def _shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:
+    if ids:
+        return " ".join(map(str, row))
+    begin = row[:1] == [lm.config.begin_id] and len(row) > 1
+    return lm.tokenizer.decode(list(row[1:] if begin else row))
+
+
+def _strongest(acts: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
+    """Return the active features of each position, strongest first, `top` at most."""
+    order = (-acts).argsort(axis=-1, kind="stable")[:, :top]
+    return [[(int(f), float(a[f])) for f in o if a[f] > 0] for a, o in zip(acts, order, strict=True)]
+
+
+def _print_table(title: str, words: Sequence[str], chosen: Sequence[Sequence[tuple[int, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("token", no_wrap=True)
+    table.add_column("feature activation, strongest first")
+    for word, found in zip(words, chosen, strict=True):
+        shown = word.replace("\n", "↵").replace("[", r"\[")
+        table.add_row(shown, "  ".join(f"[bold]{f}[/bold] {a:.3f}" for f, a in found) or "–")
+    Console().print(table)
+
+
+def _with_progress(rows: list[Any], what: str) -> Iterator[Any]:
+    """Yield rows; on a terminal, a bar on stderr shows how many are done."""
+    if len(rows) < 2 or not sys.stderr.isatty():
+        yield from rows
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(rows, description=what, console=Console(stderr=True), transient=True)
