@@ -1,0 +1,128 @@
+"""Meshes and partition rules; training on eight devices gives the one-device loss curve."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.checksum import checksum
+from tinymodel_jax.training.lm_step import LMOptimizer, init_state, make_optimizer
+from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, partition_specs, path_name
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_parameter_of_the_published_model_has_the_spec_of_the_table() -> None:
+    optimizer = make_optimizer(LMOptimizer(), 10)
+    state = jax.eval_shape(lambda key: init_state(key, ModelConfig(), optimizer), jax.random.key(0))
+    specs = partition_specs(state, LM_FSDP_RULES)
+    named = {path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
+    in_block = {
+        "attn/W_Q": P("model", "data", None),
+        "attn/W_K": P("model", "data", None),
+        "attn/W_V": P("model", "data", None),
+        "attn/W_O": P("model", None, "data"),
+        "attn/b_O": P(None),
+        "mlp/W_in": P("data", "model"),
+        "mlp/b_in": P("model"),
+        "mlp/W_out": P("model", "data"),
+        "mlp/b_out": P(None),
+    }
+    top = {"W_E": P(None, "data"), "W_pos": P(None, "data"), "W_U": P("data", "model"), "b_U": P("model")}
+    params = {**top, **{f"blocks_{layer}/{name}": spec for layer in range(4) for name, spec in in_block.items()}}
+    for where in ("params", "optimizer/1/mu", "optimizer/1/nu"):
+        for name, spec in params.items():
+            assert named.pop(f"{where}/{name}") == spec
+    assert set(named.values()) == {P()}, "what is left counts steps"
+    assert set(named) == {"step", "optimizer/1/count", "optimizer/3/count"}
+
+
+def test_a_leaf_without_a_rule_and_a_rule_without_a_leaf_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"no sharding rule matches 'W_new'"):
+        partition_specs({"W_new": jnp.zeros(2)}, LM_RULES)
+    with pytest.raises(ValueError, match="match nothing: other"):
+        partition_specs({"a": jnp.zeros(2)}, [("a", P()), ("other", P())])
+
+
+@pytest.mark.parametrize("axes", ["data", "data=x", "rows=1", "data=1,data=1", "data=0", "data=1000"])
+def test_an_impossible_mesh_is_an_error_that_quotes_it(axes: str) -> None:
+    with pytest.raises(ValueError, match=axes):
+        make_mesh(axes)
+
+
+def test_a_checksum_notices_any_flipped_bit() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((7, 5)).astype(np.float32)
+    tree = {"a": jnp.asarray(array), "b": jnp.arange(3)}
+    before = np.asarray(checksum(tree))
+    for _ in range(50):
+        flipped = array.copy().view(np.uint32)
+        flipped.flat[rng.integers(flipped.size)] ^= np.uint32(1 << rng.integers(32))
+        after = np.asarray(checksum({**tree, "a": jnp.asarray(flipped.view(np.float32))}))
+        assert after[0] != before[0]
+        assert after[1] == before[1]
+
+
+CURVES = """
+import functools, json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.checksum import checksum
+from tinymodel_jax.training.lm_step import LMOptimizer, init_state, learning_rate_schedule, make_optimizer, train_step
+from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, shardings
+
+assert len(jax.devices()) == 8
+config = ModelConfig(n_layers=2, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=64)
+optimizer = LMOptimizer(learning_rate=1e-2, warmup_steps=5)
+transformation, schedule = make_optimizer(optimizer, 20), learning_rate_schedule(optimizer, 20)
+init = functools.partial(init_state, config=config, optimizer=transformation)
+batches = np.random.default_rng(0).integers(0, 60, (20, 16, 16)).astype(np.int32)
+
+def curve(axes, rules, devices=None):
+    mesh = make_mesh(axes, devices)
+    placed = shardings(jax.eval_shape(init, jax.random.key(0)), rules, mesh)
+    rows, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
+    state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
+    start = np.asarray(checksum(state)).tolist()
+    step = functools.partial(train_step, config=config, optimizer=transformation, schedule=schedule)
+    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, whole))
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, jax.device_put(batch, rows))
+        losses.append(float(metrics["loss"]))
+    leaf = state.params["blocks_0"]["mlp"]["W_in"]
+    return {"losses": losses, "start": start, "shard": leaf.addressable_shards[0].data.shape}
+
+result = {"one": curve("data=1", LM_RULES, jax.devices()[:1])}
+for axes in ("data=8", "data=4,model=2", "model=8"):
+    for name, rules in (("", LM_RULES), (" fsdp", LM_FSDP_RULES)):
+        result[axes + name] = curve(axes, rules)
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+def test_every_mesh_gives_the_loss_curve_of_one_device() -> None:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", CURVES], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
+    )
+    curves = json.loads(done.stdout.splitlines()[-1])
+    one = curves.pop("one")
+    assert len(curves) == 6
+    for name, curve in curves.items():
+        assert curve["start"] == one["start"], f"{name}: the initial state must not depend on the mesh"
+        # float32 sums in another order: 1e-5 on losses near 4
+        np.testing.assert_allclose(curve["losses"], one["losses"], atol=1e-5, rtol=0, err_msg=name)
+    assert curves["data=8"]["shard"] == [64, 128]
+    assert curves["data=8 fsdp"]["shard"] == [8, 128]
+    assert curves["data=4,model=2 fsdp"]["shard"] == [16, 64]

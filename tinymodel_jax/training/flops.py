@@ -1,0 +1,36 @@
+"""How much arithmetic training takes, and how much a device can do."""
+
+from __future__ import annotations
+
+import jax
+
+from tinymodel_jax.config import ModelConfig
+
+_DENSE_BF16_PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+"""FLOP/s a device, dense bfloat16, from the makers' data sheets; the first key found in the device's name counts."""
+
+
+def training_flops_per_token(config: ModelConfig, seq: int) -> float:
+    """Return the floating-point operations of one token, forward and backward: 6 a matrix parameter, and attention.
+
+    Attention counts the causal half of scores and mixtures, 12 · n_layers · d_model · seq / 2.
+    """
+    matrices = config.n_layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_mlp)
+    matrices += config.d_model * config.d_vocab
+    return 6.0 * matrices + 6.0 * config.n_layers * config.d_model * seq
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Return a device's dense bfloat16 peak in FLOP/s; None where it is not known."""
+    return next((peak for name, peak in _DENSE_BF16_PEAK.items() if name in device.device_kind), None)

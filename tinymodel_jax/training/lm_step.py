@@ -1,0 +1,158 @@
+"""One training step of the language model, as a pure function `(state, tok_ids) -> (state, metrics)`.
+
+AdamW with warm-up, decay and clipping; the loss is the mean next-token cross-entropy over targets that are not `[PAD]`;
+gradients accumulate over micro-batches to the same sum. Parameters and moments are float32 whatever computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.transformer import Transformer
+
+Schedule = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class LMOptimizer:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    """After the warm-up: constant, then linear to zero over the last `decay_fraction`; or half a cosine to a tenth."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    decay_fraction: float = 0.2
+    """Part of all steps in which `wsd` decays."""
+    beta1: float = 0.9
+    """Decay of the gradient's mean."""
+    beta2: float = 0.95
+    """Decay of the squared gradient's mean."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only (embeddings and biases are left out)."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)!r} must be {wants}"
+            for name, good, wants in (
+                ("learning_rate", self.learning_rate > 0, "above 0"),
+                ("schedule", self.schedule in ("wsd", "cosine"), "'wsd' or 'cosine'"),
+                ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+                ("decay_fraction", 0 <= self.decay_fraction <= 1, "0 to 1"),
+                ("beta1", 0 <= self.beta1 < 1, "0 up to but not 1"),
+                ("beta2", 0 <= self.beta2 < 1, "0 up to but not 1"),
+                ("weight_decay", self.weight_decay >= 0, "0 or more"),
+                ("clip_norm", self.clip_norm > 0, "above 0"),
+            )
+            if not good
+        ]
+        if problems:
+            raise ValueError(f"optimizer: {'; '.join(problems)}.")
+
+
+class LMState(NamedTuple):
+    """All that a step changes; with the step number, all that resuming needs."""
+
+    step: Int[Array, ""]
+    """Steps done."""
+    params: Any
+    optimizer: Any
+
+
+def learning_rate_schedule(optimizer: LMOptimizer, steps: int) -> Schedule:
+    """Return the learning rate as a function of the step, 0 … steps - 1."""
+    peak, warmup = optimizer.learning_rate, min(optimizer.warmup_steps, steps)
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if optimizer.schedule == "cosine":
+        return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, max(steps - warmup, 1), 0.1)], [warmup])
+    decay = max(int(optimizer.decay_fraction * steps), 1)
+    fall = optax.linear_schedule(peak, 0.0, decay)
+    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, max(steps - decay, warmup)])
+
+
+def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransformation:
+    """Return the optax transformation."""
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.scale_by_adam(optimizer.beta1, optimizer.beta2, eps=1e-8),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed),
+        optax.scale_by_learning_rate(learning_rate_schedule(optimizer, steps)),
+    )
+
+
+def init_state(key: Array, config: ModelConfig, optimizer: optax.GradientTransformation) -> LMState:
+    """Return the state before the first step."""
+    params = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return LMState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def summed_loss(
+    params: Any, config: ModelConfig, tok_ids: Int[Array, "batch seq"], ignored_id: int | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the summed next-token cross-entropy (nats), and the number of targets in it.
+
+    Args:
+        ignored_id: id that is no target, usually `config.pad_id`; None counts all.
+    """
+    logits: Any = Transformer(config).apply({"params": params}, tok_ids)
+    targets = tok_ids[:, 1:]
+    counted = jnp.ones(targets.shape) if ignored_id is None else (targets != ignored_id).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+    return jnp.sum(losses * counted), jnp.sum(counted)
+
+
+def train_step(
+    state: LMState,
+    tok_ids: Int[Array, "batch seq"],
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    micro_batches: int = 1,
+) -> tuple[LMState, dict[str, Array]]:
+    """Take one step; the metrics are `loss` (nats), `gradient_norm` before clipping, `learning_rate`, `tokens`.
+
+    Args:
+        micro_batches: parts, one after the other, into which the batch is cut to save memory; must divide it.
+    """
+
+    def gradient(part: Array) -> Any:
+        return jax.value_and_grad(summed_loss, has_aux=True)(state.params, config, part, config.pad_id)
+
+    def add(total: Any, part: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(part)), None
+
+    if micro_batches == 1:
+        total = gradient(tok_ids)
+    else:
+        # Rows are dealt out in turn, so that each part has rows of every device.
+        parts = tok_ids.reshape(-1, micro_batches, tok_ids.shape[1]).swapaxes(0, 1)
+        start = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, parts[0]))
+        total, _ = jax.lax.scan(add, start, parts)
+    (loss, tokens), gradients = total
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    metrics = {
+        "loss": loss / tokens,
+        "gradient_norm": optax.tree.norm(gradients),
+        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        "tokens": tokens,
+    }
+    return LMState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+
+def _decayed(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and path[-1].key not in ("W_E", "W_pos"), params
+    )

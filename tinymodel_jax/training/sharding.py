@@ -1,0 +1,123 @@
+"""Where arrays live: the mesh, and for each family of parameters one ordered table of partition rules.
+
+Modules know nothing of this. A rule is (pattern, PartitionSpec) over paths such as `blocks_0/attn/W_Q`; the first that
+matches wins, every leaf must match one, and every rule must be used, so a renamed parameter cannot fall through.
+Optimizer moments have the same paths below their own prefix, hence the same shardings.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "model", "sweep")
+"""`data`: rows of a batch; `model`: heads, neurons, vocabulary or features; `sweep`: members of a sweep."""
+
+Rules = Sequence[tuple[str, P]]
+
+LM_RULES: Rules = (
+    (r"W_(E|pos)$", P(None, None)),
+    (r"attn/W_[QKV]$", P("model", None, None)),
+    (r"attn/W_O$", P("model", None, None)),
+    (r"mlp/W_in$", P(None, "model")),
+    (r"mlp/b_in$", P("model")),
+    (r"mlp/W_out$", P("model", None)),
+    (r"b_(O|out)$", P(None)),
+    (r"W_U$", P(None, "model")),
+    (r"b_U$", P("model")),
+    (r"(^|/)(step|count)$", P()),
+)
+"""Tensor parallelism of the language model: heads, neurons and vocabulary over `model`."""
+
+LM_FSDP_RULES: Rules = (
+    (r"W_(E|pos)$", P(None, "data")),
+    (r"attn/W_[QKV]$", P("model", "data", None)),
+    (r"attn/W_O$", P("model", None, "data")),
+    (r"mlp/W_in$", P("data", "model")),
+    (r"mlp/b_in$", P("model")),
+    (r"mlp/W_out$", P("model", "data")),
+    (r"b_(O|out)$", P(None)),
+    (r"W_U$", P("data", "model")),
+    (r"b_U$", P("model")),
+    (r"(^|/)(step|count)$", P()),
+)
+"""The same, with every matrix (and its optimizer moments) also split over `data`."""
+
+
+def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh from `"data=4,model=2"`; axes left out have size 1, and no text puts all devices on `data`.
+
+    Raises:
+        ValueError: an axis is unknown or repeated, a size is no number, or the sizes do not use all devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    if not axes:
+        sizes["data"] = len(devices)
+    seen = set()
+    for part in filter(None, axes.split(",")):
+        name, _, size = part.partition("=")
+        if name not in MESH_AXES or name in seen or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh {axes!r}: {part!r} is not AXIS=SIZE with each of {', '.join(MESH_AXES)} at most once."
+            )
+        seen.add(name)
+        sizes[name] = int(size)
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"--mesh {axes!r} takes {math.prod(sizes.values())} devices; there are {len(devices)}.")
+    return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def partition_specs(tree: Any, rules: Rules) -> Any:
+    """Return the tree with each leaf's PartitionSpec.
+
+    Raises:
+        ValueError: a leaf matches no rule, or a rule matches no leaf.
+    """
+    unused = {pattern for pattern, _ in rules}
+
+    def spec(path: Any, leaf: Any) -> P:
+        name = path_name(path)
+        for pattern, found in rules:
+            if re.search(pattern, name):
+                unused.discard(pattern)
+                return found
+        raise ValueError(f"no sharding rule matches {name!r} of shape {leaf.shape}; add one to the table.")
+
+    specs = jax.tree_util.tree_map_with_path(spec, tree)
+    if unused:
+        raise ValueError(f"sharding rules that match nothing: {', '.join(sorted(unused))}.")
+    return specs
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """Return the tree with each leaf's `NamedSharding`.
+
+    Raises:
+        ValueError: as `partition_specs`, or an axis does not divide evenly over the mesh.
+    """
+    specs = partition_specs(tree, rules)
+    problems: list[str] = []
+
+    def place(path: Any, leaf: Any, spec: P) -> NamedSharding:
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                problems.append(f"{path_name(path)} ({size}) over {axis}={mesh.shape[axis]}")
+        return NamedSharding(mesh, spec)
+
+    placed = jax.tree_util.tree_map_with_path(place, tree, specs)
+    if problems:
+        raise ValueError(f"these do not divide evenly over the mesh: {'; '.join(problems)}. Choose another --mesh.")
+    return placed
+
+
+def path_name(path: Any) -> str:
+    """Return a tree path as `blocks_0/attn/W_Q`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

@@ -1,0 +1,1 @@
+"""The training programs: `python -m train prepare | lm | dictionaries`."""

@@ -1,0 +1,58 @@
+"""The language models that `python -m train lm` knows by name: sizes, optimizer, batch, length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.lm_step import LMOptimizer
+
+PresetName = Literal["tiny_model", "tiny_model_2L", "mini", "smoke"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One recipe."""
+
+    model: ModelConfig
+    """Sizes; where `any_vocabulary`, d_vocab is a placeholder."""
+    optimizer: LMOptimizer
+    batch_size: int
+    """Rows a step."""
+    steps: int
+    any_vocabulary: bool
+    """Whether the data says the vocabulary size, rather than the preset."""
+
+
+PRESETS: dict[PresetName, Preset] = {
+    # The published training: 2.57 M rows of 128, three epochs.
+    "tiny_model": Preset(
+        ModelConfig(),
+        LMOptimizer(learning_rate=1e-3, warmup_steps=500),
+        batch_size=256,
+        steps=30_100,
+        any_vocabulary=False,
+    ),
+    "tiny_model_2L": Preset(
+        ModelConfig(n_layers=2),
+        LMOptimizer(learning_rate=1e-3, warmup_steps=500),
+        batch_size=256,
+        steps=30_100,
+        any_vocabulary=False,
+    ),
+    "mini": Preset(
+        ModelConfig(n_layers=4, d_model=128, n_heads=8, d_mlp=512, n_ctx=256, d_vocab=1024),
+        LMOptimizer(learning_rate=3e-3, warmup_steps=200),
+        batch_size=32,
+        steps=8_000,
+        any_vocabulary=True,
+    ),
+    "smoke": Preset(
+        ModelConfig(n_layers=2, d_model=32, n_heads=4, d_mlp=128, n_ctx=128, d_vocab=1024),
+        LMOptimizer(learning_rate=3e-3, warmup_steps=10),
+        batch_size=8,
+        steps=60,
+        any_vocabulary=True,
+    ),
+}

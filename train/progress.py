@@ -1,0 +1,58 @@
+"""What a training run shows while it runs: a bar on a terminal, a plain line now and then when piped."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class TrainingProgress:
+    """Loss, tokens a second, share of the accelerator's peak when known, time left."""
+
+    def __init__(self, first_step: int, steps: int, flops_per_token: float, peak_flops: float | None) -> None:
+        self._steps, self._first = steps, first_step
+        self._flops_per_token, self._peak = flops_per_token, peak_flops
+        self._started = self._line_at = time.monotonic()
+        self._timed_tokens = 0.0
+        self._seen = 0
+        self._bar = None
+        if sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("compiling", total=steps, completed=first_step)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the state after `step` steps."""
+        self._seen += 1
+        if self._seen == 1:  # the first step compiles; speed counts from there
+            self._started = time.monotonic()
+        else:
+            self._timed_tokens += metrics["tokens"]
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=self._describe(metrics, now))
+        elif now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps:
+            self._line_at = now
+            print(f"step {step}/{self._steps}  {self._describe(metrics, now)}", file=sys.stderr, flush=True)
+
+    def tokens_per_second(self) -> float:
+        """Return the mean speed since the first step was done."""
+        return self._timed_tokens / max(time.monotonic() - self._started, 1e-9)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _describe(self, metrics: Mapping[str, Any], now: float) -> str:
+        speed = self._timed_tokens / max(now - self._started, 1e-9)
+        share = f"  {speed * self._flops_per_token / self._peak:.0%} of peak" if self._peak else ""
+        return f"loss {metrics['loss']:.4f}  {speed:,.0f} tokens/s{share}"
