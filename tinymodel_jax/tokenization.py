@@ -6,6 +6,7 @@ need no network, and importing this file loads neither JAX nor a vocabulary. It 
 anything, does not train a BPE, and does not filter stories: `keep_story` says what the reference would have dropped.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jaxtyping import Int32
 from tokenizers import pre_tokenizers
 from unidecode import unidecode
 
-from tinymodel_jax.tokenizer_files import SPECIAL_TOKENS, read_gpt2, read_saved, write_saved
+from tinymodel_jax.tokenizer_files import SPECIAL_TOKENS, read_gpt2, read_saved, saved_form, write_saved
 
 TokenIds = int | Sequence[Any] | npt.ArrayLike
 """One id, a row of ids, or rows of ids: int, nested list or tuple, NumPy or JAX array."""
@@ -110,6 +111,11 @@ class Tokenizer:
         The folder is made when missing; each file appears whole or not at all.
         """
         write_saved(Path(directory), self._bpe, self._table.tolist())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the files that `save_pretrained` writes."""
+        return hashlib.sha256("\0".join(saved_form(self._bpe, self._table.tolist()).values()).encode()).hexdigest()
 
     def __call__(
         self,

@@ -62,16 +62,21 @@ def read_saved(folder: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     return bpe, [vocab[token] for token in tokens]
 
 
-def write_saved(folder: Path, bpe: tokenizers.Tokenizer, table: list[int]) -> None:
-    """Write `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
+def saved_form(bpe: tokenizers.Tokenizer, table: list[int]) -> dict[str, str]:
+    """File name -> text of `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
 
     The table lists the BPE token, not the BPE id, of each model id in order, so that a table beside the wrong BPE is
     noticed when it is read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tokens = [bpe.id_to_token(id_) for id_ in table]
-    _write_atomically(folder / _BPE_FILE, bpe.to_str())
-    _write_atomically(folder / _TABLE_FILE, json.dumps({"tokens": tokens}, ensure_ascii=False, indent=0))
+    return {_BPE_FILE: bpe.to_str(), _TABLE_FILE: json.dumps({"tokens": tokens}, ensure_ascii=False, indent=0)}
+
+
+def write_saved(folder: Path, bpe: tokenizers.Tokenizer, table: list[int]) -> None:
+    """Write the files of `saved_form`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in saved_form(bpe, table).items():
+        _write_atomically(folder / name, text)
 
 
 def _read_gpt2_bpe(path: Path) -> tokenizers.Tokenizer:

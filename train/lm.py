@@ -50,7 +50,7 @@ SAMPLE_TOKENS = 60
 def lm(
     preset: PresetName,
     *,
-    data: Path,
+    data: str,
     out: Path,
     steps: int | None = None,
     batch_size: int | None = None,
