@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
@@ -173,7 +174,13 @@ def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
 
 
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    replace_file(path, save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
+    # Written from the arrays where they are: a published dictionary is 154 MB, and each copy in between as much again.
+    with _replaced(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # np.ascontiguousarray would give a scalar an axis
+        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, temporary)
+        temporary.chmod(mode)  # save_file makes a file that only its owner may read
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -201,7 +208,7 @@ def _config_values(kind: str, path: Path) -> dict[str, Any]:
     """Return a configuration's values, if it is one of ours of the kind."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != f"tinymodel_jax/{kind}":
@@ -220,9 +227,16 @@ def _about(path: Path, read: Any) -> Any:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
+    with _replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what is there afterwards takes the place of `path` at once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

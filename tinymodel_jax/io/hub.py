@@ -4,9 +4,8 @@ A conversion that is complete in the cache (`$TINYMODEL_CACHE`, else `~/.cache/t
 request and without `huggingface_hub`; one that lacks a file or a byte is made again. It is built beside its place and
 moved there whole, so that concurrent processes see all of it or nothing. Checksums are verified where they are known.
 
-The downloaded `.pt` is not kept: it holds the same numbers as its conversion, 88 to 154 MB, and nothing reads it again.
-One that is in Hugging Face's own cache already is used from there, never touched. Nothing is uploaded, and no newer
-version is looked for: every published file has had one version only.
+The downloaded `.pt` is not kept: it holds the same numbers as its conversion, 60 to 154 MB, and nothing reads it again.
+One that is in Hugging Face's own cache already is used from there and left alone. No newer version is looked for.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SHA256 = {
 """Known checksums. The hub announces one for each other large file, which is verified instead."""
 
 _SOURCE_FILE = "source.json"
-_SHA256_NAME = re.compile("[0-9a-f]{64}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class _Source(NamedTuple):
@@ -56,6 +55,14 @@ class _Source(NamedTuple):
 
     def __str__(self) -> str:
         return " and ".join(f"{self.repository}/{file}" for file in self.files)
+
+
+class _File(NamedTuple):
+    """A downloaded file."""
+
+    name: str
+    path: Path
+    sha256: str
 
 
 class _NotThereError(Exception):
@@ -119,13 +126,11 @@ def tokenizer_folder() -> Path:
     """
 
     def build(folder: Path, vocab_json: Path, merges_txt: Path) -> None:
-        # Hugging Face's cache may hold the two in folders that hold other files, too: only these two are wanted.
-        gpt2 = Path(shutil.copy(vocab_json, folder)).parent
-        shutil.copy(merges_txt, folder)
-        tokenizer = Tokenizer.from_gpt2(gpt2)
-        for file in (vocab_json, merges_txt):
-            (folder / file.name).unlink()
-        tokenizer.save_pretrained(folder)
+        # Where they are, there may be other files, which would be taken instead of them.
+        with tempfile.TemporaryDirectory() as gpt2:
+            shutil.copy(vocab_json, gpt2)
+            shutil.copy(merges_txt, gpt2)
+            Tokenizer.from_gpt2(gpt2).save_pretrained(folder)
 
     sources = [_Source(repository, ("vocab.json", "merges.txt")) for repository in TOKENIZER_REPOSITORIES]
     otherwise = (
@@ -156,8 +161,8 @@ def _published_site(tag: str) -> Site:
         )
     if not site.published_files():
         raise FileNotFoundError(
-            f"no dictionary is published as the default for {site.tag!r}. Name a published file, such as "
-            f"'{site.kind}{site.layer}_S-2_R1_P0', or attach one: lm.attach({site.tag!r}, path)."
+            f"no dictionary is published as the default for {site.tag!r}. Name a published file, of the form "
+            f"'{site.kind}0_S-2_R1_P0', or attach one: lm.attach({site.tag!r}, path)."
         )
     return site
 
@@ -196,11 +201,11 @@ def _make(folder: Path, sources: Sequence[_Source], build: Callable[..., None], 
     built = scratch / "built"
     built.mkdir()
     try:
-        build(built, *files.values())
+        build(built, *(file.path for file in files))
     except ValueError as error:
         raise ValueError(f"what was downloaded as {source} is unusable: {error}") from error
-    _write_source(built, source, {file: _sha256(path) for file, path in files.items()})
-    if folder.exists():
+    _write_source(built, source, files)
+    if folder.exists() and not _is_complete(folder):
         folder.rename(scratch / "damaged")
     try:
         built.rename(folder)
@@ -210,57 +215,56 @@ def _make(folder: Path, sources: Sequence[_Source], build: Callable[..., None], 
             raise
 
 
-def _first_available(
-    sources: Sequence[_Source], scratch: Path, otherwise: str
-) -> tuple[_Source, dict[str, Path]]:
-    """Return the first source that the hub has, and where its files are now."""
+def _first_available(sources: Sequence[_Source], scratch: Path, otherwise: str) -> tuple[_Source, list[_File]]:
+    """Return the first source that the hub has, and its files."""
     missing = []
     for source in sources:
         try:
-            return source, {file: _fetch(source.repository, file, scratch, otherwise) for file in source.files}
+            return source, [_fetch(source.repository, file, scratch, otherwise) for file in source.files]
         except _NotThereError as error:
             missing.append(str(error))
     raise FileNotFoundError(f"nothing to download: {'; '.join(missing)}. {otherwise}")
 
 
-def _fetch(repository: str, file: str, scratch: Path, otherwise: str) -> Path:
-    """Return the path of a hub file: in Hugging Face's cache if it is there intact, else downloaded into `scratch`."""
-    import huggingface_hub as hf
+def _fetch(repository: str, name: str, scratch: Path, otherwise: str) -> _File:
+    """Return a hub file: from Hugging Face's cache if it is there intact, else downloaded into `scratch`."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    expected = SHA256.get(f"{repository}/{name}")
+    cached = try_to_load_from_cache(repository, name)
+    if isinstance(cached, str):
+        file = _File(name, Path(cached), _sha256(Path(cached)))
+        if expected in (None, file.sha256):
+            return file
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+    path, announced = _download(repository, name, endpoint, scratch, otherwise)
+    file = _File(name, path, _sha256(path))
+    expected = expected or announced
+    if expected not in (None, file.sha256):
+        raise ValueError(
+            f"{repository}/{name} from {endpoint} has sha256 {file.sha256}, expected {expected}; the download is "
+            f"dropped. Try again; if it comes the same, {endpoint} does not serve the published file."
+        )
+    return file
+
+
+def _download(repository: str, name: str, endpoint: str, scratch: Path, otherwise: str) -> tuple[Path, str | None]:
+    """Return the path of the downloaded file, and the sha256 that the hub says it has (only of large files)."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
-    cached = hf.try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        expected = _expected_sha256(repository, file, Path(cached))
-        if expected is None or _sha256(Path(cached)) == expected:
-            return Path(cached)
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or hf.constants.ENDPOINT
     try:
-        # Asked first because the download's own question is repeated for 23 seconds where there is no network.
-        hf.get_hf_file_metadata(hf.hf_hub_url(repository, file, endpoint=endpoint), endpoint=endpoint)
-        path = Path(hf.hf_hub_download(repository, file, endpoint=endpoint, cache_dir=scratch))
-    except (RemoteEntryNotFoundError, RepositoryNotFoundError) as error:
-        missing = f"the file {file}" if isinstance(error, RemoteEntryNotFoundError) else "that repository, or no access"
-        raise _NotThereError(f"{repository} at {endpoint} has no {missing}") from error
-    except Exception as error:  # errors of its HTTP library pass through huggingface_hub, which has changed the library
-        offline = " HF_HUB_OFFLINE is set." if hf.constants.HF_HUB_OFFLINE else ""
-        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise FileNotFoundError(
-            f"cannot download {repository}/{file} from {endpoint}: {reason}.{offline} {otherwise}"
-        ) from error
-    expected = _expected_sha256(repository, file, path)
-    found = _sha256(path)
-    if expected is not None and found != expected:
-        raise ValueError(
-            f"{repository}/{file} from {endpoint} has sha256 {found}, expected {expected}; the download is dropped. "
-            "Try again; if it comes the same, what is served there is not the published file."
-        )
-    return path
-
-
-def _expected_sha256(repository: str, file: str, path: Path) -> str | None:
-    """Return the known checksum, else the one that the hub announced: Hugging Face's cache names large files by it."""
-    announced = path.resolve().name
-    return SHA256.get(f"{repository}/{file}") or (announced if _SHA256_NAME.fullmatch(announced) else None)
+        # The download asks for the same, but where there is no network it goes on trying for 23 seconds.
+        etag = get_hf_file_metadata(hf_hub_url(repository, name, endpoint=endpoint), endpoint=endpoint).etag
+        path = Path(hf_hub_download(repository, name, endpoint=endpoint, cache_dir=scratch))
+    except RemoteEntryNotFoundError as error:
+        raise _NotThereError(f"{endpoint} has no {name} in {repository}") from error
+    except RepositoryNotFoundError as error:
+        raise _NotThereError(f"{endpoint} has no repository {repository}, or gives no access to it") from error
+    except Exception as error:  # those of its HTTP library come through, and huggingface_hub has changed the library
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise FileNotFoundError(f"{repository}/{name} cannot be had from {endpoint}: {reason}. {otherwise}") from error
+    return path, etag if etag is not None and _SHA256.fullmatch(etag) else None
 
 
 def _sha256(path: Path) -> str:
@@ -268,12 +272,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_source(folder: Path, source: _Source, checksums: dict[str, str]) -> None:
+def _write_source(folder: Path, source: _Source, files: Sequence[_File]) -> None:
     """Record where a conversion comes from, and the sizes by which `_is_complete` knows it."""
     made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     record = {
         "repository": source.repository,
-        "sha256": checksums,
+        "sha256": {file.name: file.sha256 for file in files},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in made},
     }
