@@ -180,7 +180,10 @@ class DictionaryConfig(_JsonConfig):
         if takes_k != (self.k is not None):
             wants = f"needs k, 1 to n_features={self.n_features}" if takes_k else f"takes no k, got k={self.k}"
             raise ValueError(f"DictionaryConfig: architecture {self.architecture!r} {wants}.")
-        if self.k is not None and not 1 <= self.k <= self.n_features:
+        if self.k is None:
+            return
+        _require_positive("DictionaryConfig", "k", self.k)
+        if self.k > self.n_features:
             raise ValueError(f"DictionaryConfig: k={self.k} is outside 1..n_features={self.n_features}.")
 
 
@@ -191,6 +194,8 @@ def dtype_name(dtype: Any) -> str:
         ValueError: it is not one of float32, bfloat16, float16, float64.
     """
     try:
+        if dtype is None:
+            raise TypeError("NumPy would take None for float64")
         name = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).name
     except TypeError:
         name = str(dtype)

@@ -206,7 +206,8 @@ def resolve_indices(indices: Indices, n_features: int) -> Any:
     if array.size == 0 and array.ndim == 1:
         array = array.astype(np.int32)
     if array.ndim > 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"indices={indices!r}: expected an int, a slice, or a flat list of ints.")
+        got = f"{array.dtype} values of shape {array.shape}" if array.ndim else repr(indices)
+        raise ValueError(f"indices: got {got}; expected an int, a slice, or a flat list of ints.")
     outside = array[(array < -n_features) | (array >= n_features)]
     if outside.size:
         raise ValueError(f"feature {outside.flat[0]} is out of range; the dictionary has features 0..{n_features - 1}.")

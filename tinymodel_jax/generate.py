@@ -66,27 +66,29 @@ def continue_prompts(
         end_id: a row stops after this token, which is kept; None for never.
         top_k: sample from the k largest logits only; None for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
-        seed: of the random draws; row r, step s draws from `fold_in(fold_in(key(seed), r), s)`.
+        seed: of the random draws, 0 to 2**32 - 1; row r, step s draws from `fold_in(fold_in(key(seed), r), s)`.
 
     Raises:
         ValueError: a row has no tokens, or an option is out of range.
     """
-    _check_options(n_toks, temperature, top_k, top_p)
-    lengths = prompts.shape[1] - np.argmax((prompts != config.pad_id)[:, ::-1], axis=1)
+    _check_options(n_toks, temperature, top_k, top_p, seed)
     if prompts.size == 0 or (prompts == config.pad_id).all(axis=1).any():
         raise ValueError("generate: a prompt has no tokens; every row needs at least one, usually [BEGIN].")
+    lengths = prompts.shape[1] - np.argmax((prompts != config.pad_id)[:, ::-1], axis=1)
     longest = int(lengths.max())
     width = bucket(longest, config.n_ctx)
     capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
     method: Method = "greedy" if temperature == 0 else "sample" if top_k is None and top_p is None else "filtered"
     sampling = Sampling(
-        np.float32(temperature), np.int32(top_k or config.d_vocab), np.float32(1 if top_p is None else top_p)
+        np.float32(temperature),
+        np.int32(min(top_k or config.d_vocab, config.d_vocab)),
+        np.float32(1 if top_p is None else top_p),
     )
     tokens, new_lengths = _generate_compiled(
         params,
         pad_right(prompts[:, :longest], max(width, capacity), config.pad_id),
         lengths.astype(np.int32),
-        np.int32(n_toks),
+        np.int32(min(n_toks, config.n_ctx)),
         np.int32(-1 if end_id is None else end_id),
         sampling,
         jax.random.key(seed),
@@ -180,12 +182,12 @@ def keep_likely(
     ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
     probabilities = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p) & (rank < top_k)
+    kept = ((before < top_p) | (top_p >= 1)) & (rank < top_k)  # the sum before a rare token may round to 1
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
-def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     problems = []
     if not (isinstance(n_toks, int | np.integer) and n_toks >= 0):
         problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")
@@ -195,6 +197,8 @@ def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: fl
         problems.append(f"top_k={top_k!r} must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         problems.append(f"top_p={top_p!r} must be above 0 and at most 1")
+    if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
+        problems.append(f"seed={seed!r} must be a whole number, 0 to {2**32 - 1}")
     if problems:
         raise ValueError(f"generate: {'; '.join(problems)}.")
 

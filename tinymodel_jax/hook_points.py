@@ -129,9 +129,11 @@ def apply_with_hooks(
 
 def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
     edited = hook(value, seen)
-    if edited.shape != value.shape:
+    shape = getattr(edited, "shape", None)
+    if shape != value.shape:
+        returned = f"a {type(edited).__name__}" if shape is None else f"shape {tuple(shape)}"
         raise ValueError(
-            f"the hook at {name!r} returned shape {tuple(edited.shape)}; the value there has shape "
+            f"the hook at {name!r} returned {returned}; the value there has shape "
             f"{tuple(value.shape)}, and an edit must keep it."
         )
     return edited.astype(value.dtype)

@@ -22,7 +22,7 @@ from tinymodel_jax.dictionary import (
     reconstruct,
     resolve_indices,
 )
-from tinymodel_jax.hook_points import Hook
+from tinymodel_jax.hook_points import Hook, position_axes
 
 Hooks = dict[str, Hook]
 Acts = Mapping[str, Array]
@@ -130,19 +130,19 @@ def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
     """Add `vector` (…, width) to the value at a hook point, at all positions or where the mask is true.
 
     Args:
-        positions: here and below, a boolean mask of shape (seq,) or (batch, seq).
+        positions: here and below, a boolean mask of shape (seq,) or (batch, seq); of the query at scores and pattern.
     """
-    return {hook_name: Add(vector, positions)}
+    return {hook_name: Add(vector, _mask_at(hook_name, positions))}
 
 
 def patch(hook_name: str, value: Any, positions: Any = None) -> Hooks:
     """Replace the value at a hook point, such as by the same value from another prompt (activation patching)."""
-    return {hook_name: Replace(value, positions)}
+    return {hook_name: Replace(value, _mask_at(hook_name, positions))}
 
 
 def scale(hook_name: str, factor: Any, positions: Any = None) -> Hooks:
     """Multiply the value at a hook point; 0 ablates it, a (n_heads, 1) factor at `attn.hook_z` ablates heads."""
-    return {hook_name: Scale(factor, positions)}
+    return {hook_name: Scale(factor, _mask_at(hook_name, positions))}
 
 
 def ablate(dictionary: Dictionary, features: Any, positions: Any = None) -> Hooks:
@@ -188,9 +188,22 @@ def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions
     return {config.hook_out: edit}
 
 
+def _mask_at(hook_name: str, positions: Any) -> Any:
+    """Give the mask a head axis where heads come before positions."""
+    heads_first = position_axes(hook_name) != (1,)
+    return jnp.atleast_2d(jnp.asarray(positions))[:, None] if heads_first and positions is not None else positions
+
+
 def _where(positions: Any, edited: Array, value: Array) -> Array:
+    """Return `edited` where the mask is true, `value` elsewhere; the mask covers the leading axes of both."""
     if positions is None:
         return edited
-    mask = jnp.asarray(positions, bool)
-    mask = mask[None] if mask.ndim == 1 else mask
+    mask = jnp.atleast_2d(jnp.asarray(positions, bool))
+    covered = value.shape[: mask.ndim]
+    fits = len(covered) == mask.ndim and covered[-1] == mask.shape[-1]
+    if not fits or any(m not in (1, n) for m, n in zip(mask.shape, covered, strict=True)):
+        raise ValueError(
+            f"positions has shape {jnp.shape(positions)}, the value that is edited {value.shape}; "
+            "expected a boolean mask of shape (seq,) or (batch, seq)."
+        )
     return jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), edited, value)

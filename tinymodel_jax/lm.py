@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.config import ModelConfig, dtype_name
 from tinymodel_jax.dictionary import Dictionary, Indices, resolve_indices
 from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
 from tinymodel_jax.generate import continue_prompts
@@ -60,7 +60,7 @@ class TinyModel(WeightViews):
         dtype: Any = "float32",
     ):
         files = artifacts.load_model(name_or_path, n_heads)
-        config = dataclasses.replace(files.config, dtype=dtype, param_dtype="float32")
+        config = dataclasses.replace(files.config, dtype=dtype_name(dtype), param_dtype="float32")
         self._set(config, unflatten(files.params), None)
         self._tokenizer_folder = files.directory
         self._own_dictionaries = files.dictionaries
@@ -116,7 +116,7 @@ class TinyModel(WeightViews):
             ValueError: `layer` is outside 0..n_layers.
         """
         n_layers = self.config.n_layers
-        if layer not in range(n_layers + 1):
+        if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
             raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
         if layer == n_layers:
             name, hooks = f"blocks.{n_layers - 1}.hook_resid_post", self._hooks()
@@ -136,17 +136,16 @@ class TinyModel(WeightViews):
             ValueError: the mask has another shape, or no token counts.
         """
         ids, length = self._prepare(tok_ids)
-        if attn_mask is None:
-            attn_mask = np.ones((ids.shape[0], length), np.float32)
-        if attn_mask.shape != (ids.shape[0], length):
-            raise ValueError(
-                f"attn_mask has shape {attn_mask.shape}, tok_ids {(ids.shape[0], length)}; they must agree."
-            )
-        if not is_traced(attn_mask) and not np.any(np.asarray(attn_mask)[:, 1:]):
+        mask = np.ones((ids.shape[0], length)) if attn_mask is None else attn_mask
+        mask = mask if is_traced(mask) else np.asarray(mask)
+        if mask.shape != (ids.shape[0], length):
+            raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {(ids.shape[0], length)}; they must agree.")
+        if not is_traced(mask) and not np.any(mask[:, 1:]):
             raise ValueError(
                 "loss: no token to predict; it takes at least two tokens a row, and a mask that is not all 0."
             )
-        weights = jnp.pad(attn_mask, ((0, 0), (0, ids.shape[1] - length))).astype(jnp.float32)
+        pad = jnp.pad if is_traced(mask) else np.pad  # outside of a trace, jnp.pad is a program for every length
+        weights = pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
         return mean_loss(self.params, ids, weights, self._hooks(), config=self.config)
 
     def run_with_cache(
@@ -179,7 +178,8 @@ class TinyModel(WeightViews):
         ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
         edits = combine(self._hooks(), hooks)
         run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
-        return run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
+        logprobs, acts = run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
+        return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
     def _run(
         self, tok_ids: Any, output: Output, keep: tuple[str, ...], hooks: Hooks | None = None
@@ -188,7 +188,7 @@ class TinyModel(WeightViews):
         hooks = self._hooks() if hooks is None else hooks
         value, acts = forward(self.params, ids, hooks, config=self.config, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
-        return value, {name: cut(act, position_axes(name), length) for name, act in acts.items()}
+        return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
 
     def _prepare(self, tok_ids: Any) -> tuple[Any, int]:
         """Return ids padded to a compiled length, and their own length."""
@@ -351,7 +351,7 @@ class TinyModel(WeightViews):
             break_on_end: stop a row at `[END]`, which stays in the text.
             top_k: sample from the k most likely tokens only.
             top_p: sample from the fewest tokens whose probabilities reach this sum.
-            seed: of the random draws; a batch's rows draw differently.
+            seed: of the random draws, 0 to 2**32 - 1; a batch's rows draw differently.
 
         Raises:
             ValueError: a prompt is longer than the context, or an option is out of range.
@@ -391,10 +391,13 @@ class TinyModel(WeightViews):
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and attached dictionaries.
+        """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.
 
-        `TinyModel(directory)` loads it. Splices are not saved.
+        Dictionaries that came with the model are saved too, used or not. `TinyModel(directory)` loads it. Splices are
+        not saved.
         """
+        for tag in self._own_dictionaries:
+            self._dictionary(Site.parse(tag)[0])
         flat = {name: np.asarray(array) for name, array in flatten(self.params).items()}
         tokenizer = self._tokenizer
         if tokenizer is None and self._tokenizer_folder is not None:
@@ -406,7 +409,7 @@ class TinyModel(WeightViews):
         artifacts.save_model(self.config, flat, directory, tokenizer, dictionaries)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that `jax.jit(lm["M2"])` works
 class FeatureReader:
     """The activations at one site as a function of token ids: what `lm[tag]` returns."""
 

@@ -80,7 +80,7 @@ def cut(array: jax.Array, axes: Iterable[int], length: int) -> jax.Array:
         index[axis] = slice(length)
     if all(array.shape[axis] == length for axis in axes):
         return array
-    if array.devices() == {jax.devices("cpu")[0]}:
+    if not is_traced(array) and array.devices() == {jax.devices("cpu")[0]}:
         # A slice of a JAX array is a program of its own for every length; on the CPU, NumPy's view needs none.
         return jax.device_put(np.asarray(array)[tuple(index)])
     return array[tuple(index)]

@@ -41,7 +41,7 @@ _DEFAULT_FILES = {
 }
 
 _TAG = re.compile(
-    r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]+)(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]+))?"
+    r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]{1,9}))?"
 )
 
 

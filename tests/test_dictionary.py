@@ -1,0 +1,173 @@
+"""Dictionaries of all architectures against NumPy float64 and the reference, indices, and binding of parameters."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from conftest import OUR_KIND, make_dictionary, random_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import F32, GOLDEN, assert_close, error_of
+
+from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
+from tinymodel_jax.dictionary import Dictionary, keep_top_k, param_shapes, resolve_indices
+
+SAE = ("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out")
+TRANSCODER = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out")
+VARIANTS = [
+    (architecture, hooks, skip, subtract)
+    for architecture in ARCHITECTURES
+    for hooks, skip in ((SAE, False), (TRANSCODER, False), (TRANSCODER, True))
+    for subtract in (False, True)
+]
+
+
+def make(architecture, hooks=SAE, skip=False, subtract=False):
+    k = 3 if architecture in ("topk", "batch_topk") else None
+    hook_in, hook_out = hooks
+    return make_dictionary(hook_in, hook_out, architecture=architecture, k=k, skip=skip, subtract_b_dec=subtract)
+
+
+def inputs(seed=0, shape=(2, 5, 16)):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("architecture", "hooks", "skip", "subtract"), VARIANTS)
+def test_encoding_and_prediction_equal_numpy_s(architecture, hooks, skip, subtract):
+    dictionary, x = make(architecture, hooks, skip, subtract), inputs()
+    acts = dictionary.encode(x)
+    expected = oracle.encode(dictionary.params, dictionary.config, x)
+    assert_close(acts, expected, F32)
+    assert 0 < (expected > 0).sum() < expected.size
+    assert_close(dictionary(x), oracle.reconstruct(dictionary.params, dictionary.config, x), F32)
+    decoded = expected @ np.asarray(dictionary.params["W_dec"], np.float64) + np.asarray(dictionary.params["b_dec"])
+    assert_close(dictionary.decode(acts), decoded, F32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "indices", [0, -1, 7, np.int64(3), [1, 5, 5, -2], [], slice(0, 10, 3), slice(None, None, -1), np.array([4, 2])]
+)
+def test_indices_give_the_columns_of_the_whole(architecture, indices):
+    dictionary, x = make(architecture), inputs()
+    assert_close(dictionary.encode(x, indices=indices), np.asarray(dictionary.encode(x))[..., indices], F32)
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_top_k_keeps_exactly_the_k_largest_and_lower_indices_of_equals(data):
+    values = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0])
+    row = np.array(data.draw(st.lists(values, min_size=8, max_size=8)), np.float32)
+    k = data.draw(st.integers(1, 8))
+    kept = sorted(range(8), key=lambda i: (-row[i], i))[:k]
+    expected = [max(row[i], 0) if i in kept else 0 for i in range(8)]
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(row), k), expected)
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_exactly_k_features_are_active_where_enough_are_positive(k):
+    dictionary = make_dictionary(*SAE, architecture="topk", k=k)
+    params = {**dictionary.params, "b_enc": dictionary.params["b_enc"] + 50}
+    acts = Dictionary.from_params(dictionary.config, params).encode(inputs())
+    np.testing.assert_array_equal((acts > 0).sum(-1), np.full((2, 5), k))
+
+
+def test_a_negative_threshold_is_no_threshold():
+    dictionary, x = make("jumprelu"), inputs()
+    shared = {**dictionary.params, "threshold": jnp.full(12, -3.0)}
+    relu = oracle.encode(shared, make("relu").config, x)
+    assert_close(Dictionary.from_params(dictionary.config, shared).encode(x), relu, F32)
+
+
+def test_a_threshold_is_a_gate_not_a_shift():
+    dictionary, x = make("jumprelu"), inputs()
+    params = {**dictionary.params, "threshold": jnp.full(12, 0.5)}
+    acts = np.asarray(Dictionary.from_params(dictionary.config, params).encode(x))
+    assert acts[acts > 0].min() > 0.5
+    assert (acts == 0).any()
+
+
+def test_any_leading_shape_is_kept():
+    dictionary = make("relu")
+    for shape in ((16,), (3, 16), (2, 3, 4, 16)):
+        assert dictionary.encode(inputs(shape=shape)).shape == (*shape[:-1], 12)
+        assert dictionary(inputs(shape=shape)).shape == shape
+
+
+def test_a_dictionary_computes_in_its_own_number_format():
+    dictionary, x = make("relu"), inputs()
+    assert dictionary.encode(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    half = Dictionary.from_params(
+        DictionaryConfig(**{**dictionary.config.to_dict(), "dtype": "bfloat16"}), dictionary.params
+    )
+    assert half.encode(x).dtype == half(x).dtype == jnp.bfloat16
+    assert half.params["W_enc"].dtype == jnp.float32
+
+
+def test_unbound_it_is_a_linen_module():
+    bound, x = make("gated", TRANSCODER, skip=True), inputs()
+    module = Dictionary(bound.config)
+    variables = module.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, dict(variables["params"])) == param_shapes(bound.config)
+    assert not np.asarray(variables["params"]["W_skip"]).any()
+    given_params = {"params": bound.params}
+    np.testing.assert_array_equal(module.apply(given_params, x), bound(x))
+    np.testing.assert_array_equal(module.apply(given_params, x, method="encode"), bound.encode(x))
+    assert "from_pretrained" in error_of(lambda: module.params)
+
+
+def test_a_bound_dictionary_works_under_jit_and_grad():
+    dictionary, x = make("relu"), inputs()
+    assert_close(jax.jit(dictionary.encode)(x), oracle.encode(dictionary.params, dictionary.config, x), F32)
+    _, w = jax.jit(lambda i: dictionary.encode(x, indices=i))(jnp.int32(3)), dictionary.params["W_enc"]
+    slope = jax.grad(lambda x: dictionary.encode(x)[3])(jnp.asarray(w[:, 3]) * 10)
+    assert_close(slope, w[:, 3], F32)
+
+
+@pytest.mark.parametrize("theirs", [f"{kind}{layer}" for kind in ("A", "T", "M", "Ra", "Rm") for layer in range(4)])
+def test_decoding_equals_the_reference_s(golden_dictionaries, golden, theirs):
+    stored = golden("sparse_acts_readonly.npz")
+    dictionary = golden_dictionaries[f"{OUR_KIND[theirs[:-1]]}{theirs[-1]}"]
+    decoded = dictionary.decode(jnp.asarray(stored[theirs][:, :2]))
+    assert_close(decoded, stored[f"{theirs}/recon_of_acts"], GOLDEN)
+
+
+def test_parameters_that_do_not_fit_are_all_named():
+    dictionary = make("jumprelu")
+    wrong = {**dictionary.params, "W_dec": jnp.zeros((16, 12)), "W_skip": jnp.zeros((16, 16))}
+    del wrong["threshold"]
+    message = error_of(lambda: Dictionary.from_params(dictionary.config, wrong))
+    assert "missing 'threshold' (12,)" in message
+    assert "unexpected 'W_skip'" in message
+    assert "'W_dec' has shape (16, 12), expected (12, 16)" in message
+
+
+def test_parameters_are_stored_in_the_format_that_the_config_says():
+    config = DictionaryConfig(*SAE, 16, 16, 12, param_dtype="bfloat16")
+    params = random_params(param_shapes(config), 0)
+    assert Dictionary.from_params(config, params).params["W_enc"].dtype == ml_dtypes.bfloat16
+
+
+def test_an_input_of_another_width_is_an_error():
+    message = error_of(lambda: make("relu").encode(jnp.zeros((2, 15))))
+    assert message == "encode: x has width 15, the dictionary reads d_in=16."
+
+
+@pytest.mark.parametrize(
+    ("indices", "says"),
+    [
+        (12, "feature 12 is out of range; the dictionary has features 0..11"),
+        (-13, "feature -13 is out of range"),
+        ([0, 99], "feature 99 is out of range"),
+        (1.0, "indices: got 1.0; expected an int, a slice, or a flat list of ints"),
+        (True, "indices: got True"),
+        ("7", "indices: got '7'"),
+        (np.ones((3, 3)), "indices: got float64 values of shape (3, 3)"),
+        ([[1], [2]], "values of shape (2, 1)"),
+    ],
+)
+def test_indices_that_are_none_are_named(indices, says):
+    assert says in error_of(lambda: resolve_indices(indices, 12))
+    assert says in error_of(lambda: make("relu").encode(inputs(), indices=indices))
