@@ -1,0 +1,46 @@
+"""The machine and the versions a measurement was made with, in words that hold no host name and no path."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = ("tinymodel-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "tinymodel")
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 34),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+"""Settings with which glibc keeps freed memory, so that large arrays are not faulted in anew for every operation."""
+
+
+def describe_machine() -> dict[str, str]:
+    """Return processor, memory, system, allocator setting and the installed versions."""
+    tuned = all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items())
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {
+        "processor": f"{os.cpu_count()} cores of {_processor()}",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "allocator": "tuned" if tuned else "as set by MALLOC_*" if _any_malloc_setting() else "default",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _any_malloc_setting() -> bool:
+    return any(name.startswith("MALLOC_") for name in os.environ)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

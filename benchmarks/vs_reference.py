@@ -1,0 +1,287 @@
+"""This package against the PyTorch reference: the same weights and inputs, alternating on one machine.
+
+    python benchmarks/vs_reference.py [--rounds 9] [--only NAME …] [--json FILE] [--tuned-allocator]
+
+Needs PyTorch and the reference (PyPI `torch`, `tinymodel`). Each library runs in a process of its own, as its users run
+it, and only one of them works at a time: memory allocators, page caches of freed arrays and thread pools are not
+shared. One process for both gave the same medians within the noise. Before anything is timed, both must give the same
+log-probabilities, activations and greedy tokens. The reference runs without gradients; the clock stops when the result
+is computed. What our `lm['M1']` reads is the reference version's `T1`.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import tyro
+from machine import TUNED_ALLOCATOR, describe_machine
+from reference import CONFIG, DICTIONARY_FILE, MODEL_FILE, load_reference, write_weights
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+Name = Literal[
+    "forward-8x256",
+    "forward-8x256-plain-jit",
+    "forward-1x32",
+    "M1",
+    "M1-made-once",
+    "M1N123",
+    "generate-1x50",
+    "generate-32x50",
+]
+Calls = dict[str, Callable[[], Any]]
+N_TOKS, PROMPT_LENGTH, N_PROMPTS, N_PROMPTS_REFERENCE = 50, 13, 32, 4
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One line of the table."""
+
+    title: str
+    reference: str
+    """The reference's call; several of ours may stand against one of its."""
+    goal: float | None = None
+    """Largest ratio (our time / the reference's) that the project aims at."""
+    scale: float = 1
+    """Factor on the reference's time, where it does only a part of the work."""
+
+
+WORKLOADS: dict[str, Workload] = {
+    "forward-8x256": Workload("log-probabilities, 8 x 256", "forward-8x256", goal=1.0),
+    "forward-8x256-plain-jit": Workload("the same, plain jax.jit", "forward-8x256"),
+    "forward-1x32": Workload("log-probabilities, 1 x 32", "forward-1x32", goal=1.0),
+    "M1": Workload("lm['M1'](ids), 25,000 features, 8 x 256", "M1"),
+    "M1-made-once": Workload("the same, function made once", "M1-made-once"),
+    "M1N123": Workload("lm['M1N123'], made once, 8 x 256", "M1N123"),
+    "generate-1x50": Workload("50 greedy tokens after 13", "generate-1x50", goal=0.12),
+    "generate-32x50": Workload(
+        f"32 prompts x 50 tokens (reference: {N_PROMPTS_REFERENCE}, scaled)",
+        "generate-32x50",
+        goal=0.03,
+        scale=N_PROMPTS / N_PROMPTS_REFERENCE,
+    ),
+}
+
+
+def main(
+    rounds: int = 9,
+    only: tuple[Name, ...] = get_args(Name),
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json", metavar="FILE")] = None,
+    tuned_allocator: bool = False,
+) -> None:
+    """Time this package against the reference.
+
+    Args:
+        rounds: how often each call is timed after one untimed round; medians count.
+        only: workloads to run.
+        json_file: file to write all times to.
+        tuned_allocator: let glibc keep freed memory (MALLOC_MMAP_THRESHOLD_ and others), in both processes.
+    """
+    if tuned_allocator:
+        os.environ.update(TUNED_ALLOCATOR)  # glibc reads it when a process starts
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(Path(folder))
+        with Side(our_calls, folder) as ours, Side(reference_calls, folder) as reference:
+            check_same_results(ours, reference, only)
+            times = alternate(ours, reference, only, rounds)
+            facts = describe_machine() | {"YNN fusion": ours.ask("ynn"), "matrix x vector": ours.ask("bandwidth")}
+    console = Console()
+    for name, fact in facts.items():
+        console.print(f"{name}: {fact}", highlight=False)
+    console.print(as_table(times))
+    if json_file is not None:
+        write_json(json_file, facts, times)
+
+
+class Side:
+    """A process that holds one library and makes calls on request."""
+
+    def __init__(self, make_calls: Callable[[Path], Calls], folder: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(make_calls, Path(folder), far_end), daemon=True)
+        self._process.start()
+        far_end.close()  # so that a dead process is an EOFError here, not a wait without end
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def seconds(self, name: str) -> float:
+        """Return the wall-clock time of one call."""
+        self._connection.send((name, False))
+        return self._connection.recv()
+
+    def ask(self, name: str) -> Any:
+        """Return the result of one call."""
+        self._connection.send((name, True))
+        return self._connection.recv()
+
+
+def serve(make_calls: Callable[[Path], Calls], folder: Path, connection: Connection) -> None:
+    """Answer requests until the other side ends this process."""
+    calls = make_calls(folder)
+    while True:
+        name, wants_result = connection.recv()
+        start = time.perf_counter()
+        result = calls[name]()
+        seconds = time.perf_counter() - start
+        if wants_result:
+            connection.send(np.asarray(result) if hasattr(result, "shape") else result)
+        else:
+            connection.send(seconds)
+
+
+def inputs() -> dict[str, np.ndarray]:
+    """Return token ids by workload size."""
+    rng = np.random.default_rng(1)
+    shapes = {"8x256": (8, 256), "1x32": (1, 32), "prompts": (N_PROMPTS, PROMPT_LENGTH)}
+    return {name: rng.integers(0, CONFIG.begin_id, shape) for name, shape in shapes.items()}
+
+
+def our_calls(folder: Path) -> Calls:
+    """Load this package; return its calls, and the facts that only JAX knows."""
+    jax: Any = importlib.import_module("jax")
+    forward: Any = importlib.import_module("tinymodel_jax.forward")
+    from tinymodel_jax.lm import TinyModel
+
+    lm, ids = TinyModel(folder / MODEL_FILE), inputs()
+    lm.attach("M1", folder / DICTIONARY_FILE)
+    plain = jax.jit(forward.forward_with_hooks, static_argnames=("config", "keep", "output"))
+    wait = jax.block_until_ready
+    all_features, one_feature = lm["M1"], lm["M1N123"]
+    return {
+        "forward-8x256": lambda: wait(lm(ids["8x256"])),
+        "forward-8x256-plain-jit": lambda: wait(plain(lm.params, ids["8x256"], {}, config=lm.config)[0]),
+        "forward-1x32": lambda: wait(lm(ids["1x32"])),
+        "M1": lambda: wait(lm["M1"](ids["8x256"])),
+        "M1-made-once": lambda: wait(all_features(ids["8x256"])),
+        "M1N123": lambda: wait(one_feature(ids["8x256"])),
+        "generate-1x50": lambda: lm.generate_ids(ids["prompts"][:1], N_TOKS, 0, break_on_end=False),
+        "generate-32x50": lambda: lm.generate_ids(ids["prompts"], N_TOKS, 0, break_on_end=False),
+        "ynn": ynn_fusion,
+        "bandwidth": bandwidth,
+    }
+
+
+def ynn_fusion() -> str:
+    """Say which matrix products XLA uses in this package's programs."""
+    from tinymodel_jax.compilation import fast_compiler_options
+
+    return "turned off by this package" if fast_compiler_options() else "as XLA's default"
+
+
+def bandwidth(rows: int = 768, columns: int = 32_768, rounds: int = 30) -> str:
+    """Time a matrix-vector product, and say how long reading a token's weights takes at that rate."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix, vector = jnp.ones((rows, columns)), jnp.ones(rows)
+    product = jax.jit(lambda vector, matrix: vector @ matrix)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        product(vector, matrix).block_until_ready()
+        times.append(time.perf_counter() - start)
+    rate = matrix.nbytes / median(times)
+    weights = 4 * (CONFIG.n_params - (CONFIG.d_vocab + CONFIG.n_ctx) * CONFIG.d_model)
+    return (
+        f"{rate / 1e9:.1f} GB/s ({rows} x {columns} float32 in XLA): the {weights / 1e6:.0f} MB of weights behind a "
+        f"token take {weights / rate * 1e3:.1f} ms to read, {N_TOKS} tokens {N_TOKS * weights / rate * 1e3:.0f} ms"
+    )
+
+
+def reference_calls(folder: Path) -> Calls:
+    """Load the reference; return its calls."""
+    lm = load_reference(folder)
+    torch: Any = importlib.import_module("torch")
+    torch.set_grad_enabled(False)
+    ids = {name: torch.tensor(array) for name, array in inputs().items()}
+    all_features, one_feature = lm["T1"], lm["T1N123"]
+
+    def generate(prompts: Iterable[Any]) -> Any:
+        rows = [lm.generate(prompt[None], N_TOKS, temperature=0, break_on_end=False) for prompt in prompts]
+        return torch.stack(rows)
+
+    return {
+        "forward-8x256": lambda: lm(ids["8x256"]),
+        "forward-1x32": lambda: lm(ids["1x32"]),
+        "M1": lambda: lm["T1"](ids["8x256"]),
+        "M1-made-once": lambda: all_features(ids["8x256"]),
+        "M1N123": lambda: one_feature(ids["8x256"]),
+        "generate-1x50": lambda: generate(ids["prompts"][:1]),
+        "generate-32x50": lambda: generate(ids["prompts"][:N_PROMPTS_REFERENCE]),
+    }
+
+
+def check_same_results(ours: Side, reference: Side, names: Iterable[str]) -> None:
+    """Compare every workload's results.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    for name in names:
+        mine, theirs = ours.ask(name), reference.ask(WORKLOADS[name].reference)
+        if name.startswith("generate"):
+            mine = mine[: len(theirs), 1:]  # the reference drops the first id, which is [BEGIN] in real prompts
+            difference = float(np.sum(mine != theirs))
+        else:
+            difference = float(np.max(np.abs(mine - theirs)))
+        if mine.shape != theirs.shape or difference > TOLERANCE:
+            raise SystemExit(f"{name}: results differ by {difference} (shapes {mine.shape} and {theirs.shape}).")
+
+
+def alternate(ours: Side, reference: Side, names: Iterable[str], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Return all times in seconds, by workload and side."""
+    times = {name: {"ours": [], "reference": []} for name in names}
+    rounds_of = [(name, part) for name in times for part in range(rounds)]
+    for name, _ in track(rounds_of, description="timing", console=Console(stderr=True)):
+        workload = WORKLOADS[name]
+        times[name]["reference"].append(workload.scale * reference.seconds(workload.reference))
+        times[name]["ours"].append(ours.seconds(name))
+    return times
+
+
+def as_table(times: dict[str, dict[str, list[float]]]) -> Table:
+    """Lay out medians, the fastest times, and ratios beside their goals."""
+    table = Table(title="median (fastest) in milliseconds")
+    for column in ("workload", "reference", "tinymodel_jax", "ratio", "goal"):
+        table.add_column(column, justify="left" if column == "workload" else "right")
+    for name, both in times.items():
+        cells = [f"{median(both[side]) * 1e3:,.1f} ({min(both[side]) * 1e3:,.1f})" for side in ("reference", "ours")]
+        goal = WORKLOADS[name].goal
+        table.add_row(WORKLOADS[name].title, *cells, f"{ratio(both):.3f}", "" if goal is None else f"≤ {goal}")
+    return table
+
+
+def ratio(both: dict[str, list[float]]) -> float:
+    """Return our median time over the reference's."""
+    return median(both["ours"]) / median(both["reference"])
+
+
+def write_json(path: Path, facts: dict[str, str], times: dict[str, dict[str, list[float]]]) -> None:
+    """Write the machine, and all times in seconds."""
+    rows = {
+        name: {"title": WORKLOADS[name].title, "ratio": ratio(both), "goal": WORKLOADS[name].goal, "seconds": both}
+        for name, both in times.items()
+    }
+    path.write_text(json.dumps({"machine": facts, "workloads": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
