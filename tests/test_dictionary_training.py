@@ -1,0 +1,279 @@
+"""Training dictionaries: the step, sweeps, and the dictionary that comes out of a state."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import as_users_run_it
+
+from tinymodel_jax.config import ARCHITECTURES
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.training.dictionary_forward import Execution, execution_for, loss_and_gradient
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe, recipe_preset
+from tinymodel_jax.training.dictionary_result import finalize
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
+from tinymodel_jax.training.dictionary_step import learning_rate_share, member_of, stack_members, sweep_step, train_step
+
+F32 = 1e-5
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+WIDTH, FEATURES, BATCH = 8, 24, 64
+
+
+def small_recipe(architecture, **changes) -> DictionaryRecipe:
+    fields = {"learning_rate": 3e-3, "batch_size": BATCH} | ({"k": 4} if architecture in ("topk", "batch_topk") else {})
+    if architecture == "jumprelu":
+        fields |= {"target_l0": 5.0}
+    if architecture in ("relu", "gated"):
+        fields |= {"sparsity": 0.3}
+    return recipe_preset("house", architecture, FEATURES, 100, **(fields | changes))
+
+
+def batch(seed=0, width=WIDTH):
+    return 3 * jax.random.normal(jax.random.key(seed), (BATCH, width)) + jnp.linspace(-1, 2, width)
+
+
+def statistics(x):
+    return ActivationStatistics.zero(x.shape[1]).update(x)
+
+
+def start(recipe, x, y=None, seed=0) -> DictionaryTrainState:
+    return init_state(jax.random.key(seed), recipe, statistics(x), None if y is None else statistics(y))
+
+
+@functools.cache
+def compiled(function, recipe, execution=None):
+    return jax.jit(functools.partial(function, recipe=recipe, execution=execution or execution_for(recipe)))
+
+
+def train(recipe, state, steps, x=None, y=None, hyper=None):
+    step, hyper, metrics = compiled(train_step, recipe), hyper or recipe.hyper(), {}
+    for i in range(steps):
+        xs = batch(i + 1) if x is None else x
+        state, metrics = step(state, hyper, xs, y)
+    return state, metrics
+
+
+def assert_trees_close(found, wanted, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_statistics_scale_the_mean_norm_to_the_root_of_the_width():
+    x = batch()
+    found = statistics(x[:20]).update(x[20:])
+    np.testing.assert_allclose(found.mean, x.mean(axis=0), atol=F32)
+    assert jnp.linalg.norm(x * found.scale, axis=1).mean() == pytest.approx(WIDTH**0.5, rel=F32)
+    assert ActivationStatistics.zero(3).update(jnp.zeros((4, 3))).scale == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_starts_at_the_mean_with_a_tied_encoder(architecture):
+    recipe = small_recipe(architecture)
+    state = start(recipe, batch())
+    np.testing.assert_array_equal(state.params["W_enc_T"], state.params["W_dec"])
+    np.testing.assert_allclose(jnp.linalg.norm(state.params["W_dec"], axis=1), 0.1, rtol=F32)
+    bias = state.params["b_gate" if architecture == "gated" else "b_enc"]
+    np.testing.assert_allclose(state.params["W_enc_T"] @ state.mean_in + bias, 0, atol=F32)
+    np.testing.assert_allclose(state.params["b_dec"], state.mean_in, atol=F32)
+
+
+def test_a_jumprelu_dictionary_starts_near_its_target():
+    x = jax.random.normal(jax.random.key(0), (2000, 64))
+    recipe = recipe_preset("house", "jumprelu", 1000, 10, target_l0=30.0)
+    _, metrics = compiled(train_step, recipe)(start(recipe, x), recipe.hyper(), x)
+    assert 20 < metrics["l0"] < 40
+
+
+def test_the_step_is_adam_on_the_clipped_gradient_with_the_scheduled_rate():
+    recipe = small_recipe("relu", beta1=0.5, beta2=0.9375, warmup_steps=4, decay_fraction=0.5, reinit_every=None)
+    x = batch()
+    state = wanted = start(recipe, x)
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(0.5, 0.9375))
+    moments = adam.init(wanted.params)
+    for i in range(6):
+        scaled = x * state.scale_in
+        hyper = recipe.hyper(sparsity=recipe.sparsity * min(1, (i + 1) / recipe.sparsity_warmup_steps))
+        execution = execution_for(recipe)
+        _, gradient = loss_and_gradient(wanted.params, recipe, execution, hyper, scaled, scaled, (FEATURES,))
+        updates, moments = adam.update(gradient, moments)
+        rate = 3e-3 * min(1, (i + 1) / 4)
+        wanted = wanted._replace(params=jax.tree.map(lambda p, u, r=rate: p - r * u, wanted.params, updates))
+        state, metrics = compiled(train_step, recipe)(state, recipe.hyper(), x)
+        assert metrics["learning_rate"] == pytest.approx(rate)
+    assert_trees_close(state.params, wanted.params, F32)
+    assert state.step == 6
+
+
+def test_the_learning_rate_warms_up_stays_and_decays():
+    recipe = small_recipe("relu", warmup_steps=10, decay_fraction=0.2, final_learning_rate=0.1)
+    shares = [float(learning_rate_share(jnp.int32(i), recipe)) for i in (0, 4, 9, 50, 80, 90, 100)]
+    np.testing.assert_allclose(shares, [0.1, 0.5, 1, 1, 1, 0.55, 0.1], atol=F32)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rescaling_encoder_and_decoder_reciprocally_changes_nothing(architecture):
+    recipe, x = small_recipe(architecture), batch()
+    state, _ = train(recipe, start(recipe, x), 30)
+    factor = jnp.exp(jax.random.normal(jax.random.key(5), (FEATURES,)))
+    rescaled = {"W_dec": state.params["W_dec"] * factor[:, None], "W_enc_T": state.params["W_enc_T"] / factor[:, None]}
+    rescaled |= {n: state.params[n] / factor for n in ("b_enc", "b_gate", "b_mag") if n in state.params}
+    outcomes = [
+        loss_and_gradient(params, recipe, execution, recipe.hyper(), x, x, (FEATURES,))[0]
+        for params in (state.params, state.params | rescaled)
+        for execution in (Execution(True, True, True), Execution(False, False, False))
+    ]
+    for outcome in outcomes[1:]:
+        assert_trees_close(outcome, outcomes[0], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["SAE", "SAE that subtracts b_dec", "transcoder", "transcoder with skip"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_finished_dictionary_gives_what_training_gave_on_unscaled_activations(architecture, kind):
+    changes = {"subtract_b_dec": kind.endswith("b_dec"), "skip": kind.endswith("skip")}
+    recipe, x = small_recipe(architecture, **changes), batch()
+    y = jnp.tanh(x) @ jax.random.normal(jax.random.key(9), (WIDTH, 6)) * 40 if "transcoder" in kind else None
+    state, _ = train(recipe, start(recipe, x, y), 60, x=x, y=y)
+    target = x * state.scale_in if y is None else y * state.scale_out
+    outcome, _ = loss_and_gradient(
+        state.params, recipe, execution_for(recipe), recipe.hyper(), x * state.scale_in, target, (FEATURES,)
+    )
+    if architecture == "batch_topk":  # its threshold in use is a running mean; give it this batch's, just below
+        state = state._replace(threshold=outcome.threshold * (1 - 1e-4))
+
+    config, params = finalize(state, recipe, "here", "here" if y is None else "there")
+    dictionary = Dictionary.from_params(config, params)
+    residual = ((x if y is None else y) - dictionary(x)) * state.scale_out
+    np.testing.assert_allclose(residual, outcome.residual, atol=2e-4)
+    assert (dictionary.encode(x) > 0).sum(axis=1).mean() == pytest.approx(float(outcome.l0), abs=0.02)
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1, rtol=F32)
+    assert config.k == recipe.k
+    assert not jnp.any(dictionary.params.get("threshold", jnp.zeros(())) < 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mapping", ["map", "vmap"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_member_of_a_sweep_equals_its_solo_run_and_order_does_not_matter(architecture, mapping):
+    recipe = small_recipe(architecture, reinit_every=40, dead_after=20 * BATCH, reservoir_size=50)
+    if architecture == "relu":
+        recipe = small_recipe(architecture, sparsity=1.0, target_l0=6.0, random_prefixes=3)
+    own = {"k": (4, 2)} if recipe.takes_k else {"sparsity": (0.5, 2.0)}
+    changes = [{"learning_rate": rate} | {name: v[i] for name, v in own.items()} for i, rate in enumerate((1e-3, 3e-3))]
+    hypers, x = [recipe.hyper(**change) for change in changes], batch()
+    states = [start(recipe, x, seed=seed) for seed in (0, 1)]
+    execution = execution_for(recipe)._replace(map_members=mapping == "map", on_cpu=mapping == "map")
+    together, backwards = stack_members(states), stack_members(states[::-1])
+    step = compiled(sweep_step, recipe, execution)
+    metrics = {}
+    for i in range(100):
+        together, metrics = step(together, stack_members(hypers), batch(i + 1))
+        backwards, _ = step(backwards, stack_members(hypers[::-1]), batch(i + 1))
+    for i in (0, 1):
+        solo, solo_metrics = train(recipe, states[i], 100, hyper=hypers[i])
+        assert_trees_close(member_of(together, i).params, solo.params, 1e-4)
+        assert_trees_close(member_of(metrics, i), solo_metrics, 1e-3)
+        assert_trees_close(member_of(backwards, 1 - i).params, member_of(together, i).params, F32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_the_backend_chooses_the_mapping_and_the_products(backend):
+    execution = execution_for(small_recipe("topk"), backend)
+    assert execution == Execution(sparse=backend != "tpu", on_cpu=backend == "cpu", map_members=backend == "cpu")
+    assert not execution_for(small_recipe("relu"), backend).sparse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk", "jumprelu"])
+@pytest.mark.parametrize("prefixes", [{"prefix_widths": (6, 12, FEATURES)}, {"random_prefixes": 4}])
+def test_matryoshka_prefixes_explain_more_than_those_of_a_plain_dictionary(architecture, prefixes):
+    x = batch(0)
+    explained = []
+    for changes in ({}, prefixes):
+        recipe = small_recipe(architecture, **changes)
+        state, _ = train(recipe, start(recipe, x), 300, x=x)
+        config, params = finalize(state, recipe, "x", "x")
+        acts = Dictionary.from_params(config, params).encode(x)
+        first = acts[:, :6] @ params["W_dec"][:6] + params["b_dec"]
+        explained.append(1 - jnp.square(x - first).sum() / jnp.square(x - x.mean(axis=0)).sum())
+    assert explained[1] > explained[0] + 0.1
+
+
+def test_a_recipe_survives_json():
+    recipe = small_recipe("topk", prefix_widths=(6, FEATURES))
+    again = DictionaryRecipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe
+    assert hash(again) == hash(recipe)
+
+
+@pytest.mark.parametrize("preset", ["house", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_preset_trains_every_architecture(preset, architecture):
+    narrow = {"sparsity": 0.3} if architecture in ("relu", "gated") else {}
+    recipe, x = recipe_preset(preset, architecture, 64, 40, **narrow), batch(0)
+    state = start(recipe, x)
+    first = compiled(train_step, recipe)(state, recipe.hyper(), x)[1]["reconstruction"]
+    _, metrics = train(recipe, state, 40, x=x)
+    assert metrics["reconstruction"] < first
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_the_reference_preset_is_what_the_published_configurations_say():
+    recipe = recipe_preset("reference", "relu", 25_000, 10_000)
+    assert (recipe.beta1, recipe.beta2, recipe.learning_rate, recipe.penalty) == (0.5, 0.9375, 2**-10, "log")
+    assert (recipe.reinit_every, recipe.reservoir_size) == (800, 5_000)
+
+
+def test_a_wrong_recipe_names_everything_that_is_wrong():
+    with as_users_run_it(), pytest.raises(ValueError, match="DictionaryRecipe: ") as error:
+        DictionaryRecipe("topk", 10, steps=0, k=11, beta1=1.0, prefix_widths=(4, 3), sparsity=1.0)
+    for problem in (
+        "steps=0",
+        "k=11 is outside 1..n_features=10",
+        "beta1=1.0",
+        "prefix_widths=(4, 3)",
+        "its knob is k",
+    ):
+        assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"architecture": "swish"}, "architecture 'swish' is unknown"),
+        ({"architecture": "topk"}, "'topk' needs a k"),
+        ({"k": 3}, "'relu' takes no k"),
+        ({"target_l0": 3.0}, "target_l0 needs a sparsity coefficient"),
+        ({"aux_coefficient": 0.1}, "for relu use reinit_every"),
+        ({"architecture": "gated", "random_prefixes": 3}, "gated takes no Matryoshka prefixes"),
+        ({"random_prefixes": 3, "prefix_widths": (2, 10)}, "exclude each other"),
+        ({"penalty": "l2"}, "penalty 'l2' is unknown"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(changes, problem):
+    with as_users_run_it(), pytest.raises(ValueError, match="DictionaryRecipe: ") as error:
+        DictionaryRecipe(**({"architecture": "relu", "n_features": 10, "steps": 5} | changes))
+    assert problem in str(error.value)
+
+
+def test_a_sweep_over_what_cannot_vary_is_refused():
+    with as_users_run_it():
+        with pytest.raises(ValueError, match="'beta1' cannot vary"):
+            small_recipe("relu").hyper(beta1=0.5)
+        with pytest.raises(ValueError, match=r"k=5 is outside 1\.\.4"):
+            small_recipe("topk").hyper(k=5)
+        with pytest.raises(ValueError, match="target_l0 needs a recipe with a target_l0"):
+            small_recipe("relu").hyper(target_l0=5.0)
+        with pytest.raises(ValueError, match="preset 'best' is unknown"):
+            recipe_preset("best", "relu", 10, 10)
+
+
+def test_options_of_the_other_kind_of_dictionary_are_refused():
+    x = batch()
+    with pytest.raises(ValueError, match="skip=True needs a transcoder"):
+        start(small_recipe("relu", skip=True), x)
+    with pytest.raises(ValueError, match="subtract_b_dec=True needs an SAE"):
+        start(small_recipe("relu", subtract_b_dec=True), x, x)

@@ -1,0 +1,116 @@
+"""The sparse way of TopK and BatchTopK: selections against sorting, products and gradients against dense ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinymodel_jax.training.batch_selection import select_of_batch
+from tinymodel_jax.training.dictionary_forward import Execution, loss_and_gradient
+from tinymodel_jax.training.dictionary_recipe import recipe_preset
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
+from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, scatter_rows, selected_values, top_k
+
+F32 = 1e-5
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 32), (100, 4), (97, 5), (64, 64), (250, 1)])
+def test_two_stage_top_k_equals_lax_top_k(n, k):
+    values = jax.random.normal(jax.random.key(n), (7, n))
+    for found, want in zip(top_k(values, k, two_stage=True), jax.lax.top_k(values, k), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
+def test_two_stage_top_k_gives_ties_to_the_lower_position():
+    values = jax.random.randint(jax.random.key(0), (20, 256), 0, 5).astype(jnp.float32)
+    np.testing.assert_array_equal(top_k(values, 8, two_stage=True)[1], jax.lax.top_k(values, 8)[1])
+
+
+@given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=30), st.data())
+def test_kth_largest_equals_sorting(values, data):
+    rank = data.draw(st.integers(1, len(values)))
+    found = kth_largest(jnp.array(values, jnp.float32), jnp.int32(rank))
+    assert float(found) == np.sort(np.array(values, np.float32))[-rank]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0], ids=["even", "uneven", "one input takes nearly all"])
+@pytest.mark.parametrize(("n", "k"), [(37, 3), (100, 1), (16, 16), (1000, 7)])
+def test_the_selection_of_a_batch_equals_sorting_all_of_it(n, k, spread):
+    z = jax.nn.relu(jax.random.normal(jax.random.key(n), (16, n)))
+    z = z * jnp.exp(spread * jnp.linspace(0, 1, 16))[:, None]
+    limit = np.sort(np.asarray(z).ravel())[-k * 16]
+    wanted = np.where((z >= limit) & (z > 0), z, 0)
+    for k_max in {k, min(2 * k, n)}:
+        found = select_of_batch(z, jnp.int32(k), k_max)
+        assert found.threshold == limit
+        laid_out = np.zeros((17, n))  # row 16 takes what belongs to no input, which must be zeros
+        np.add.at(laid_out, (np.asarray(found.owner)[:, None], np.asarray(found.positions)), np.asarray(found.values))
+        np.testing.assert_array_equal(laid_out[:16], wanted)
+        assert not laid_out[16].any()
+        assert not found.values[int(found.used) :].any()
+        assert (np.diff(found.owner) >= 0).all()
+
+
+def test_an_input_may_hold_every_active_feature_of_the_batch():
+    z = jnp.zeros((8, 40)).at[3].set(jnp.arange(1.0, 41.0))
+    found = select_of_batch(z, jnp.int32(5), 5)
+    assert np.count_nonzero(found.values) == 40
+    assert set(np.asarray(found.owner[: int(found.used)])) == {3}
+
+
+@pytest.mark.parametrize("rowwise", [True, False])
+@pytest.mark.parametrize("batch", [5, 16])
+def test_sparse_products_and_their_gradients_equal_dense_ones(rowwise, batch):
+    keys = jax.random.split(jax.random.key(0), 5)
+    weights, W = jax.random.normal(keys[0], (batch, 2, 3)), jax.random.normal(keys[1], (9, 4))
+    positions = jax.random.randint(keys[2], (batch, 3), 0, 9)
+    upstream, used = jax.random.normal(keys[3], (batch, 2, 4)), jnp.int32(batch)
+    one_hot = jax.nn.one_hot(positions, 9)
+
+    out, pull = jax.vjp(lambda w, W: gather_decode(w, positions, W, used, rowwise), weights, W)
+    wanted, wanted_pull = jax.vjp(lambda w, W: jnp.einsum("blk,bkf,fd->bld", w, one_hot, W), weights, W)
+    np.testing.assert_allclose(np.asarray(out), wanted, atol=F32)
+    for found, want in zip(pull(upstream), wanted_pull(upstream), strict=True):
+        np.testing.assert_allclose(found, want, atol=F32)
+
+    scattered = scatter_rows(weights, positions, upstream, used, 9, rowwise)
+    np.testing.assert_allclose(scattered, jnp.einsum("blk,bkf,bld->fd", weights, one_hot, upstream), atol=F32)
+
+
+@pytest.mark.parametrize("rowwise", [True, False])
+def test_selected_values_pass_gradient_to_the_encoder_where_they_are_active(rowwise):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, W, bias = jax.random.normal(keys[0], (8, 4)), jax.random.normal(keys[1], (9, 4)), jnp.linspace(-1, 1, 9)
+    positions = jax.random.permutation(keys[2], 9)[:3] + jnp.zeros((8, 1), jnp.int32)
+    upstream = jnp.arange(24.0).reshape(8, 3)
+
+    def dense_values(W, bias):
+        return jnp.take_along_axis(jax.nn.relu(x @ W.T + bias), positions, axis=1)
+
+    values, wanted_pull = jax.vjp(dense_values, W, bias)
+    out, pull = jax.vjp(lambda W, b: selected_values(x, W, b, values, positions, jnp.int32(8), rowwise), W, bias)
+    np.testing.assert_array_equal(out, values)
+    for found, want in zip(pull(upstream), wanted_pull(upstream), strict=True):
+        np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("matryoshka", [None, "fixed", "random"])
+@pytest.mark.parametrize("subtract_b_dec", [False, True])
+def test_sparse_and_dense_steps_have_the_same_loss_and_gradient(architecture, matryoshka, subtract_b_dec):
+    x = jax.random.normal(jax.random.key(0), (24, 12)) * jnp.linspace(0.1, 5, 24)[:, None] + 1
+    recipe = recipe_preset("house", architecture, 40, 10, k=6, subtract_b_dec=subtract_b_dec)
+    statistics = ActivationStatistics.zero(12).update(x)
+    params = init_state(jax.random.key(1), recipe, statistics).params
+    widths = {None: (40,), "fixed": (10, 40), "random": jnp.array([7, 3, 40])}[matryoshka]
+    wanted = None
+    for sparse, on_cpu in ((False, False), (False, True), (True, False), (True, True)):
+        execution = Execution(sparse=sparse, on_cpu=on_cpu, map_members=True)
+        found = loss_and_gradient(params, recipe, execution, recipe.hyper(k=4), x, x, widths)
+        wanted = wanted or found
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+    assert wanted is not None
+    assert wanted[0].l0 == pytest.approx(4)
