@@ -126,8 +126,8 @@ def train_with_half_dead(architecture, **changes):
     ids=["AuxK", "re-initialised TopK", "re-initialised ReLU"],
 )
 def test_dead_features_come_back_and_the_loss_is_better(architecture, without, cure):
-    most, left, loss = train_with_half_dead(architecture, **without)
-    assert most == left > 0.2
+    _, left, loss = train_with_half_dead(architecture, **without)
+    assert left > 0.2
     most_cured, left_cured, loss_cured = train_with_half_dead(architecture, **(without | cure))
     assert most_cured > 0.2
     assert left_cured < 0.05

@@ -149,14 +149,14 @@ class TinyModel(WeightViews):
         return mean_loss(self.params, ids, weights, self._hooks(), config=self.config)
 
     def run_with_cache(
-        self, tok_ids: Any, names: Iterable[str] | None = None
+        self, tok_ids: Any, names: str | Iterable[str] | None = None
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
         """Return log-probabilities and the activations at hook points (all of them when `names` is None).
 
         Raises:
             ValueError: a name is no hook point; the closest are listed.
         """
-        keep = hook_names(self.config) if names is None else tuple(names)
+        keep = hook_names(self.config) if names is None else (names,) if isinstance(names, str) else tuple(names)
         require_hook_names(keep, self.config)
         return self._run(tok_ids, "logprobs", keep)
 
@@ -357,13 +357,15 @@ class TinyModel(WeightViews):
             ValueError: a prompt is longer than the context, or an option is out of range.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not texts:
+            return []
         rows = [[self.config.begin_id, *self.tokenizer.encode(text, max_length=None)] for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) > self.config.n_ctx:
                 raise ValueError(
                     f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {self.config.n_ctx}."
                 )
-        width = max(map(len, rows), default=1)
+        width = max(map(len, rows))
         ids = np.array([row + [self.config.pad_id] * (width - len(row)) for row in rows], np.int32).reshape(-1, width)
         out = self.generate_ids(ids, n_toks, temperature, break_on_end, top_k=top_k, top_p=top_p, seed=seed)
         stories = [str(self.tokenizer.decode(row[1:][row[1:] != self.config.pad_id])) for row in out]
@@ -423,7 +425,8 @@ class FeatureReader:
         """Return activations (batch, seq, n_features), only the columns of `indices` if given.
 
         Args:
-            indices: an int (drops the last axis), a list or a slice; by default the feature of the tag, else all.
+            indices: an int (drops the last axis), a list or a slice, also in place of the feature that the tag names;
+                by default that feature, else all.
 
         Raises:
             ValueError: an index is out of range, or `tok_ids` are not valid for the model.
