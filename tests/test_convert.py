@@ -50,7 +50,7 @@ def dictionary_state(features=5, d_in=4, d_out=4, prefix="") -> dict[str, np.nda
 @st.composite
 def exportable_configs(draw) -> ModelConfig:
     heads, head, layers = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    return ModelConfig(layers, heads * head, heads, 4 * heads * head, draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    return ModelConfig(layers, heads * head, heads, 4 * heads * head, draw(st.integers(1, 9)), draw(st.integers(5, 9)))
 
 
 TINY = ModelConfig(n_layers=2, d_model=4, n_heads=2, d_mlp=16, n_ctx=6, d_vocab=7)
@@ -109,7 +109,7 @@ def test_names_and_shapes_are_those_of_the_parameter_tree(config, params):
 
 
 def test_the_published_width_has_sixteen_heads():
-    config = ModelConfig(n_layers=1, d_model=768, n_heads=16, d_mlp=8, n_ctx=2, d_vocab=3)
+    config = ModelConfig(n_layers=1, d_model=768, n_heads=16, d_mlp=8, n_ctx=2, d_vocab=5)
     assert convert_model(reference_state(config, np.float16)).config.n_heads == 16
 
 

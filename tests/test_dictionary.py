@@ -151,8 +151,11 @@ def test_parameters_are_stored_in_the_format_that_the_config_says():
 
 
 def test_an_input_of_another_width_is_an_error():
-    message = error_of(lambda: make("relu").encode(jnp.zeros((2, 15))))
-    assert message == "encode: x has width 15, the dictionary reads d_in=16."
+    dictionary = make("relu")
+    expected = "x has shape (2, 15); its last axis must be d_in=16."
+    assert error_of(lambda: dictionary.encode(jnp.zeros((2, 15)))) == expected
+    assert error_of(lambda: dictionary(jnp.zeros((2, 15)))) == expected
+    assert "acts has shape (2, 13)" in error_of(lambda: dictionary.decode(jnp.zeros((2, 13))))
 
 
 @pytest.mark.parametrize(

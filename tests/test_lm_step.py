@@ -132,7 +132,7 @@ def test_weight_decay_touches_matrices_only() -> None:
     optimizer = make_optimizer(LMOptimizer(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
     params = init_state(jax.random.key(0), TINY, optimizer).params
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    updates: Any = optimizer.update(zero, optimizer.init(params), params)[0]
     for name, update in flatten(updates).items():
         moves = name.split(".")[-1] in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_U")
         expected = -0.5 * flatten(params)[name] if moves else np.zeros(update.shape)

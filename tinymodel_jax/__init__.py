@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tinymodel_jax.dictionary import Dictionary as Dictionary
     from tinymodel_jax.hook_points import HookPoint as HookPoint
     from tinymodel_jax.hook_points import hook_names as hook_names
-    from tinymodel_jax.io.default_tokenizer import LazyTokenizer
     from tinymodel_jax.io.torch_files import load_torch_file as load_torch_file
     from tinymodel_jax.lm import TinyModel as TinyModel
     from tinymodel_jax.sites import Site as Site
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.transformer import Transformer as Transformer
     from tinymodel_jax.transformer import run_with_hooks as run_with_hooks
 
-    tokenizer: LazyTokenizer
+    tokenizer: Tokenizer
 
 __version__ = "0.1.0"
 

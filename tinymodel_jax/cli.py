@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,12 +66,14 @@ def generate(
         json: print a JSON object a line.
     """
     lm = _load(model, n_heads)
-    rows = _prompt_rows(lm, prompts, stories, limit, ids, prompt_toks if stories else None)
+    from tinymodel_jax.generate import strip_padding
+
+    rows = _prompt_rows(lm, prompts, stories, limit, ids, prompt_toks)
     width = max(map(len, rows))
     padded = [[*row, *[lm.config.pad_id] * (width - len(row))] for row in rows]
     out = lm.generate_ids(padded, n_toks, temperature, top_k=top_k, top_p=top_p, seed=seed)
     for row, continued in zip(rows, out, strict=True):
-        kept = continued[continued != lm.config.pad_id].tolist()
+        kept = strip_padding(continued, lm.config.pad_id).tolist()
         if json:
             print_json({"prompt": _shown(lm, row, ids), "text": _shown(lm, kept, ids), "tok_ids": kept})
         else:
@@ -114,7 +117,7 @@ def features(
 
         lm.attach(Site.parse(site)[0].tag, dictionary)
     reader = lm[site]
-    rows = _prompt_rows(lm, prompts, stories, limit, ids, lm.config.n_ctx if stories else None)
+    rows = _prompt_rows(lm, prompts, stories, limit, ids, lm.config.n_ctx)
     for row in _with_progress(rows, "reading"):
         acts = np.asarray(reader([row]))[0]
         chosen = _strongest(acts, top) if reader.feature is None else [[(reader.feature, float(a))] for a in acts]
@@ -152,7 +155,7 @@ def run_commands(
         return 1
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, LookupError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, TypeError, LookupError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if debug:
             traceback.print_exc()
         else:
@@ -176,14 +179,19 @@ def read_stories(path: Path, limit: int) -> list[str]:
     kind = path.name.removesuffix(".gz")
     if not kind.endswith((".jsonl", ".txt")):
         raise ValueError(f"{path}: expected a .jsonl or .txt file, or one of them with .gz.")
+    if limit < 1:
+        raise ValueError(f"--limit {limit} must be 1 or more.")
     found: list[str] = []
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(found) == limit:
-                break
-            if line.strip():
-                found.append(_story(line, kind.endswith(".jsonl"), f"{path}, line {number}"))
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if len(found) == limit:
+                    break
+                if line.strip():
+                    found.append(_story(line, kind.endswith(".jsonl"), f"{path}, line {number}"))
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no such file as its name says: {error}.") from error
     if not found:
         raise ValueError(f"{path}: no story found (limit {limit}).")
     return found
@@ -208,16 +216,18 @@ def _load(model: str, n_heads: int | None) -> TinyModel:
 
 
 def _prompt_rows(
-    lm: TinyModel, prompts: Sequence[str], stories: Path | None, limit: int, ids: bool, max_length: int | None
+    lm: TinyModel, prompts: Sequence[str], stories: Path | None, limit: int, ids: bool, story_toks: int
 ) -> list[list[int]]:
-    """Return rows of token ids; text gets `[BEGIN]` in front and is cut to `max_length` tokens with it."""
-    texts = [*prompts, *(read_stories(stories, limit) if stories else [])]
-    if not texts:
+    """Return rows of token ids; text gets `[BEGIN]` in front, and stories are cut to `story_toks` tokens with it."""
+    if not prompts and not stories:
         raise ValueError("nothing to read: give a prompt, or --stories FILE.")
+    told = read_stories(stories, limit) if stories else []
     if ids:
-        return [_parse_ids(text) for text in texts]
-    rows = [[lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)] for text in texts]
-    return [row[:max_length] for row in rows]
+        return [_parse_ids(text) for text in (*prompts, *told)]
+    if story_toks < 1:
+        raise ValueError(f"--prompt-toks {story_toks} must be 1 or more.")
+    rows = [[lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)] for text in (*prompts, *told)]
+    return [*rows[: len(prompts)], *(row[:story_toks] for row in rows[len(prompts) :])]
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -77,6 +77,10 @@ class ModelConfig(_JsonConfig):
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_ctx", "d_vocab"):
             _require_positive("ModelConfig", name, getattr(self, name))
+        if self.d_vocab < 5:
+            raise ValueError(
+                f"ModelConfig: d_vocab={self.d_vocab} must be 5 or more: a token and the four special ones."
+            )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"ModelConfig: n_heads={self.n_heads} does not divide d_model={self.d_model}; "

@@ -120,8 +120,12 @@ class Dictionary(nn.Module):
             setattr(self, name, self.param(name, _initializer(name, self.config), shape, self.config.param_dtype))
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        """Return the prediction of the value at `hook_out`."""
-        return reconstruct(self._tree(), self.config, x)
+        """Return the prediction of the value at `hook_out`.
+
+        Raises:
+            ValueError: `x` has another width than d_in.
+        """
+        return reconstruct(self._tree(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
 
     def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "..."]:
         """Return the feature activations of `x`; an int in `indices` drops the feature axis.
@@ -129,13 +133,16 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: `x` has another width than d_in, or an index is out of range.
         """
-        if x.shape[-1] != self.config.d_in:
-            raise ValueError(f"encode: x has width {x.shape[-1]}, the dictionary reads d_in={self.config.d_in}.")
+        x = _of_width(x, "x", "d_in", self.config.d_in)
         return encode(self._tree(), self.config, x, resolve_indices(indices, self.config.n_features))
 
     def decode(self, acts: Float[Array, "*batch n_features"]) -> Float[Array, "*batch d_out"]:
-        """Return `acts @ W_dec + b_dec`; the skip connection, which needs the input, is part of `__call__` only."""
-        return decode(self._tree(), self.config, acts)
+        """Return `acts @ W_dec + b_dec`; the skip connection, which needs the input, is part of `__call__` only.
+
+        Raises:
+            ValueError: `acts` has another width than n_features.
+        """
+        return decode(self._tree(), self.config, _of_width(acts, "acts", "n_features", self.config.n_features))
 
     @classmethod
     def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Dictionary:
@@ -154,7 +161,7 @@ class Dictionary(nn.Module):
         ]
         if problems:
             raise ValueError(f"parameters do not fit a {config.architecture} dictionary: {'; '.join(problems)}.")
-        arrays = {name: jnp.asarray(params[name], config.param_dtype) for name in expected}
+        arrays = {name: own_array(params[name], config.param_dtype) for name in expected}
         return cls(config).bind({"params": arrays})
 
     @classmethod
@@ -192,6 +199,11 @@ class Dictionary(nn.Module):
         return {name: getattr(self, name) for name in param_shapes(self.config)}
 
 
+def own_array(array: Any, dtype: Any) -> Array:
+    """Return a JAX array that shares no memory with a NumPy array: that may change, or map a file that goes away."""
+    return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
+
+
 def resolve_indices(indices: Indices, n_features: int) -> Any:
     """Check feature indices and return them as None, an int32 scalar or a 1-D int32 array; traced ones pass as is.
 
@@ -212,6 +224,13 @@ def resolve_indices(indices: Indices, n_features: int) -> Any:
     if outside.size:
         raise ValueError(f"feature {outside.flat[0]} is out of range; the dictionary has features 0..{n_features - 1}.")
     return (array % n_features).astype(np.int32)
+
+
+def _of_width(array: Any, name: str, size_name: str, size: int) -> Array:
+    array = jnp.asarray(array)
+    if array.ndim < 1 or array.shape[-1] != size:
+        raise ValueError(f"{name} has shape {array.shape}; its last axis must be {size_name}={size}.")
+    return array
 
 
 def _columns(array: Array, indices: Indices) -> Array:

@@ -63,7 +63,7 @@ def continue_prompts(
     Args:
         n_toks: tokens to add to each row at most; a row also stops where the context is full.
         temperature: divides the logits; 0 takes the largest.
-        end_id: a row stops after this token, which is kept; None for never.
+        end_id: a row stops after this token, which is kept, and is finished if it ends with it; None for never.
         top_k: sample from the k largest logits only; None for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
         seed: of the random draws, 0 to 2**32 - 1; row r, step s draws from `fold_in(fold_in(key(seed), r), s)`.
@@ -78,7 +78,9 @@ def continue_prompts(
     longest = int(lengths.max())
     width = bucket(longest, config.n_ctx)
     capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
-    method: Method = "greedy" if temperature == 0 else "sample" if top_k is None and top_p is None else "filtered"
+    method: Method = (
+        "greedy" if np.float32(temperature) == 0 else "sample" if top_k is None and top_p is None else "filtered"
+    )
     sampling = Sampling(
         np.float32(temperature),
         np.int32(min(top_k or config.d_vocab, config.d_vocab)),
@@ -131,7 +133,7 @@ def _generate(
     def choose(logits: Array, step: Array) -> Array:
         if method == "greedy":
             return jnp.argmax(logits, axis=-1).astype(tokens.dtype)
-        logits = logits / sampling.temperature
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
         if method == "filtered":
             logits = keep_likely(logits, sampling.top_k, sampling.top_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
@@ -161,13 +163,19 @@ def _generate(
         return (state.step < n_toks) & ~jnp.all(state.done)
 
     logits, cache = _prefill(transformer, {"params": params}, tokens, lengths, hooks, prompt_width)
-    done = (lengths >= config.n_ctx) | (n_toks < 1)
+    ended = tokens[rows, lengths - 1] == end_id
+    done = ended | (lengths >= config.n_ctx) | (n_toks < 1)
     start = append(_State(jnp.int32(0), tokens, lengths, done, cache), logits)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.tokens, end.lengths
 
 
 _generate_compiled = fast_jit(_generate, static_argnames=("config", "method", "prompt_width"))
+
+
+def strip_padding(row: np.ndarray, pad_id: int) -> np.ndarray:
+    """Return a row of ids without the `[PAD]`s at its end."""
+    return row[: len(row) - int(np.argmax(row[::-1] != pad_id))]
 
 
 def keep_likely(

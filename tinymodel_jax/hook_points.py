@@ -128,6 +128,11 @@ def apply_with_hooks(
 
 
 def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
+    if not callable(hook):
+        raise ValueError(
+            f"the hook at {name!r} is a {type(hook).__name__}; a hook is an edit of tinymodel_jax.interventions, "
+            "such as Replace(value), or a function (value, acts) -> value."
+        )
     edited = hook(value, seen)
     shape = getattr(edited, "shape", None)
     if shape != value.shape:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array
 
@@ -23,6 +24,7 @@ from tinymodel_jax.dictionary import (
     resolve_indices,
 )
 from tinymodel_jax.hook_points import Hook, position_axes
+from tinymodel_jax.padding import is_traced
 
 Hooks = dict[str, Hook]
 Acts = Mapping[str, Array]
@@ -184,6 +186,8 @@ def combine(*hooks: Mapping[str, Hook]) -> Hooks:
 def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
     config = dictionary.config
     indices = resolve_indices(features, config.n_features)
+    if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
+        raise ValueError("features: one is named twice, and would be edited twice; name each once.")
     edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, scale=scale)
     return {config.hook_out: edit}
 

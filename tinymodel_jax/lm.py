@@ -8,6 +8,7 @@ dictionary, `splice` returns another model. Inside `jit`, `grad` or `vmap` its m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import ModelConfig, dtype_name
-from tinymodel_jax.dictionary import Dictionary, Indices, resolve_indices
+from tinymodel_jax.dictionary import Dictionary, Indices, own_array, resolve_indices
 from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
-from tinymodel_jax.generate import continue_prompts
+from tinymodel_jax.generate import continue_prompts, strip_padding
 from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_hook_names
 from tinymodel_jax.interventions import Hooks, Splice, combine
 from tinymodel_jax.io import artifacts
-from tinymodel_jax.padding import bucket, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.padding import bucket, check_shape, check_tok_ids, cut, is_traced, pad_right
 from tinymodel_jax.sites import Site
 from tinymodel_jax.weights import WeightViews, flatten, unflatten
 
@@ -83,12 +84,12 @@ class TinyModel(WeightViews):
         if tokenizer is not None:
             _require_vocabulary(tokenizer, config)
         self.config = config
-        self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), params)
+        self.params = jax.tree.map(functools.partial(own_array, dtype=config.param_dtype), params)
         self.dictionaries = {}
         self._tokenizer = tokenizer
         self._tokenizer_folder: Path | None = None
         self._own_dictionaries: Mapping[str, Any] = {}
-        self._splices: dict[str, dict[str, bool]] = {}
+        self._splices: dict[str, tuple[Dictionary, dict[str, bool]]] = {}
 
     def __repr__(self) -> str:
         cfg = self.config
@@ -193,6 +194,7 @@ class TinyModel(WeightViews):
     def _prepare(self, tok_ids: Any) -> tuple[Any, int]:
         """Return ids padded to a compiled length, and their own length."""
         if is_traced(tok_ids):
+            check_shape(tok_ids, self.config)
             return tok_ids, tok_ids.shape[1]
         ids = check_tok_ids(tok_ids, self.config)
         length = ids.shape[1]
@@ -260,8 +262,7 @@ class TinyModel(WeightViews):
             site, feature = self._site(tag)
             if feature is not None:
                 raise ValueError(f"splice: {tag!r} names a feature; a whole dictionary is spliced, {site.tag!r}.")
-            self._dictionary(site)
-            splices[site.tag] = switches
+            splices[site.tag] = self._dictionary(site), switches
         lm._splices = dict(sorted(splices.items(), key=lambda item: Site.parse(item[0])[0].order))
         lm.dictionaries = dict(self.dictionaries)
         return lm
@@ -274,9 +275,8 @@ class TinyModel(WeightViews):
     def _hooks(self, before: Site | None = None) -> Hooks:
         """Return the spliced dictionaries' hooks, or only those that act before a site is read."""
         edits = []
-        for tag, switches in self._splices.items():
+        for tag, (dictionary, switches) in self._splices.items():
             if before is None or Site.parse(tag)[0].order < before.order:
-                dictionary = self.dictionaries[tag]
                 edit = Splice(dictionary.params, config=dictionary.config, **switches)
                 edits.append({dictionary.config.hook_out: edit})
         return combine(*edits)
@@ -292,7 +292,7 @@ class TinyModel(WeightViews):
     def _dictionary(self, site: Site) -> Dictionary:
         if site.tag not in self.dictionaries:
             own = self._own_dictionaries.get(site.tag)
-            if own is None and not self._is_published:
+            if own is None and not self._has_published_sizes:
                 attached = ", ".join({**self._own_dictionaries, **self.dictionaries}) or "none"
                 raise ValueError(
                     f"{site.tag!r}: this model has no dictionary there (it has: {attached}), and the published ones "
@@ -305,9 +305,9 @@ class TinyModel(WeightViews):
         return self.dictionaries[site.tag]
 
     @property
-    def _is_published(self) -> bool:
-        """Whether the published dictionaries have this model's widths."""
-        return (self.config.d_model, self.config.d_vocab) == (768, 10_000)
+    def _has_published_sizes(self) -> bool:
+        """Whether the model has the sizes of the one that the published dictionaries were trained on."""
+        return (self.config.n_layers, self.config.d_model, self.config.d_vocab) == (4, 768, 10_000)
 
     # Text
 
@@ -368,7 +368,7 @@ class TinyModel(WeightViews):
         width = max(map(len, rows))
         ids = np.array([row + [self.config.pad_id] * (width - len(row)) for row in rows], np.int32).reshape(-1, width)
         out = self.generate_ids(ids, n_toks, temperature, break_on_end, top_k=top_k, top_p=top_p, seed=seed)
-        stories = [str(self.tokenizer.decode(row[1:][row[1:] != self.config.pad_id])) for row in out]
+        stories = [str(self.tokenizer.decode(strip_padding(row, self.config.pad_id)[1:])) for row in out]
         return stories[0] if isinstance(prompt, str) else stories
 
     def generate_ids(
@@ -384,7 +384,8 @@ class TinyModel(WeightViews):
     ) -> np.ndarray:
         """Continue rows of token ids; return int32 (batch, prompt + generated), padded with `[PAD]` after each row.
 
-        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end. Options as `generate`.
+        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end. One that ends with `[END]`,
+        as the tokenizer ends shorter rows, is finished unless `break_on_end=False`. Options as `generate`.
         """
         ids = check_tok_ids(tok_ids, self.config)
         end_id = self.config.end_id if break_on_end else None
@@ -401,9 +402,9 @@ class TinyModel(WeightViews):
         for tag in self._own_dictionaries:
             self._dictionary(Site.parse(tag)[0])
         flat = {name: np.asarray(array) for name, array in flatten(self.params).items()}
-        tokenizer = self._tokenizer
-        if tokenizer is None and self._tokenizer_folder is not None:
-            tokenizer = self.tokenizer
+        from tinymodel_jax.io.default_tokenizer import saved_tokenizer
+
+        tokenizer = self._tokenizer or saved_tokenizer(self._tokenizer_folder)
         dictionaries = {
             tag: artifacts.ConvertedDictionary(d.config, {name: np.asarray(array) for name, array in d.params.items()})
             for tag, d in self.dictionaries.items()

@@ -36,16 +36,9 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
         ) from error
     if ids.size == 0 and ids.dtype.kind == "f":
         ids = ids.astype(np.int32)  # NumPy's type for an empty list
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"tok_ids: got {ids.dtype} values; token ids are integers, shape (batch, seq).")
     if ids.ndim == 1:
         ids = ids[None]
-    if ids.ndim != 2:
-        raise ValueError(f"tok_ids: got shape {ids.shape}; expected (batch, seq), or (seq,) for one sequence.")
-    if ids.shape[1] > config.n_ctx:
-        raise ValueError(
-            f"tok_ids: sequences of {ids.shape[1]} tokens; the model's context is {config.n_ctx}. Cut them."
-        )
+    check_shape(ids, config)
     outside = np.argwhere((ids < 0) | (ids >= config.d_vocab))
     if len(outside):
         row, column = outside[0]
@@ -54,6 +47,22 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
             f"0..{config.d_vocab - 1} ({len(outside)} such ids)."
         )
     return ids.astype(np.int32)
+
+
+def check_shape(ids: Any, config: ModelConfig) -> None:
+    """Check the type, rank and length of token ids, traced ones too; their values are not looked at.
+
+    Raises:
+        ValueError: as `check_tok_ids`.
+    """
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tok_ids: got {ids.dtype} values; token ids are integers, shape (batch, seq).")
+    if ids.ndim != 2:
+        raise ValueError(f"tok_ids: got shape {ids.shape}; expected (batch, seq), or (seq,) for one sequence.")
+    if ids.shape[1] > config.n_ctx:
+        raise ValueError(
+            f"tok_ids: sequences of {ids.shape[1]} tokens; the model's context is {config.n_ctx}. Cut them."
+        )
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, require_hook_names
 from tinymodel_jax.initializers import uniform_fan_in
+from tinymodel_jax.padding import check_shape
 
 Params = Mapping[str, Any]
 
@@ -85,6 +86,7 @@ class Attention(nn.Module):
             k, v = jnp.moveaxis(cache.keys, 3, 1), jnp.moveaxis(cache.values, 3, 1)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
         scores = HookPoint(name="hook_attn_scores")(_causal(scores, positions))
+        scores = _causal(scores, positions)  # an edit may have scaled -inf
         pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
         pattern = HookPoint(name="hook_pattern")(pattern)
         z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
@@ -173,7 +175,8 @@ class Transformer(nn.Module):
     def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
         """Return the float32 logits of a final residual stream."""
         dtype = self.config.dtype
-        return (resid @ self.W_U.astype(dtype) + self.b_U.astype(dtype)).astype(jnp.float32)
+        logits = jnp.matmul(resid, self.W_U.astype(dtype), preferred_element_type=jnp.float32)
+        return logits + self.b_U.astype(jnp.float32)
 
     def _embed(self, tok_ids: Int[Array, "batch seq"], pos_embed: Array) -> Float[Array, "batch seq d_model"]:
         dtype = self.config.dtype
@@ -204,6 +207,7 @@ def run_with_hooks(
     """
     hooks, keep = hooks or {}, tuple(keep)
     require_hook_names((*hooks, *keep), config)
+    check_shape(tok_ids, config)
     return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)
 
 

@@ -336,7 +336,7 @@ def _number(value: Any) -> float | int:
 @contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     """While inside, SIGTERM and SIGINT ask the loop to stop after its step; a second one is Python's own again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, frame: Any) -> None:
         del frame

@@ -136,7 +136,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
-                restored = self._manager.restore(step, args=arguments)
+                restored: Any = self._manager.restore(step, args=arguments)
                 if np.asarray(checksum(restored.state)).tolist() == restored.checksum:
                     return restored.state
                 reason = "its checksum is wrong"

@@ -54,6 +54,7 @@ def save_model(
 ) -> None:
     """Write a model's folder; each file replaces an earlier one only when it is complete."""
     folder = _own_folder("model", directory)
+    _refuse_leftovers(folder, tokenizer is not None, dictionaries or {})
     _write_tensors(params, folder / MODEL_FILE)
     _write_config("model", config.to_dict(), folder)
     if tokenizer is not None:
@@ -124,7 +125,7 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
     """
     from tinymodel_jax.dictionary import Dictionary  # needs JAX, which conversion alone does without
 
-    place = Site.parse(site)[0] if isinstance(site, str) else site
+    place = parse_site(site) if isinstance(site, str) else site
     config, params = read_dictionary(path_or_name, place)
     if place is not None:
         config = config_at(config, place)
@@ -146,6 +147,18 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
         raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
     config = _read_config("dictionary", DictionaryConfig, path)
     return ConvertedDictionary(config, _read_tensors(path / DICTIONARY_FILE))
+
+
+def parse_site(tag: str) -> Site:
+    """Return the site that a tag names.
+
+    Raises:
+        ValueError: it is no tag, or names a feature too.
+    """
+    site, feature = Site.parse(tag)
+    if feature is not None:
+        raise ValueError(f"{tag!r} names a feature; a dictionary belongs to a site, {site.tag!r}.")
+    return site
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
@@ -171,6 +184,19 @@ def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
         except ValueError as error:
             raise ValueError(f"{error} Nothing was written; choose another folder.") from error
     return folder
+
+
+def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[str, Any]) -> None:
+    """Refuse a folder where parts of an earlier model would stay and be taken for the new one's."""
+    found = sorted(p.name for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
+    left = [f"dictionaries/{tag}" for tag in found if tag not in dictionaries]
+    if not has_tokenizer:
+        left += [name for name in ("tokenizer.json", "token_table.json") if (folder / name).exists()]
+    if left:
+        raise ValueError(
+            f"{folder} holds parts of another model that this one lacks: {', '.join(left)}. Nothing was written; "
+            "delete them or choose another folder."
+        )
 
 
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
 
 from tinymodel_jax.config import ModelConfig
 
@@ -31,6 +31,6 @@ def training_flops_per_token(config: ModelConfig, seq: int) -> float:
     return 6.0 * matrices + 6.0 * config.n_layers * config.d_model * seq
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Return a device's dense bfloat16 peak in FLOP/s; None where it is not known."""
     return next((peak for name, peak in _DENSE_BF16_PEAK.items() if name in device.device_kind), None)

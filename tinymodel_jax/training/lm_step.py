@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.transformer import Transformer
 
-Schedule = Callable[[Array], Array]
+Schedule = Callable[[Any], Any]
+"""Step number to learning rate."""
 
 
 @dataclass(frozen=True)

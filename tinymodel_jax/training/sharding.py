@@ -51,7 +51,7 @@ LM_FSDP_RULES: Rules = (
 """The same, with every matrix (and its optimizer moments) also split over `data`."""
 
 
-def make_mesh(axes: str = "", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh from `"data=4,model=2"`; axes left out have size 1, and no text puts all devices on `data`.
 
     Raises:
