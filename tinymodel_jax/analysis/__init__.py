@@ -1,0 +1,1 @@
+"""What a model and its dictionaries compute, measured: metrics and searches over activations."""

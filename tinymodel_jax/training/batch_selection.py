@@ -1,0 +1,80 @@
+"""The largest activations of a whole batch (BatchTopK), laid out in rows of a few slots, for any spread over inputs.
+
+Exact, and without a limit on the features of one input: an input with many active features takes several rows. The
+layout has one static shape, at most one unfilled row an input. Selections carry no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.training.sparse_rows import kth_largest
+
+
+class BatchSelection(NamedTuple):
+    """Active features in rows of slots; a value of 0 is an empty slot."""
+
+    values: Float[Array, "rows slots"]
+    positions: Int[Array, "rows slots"]
+    owner: Int[Array, " rows"]
+    """The input a row belongs to, rising; rows from `used` on belong to none and hold only zeros."""
+    used: Int[Array, ""]
+    """Number of rows that hold something."""
+    threshold: Float[Array, ""]
+    """Smallest value selected."""
+
+
+def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int) -> BatchSelection:
+    """Return the `k * batch` largest of non-negative `z`, for a `k` up to `k_max`. Zeros are never selected."""
+    batch, most = z.shape[0], z.shape[0] * min(k_max, z.shape[1])
+    # The n largest values lie in the n groups with the largest maxima: two searches of small arrays instead of one.
+    size = 2 ** max(0, round(math.log2(z.shape[1] / k_max) / 2))  # where both are about as large
+    grouped = jnp.pad(z, ((0, 0), (0, -z.shape[1] % size))).reshape(batch, -1, size)
+    maxima = grouped.max(axis=-1)
+    row, group = _places(_at_least(maxima, kth_largest(maxima, k * batch)), most)
+    held = jnp.where((row < batch)[:, None], grouped[row, group], 0)
+    threshold = kth_largest(held, k * batch)
+    entry, place = _places(_at_least(held, threshold), most)
+    real = entry < most
+    owner = jnp.where(real, row.at[entry].get(mode="fill", fill_value=batch), batch)
+    position = jnp.where(real, group.at[entry].get(mode="fill", fill_value=0) * size + place, 0)
+    value = held.at[entry, place].get(mode="fill", fill_value=0.0)
+    return _in_rows(value, position, owner, batch, max(1, k_max // 2))._replace(threshold=threshold)
+
+
+def _in_rows(value: Array, position: Array, owner: Array, batch: int, slots: int) -> BatchSelection:
+    """Lay entries that are ordered by their owner out in rows of slots; entries of owner `batch` are none."""
+    most = value.shape[0]
+    counts = jnp.zeros(batch, jnp.int32).at[owner].add(1, mode="drop")
+    rows_each = (counts + slots - 1) // slots
+    first_row = jnp.cumsum(rows_each) - rows_each
+    nth = jnp.arange(most, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[owner]
+    n_rows = batch + most // slots
+    row = jnp.where(owner < batch, first_row[owner] + nth // slots, n_rows)
+    at = (row, nth % slots)
+    return BatchSelection(
+        values=jnp.zeros((n_rows, slots), value.dtype).at[at].set(value, mode="drop"),
+        positions=jnp.zeros((n_rows, slots), jnp.int32).at[at].set(position, mode="drop"),
+        owner=jnp.full(n_rows, batch, jnp.int32).at[row].set(owner, mode="drop"),
+        used=jnp.sum(rows_each),
+        threshold=jnp.zeros(()),
+    )
+
+
+def _at_least(values: Array, limit: Array) -> Array:
+    return (values >= limit) & (values > 0)
+
+
+def _places(mask: Array, size: int) -> tuple[Array, Array]:
+    """Return row and column of the first `size` True places of a matrix in reading order; the row count where none."""
+    columns = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    in_row = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
+    before = jnp.cumsum(in_row[:, -1]) - in_row[:, -1]
+    slot = jnp.where(mask, before[:, None] + in_row - 1, size)
+    flat = jnp.arange(mask.shape[0], dtype=jnp.int32)[:, None] * mask.shape[1] + columns
+    found = jnp.full(size, mask.size, jnp.int32).at[slot].set(flat, mode="drop")
+    return found // mask.shape[1], found % mask.shape[1]

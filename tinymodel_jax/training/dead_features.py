@@ -1,0 +1,130 @@
+"""Bringing dead features back: AuxK gradients, and re-initialisation from inputs the dictionary reconstructs badly.
+
+A feature is dead once it was silent for `dead_after` inputs. AuxK lets dead features predict what the others left;
+re-initialisation gives each a badly reconstructed input to stand for, and forgets its optimizer moments.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from tinymodel_jax.training import dictionary_losses as losses
+from tinymodel_jax.training.dictionary_forward import effective_bias
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
+from tinymodel_jax.training.dictionary_state import (
+    TINY,
+    DictionaryTrainState,
+    Reservoir,
+    TrainParams,
+    empty_reservoir,
+)
+
+
+def dead_mask(state: DictionaryTrainState, recipe: DictionaryRecipe) -> Bool[Array, " n_features"]:
+    """Return which features are dead."""
+    return state.silent_for >= recipe.dead_after
+
+
+def add_aux_gradient(
+    gradient: TrainParams,
+    params: TrainParams,
+    recipe: DictionaryRecipe,
+    dead: Bool[Array, " n_features"],
+    x: Float[Array, "batch d_in"],
+    residual: Float[Array, "batch d_out"],
+    key: Array,
+) -> tuple[TrainParams, Float[Array, ""]]:
+    """Return the gradient with AuxK's added, and AuxK's loss as a share of the residual's variance.
+
+    Takes at most `aux_k` dead features, drawn anew each step when there are more, and lets each act wherever its
+    pre-activation is positive. That is AuxK exactly while no more than `aux_k` features are dead, and costs products of
+    `aux_k` rows rather than a second search over all features. The residual gets no gradient, the encoder does.
+    """
+    size = min(recipe.aux_k or max(1, residual.shape[-1] // 2), recipe.n_features)
+
+    def with_aux() -> tuple[TrainParams, Array]:
+        lots = jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0)
+        drawn, rows = jax.lax.top_k(lots, size)
+        chosen = {name: params[name][rows] for name in ("W_enc_T", "W_dec", "b_enc")}
+
+        def loss_of(chosen: TrainParams) -> Array:
+            bias = effective_bias(chosen | {"b_dec": params["b_dec"]}, recipe)
+            acts = jnp.where(drawn >= 0, jax.nn.relu(x @ chosen["W_enc_T"].T + bias), 0)
+            return losses.aux_loss(residual, acts, chosen["W_dec"])
+
+        loss, extra = jax.value_and_grad(loss_of)(chosen)
+        weight = recipe.aux_coefficient * residual.shape[-1]
+        return gradient | {name: gradient[name].at[rows].add(weight * g) for name, g in extra.items()}, loss
+
+    return jax.lax.cond(jnp.any(dead), with_aux, lambda: (gradient, jnp.zeros(())))
+
+
+def update_reservoir(
+    reservoir: Reservoir, x: Float[Array, "batch d_in"], residual: Float[Array, "batch d_out"], key: Array
+) -> Reservoir:
+    """Return the reservoir after a batch was offered to it.
+
+    Weighted sampling without replacement over everything offered since it was emptied. Source: Efraimidis & Spirakis
+    2006, algorithm A-ES (in logarithms).
+    """
+    error = jnp.sum(residual * residual, axis=-1)
+    chance = jax.random.uniform(key, error.shape, minval=jnp.finfo(jnp.float32).tiny)
+    offered = Reservoir(jnp.log(chance) / (error + TINY), x, residual)
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts), reservoir, offered)
+    _, kept = jax.lax.top_k(together.priority, reservoir.priority.size)
+    return jax.tree.map(lambda leaf: leaf[kept], together)
+
+
+def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_sae: bool) -> DictionaryTrainState:
+    """Give every dead feature an input of the reservoir to stand for, zero its moments, and empty the reservoir.
+
+    The new decoder row points along that input's residual, with the mean norm of the living rows; the new encoder makes
+    the feature, on that very input, write exactly the residual. An SAE's encoder reads along the residual too; a
+    transcoder's along the input, reaching zero halfway to the mean input. Dead features beyond the reservoir's size, or
+    beyond what it holds, wait for the next time.
+    """
+    assert state.reservoir is not None
+    params, reservoir = state.params, state.reservoir
+    dead = dead_mask(state, recipe)
+    turn = jnp.cumsum(dead) - 1  # the n-th dead feature takes the n-th input
+    source = jnp.clip(turn, 0, reservoir.priority.size - 1)
+    chosen = dead & (turn < reservoir.priority.size) & (reservoir.priority[source] > -jnp.inf)
+    alive_norm = jnp.sum(jnp.where(dead, 0, losses.row_norms(params["W_dec"]))) / jnp.maximum(jnp.sum(~dead), 1)
+    norm = jnp.where(jnp.any(~dead), alive_norm, 1.0)
+
+    x, residual = reservoir.x[source], reservoir.residual[source]
+    size = losses.row_norms(residual)
+    direction = residual / size[:, None]
+    if is_sae:
+        reads = direction
+    else:
+        distance = losses.row_norms(x - state.mean_in)
+        reads = (2 * size / (distance * distance))[:, None] * (x - state.mean_in)
+    bias = size - jnp.sum(reads * x, axis=-1)
+    fresh = {"W_enc_T": reads / norm, "W_dec": direction * norm}
+    fresh |= dict.fromkeys(("b_enc", "b_gate", "b_mag"), bias / norm)
+    fresh |= {"r_mag": jnp.zeros_like(size), "threshold": size / 2}
+    if recipe.subtract_b_dec:
+        shift = reads @ params["b_dec"] / norm
+        fresh |= {name: fresh[name] + shift for name in ("b_enc", "b_gate", "b_mag")}
+
+    def replace(tree: TrainParams, values: TrainParams | None) -> TrainParams:
+        return tree | {
+            name: _where_rows(chosen, 0 if values is None else values[name], leaf)
+            for name, leaf in tree.items()
+            if name in fresh
+        }
+
+    moments = state.moments._replace(mu=replace(state.moments.mu, None), nu=replace(state.moments.nu, None))  # type: ignore[arg-type]
+    return state._replace(
+        params=replace(params, fresh),
+        moments=moments,
+        silent_for=jnp.where(chosen, 0, state.silent_for),
+        reservoir=empty_reservoir(recipe, reservoir.x.shape[-1], residual.shape[-1]),
+    )
+
+
+def _where_rows(chosen: Array, new: Array | int, old: Array) -> Array:
+    return jnp.where(chosen.reshape(-1, *(1,) * (old.ndim - 1)), new, old)

@@ -1,0 +1,204 @@
+"""What a dictionary predicts in training, its loss, and the gradients: the dense way, and the sparse way for TopK.
+
+Both ways give the same numbers. Which features stay active is decided on activations weighted by the norm of their
+decoder row, so scaling a feature's decoder up and its encoder down by the same factor changes nothing. A feature's own
+activation stays unweighted: it is multiplied with its unnormalised decoder row.
+
+    pre  = (x - b_dec if subtract_b_dec else x) @ W_enc_T.T + b_enc         z = pre * |W_dec row|
+    topk, batch_topk: acts = relu(pre) of the largest z of an input, or of k times the batch in the whole batch
+    jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionary`
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinymodel_jax.training import dictionary_losses as losses
+from tinymodel_jax.training.batch_selection import BatchSelection, select_of_batch
+from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
+from tinymodel_jax.training.dictionary_state import TrainParams
+from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, selected_values, top_k
+
+Widths = tuple[int, ...] | Int[Array, " l"]
+"""Sizes of the nested dictionaries: known (a tuple) or drawn for this step (an array)."""
+
+
+class Execution(NamedTuple):
+    """How to compute a step; every choice gives the same numbers. Static. `execution_for` chooses by backend."""
+
+    sparse: bool
+    """Whether topk and batch_topk decode only the rows they selected."""
+    on_cpu: bool
+    """Whether gathers and scatters are loops over few rows, and top-k has two stages."""
+    map_members: bool
+    """Whether a sweep runs its members one after the other in the compiled step, rather than batched."""
+
+
+class Outcome(NamedTuple):
+    """What a forward pass found, besides the loss and its gradient."""
+
+    loss: Float[Array, ""]
+    reconstruction: Float[Array, ""]
+    sparsity: Float[Array, ""]
+    """The sparsity loss before its coefficient; 0 for topk and batch_topk."""
+    l0: Float[Array, ""]
+    fired: Bool[Array, " n_features"]
+    residual: Float[Array, "batch d_out"]
+    threshold: Float[Array, ""]
+    """Smallest weighted activation that was kept (batch_topk; else 0)."""
+
+
+def execution_for(recipe: DictionaryRecipe, backend: str | None = None) -> Execution:
+    """Choose how to compute a step on a backend (default: JAX's default backend).
+
+    On CPUs and GPUs topk and batch_topk decode by gathering rows; TPUs, whose gathers are slow, use dense products.
+    CPUs map over the members of a sweep: batching them measured slower there. Only the CPU choices are measured.
+    """
+    backend = backend or jax.default_backend()
+    on_cpu = backend == "cpu"
+    return Execution(sparse=recipe.takes_k and backend != "tpu", on_cpu=on_cpu, map_members=on_cpu)
+
+
+def loss_and_gradient(
+    params: TrainParams,
+    recipe: DictionaryRecipe,
+    execution: Execution,
+    hyper: DictionaryHyper,
+    x: Float[Array, "batch d_in"],
+    y: Float[Array, "batch d_out"],
+    widths: Widths,
+) -> tuple[Outcome, TrainParams]:
+    """Return the outcome of a forward pass on scaled `x` and `y`, and the gradient of its loss (without AuxK).
+
+    `hyper.sparsity` is the coefficient in force at this step, after warm-up and controller.
+    """
+
+    if recipe.takes_k and execution.sparse:
+        selection = select(params, recipe, execution, hyper.k, x)
+        gradient, outcome = jax.grad(_sparse_outcome, has_aux=True)(params, recipe, execution, selection, x, y, widths)
+    else:
+        gradient, outcome = jax.grad(_dense_outcome, has_aux=True)(params, recipe, execution, hyper, x, y, widths)
+    return outcome, gradient
+
+
+def select(
+    params: TrainParams,
+    recipe: DictionaryRecipe,
+    execution: Execution,
+    k: Int[Array, ""],
+    x: Float[Array, "batch d_in"],
+) -> BatchSelection:
+    """Choose the active features of topk or batch_topk, for a `k` up to the recipe's. Carries no gradient."""
+    assert recipe.k is not None
+    norms = losses.row_norms(params["W_dec"])
+    z = jax.nn.relu(x @ params["W_enc_T"].T + effective_bias(params, recipe)) * norms
+    if recipe.architecture == "batch_topk":
+        selection = select_of_batch(z, k, recipe.k)
+    else:
+        best, positions = top_k(z, recipe.k, execution.on_cpu)
+        kept = jnp.where(jnp.arange(recipe.k) < k, best, 0)
+        inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
+        selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
+    return selection._replace(values=selection.values / norms[selection.positions])
+
+
+def effective_bias(params: TrainParams, recipe: DictionaryRecipe) -> Float[Array, " n_features"]:
+    """Return the encoder's bias with `b_dec`, where the encoder subtracts it, folded in: one product less."""
+    bias = params["b_enc"] if recipe.architecture != "gated" else jnp.zeros(params["W_enc_T"].shape[0])
+    return bias - params["W_enc_T"] @ params["b_dec"] if recipe.subtract_b_dec else bias
+
+
+def _sparse_outcome(params, recipe, execution, selection, x, y, widths) -> tuple[Array, Outcome]:
+    positions, used, rowwise = selection.positions, selection.used, execution.on_cpu
+    per_input = recipe.architecture == "topk"  # then row i of the selection is input i
+    inputs = x if per_input else x.at[selection.owner].get(mode="clip")
+    bias = effective_bias(params, recipe)
+    values: Array = selected_values(  # type: ignore[assignment]
+        inputs, params["W_enc_T"], bias, selection.values, positions, used, rowwise
+    )
+    in_prefix = positions[:, None, :] < jnp.asarray(widths)[:, None]
+    prefix_values = jnp.where(in_prefix, values[:, None, :], 0)
+    decoded: Array = gather_decode(  # type: ignore[assignment]
+        prefix_values, positions, params["W_dec"], used, rowwise
+    )
+    if not per_input:
+        total = jnp.zeros((x.shape[0], *decoded.shape[1:]))
+        decoded = total.at[selection.owner].add(decoded, mode="drop", indices_are_sorted=True)
+    reconstruction, residual = _compare(params, recipe, x, y, decoded)
+    active = selection.values > 0
+    fired = jnp.zeros(recipe.n_features, bool).at[positions].max(active)
+    l0 = jnp.sum(active, dtype=jnp.float32) / x.shape[0]
+    zero = jnp.zeros(())
+    return reconstruction, Outcome(reconstruction, reconstruction, zero, l0, fired, residual, selection.threshold)
+
+
+def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Array, Outcome]:
+    norms = losses.row_norms(params["W_dec"])
+    shares = losses.prefix_shares(jnp.asarray(widths), recipe.n_features)
+    linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
+    extra, threshold = jnp.zeros(()), jnp.zeros(())
+    if recipe.architecture in ("relu", "gated"):
+        if recipe.architecture == "relu":
+            acts = penalised = jax.nn.relu(linear)
+        else:
+            penalised = jax.nn.relu(linear + params["b_gate"])
+            acts = jax.nn.relu(linear * jnp.exp(params["r_mag"]) + params["b_mag"])
+            acts = jnp.where(penalised > 0, acts, 0)
+            extra = _gate_loss(params, recipe, penalised, x, y)
+            # the magnitudes make up for a shrinking decoder, so a penalty on its norm would shrink it without end
+            norms = jax.lax.stop_gradient(norms)
+        if recipe.penalty == "l1":
+            sparsity = losses.l1_penalty(penalised, norms * shares)
+        else:
+            sparsity = losses.log_penalty(penalised, norms, shares)
+    elif recipe.architecture == "jumprelu":
+        norms = jax.lax.stop_gradient(norms)  # they cancel in the activations and only place the threshold
+        z = linear * norms
+        jumped: Array = losses.jump(z, params["threshold"], recipe.bandwidth)  # type: ignore[assignment]
+        acts = jumped / norms
+        l0: Array = losses.mean_l0(z, params["threshold"], recipe.bandwidth)  # type: ignore[assignment]
+        unit = y.shape[-1]
+        sparsity = unit * losses.target_l0_loss(l0, hyper.target_l0) if recipe.target_l0 is not None else l0
+    else:
+        z = jax.lax.stop_gradient(jax.nn.relu(linear) * norms)
+        limit, threshold = _dense_limit(z, recipe, execution, hyper.k)
+        acts = jnp.where(z >= limit, jax.nn.relu(linear), 0)
+        sparsity = jnp.zeros(())
+    reconstruction, residual = _compare(params, recipe, x, y, losses.decode_prefixes(acts, params["W_dec"], widths))
+    counts = jnp.sum(acts > 0, axis=0, dtype=jnp.int32)
+    l0 = jnp.sum(counts) / x.shape[0]
+    loss = reconstruction + hyper.sparsity * sparsity + extra if not recipe.takes_k else reconstruction
+    return loss, Outcome(loss, reconstruction, sparsity, l0, counts > 0, residual, threshold)
+
+
+def _dense_limit(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
+    """Return the smallest weighted activation to keep (a column for topk), and it again for batch_topk, else 0."""
+    if recipe.architecture == "batch_topk":
+        threshold = kth_largest(z, k * z.shape[0])
+        return threshold, threshold
+    best, _ = top_k(z, recipe.k or 0, execution.on_cpu)
+    return jnp.take_along_axis(best, jnp.broadcast_to(k - 1, (z.shape[0], 1)), axis=1), jnp.zeros(())
+
+
+def _compare(params, recipe: DictionaryRecipe, x: Array, y: Array, decoded: Array) -> tuple[Array, Array]:
+    """Return the squared error of all prefixes and the residual of the whole dictionary."""
+    prediction = decoded + params["b_dec"]
+    if recipe.skip:
+        prediction = prediction + (x @ params["W_skip"])[:, None, :]
+    return losses.squared_error(y, prediction), jax.lax.stop_gradient(y - prediction[:, -1])
+
+
+def _gate_loss(params, recipe: DictionaryRecipe, gate: Array, x: Array, y: Array) -> Array:
+    """Return the error of predicting with the gate's own activations and a frozen decoder.
+
+    It gives the gate a gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), eq. 8.
+    """
+    frozen = jax.lax.stop_gradient(params)
+    prediction = gate @ frozen["W_dec"] + frozen["b_dec"]
+    if recipe.skip:
+        prediction = prediction + x @ frozen["W_skip"]
+    return losses.squared_error(y, prediction[:, None, :])

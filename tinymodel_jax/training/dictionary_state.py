@@ -1,0 +1,177 @@
+"""The state of a dictionary's training, and how it starts.
+
+The state is a tree of arrays and nothing else: everything a step reads besides its batch, so that saving it resumes a
+run to the bit, and stacking states along a leading axis makes a sweep. The features' axis is the first of every feature
+parameter (the encoder is stored transposed, as `W_enc_T`): gradients and re-initialisation then touch whole rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
+
+INITIAL_NORM = 0.1
+"""Norm of every encoder and decoder row at the start."""
+TINY = 1e-20
+"""Added below square roots and to divisors that may be 0, small enough to change no float32 result."""
+
+TrainParams = dict[str, Array]
+
+
+class ActivationStatistics(NamedTuple):
+    """Sums over activation vectors from which training takes the mean and the scale; add batches with `update`."""
+
+    vectors: Float[Array, ""]
+    """Vectors seen."""
+    sum: Float[Array, " d"]
+    """Sum of the vectors."""
+    norm_sum: Float[Array, ""]
+    """Sum of their Euclidean norms."""
+
+    @classmethod
+    def zero(cls, width: int) -> ActivationStatistics:
+        """Return the statistics of no vectors."""
+        return cls(jnp.zeros(()), jnp.zeros(width), jnp.zeros(()))
+
+    def update(self, x: Float[Array, "batch d"]) -> ActivationStatistics:
+        """Return the statistics with a batch of vectors added."""
+        x = x.astype(jnp.float32)
+        norms = jnp.sqrt(jnp.sum(x * x, axis=-1))
+        return ActivationStatistics(self.vectors + x.shape[0], self.sum + x.sum(axis=0), self.norm_sum + norms.sum())
+
+    @property
+    def mean(self) -> Float[Array, " d"]:
+        """Mean vector."""
+        return self.sum / jnp.maximum(self.vectors, 1)
+
+    @property
+    def scale(self) -> Float[Array, ""]:
+        """Factor that makes the mean norm the square root of the width; 1 where all vectors are 0."""
+        mean_norm = self.norm_sum / jnp.maximum(self.vectors, 1)
+        return jnp.where(mean_norm > 0, self.sum.shape[0] ** 0.5 / jnp.where(mean_norm > 0, mean_norm, 1), 1)
+
+
+class Reservoir(NamedTuple):
+    """A sample of inputs, drawn without replacement with probability proportional to their squared error."""
+
+    priority: Float[Array, " size"]
+    """Sampling key, log(uniform) / squared error: the largest are kept; -inf marks an empty place."""
+    x: Float[Array, "size d_in"]
+    """Scaled inputs."""
+    residual: Float[Array, "size d_out"]
+    """What the dictionary left of their scaled targets when they were drawn."""
+
+
+class DictionaryTrainState(NamedTuple):
+    """Everything a training step carries on. A sweep's state has a leading axis of members on every leaf."""
+
+    params: TrainParams
+    """`W_enc_T [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]`, and by architecture `b_enc`, `threshold`, `b_gate`,
+    `b_mag`, `r_mag` (all `[F]`) and `W_skip [d_in, d_out]`; float32, for scaled inputs."""
+    moments: optax.ScaleByAdamState
+    """Adam's step count and moments."""
+    step: Int[Array, ""]
+    """Steps done."""
+    mean_in: Float[Array, " d_in"]
+    """Mean scaled input at the start."""
+    scale_in: Float[Array, ""]
+    """Factor from activations to training inputs."""
+    scale_out: Float[Array, ""]
+    """Factor from targets to training targets."""
+    silent_for: Int[Array, " n_features"]
+    """Inputs since each feature was last active."""
+    sparsity_factor: Float[Array, ""]
+    """What the controller multiplies the sparsity coefficient with; 1 without one."""
+    threshold: Float[Array, ""]
+    """batch_topk: running mean of the smallest weighted activation kept, for use outside of batches; 0 before."""
+    reservoir: Reservoir | None
+    """Inputs to re-initialise dead features from; None where the recipe does not."""
+    key: UInt32[Array, "..."]
+    """Data of the random key that every step folds its number into."""
+
+
+def init_state(
+    key: Key[Array, ""],
+    recipe: DictionaryRecipe,
+    statistics_in: ActivationStatistics,
+    statistics_out: ActivationStatistics | None = None,
+) -> DictionaryTrainState:
+    """Return the state before the first step.
+
+    Decoder rows are random directions of norm 0.1; an SAE's encoder is its transpose, a transcoder's has directions of
+    its own. Encoder biases make every pre-activation 0 at the mean input, and `b_dec` is the mean target.
+
+    Args:
+        statistics_out: of the targets of a transcoder; None makes an SAE.
+
+    Raises:
+        ValueError: the recipe wants a skip connection for an SAE, or `subtract_b_dec` for a transcoder.
+    """
+    is_sae = statistics_out is None
+    if is_sae and recipe.skip:
+        raise ValueError("init_state: skip=True needs a transcoder (give targets): an SAE would copy its input.")
+    if not is_sae and recipe.subtract_b_dec:
+        raise ValueError("init_state: subtract_b_dec=True needs an SAE (no targets): b_dec is a target's mean.")
+    statistics_out = statistics_in if statistics_out is None else statistics_out
+    one = jnp.ones(())
+    scale_in, scale_out = (statistics_in.scale, statistics_out.scale) if recipe.scale_inputs else (one, one)
+    mean_in = statistics_in.mean * scale_in
+    params = _init_params(key, recipe, mean_in, statistics_out.mean * scale_out, is_sae)
+    return DictionaryTrainState(
+        params=params,
+        moments=optax.scale_by_adam().init(params),  # type: ignore[arg-type]
+        step=jnp.zeros((), jnp.int32),
+        mean_in=mean_in,
+        scale_in=scale_in,
+        scale_out=scale_out,
+        silent_for=jnp.zeros(recipe.n_features, jnp.int32),
+        sparsity_factor=jnp.ones(()),
+        threshold=jnp.zeros(()),
+        reservoir=None if recipe.reinit_every is None else empty_reservoir(recipe, mean_in.size, params["b_dec"].size),
+        key=jax.random.key_data(key),
+    )
+
+
+def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoir:
+    """Return a reservoir that holds nothing."""
+    size = recipe.reservoir_size
+    return Reservoir(jnp.full(size, -jnp.inf), jnp.zeros((size, d_in)), jnp.zeros((size, d_out)))
+
+
+def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out: Array, is_sae: bool) -> TrainParams:
+    features = recipe.n_features
+    W_dec = _directions(jax.random.fold_in(key, 0), features, mean_out.size)
+    # a copy, because donated buffers may not appear twice in a state
+    W_enc_T = jnp.copy(W_dec) if is_sae else _directions(jax.random.fold_in(key, 1), features, mean_in.size)
+    params = {"W_enc_T": W_enc_T, "W_dec": W_dec, "b_dec": mean_out}
+    bias = jnp.zeros(features) if recipe.subtract_b_dec else -W_enc_T @ mean_in
+    if recipe.architecture == "gated":
+        params |= {"b_gate": bias, "b_mag": jnp.copy(bias), "r_mag": jnp.zeros(features)}
+    else:
+        params |= {"b_enc": bias}
+    if recipe.architecture == "jumprelu":
+        params |= {"threshold": jnp.full(features, _first_threshold(recipe), jnp.float32)}
+    if recipe.skip:
+        params |= {"W_skip": jnp.zeros((mean_in.size, mean_out.size))}
+    return params
+
+
+def _first_threshold(recipe: DictionaryRecipe) -> Array:
+    """Return the threshold with about the target number of features above it, were pre-activations normal.
+
+    Scaled inputs have about unit variance in every direction, so weighted pre-activations have the standard deviation
+    INITIAL_NORM^2. Without it half of all features start active and the target-L0 loss drowns everything else.
+    """
+    share = min(0.5, (recipe.target_l0 or recipe.n_features / 20) / recipe.n_features)
+    return INITIAL_NORM**2 * jax.scipy.special.ndtri(jnp.float32(1 - share))
+
+
+def _directions(key: Array, rows: int, width: int) -> Array:
+    normal = jax.random.normal(key, (rows, width))
+    return INITIAL_NORM * normal / jnp.sqrt(jnp.sum(normal * normal, axis=-1, keepdims=True) + TINY)

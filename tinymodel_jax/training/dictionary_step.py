@@ -1,0 +1,188 @@
+"""One step of training a dictionary, and of a whole sweep of them: pure functions of a state and a batch.
+
+`train_step` and `sweep_step` are not compiled here: put them inside the program that makes the activations. All that a
+recipe asks for happens in the step, on the device: scaling, loss, gradient clipping, Adam, schedules, AuxK, counting
+and re-initialising dead features, the controller, the threshold of batch_topk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from tinymodel_jax.training.dead_features import (
+    add_aux_gradient,
+    dead_mask,
+    reinitialise_dead,
+    update_reservoir,
+)
+from tinymodel_jax.training.dictionary_forward import Execution, Outcome, execution_for, loss_and_gradient
+from tinymodel_jax.training.dictionary_losses import random_widths
+from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
+from tinymodel_jax.training.dictionary_state import TINY, DictionaryTrainState, TrainParams
+
+THRESHOLD_RATE = 0.01
+"""Weight of the newest batch in the running mean of batch_topk's threshold."""
+MAX_SILENCE = 1 << 30
+"""Where the count of inputs since a feature was active stops."""
+
+Metrics = dict[str, Array]
+
+
+def train_step(
+    state: DictionaryTrainState,
+    hyper: DictionaryHyper,
+    x: Float[Array, "batch d_in"],
+    y: Float[Array, "batch d_out"] | None = None,
+    *,
+    recipe: DictionaryRecipe,
+    execution: Execution | None = None,
+) -> tuple[DictionaryTrainState, Metrics]:
+    """Take one step on a batch of unscaled activations; every row counts, so leave padding out beforehand.
+
+    Args:
+        y: targets of a transcoder; None trains an SAE on `x`.
+        execution: how to compute; None chooses by JAX's default backend.
+
+    Returns:
+        The next state, and float32 scalars of this batch before the update: `loss`, `reconstruction` (squared error of
+        scaled targets, summed over the width), `sparsity` (that loss before its coefficient), `sparsity_coefficient`,
+        `aux` (share of the residual's variance that dead features leave; 0 where none is dead), `l0`,
+        `explained_variance` (around the batch's mean), `dead_fraction`, `gradient_norm`, `learning_rate`, `threshold`.
+    """
+    execution = execution or execution_for(recipe)
+    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), 3)
+    scaled_x = x.astype(jnp.float32) * state.scale_in
+    scaled_y = scaled_x if y is None else y.astype(jnp.float32) * state.scale_out
+    coefficient = hyper.sparsity * state.sparsity_factor * _ramp(state.step, recipe.sparsity_warmup_steps)
+    widths = recipe.prefix_widths or (recipe.n_features,)
+    if recipe.random_prefixes is not None:
+        widths = random_widths(keys[0], recipe.random_prefixes, recipe.n_features)
+
+    in_force = hyper._replace(sparsity=coefficient)
+    outcome, gradient = loss_and_gradient(state.params, recipe, execution, in_force, scaled_x, scaled_y, widths)
+    dead, aux = dead_mask(state, recipe), jnp.zeros(())
+    if recipe.aux_coefficient:
+        gradient, aux = add_aux_gradient(gradient, state.params, recipe, dead, scaled_x, outcome.residual, keys[1])
+    rate = hyper.learning_rate * learning_rate_share(state.step, recipe)
+    params, moments, gradient_norm = _adam(state, recipe, gradient, rate)
+    metrics = {
+        "loss": outcome.loss + recipe.aux_coefficient * scaled_y.shape[-1] * aux,
+        "reconstruction": outcome.reconstruction,
+        "sparsity": outcome.sparsity,
+        "sparsity_coefficient": coefficient,
+        "aux": aux,
+        "l0": outcome.l0,
+        "explained_variance": _explained(outcome.residual, scaled_y),
+        "dead_fraction": jnp.mean(dead, dtype=jnp.float32),
+        "gradient_norm": gradient_norm,
+        "learning_rate": rate,
+        "threshold": outcome.threshold,
+    }
+    state = _count(state, recipe, hyper, outcome, x.shape[0])._replace(params=params, moments=moments)
+    if recipe.reinit_every is not None:
+        state = _offer_and_reinitialise(state, recipe, scaled_x, outcome.residual, keys[2], is_sae=y is None)
+    return state._replace(step=state.step + 1), metrics
+
+
+def sweep_step(
+    states: DictionaryTrainState,
+    hypers: DictionaryHyper,
+    x: Float[Array, "batch d_in"],
+    y: Float[Array, "batch d_out"] | None = None,
+    *,
+    recipe: DictionaryRecipe,
+    execution: Execution | None = None,
+) -> tuple[DictionaryTrainState, Metrics]:
+    """Take one step of every member of a sweep on the same batch; members do not see each other.
+
+    Args:
+        states: `stack_members` of the members' states, all at the same step.
+        hypers: `stack_members` of their `DictionaryHyper`s.
+
+    Returns:
+        The stacked next states and metrics, each metric with an axis of members.
+    """
+    execution = execution or execution_for(recipe)
+    step = states.step[0]  # one number for all, so that what happens every n steps stays a branch under vmap
+
+    def member(state: DictionaryTrainState, hyper: DictionaryHyper) -> tuple[DictionaryTrainState, Metrics]:
+        state = state._replace(step=step)
+        return train_step(state, hyper, x, y, recipe=recipe, execution=execution)
+
+    if execution.map_members:
+        return jax.lax.map(lambda pair: member(*pair), (states, hypers))
+    return jax.vmap(member)(states, hypers)
+
+
+def stack_members(members: list[Any]) -> Any:
+    """Stack trees of equal shapes along a new leading axis of members."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def member_of(stacked: Any, index: int) -> Any:
+    """Return one member of stacked trees."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def learning_rate_share(step: Array, recipe: DictionaryRecipe) -> Float[Array, ""]:
+    """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end."""
+    decay_steps = recipe.decay_fraction * recipe.steps
+    if not decay_steps:
+        return _ramp(step, recipe.warmup_steps)
+    left = jnp.clip((recipe.steps - step.astype(jnp.float32)) / decay_steps, 0, 1)
+    return _ramp(step, recipe.warmup_steps) * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * left)
+
+
+def _ramp(step: Array, steps: int) -> Array:
+    return jnp.minimum((step.astype(jnp.float32) + 1) / max(steps, 1), 1)
+
+
+def _adam(
+    state: DictionaryTrainState, recipe: DictionaryRecipe, gradient: TrainParams, rate: Array
+) -> tuple[TrainParams, Any, Array]:
+    """Return the parameters and moments after an Adam step on the clipped gradient, and the norm before clipping."""
+    norm = optax.tree.norm(gradient)
+    if recipe.clip_norm is not None:
+        shrink = jnp.minimum(1, recipe.clip_norm / (norm + TINY))
+        gradient = jax.tree.map(lambda g: g * shrink, gradient)
+    adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
+    updates, moments = adam.update(gradient, state.moments)  # type: ignore[arg-type]
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    if "threshold" in params:
+        params["threshold"] = jnp.maximum(params["threshold"], 0)
+    return params, moments, norm
+
+
+def _count(
+    state: DictionaryTrainState, recipe: DictionaryRecipe, hyper: DictionaryHyper, outcome: Outcome, batch: int
+) -> DictionaryTrainState:
+    """Update what a step keeps track of besides parameters: silence, the controller, batch_topk's threshold."""
+    silent_for = jnp.where(outcome.fired, 0, jnp.minimum(state.silent_for + batch, MAX_SILENCE))
+    factor = state.sparsity_factor
+    if recipe.is_controlled:
+        distance = jnp.log(jnp.maximum(outcome.l0, 1e-3) / hyper.target_l0)
+        moved = factor * jnp.exp(recipe.controller_rate * jnp.clip(distance, -1, 1))
+        factor = jnp.where(state.step >= recipe.sparsity_warmup_steps, moved, factor)
+    running = state.threshold + THRESHOLD_RATE * (outcome.threshold - state.threshold)
+    threshold = jnp.where(state.step == 0, outcome.threshold, running)
+    return state._replace(silent_for=silent_for, sparsity_factor=factor, threshold=threshold)
+
+
+def _offer_and_reinitialise(
+    state: DictionaryTrainState, recipe: DictionaryRecipe, x: Array, residual: Array, key: Array, is_sae: bool
+) -> DictionaryTrainState:
+    assert state.reservoir is not None
+    assert recipe.reinit_every is not None
+    state = state._replace(reservoir=update_reservoir(state.reservoir, x, residual, key))
+    due = (state.step + 1) % recipe.reinit_every == 0
+    return jax.lax.cond(due, lambda s: reinitialise_dead(s, recipe, is_sae), lambda s: s, state)
+
+
+def _explained(residual: Array, target: Array) -> Array:
+    spread = jnp.sum(jnp.square(target - jnp.mean(target, axis=0)))
+    return 1 - jnp.sum(residual * residual) / (spread + TINY)

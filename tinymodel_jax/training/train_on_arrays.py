@@ -1,0 +1,95 @@
+"""Train a dictionary on arrays of activations: toy models with known features, or other people's models.
+
+The arrays may be memory-mapped files of any width and length. No more than a batch of them is ever on the device, and
+the batches are a pure function of (seed, step), so a run can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymodel_jax.compilation import fast_compiler_options
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
+from tinymodel_jax.training.dictionary_result import finalize
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
+from tinymodel_jax.training.dictionary_step import train_step
+
+STATISTICS_ROWS = 65_536
+"""Rows that mean and scale are taken from."""
+
+
+def train_on_arrays(
+    x: np.ndarray, y: np.ndarray | None = None, *, recipe: DictionaryRecipe, seed: int = 0
+) -> tuple[Dictionary, dict[str, np.ndarray]]:
+    """Train a dictionary for `recipe.steps` steps.
+
+    Args:
+        x: activations (rows, d_in), of any floating-point type, on the host or memory-mapped.
+        y: targets (rows, d_out) of a transcoder; None trains an SAE.
+        seed: of the initial parameters and the order of the rows.
+
+    Returns:
+        The dictionary, with hook points "x" (and "y"), and every metric of `train_step` as an array over steps.
+
+    Raises:
+        ValueError: the arrays are not two-dimensional, empty, or of different lengths.
+    """
+    _check(x, y)
+    statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
+    state = init_state(jax.random.key(seed), recipe, *statistics)
+    # not fast_jit, which cannot donate: the state's buffers are reused for the next state
+    step = jax.jit(
+        functools.partial(train_step, recipe=recipe), donate_argnums=0, compiler_options=fast_compiler_options()
+    )
+    hyper, history = recipe.hyper(), []
+    for i in range(recipe.steps):
+        rows = batch_rows(len(x), recipe.batch_size, seed, i)
+        state, metrics = step(state, hyper, to_device(x[rows]), None if y is None else to_device(y[rows]))
+        history.append(metrics)
+    config, params = finalize(state, recipe, "x", "x" if y is None else "y")
+    recorded = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
+    return Dictionary.from_params(config, params), recorded
+
+
+def array_statistics(array: np.ndarray, seed: int) -> ActivationStatistics:
+    """Return the statistics of the first rows of the order that a seed gives, a chunk at a time."""
+    statistics = ActivationStatistics.zero(array.shape[1])
+    chunk = min(len(array), 4096)
+    for i in range(max(1, min(len(array), STATISTICS_ROWS) // chunk)):
+        statistics = statistics.update(to_device(array[batch_rows(len(array), chunk, seed, i)]))
+    return statistics
+
+
+def batch_rows(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Return the row numbers of a step's batch: shuffled anew every time all rows were used, none left out."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    rows = np.empty(batch_size, np.int64)
+    for epoch in np.unique(places // n_rows):
+        here = places // n_rows == epoch
+        rows[here] = _shuffled(n_rows, seed, int(epoch))[places[here] % n_rows]
+    return rows
+
+
+def to_device(rows: np.ndarray) -> jax.Array:
+    """Return rows as a float32 array on the device."""
+    return jnp.asarray(np.asarray(rows, np.float32))
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n_rows)
+
+
+def _check(x: np.ndarray, y: np.ndarray | None) -> None:
+    for name, array in (("x", x), ("y", y)):
+        if array is not None and (array.ndim != 2 or not array.size):
+            raise ValueError(
+                f"train_on_arrays: {name} has shape {array.shape}; expected (rows, width), neither of them 0."
+            )
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"train_on_arrays: x has {len(x)} rows and y has {len(y)}; every input needs its target.")
