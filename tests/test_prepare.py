@@ -179,7 +179,7 @@ def write_source(kind: str, folder: Path) -> str:
         (folder / "a.jsonl").write_text(lines)
         return str(folder / "a.jsonl")
     if kind == "jsonl.gz":
-        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
         return str(folder / "a.jsonl.gz")
     if kind == "parquet":
         pq.write_table(pa.table({"n": range(len(stories)), "text": stories}), folder / "a.parquet")
@@ -553,7 +553,7 @@ def test_an_error_before_the_first_batch_leaves_nothing(run: Callable[..., None]
         ("a.jsonl", b'{"story": "a", "n": 1}\n', r"has the fields story, n; stories are in 'text', ids in 'tok_ids'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}\n', r"a\.jsonl, row 2 has no text or ids"),
         ("a.jsonl", b'{"text": 7}\n', r"rows hold int64, expected 'text' as str or 'tok_ids' as list of int"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-9], r"after line \d+: Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-9], r"after line \d+: Compressed file ended"),
         ("a.txt", b"One.\n<|endoftext|>\nTwo.\n", r"story 2 is '<\|endoftext\|>', which divides stories"),
         ("a.parquet", b"PAR1", r"a\.parquet cannot be opened: "),
         ("a.jsonl", b'{"tok_ids": [1]}\n{"tok_ids": [2, 304]}\n', r"row 2 holds the id 304; .* ids 0 to 303"),
