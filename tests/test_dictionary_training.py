@@ -19,7 +19,7 @@ from tinymodel_jax.training.dictionary_state import ActivationStatistics, Dictio
 from tinymodel_jax.training.dictionary_step import learning_rate_share, member_of, stack_members, sweep_step, train_step
 
 F32 = 1e-5
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 WIDTH, FEATURES, BATCH = 8, 24, 64
 
 

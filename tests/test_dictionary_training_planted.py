@@ -17,7 +17,7 @@ from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_
 from tinymodel_jax.training.dictionary_step import train_step
 from tinymodel_jax.training.train_on_arrays import batch_rows, train_on_arrays
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 WIDTH, FEATURES, ACTIVE = 32, 64, 3
 
 

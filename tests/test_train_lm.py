@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 VOCAB, ROW = 64, 24
 OPTIONS = ["--steps", "30", "--save-every", "4", "--eval-every", "10", "--batch-size", "4"]
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 
 @pytest.fixture(scope="session")
