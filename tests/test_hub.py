@@ -225,7 +225,7 @@ def test_a_models_dictionary_comes_from_the_hub_and_is_loaded_once(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TinyModel, "_is_published", True)  # by its sizes the small model is none
+    monkeypatch.setattr(TinyModel, "_has_published_sizes", True)  # by its sizes the small model is none
     publish("tiny_model", "mlp/M0_S-2_R1_P0")
     lm, local = TinyModel(), TinyModel()
     server.requests.clear()
