@@ -89,7 +89,8 @@ def export_lm(src: Source, dest: Destination) -> None:
     """
     from safetensors.numpy import save
 
-    from tinymodel_jax.io.artifacts import load_model, replace_file
+    from tinymodel_jax.atomic_files import replace_file
+    from tinymodel_jax.io.artifacts import load_model
     from tinymodel_jax.io.convert import export_model
     from tinymodel_jax.io.torch_files import save_torch_file
 

@@ -24,7 +24,7 @@ from tinymodel_jax.dictionary import param_shapes as dictionary_shapes
 from tinymodel_jax.io.convert import convert_dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
-from tinymodel_jax.transformer import param_shapes
+from tinymodel_jax.transformer import Transformer
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -86,6 +86,12 @@ def no_type_checks() -> Iterator[None]:
     """`as_users_run_it` for a whole test."""
     with as_users_run_it():
         yield
+
+
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
+    tok_ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tok_ids)["params"]
 
 
 def random_params(shapes: Any, seed: int, scale: float = 0.25) -> Any:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error_of
 
+from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.config import ARCHITECTURES, DTYPES, ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import (
@@ -21,7 +22,6 @@ from tinymodel_jax.io.artifacts import (
     load_dictionary,
     load_model,
     read_dictionary,
-    replace_file,
     save_dictionary,
     save_model,
 )

@@ -21,6 +21,8 @@ LAYERS = {
     "compilation": 0,
     "padding": 0,
     "weights": 0,
+    "atomic_files": 0,
+    "shapes": 0,
     # 1: the two things with parameters, which do not know each other
     "transformer": 1,
     "dictionary": 1,
@@ -50,6 +52,8 @@ SIBLINGS = {
     ("padding", "config"),
     # the file format of what it is
     ("tokenization", "tokenizer_files"),
+    # how a file is written
+    ("tokenizer_files", "atomic_files"),
     # how a command reports errors and progress
     ("convert_torch_weights", "cli"),
 }

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import make_dictionary, random_params
+from conftest import make_dictionary, param_shapes, random_params
 from oracle import BF16, F32, Tolerance, assert_close, forward, log_softmax, next_token_loss
 
 from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import hook_names
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import Transformer, param_shapes
+from tinymodel_jax.transformer import Transformer
 from tinymodel_jax.weights import flatten
 
 # The model against NumPy

@@ -4,15 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import N_HEADS, random_params
+from conftest import N_HEADS, param_shapes, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BF16, F32, GOLDEN, assert_close, assert_gradient_close, forward, next_token_loss, program_of
+from oracle import (
+    BF16,
+    F32,
+    GOLDEN,
+    assert_close,
+    assert_gradient_close,
+    forward,
+    next_token_loss,
+    program_of,
+)
 
 from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import hook_names
-from tinymodel_jax.transformer import LayerCache, Transformer, param_shapes, run_with_hooks
+from tinymodel_jax.transformer import LayerCache, Transformer, run_with_hooks
 from tinymodel_jax.weights import flatten
 
 REFERENCE_NAMES = {

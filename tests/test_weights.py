@@ -2,13 +2,12 @@
 
 import jax
 import numpy as np
-from conftest import random_params
+from conftest import param_shapes, random_params
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.convert import model_tensors
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import param_shapes
 from tinymodel_jax.weights import flatten, unflatten
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.initializers import uniform_fan_in
+from tinymodel_jax.shapes import require_shapes
 
 DictionaryParams = Mapping[str, Any]
 Indices = Any
@@ -152,15 +153,7 @@ class Dictionary(nn.Module):
             ValueError: parameters are missing, unexpected or of the wrong shape.
         """
         expected = param_shapes(config)
-        problems = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in params]
-        problems += [f"unexpected {name!r}" for name in params if name not in expected]
-        problems += [
-            f"{name!r} has shape {tuple(params[name].shape)}, expected {shape}"
-            for name, shape in expected.items()
-            if name in params and tuple(params[name].shape) != shape
-        ]
-        if problems:
-            raise ValueError(f"parameters do not fit a {config.architecture} dictionary: {'; '.join(problems)}.")
+        require_shapes(params, expected, f"a {config.architecture} dictionary")
         arrays = {name: own_array(params[name], config.param_dtype) for name in expected}
         return cls(config).bind({"params": arrays})
 

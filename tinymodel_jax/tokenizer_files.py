@@ -6,7 +6,6 @@ or not at all. It deliberately does not download anything.
 """
 
 import json
-import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+from tinymodel_jax.atomic_files import replace_file
 
 SPECIAL_TOKENS = ("[BEGIN]", "[END]", "[PAD]", "[UNK]")
 """The last four ids of every vocabulary, in this order."""
@@ -76,7 +77,7 @@ def write_saved(folder: Path, bpe: tokenizers.Tokenizer, table: list[int]) -> No
     """Write the files of `saved_form`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in saved_form(bpe, table).items():
-        _write_atomically(folder / name, text)
+        replace_file(folder / name, text.encode("utf-8"))
 
 
 def _read_gpt2_bpe(path: Path) -> tokenizers.Tokenizer:
@@ -125,12 +126,3 @@ def _tokens_from_json(text: str) -> list[str]:
     if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
         raise ValueError("'tokens' is not a list of str")
     return tokens
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

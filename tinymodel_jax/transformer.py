@@ -12,7 +12,6 @@ Source: architecture of noanabeshima/tiny_model (tinymodel/lm_modules.py).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -209,13 +208,6 @@ def run_with_hooks(
     require_hook_names((*hooks, *keep), config)
     check_shape(tok_ids, config)
     return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)
-
-
-@functools.cache
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Return the parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
-    tok_ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), tok_ids)["params"]
 
 
 def _query_key_init(config: ModelConfig) -> nn.initializers.Initializer:

@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import tinymodel_jax
-from tinymodel_jax.io.artifacts import replace_file
+from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.training.checksum import checksum
 
 CHECKPOINTS_KEPT = 3
@@ -123,10 +123,6 @@ class Checkpoints:
         numbers = np.asarray(checksum(state)).tolist()
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(numbers))
         self._manager.save(step, args=arguments)
-
-    def latest(self) -> int | None:
-        """Return the step of the newest checkpoint."""
-        return self._manager.latest_step()
 
     def restore(self, like: Any) -> Any | None:
         """Return the newest state that is whole, shaped and sharded as `like`; None if there is none.

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +19,11 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from tinymodel_jax.atomic_files import replace_file, replaced
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.shapes import require_shapes
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:
@@ -97,16 +98,7 @@ def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None
     Raises:
         ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
     """
-    expected = {tensor.name: tensor.shape for tensor in model_tensors(config)}
-    problems = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in params]
-    problems += [f"unexpected {name!r}" for name in params if name not in expected]
-    problems += [
-        f"{name!r} has shape {tuple(params[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in params and tuple(params[name].shape) != shape
-    ]
-    if problems:
-        raise ValueError(f"parameters do not fit the configuration: {'; '.join(problems)}.")
+    require_shapes(params, {tensor.name: tensor.shape for tensor in model_tensors(config)}, "the configuration")
 
 
 def save_dictionary(config: DictionaryConfig, params: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
@@ -201,7 +193,7 @@ def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[s
 
 def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     # Written from the arrays where they are: a published dictionary is 154 MB, and each copy in between as much again.
-    with _replaced(path) as temporary:
+    with replaced(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         # np.ascontiguousarray would give a scalar an axis
@@ -249,20 +241,3 @@ def _about(path: Path, read: Any) -> Any:
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    with _replaced(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there afterwards takes the place of `path` at once."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

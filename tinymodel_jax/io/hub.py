@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
 from tinymodel_jax.io.torch_files import load_torch_file
@@ -281,7 +282,7 @@ def _write_source(folder: Path, source: _Source, files: Sequence[_File]) -> None
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in made},
     }
-    artifacts.replace_file(folder / _SOURCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
+    replace_file(folder / _SOURCE_FILE, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _is_complete(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.io.torch_containers import LOCAL_HEADER, Container, open_container
 from tinymodel_jax.io.torch_pickle import build, survey
 from tinymodel_jax.io.torch_records import (
@@ -121,19 +122,13 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
     if wrong:
         allowed = ", ".join(dtype.name for dtype in _TORCH_DTYPE_OF)
         raise ValueError(f"PyTorch cannot hold {', '.join(wrong)}; allowed are string names and the dtypes {allowed}")
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            _write_member(archive, file.tell(), "data.pkl", _state_dict_pickle(tensors))
-            _write_member(archive, file.tell(), "byteorder", b"little")
-            for index, array in enumerate(tensors.values()):
-                flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                _write_member(archive, file.tell(), f"data/{index}", flat.data)
-            _write_member(archive, file.tell(), "version", b"3\n")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(Path(path)) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        _write_member(archive, file.tell(), "data.pkl", _state_dict_pickle(tensors))
+        _write_member(archive, file.tell(), "byteorder", b"little")
+        for index, array in enumerate(tensors.values()):
+            flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            _write_member(archive, file.tell(), f"data/{index}", flat.data)
+        _write_member(archive, file.tell(), "version", b"3\n")
 
 
 @contextmanager
