@@ -1,0 +1,88 @@
+"""Contenders of a benchmark, each in a process of its own, timed one at a time, with a watch on everybody else.
+
+`Side` starts a process, which makes named calls on request. Every measurement also says how busy other processes kept
+the cores, so that a benchmark can leave out what was measured in bad company. Linux only.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Calls = dict[str, Callable[[], Any]]
+QUIET = 0.05
+"""Largest share of the cores that others may use during a measurement that counts."""
+SHORTEST_MEASUREMENT = 0.5
+STAT = Path("/proc/stat")
+
+
+class Measured(NamedTuple):
+    """How long a call takes."""
+
+    seconds: float
+    others: float
+    """Share of all cores that other processes used meanwhile."""
+
+
+class Side:
+    """A process that holds one library and makes calls on request."""
+
+    def __init__(self, make_calls: Callable[[Path], Calls], folder: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=serve, args=(make_calls, Path(folder), far_end), daemon=True)
+        self._process.start()
+        far_end.close()  # so that a dead process is an EOFError here, not a wait without end
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def measure(self, name: str) -> Measured:
+        """Return how long a call takes, and how busy other processes kept the cores meanwhile."""
+        self._connection.send((name, False))
+        return self._connection.recv()
+
+    def ask(self, name: str) -> Any:
+        """Return the result of one call."""
+        self._connection.send((name, True))
+        return self._connection.recv()
+
+
+def serve(make_calls: Callable[[Path], Calls], folder: Path, connection: Connection) -> None:
+    """Answer requests until the other side ends this process."""
+    calls = make_calls(folder)
+    while True:
+        name, wants_result = connection.recv()
+        if wants_result:
+            result = calls[name]()
+            connection.send(np.asarray(result) if hasattr(result, "shape") else result)
+        else:
+            connection.send(measured(calls[name]))
+
+
+def measured(call: Callable[[], Any]) -> Measured:
+    """Time calls for at least half a second; the kernel counts others' use of the cores in steps of 10 ms only."""
+    seconds: list[float] = []
+    own, busy, start = time.process_time(), busy_seconds(), time.perf_counter()
+    while not seconds or time.perf_counter() - start < SHORTEST_MEASUREMENT:
+        before = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - before)
+    own, busy, elapsed = time.process_time() - own, busy_seconds() - busy, time.perf_counter() - start
+    return Measured(median(seconds), max(0.0, busy - own) / elapsed / (os.cpu_count() or 1))
+
+
+def busy_seconds() -> float:
+    """Return the core-seconds that all processes together have used since the machine started."""
+    user, nice, system, _, _, interrupt, soft_interrupt, *_ = map(int, STAT.read_text().split()[1:11])
+    return (user + nice + system + interrupt + soft_interrupt) / os.sysconf("SC_CLK_TCK")
