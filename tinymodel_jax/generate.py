@@ -132,7 +132,7 @@ def _generate(
 
     def choose(logits: Array, step: Array) -> Array:
         if method == "greedy":
-            return jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+            return _largest(logits).astype(tokens.dtype)
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
         if method == "filtered":
             logits = keep_likely(logits, sampling.top_k, sampling.top_p)
@@ -193,6 +193,13 @@ def keep_likely(
     kept = ((before < top_p) | (top_p >= 1)) & (rank < top_k)  # the sum before a rare token may round to 1
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def _largest(logits: Float[Array, "batch d_vocab"]) -> Int[Array, " batch"]:
+    """Return `argmax` over the last axis; as two plain reductions, which XLA vectorizes on a CPU, unlike its own."""
+    last = logits.shape[-1] - 1
+    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1)
 
 
 def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:

@@ -30,23 +30,21 @@ Params = Mapping[str, Any]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer for the positions seen so far, laid out as the products with them want."""
+    """Keys and values of one layer for the positions seen so far, laid out as writes and products run fastest."""
 
-    keys: Float[Array, "batch n_heads d_head key_pos"]
-    values: Float[Array, "batch n_heads d_head key_pos"]
+    keys: Float[Array, "batch n_heads key_pos d_head"]
+    values: Float[Array, "batch n_heads key_pos d_head"]
 
     @classmethod
     def of_prompt(cls, keys: Array, values: Array, capacity: int) -> LayerCache:
         """Build it from the (batch, pos, head, d_head) keys and values of a prompt, with room for more positions."""
-        room = ((0, 0), (0, 0), (0, 0), (0, capacity - keys.shape[1]))
-        return cls(*(jnp.pad(jnp.moveaxis(x, 1, 3), room) for x in (keys, values)))
+        room = ((0, 0), (0, 0), (0, capacity - keys.shape[1]), (0, 0))
+        return cls(*(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (keys, values)))
 
     def with_token(self, key: Array, value: Array, positions: Int[Array, " batch"]) -> LayerCache:
         """Write the (batch, head, d_head) key and value of one token a row at the row's position."""
         rows = jnp.arange(key.shape[0])
-        return LayerCache(
-            self.keys.at[rows, :, :, positions].set(key), self.values.at[rows, :, :, positions].set(value)
-        )
+        return LayerCache(self.keys.at[rows, :, positions].set(key), self.values.at[rows, :, positions].set(value))
 
 
 KVCache = tuple[LayerCache, ...]
@@ -82,7 +80,7 @@ class Attention(nn.Module):
         if cache is not None:
             assert positions is not None
             cache = cache.with_token(k[:, 0], v[:, 0], positions)
-            k, v = jnp.moveaxis(cache.keys, 3, 1), jnp.moveaxis(cache.values, 3, 1)
+            k, v = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
         scores = HookPoint(name="hook_attn_scores")(_causal(scores, positions))
         scores = _causal(scores, positions)  # an edit may have scaled -inf
