@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +22,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
-from tinymodel_jax.training.data import TokenData, host_batch, open_data, prefetch
+from tinymodel_jax.training.data import TokenData, host_batch, open_data
 from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
 from tinymodel_jax.training.lm_step import (
     LMOptimizer,
@@ -39,6 +35,7 @@ from tinymodel_jax.training.lm_step import (
 )
 from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, shardings
 from tinymodel_jax.weights import flatten
+from train.loop import run_steps
 from train.presets import PRESETS, PresetName
 from train.progress import TrainingProgress
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
@@ -168,47 +165,26 @@ def _train(
 
     flops = training_flops_per_token(config, data.row_length)
     peak = peak_flops(jax.devices()[0])
-    progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None)
-    stop = threading.Event()
-    pending: list[tuple[int, dict[str, Any], dict[str, str]]] = []
+    progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None, _describe)
 
-    def write_metrics() -> None:
-        lines = []
-        for number, metrics, texts in pending:
-            line = {
-                "step": number,
-                **{name: _number(value) for name, value in jax.device_get(metrics).items()},
-                **texts,
-            }
-            if not math.isfinite(line["loss"]):
-                raise ValueError(
-                    f"the loss is {line['loss']} at step {number}; the last good checkpoint is kept in {out}. "
-                    "A lower --learning-rate with another --out may train."
-                )
-            lines.append(line)
-        if lines:
-            log.append(lines)
-            progress.update(lines[-1]["step"], lines[-1])
-        pending.clear()
+    def observe(done: int, state: LMState) -> dict[str, Any]:
+        if done % run["eval_every"] and done != steps:
+            return {}
+        return {**held_out(state.params), **sample(state.params, done)}
 
-    try:
-        with _stopping_on_signals(stop):
-            for number, batch in prefetch(make_batch, first_step, steps):
-                state, metrics = step(state, batch)
-                done, texts = number + 1, {}
-                if done % run["eval_every"] == 0 or done == steps:
-                    metrics = {**metrics, **held_out(state.params)}
-                    texts = sample(state.params, done)
-                write_metrics()  # of the step before, while this one runs
-                pending.append((done, metrics, texts))
-                if done % run["save_every"] == 0 or done == steps or stop.is_set():
-                    write_metrics()
-                    checkpoints.save(done, state)
-                if stop.is_set():
-                    break
-    finally:
-        progress.close()
-    if int(state.step) < steps:
+    state, finished = run_steps(
+        step,
+        state,
+        make_batch,
+        first_step=first_step,
+        steps=steps,
+        save_every=run["save_every"],
+        observe=observe,
+        log=log,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    if not finished:
         print(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")
         return
     _publish(config, state, data, out, run)
@@ -321,32 +297,12 @@ def _publish(config: ModelConfig, state: LMState, data: TokenData, out: Path, ru
         save_model(dataclasses.replace(config, dtype="float32"), params, out / "model", tokenizer)
 
 
+def _describe(line: Mapping[str, Any]) -> str:
+    return f"loss {line['loss']:.4f}"
+
+
 def _mesh_of(state: LMState) -> Mesh:
     sharding = state.step.sharding
     assert isinstance(sharding, NamedSharding)
     assert isinstance(sharding.mesh, Mesh)
     return sharding.mesh
-
-
-def _number(value: Any) -> float | int:
-    number = float(value)
-    return int(number) if number.is_integer() and abs(number) > 1 else number
-
-
-@contextmanager
-def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT ask the loop to stop after its step; a second one is Python's own again."""
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,11 +14,25 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class TrainingProgress:
-    """Loss, tokens a second, share of the accelerator's peak when known, time left."""
+    """What a program says of a step, tokens a second, share of the accelerator's peak when known, time left."""
 
-    def __init__(self, first_step: int, steps: int, flops_per_token: float, peak_flops: float | None) -> None:
+    def __init__(
+        self,
+        first_step: int,
+        steps: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        describe: Callable[[Mapping[str, Any]], str],
+    ) -> None:
+        """Start the bar.
+
+        Args:
+            flops_per_token: floating-point operations of one of the `tokens` that a step's metrics count.
+            peak_flops: of all devices together, FLOP/s; None where it is not known.
+            describe: a step's metrics -> the few words that stand before the speed.
+        """
         self._steps, self._first = steps, first_step
-        self._flops_per_token, self._peak = flops_per_token, peak_flops
+        self._flops_per_token, self._peak, self._words = flops_per_token, peak_flops, describe
         self._started = self._line_at = time.monotonic()
         self._timed_tokens = 0.0
         self._seen = 0
@@ -55,4 +69,4 @@ class TrainingProgress:
     def _describe(self, metrics: Mapping[str, Any], now: float) -> str:
         speed = self._timed_tokens / max(now - self._started, 1e-9)
         share = f"  {speed * self._flops_per_token / self._peak:.0%} of peak" if self._peak else ""
-        return f"loss {metrics['loss']:.4f}  {speed:,.0f} tokens/s{share}"
+        return f"{self._words(metrics)}  {speed:,.0f} tokens/s{share}"
