@@ -10,12 +10,13 @@ import pytest
 from conftest import as_users_run_it
 
 from tinymodel_jax.config import Architecture
+from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dead_features import add_aux_gradient, reinitialise_dead, update_reservoir
 from tinymodel_jax.training.dictionary_losses import aux_loss
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_reservoir, init_state
 from tinymodel_jax.training.dictionary_step import train_step
-from tinymodel_jax.training.train_on_arrays import batch_rows, train_on_arrays
+from tinymodel_jax.training.train_on_arrays import train_on_arrays
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 WIDTH, FEATURES, ACTIVE = 32, 64, 3
@@ -110,7 +111,7 @@ def train_with_half_dead(architecture, **changes):
     step = jax.jit(functools.partial(train_step, recipe=recipe))
     dead, metrics = [], {}
     for i in range(recipe.steps):
-        state, metrics = step(state, recipe.hyper(), x[batch_rows(len(x), 512, 0, i)])
+        state, metrics = step(state, recipe.hyper(), x[batch_indices(len(x), 512, 0, i)])
         dead.append(float(metrics["dead_fraction"]))
     return max(dead), dead[-1], float(metrics["reconstruction"])
 
@@ -220,15 +221,6 @@ def test_without_dead_features_there_is_no_aux_loss():
     found, loss = add_aux_gradient(gradient, state.params, recipe, jnp.zeros(12, bool), x, x, jax.random.key(0))
     assert loss == 0
     assert all((leaf == 1).all() for leaf in found.values())
-
-
-def test_batches_use_every_row_once_an_epoch_in_an_order_of_the_seed():
-    rows = np.concatenate([batch_rows(10, 4, seed=3, step=i) for i in range(5)])
-    for epoch in (rows[:10], rows[10:]):
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(10))
-    assert (rows[:10] != rows[10:]).any()
-    assert (rows != np.concatenate([batch_rows(10, 4, seed=4, step=i) for i in range(5)])).any()
-    np.testing.assert_array_equal(np.sort(batch_rows(3, 6, 0, 0)), [0, 0, 1, 1, 2, 2])
 
 
 def test_memory_mapped_activations_train_the_same_dictionary_twice(tmp_path):

@@ -1,11 +1,15 @@
-"""`python -m train prepare | lm`: the training programs."""
+"""`python -m train prepare | lm | dictionaries`: the training programs."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from tinymodel_jax.cli import run_commands
+
+PROGRAMS = ("prepare", "lm", "dictionaries")
+"""Each is the function of that name in the module of that name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,14 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = (sys.argv[1:] if argv is None else list(argv))[:1]
     # Only the program that is named loads: prepare's workers start without JAX.
     commands: dict[str, Callable[..., None]] = {}
-    if named != ["lm"]:
-        from train.prepare import prepare
-
-        commands["prepare"] = prepare
-    if named != ["prepare"]:
-        from train.lm import lm
-
-        commands["lm"] = lm
+    for name in PROGRAMS:
+        if name in named or not set(named) & set(PROGRAMS):
+            commands[name] = getattr(importlib.import_module(f"train.{name}"), name)
     return run_commands("train", "Prepare data and train models.", commands, argv)
 
 

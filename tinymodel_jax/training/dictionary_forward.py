@@ -15,20 +15,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.training import dictionary_losses as losses
 from tinymodel_jax.training.batch_selection import BatchSelection, select_of_batch
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import TrainParams
-from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, selected_values, top_k
+from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, selected_values, top_k, top_k_of_shards
 
 Widths = tuple[int, ...] | Int[Array, " l"]
 """Sizes of the nested dictionaries: known (a tuple) or drawn for this step (an array)."""
 
 
 class Execution(NamedTuple):
-    """How to compute a step; every choice gives the same numbers. Static. `execution_for` chooses by backend."""
+    """How to compute a step; every choice gives the same numbers. Static. `execution_for` chooses."""
 
     sparse: bool
     """Whether topk and batch_topk decode only the rows they selected."""
@@ -36,6 +37,8 @@ class Execution(NamedTuple):
     """Whether gathers and scatters are loops over few rows, and top-k has two stages."""
     map_members: bool
     """Whether a sweep runs its members one after the other in the compiled step, rather than batched."""
+    mesh: Mesh | None = None
+    """Devices that inputs, features and members are spread over; None for one device."""
 
 
 class Outcome(NamedTuple):
@@ -52,15 +55,22 @@ class Outcome(NamedTuple):
     """Smallest weighted activation that was kept (batch_topk; else 0)."""
 
 
-def execution_for(recipe: DictionaryRecipe, backend: str | None = None) -> Execution:
-    """Choose how to compute a step on a backend (default: JAX's default backend).
+def execution_for(recipe: DictionaryRecipe, backend: str | None = None, mesh: Mesh | None = None) -> Execution:
+    """Choose how to compute a step on a backend (default: JAX's default backend, or the mesh's).
 
-    On CPUs and GPUs topk and batch_topk decode by gathering rows; TPUs, whose gathers are slow, use dense products.
-    CPUs map over the members of a sweep: batching them measured slower there. Only the CPU choices are measured.
+    On CPUs and GPUs topk and batch_topk decode by gathering rows; TPUs, whose gathers are slow, use dense products, and
+    so does everyone whose features are spread over devices, or for whom batch_topk compares inputs of several. One CPU
+    maps over the members of a sweep: batching them measured slower there. Only the CPU choices are measured.
     """
-    backend = backend or jax.default_backend()
-    on_cpu = backend == "cpu"
-    return Execution(sparse=recipe.takes_k and backend != "tpu", on_cpu=on_cpu, map_members=on_cpu)
+    backend = backend or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
+    alone = mesh is None or mesh.size == 1
+    near = mesh is None or (mesh.shape["model"] == 1 and (recipe.architecture == "topk" or mesh.shape["data"] == 1))
+    return Execution(
+        sparse=recipe.takes_k and backend != "tpu" and near,
+        on_cpu=backend == "cpu" and alone,
+        map_members=backend == "cpu" and alone,
+        mesh=None if alone else mesh,
+    )
 
 
 def loss_and_gradient(
@@ -99,7 +109,7 @@ def select(
     if recipe.architecture == "batch_topk":
         selection = select_of_batch(z, k, recipe.k)
     else:
-        best, positions = top_k(z, recipe.k, execution.on_cpu)
+        best, positions = _largest(z, recipe.k, execution)
         kept = jnp.where(jnp.arange(recipe.k) < k, best, 0)
         inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
         selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
@@ -180,8 +190,15 @@ def _dense_limit(z, recipe: DictionaryRecipe, execution: Execution, k: Array) ->
     if recipe.architecture == "batch_topk":
         threshold = kth_largest(z, k * z.shape[0])
         return threshold, threshold
-    best, _ = top_k(z, recipe.k or 0, execution.on_cpu)
+    best, _ = _largest(z, recipe.k or 0, execution)
     return jnp.take_along_axis(best, jnp.broadcast_to(k - 1, (z.shape[0], 1)), axis=1), jnp.zeros(())
+
+
+def _largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
+    """Return the `k` largest of each row and their positions."""
+    if execution.mesh is None:
+        return top_k(z, k, execution.on_cpu)
+    return top_k_of_shards(z, k, execution.mesh)
 
 
 def _compare(params, recipe: DictionaryRecipe, x: Array, y: Array, decoded: Array) -> tuple[Array, Array]:

@@ -213,7 +213,8 @@ def recipe_preset(
 ) -> DictionaryRecipe:
     """Return the recipe of a preset, some of its fields changed.
 
-    `house` is this package's own. `reference` is what the configurations beside the published dictionaries say: log
+    `house` is this package's own; in it a feature is dead after 10 million silent inputs, or a tenth of a shorter
+    training. `reference` is what the configurations beside the published dictionaries say: log
     penalty, Adam with betas 0.5 and 0.9375, a constant learning rate of 2^-10 with a decay at the end, dead features
     re-initialised every 800 steps from 5,000 high-error inputs. They leave open the penalty's form and units, how
     long the decay is and when a feature counts as dead: those are chosen here.
@@ -234,8 +235,10 @@ def recipe_preset(
     else:
         fields |= {"sparsity": 5.0, "sparsity_warmup_steps": steps // 20}
     if name == "house":
-        fields |= {"learning_rate": 2e-4 / (n_features / 16384) ** 0.5}
-        fields |= {"reinit_every": 1000} if architecture in ("relu", "gated") else {"aux_coefficient": 1 / 32}
+        inputs = steps * changes.get("batch_size", DictionaryRecipe.batch_size)
+        fields |= {"learning_rate": 2e-4 / (n_features / 16384) ** 0.5, "dead_after": max(1, min(10**7, inputs // 10))}
+        revived = {"reinit_every": max(100, min(1000, steps // 20))}
+        fields |= revived if architecture in ("relu", "gated") else {"aux_coefficient": 1 / 32}
     else:
         fields |= {"learning_rate": 2**-10, "beta1": 0.5, "beta2": 0.9375, "final_learning_rate": 0.1}
         fields |= {"penalty": "log", "reinit_every": 800, "reservoir_size": 5_000, "dead_after": 1_000_000}

@@ -116,7 +116,7 @@ def sweep_step(
 
     if execution.map_members:
         return jax.lax.map(lambda pair: member(*pair), (states, hypers))
-    return jax.vmap(member)(states, hypers)
+    return jax.vmap(member, spmd_axis_name="sweep" if execution.mesh is not None else None)(states, hypers)
 
 
 def stack_members(members: list[Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 
 _DENSE_BF16_PEAK = {
     "H100": 989e12,
@@ -34,3 +35,14 @@ def training_flops_per_token(config: ModelConfig, seq: int) -> float:
 def peak_flops(device: Any) -> float | None:
     """Return a device's dense bfloat16 peak in FLOP/s; None where it is not known."""
     return next((peak for name, peak in _DENSE_BF16_PEAK.items() if name in device.device_kind), None)
+
+
+def dictionary_flops_per_vector(recipe: DictionaryRecipe, d_in: int, d_out: int) -> float:
+    """Return the floating-point operations of training a dictionary on one vector.
+
+    Two products of the encoder (its gradient by the input is not needed) and three of the decoder, dense; topk and
+    batch_topk need all features in the encoder's forward product only.
+    """
+    if recipe.takes_k:
+        return 2.0 * d_in * recipe.n_features + 2.0 * (recipe.k or 0) * (d_in + 3 * d_out)
+    return 2.0 * recipe.n_features * (2 * d_in + 3 * d_out)

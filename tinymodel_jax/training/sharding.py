@@ -50,6 +50,14 @@ LM_FSDP_RULES: Rules = (
 )
 """The same, with every matrix (and its optimizer moments) also split over `data`."""
 
+DICTIONARY_RULES: Rules = (
+    (r"/(W_enc_T|W_dec)$", P("sweep", "model", None)),
+    (r"/(b_enc|b_gate|b_mag|r_mag|threshold)$|^silent_for$", P("sweep", "model")),
+    (r"/(b_dec|W_skip)$|^(step|mean_in|scale_in|scale_out|sparsity_factor|threshold|key|reservoir/.*)$", P("sweep")),
+    (r"^moments/count$", P("sweep")),
+)
+"""A sweep's training state: members over `sweep`, features over `model`; the rest of a member is on all its devices."""
+
 
 def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh from `"data=4,model=2"`; axes left out have size 1, and no text puts all devices on `data`.
@@ -73,6 +81,20 @@ def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"--mesh {axes!r} takes {math.prod(sizes.values())} devices; there are {len(devices)}.")
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def rows_on_devices(matrix: np.ndarray, rows: np.ndarray, where: NamedSharding, dtype: Any) -> jax.Array:
+    """Return rows of a host's matrix as one array; a process reads only the rows that its own devices hold.
+
+    Args:
+        rows: row numbers, in the array's order.
+        where: sharding of the (rows, width) array; rows may be split, also over several processes.
+    """
+
+    def read(index: Any) -> np.ndarray:
+        return matrix[rows[index[0]]].astype(dtype)
+
+    return jax.make_array_from_callback((len(rows), matrix.shape[1]), where, read)
 
 
 def partition_specs(tree: Any, rules: Rules) -> Any:

@@ -15,6 +15,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 _BLOCK = 8
@@ -41,6 +43,24 @@ def top_k(
     best, slots = jax.lax.top_k(candidates, k)
     positions = jnp.take_along_axis(groups, slots // group, axis=1) * group + slots % group
     return best, positions
+
+
+def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
+    """Return what `top_k` does, of rows spread over `data` and columns over `model`.
+
+    Every device searches its own part, and only what it found travels.
+    """
+
+    def search(part: Array) -> tuple[Array, Array]:
+        best, positions = jax.lax.top_k(part, min(k, part.shape[-1]))
+        positions = positions + jax.lax.axis_index("model") * part.shape[-1]
+        best, positions = (jax.lax.all_gather(a, "model", axis=1, tiled=True) for a in (best, positions))
+        best, slots = jax.lax.top_k(best, k)
+        return best, jnp.take_along_axis(positions, slots, axis=1)
+
+    rows = P("data", None)
+    run = jax.shard_map(search, mesh=mesh, in_specs=P("data", "model"), out_specs=(rows, rows), check_vma=False)
+    return run(values)
 
 
 def kth_largest(values: Float[Array, "*shape"], rank: Int[Array, ""]) -> Float[Array, ""]:

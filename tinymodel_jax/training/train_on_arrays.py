@@ -14,6 +14,7 @@ import numpy as np
 
 from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
@@ -48,7 +49,7 @@ def train_on_arrays(
     )
     hyper, history = recipe.hyper(), []
     for i in range(recipe.steps):
-        rows = batch_rows(len(x), recipe.batch_size, seed, i)
+        rows = batch_indices(len(x), recipe.batch_size, seed, i)
         state, metrics = step(state, hyper, to_device(x[rows]), None if y is None else to_device(y[rows]))
         history.append(metrics)
     config, params = finalize(state, recipe, "x", "x" if y is None else "y")
@@ -61,28 +62,13 @@ def array_statistics(array: np.ndarray, seed: int) -> ActivationStatistics:
     statistics = ActivationStatistics.zero(array.shape[1])
     chunk = min(len(array), 4096)
     for i in range(max(1, min(len(array), STATISTICS_ROWS) // chunk)):
-        statistics = statistics.update(to_device(array[batch_rows(len(array), chunk, seed, i)]))
+        statistics = statistics.update(to_device(array[batch_indices(len(array), chunk, seed, i)]))
     return statistics
-
-
-def batch_rows(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Return the row numbers of a step's batch: shuffled anew every time all rows were used, none left out."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    rows = np.empty(batch_size, np.int64)
-    for epoch in np.unique(places // n_rows):
-        here = places // n_rows == epoch
-        rows[here] = _shuffled(n_rows, seed, int(epoch))[places[here] % n_rows]
-    return rows
 
 
 def to_device(rows: np.ndarray) -> jax.Array:
     """Return rows as a float32 array on the device."""
     return jnp.asarray(np.asarray(rows, np.float32))
-
-
-@functools.lru_cache(maxsize=2)
-def _shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n_rows)
 
 
 def _check(x: np.ndarray, y: np.ndarray | None) -> None:

@@ -1,0 +1,62 @@
+"""Activations to train dictionaries on, from one pass of the language model: every site's at the same tokens.
+
+Pure functions for use inside a compiled step. A step's vectors are those of `n` tokens drawn from a batch of stories,
+never `[PAD]`, so that a batch has one static size whatever the lengths of its stories. `[BEGIN]` takes part: a spliced
+dictionary has to predict it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.sites import Site
+from tinymodel_jax.transformer import run_with_hooks
+
+
+class Vectors(NamedTuple):
+    """A batch of activation vectors to train one dictionary on."""
+
+    x: Float[Array, "n d_in"]
+    """What the dictionary reads."""
+    y: Float[Array, "n d_out"] | None
+    """What it predicts; None where that is `x`."""
+
+
+def draw_tokens(tok_ids: Int[Array, "batch seq"], pad_id: int, n: int, key: Array) -> Int[Array, " n"]:
+    """Draw `n` places of the flattened batch that are not `[PAD]`, each once before any comes again."""
+    real = tok_ids.reshape(-1) != pad_id
+    order = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0))
+    return order[jnp.arange(n) % jnp.maximum(jnp.sum(real), 1)]
+
+
+def site_vectors(
+    params: Any,
+    config: ModelConfig,
+    tok_ids: Int[Array, "batch seq"],
+    sites: Sequence[Site],
+    n: int,
+    key: Array,
+    layout: Any = None,
+) -> dict[str, Vectors]:
+    """Return each site's vectors (tag -> vectors) at the same `n` tokens.
+
+    Args:
+        params, config: of the language model; layers above the highest site are not computed.
+        layout: where the vectors shall live on a mesh, a `Sharding`; None leaves it to the compiler.
+    """
+    names = tuple(sorted({hook for site in sites for hook in (site.hook_in, site.hook_out)}))
+    _, acts = run_with_hooks(params, config, tok_ids, {}, names)
+    places = draw_tokens(tok_ids, config.pad_id, n, key)
+    drawn = {name: acts[name].reshape(-1, acts[name].shape[-1])[places].astype(jnp.float32) for name in names}
+    if layout is not None:
+        drawn = {name: jax.lax.with_sharding_constraint(vectors, layout) for name, vectors in drawn.items()}
+    return {
+        site.tag: Vectors(drawn[site.hook_in], None if site.hook_in == site.hook_out else drawn[site.hook_out])
+        for site in sites
+    }

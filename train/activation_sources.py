@@ -1,0 +1,241 @@
+"""Where a dictionary run's activations come from: a language model's sites, or arrays in files.
+
+A source makes batches and turns them into vectors inside the compiled step; both depend on the step alone, and on no
+mesh. It also measures finished dictionaries on what was held out. The two kinds have the same methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tinymodel_jax.analysis.evaluation import (
+    DictionaryEvaluation,
+    ReconstructionEvaluation,
+    evaluate_at_site,
+    evaluate_reconstruction,
+)
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.sites import Site
+from tinymodel_jax.training.data import TokenData, batch_indices
+from tinymodel_jax.training.sharding import MESH_AXES, rows_on_devices
+from tinymodel_jax.training.site_activations import Vectors, site_vectors
+
+MARGIN = 1.05
+"""Tokens of an average batch of stories for each one that is drawn from it."""
+EVALUATED_TOGETHER = 4
+"""Dictionaries measured in one compiled pass: more of them share more, and take longer to compile."""
+EVALUATION_ROWS, EVALUATION_VECTORS = 16, 4096
+"""Size of a batch of held-out stories, and of held-out vectors."""
+STORIES_MULTIPLE = 8
+"""Of which the default number of stories a step is one, so that most meshes divide it."""
+HELD_OUT_SHARE = 0.05
+"""Share of an array's rows, its last ones, that is not trained on."""
+
+Evaluation = DictionaryEvaluation | ReconstructionEvaluation
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a dictionary reads and predicts."""
+
+    hook_in: str
+    hook_out: str
+    d_in: int
+    d_out: int
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it predicts what it reads."""
+        return self.hook_in == self.hook_out
+
+
+class ActivationSource(Protocol):
+    """What both kinds offer."""
+
+    places: Mapping[str, Place]
+    """Name of a dictionary (a site's tag) -> what it reads and predicts."""
+    context: Any
+    """Arrays that `vectors` reads, an argument of the compiled step: parameters of the language model."""
+    flops_per_vector: float
+    """Floating-point operations that making one vector of every place takes."""
+
+    def make_batch(self, step: int) -> Any:
+        """Return a step's batch on the devices."""
+        ...
+
+    def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
+        """Return the vectors of every place, for use inside a compiled function.
+
+        Args:
+            split: spread them over the mesh's `data` axis; otherwise every device holds them all, and sums over them do
+                not depend on the mesh to the last bit.
+        """
+        ...
+
+    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
+        """Measure dictionaries of one place on what was held out."""
+        ...
+
+
+class ModelActivations:
+    """The activations of a language model at some sites, all from one pass over the same stories."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        sites: Sequence[Site],
+        data: TokenData,
+        *,
+        batch_size: int,
+        stories: int | None,
+        seed: int,
+        held_out_stories: int,
+        mesh: Mesh,
+    ) -> None:
+        """Prepare to draw `batch_size` vectors a step.
+
+        Args:
+            stories: stories a step, from whose tokens the vectors are drawn; None takes as many as it needs.
+            seed: of the order of the stories and of the tokens drawn.
+            held_out_stories: stories that finished dictionaries are measured on, at most.
+
+        Raises:
+            ValueError: the data does not fit the model, or holds nothing out.
+        """
+        _check_data(config, data)
+        self.places: Mapping[str, Place] = {
+            site.tag: Place(site.hook_in, site.hook_out, config.d_model, config.d_model) for site in sites
+        }
+        self.context = jax.device_put(params, NamedSharding(mesh, P()))
+        self._config, self._sites, self._data, self._seed = config, list(sites), data, seed
+        self._batch_size, self._held_out = batch_size, data.valid[:held_out_stories]
+        if stories is None:
+            tokens_a_story = data.meta.tokens["train"] / data.meta.rows["train"]
+            stories = math.ceil(batch_size * MARGIN / tokens_a_story)
+            stories = math.ceil(stories / STORIES_MULTIPLE) * STORIES_MULTIPLE
+        self.stories = stories
+        self._rows = NamedSharding(mesh, P(_axes_that_divide(mesh, stories), None))
+        self._mesh = mesh
+        layers = max(site.layer for site in sites) + 1
+        matrices = layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_mlp)
+        self.flops_per_vector = 2.0 * matrices * self.stories * data.row_length / batch_size
+
+    def make_batch(self, step: int) -> jax.Array:
+        """Return the token ids of a step's stories."""
+        rows = batch_indices(len(self._data.train), self.stories, self._seed, step)
+        return rows_on_devices(self._data.train, rows, self._rows, np.int32)
+
+    def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
+        """Return the vectors of every site at the tokens drawn in this step."""
+        key = jax.random.fold_in(jax.random.key(self._seed), step)
+        layout = NamedSharding(self._mesh, P("data" if split else None, None))
+        return site_vectors(context, self._config, batch, self._sites, self._batch_size, key, layout)
+
+    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
+        """Measure dictionaries of one site on the held-out stories, in float32."""
+        config = dataclasses.replace(self._config, dtype="float32")
+        found: list[Evaluation] = []
+        for start in range(0, len(dictionaries), EVALUATED_TOGETHER):
+            together = dictionaries[start : start + EVALUATED_TOGETHER]
+            found += evaluate_at_site(self.context, config, together, self._held_out_batches())
+        return found
+
+    def _held_out_batches(self) -> Iterator[jax.Array]:
+        rows = np.asarray(self._held_out, np.int32)
+        missing = -len(rows) % EVALUATION_ROWS  # stories of nothing but [PAD] count nowhere
+        rows = np.pad(rows, ((0, missing), (0, 0)), constant_values=self._config.pad_id)
+        everywhere = NamedSharding(self._mesh, P())
+        for part in rows.reshape(-1, EVALUATION_ROWS, rows.shape[1]):
+            yield jax.device_put(part, everywhere)
+
+
+class ArrayActivations:
+    """Activations in `.npy` files: rows are vectors; the last ones are held out."""
+
+    context = ()
+    flops_per_vector = 0.0
+
+    def __init__(self, x: Path, y: Path | None, *, batch_size: int, seed: int, mesh: Mesh) -> None:
+        """Map the files into memory.
+
+        Raises:
+            ValueError: a file is no matrix of floating-point numbers, or the two have different lengths.
+        """
+        arrays = [_map_matrix(path) for path in ((x,) if y is None else (x, y))]
+        if len({len(array) for array in arrays}) > 1:
+            raise ValueError(
+                f"{x} has {len(arrays[0])} rows and {y} has {len(arrays[1])}; every input needs its target."
+            )
+        n_rows = len(arrays[0])
+        self._trained_rows = n_rows - int(n_rows * HELD_OUT_SHARE)
+        if self._trained_rows == n_rows:
+            raise ValueError(
+                f"{x} has {n_rows} rows; with {math.ceil(1 / HELD_OUT_SHARE)} or more, some can be held out."
+            )
+        self._arrays, self._seed, self._batch_size = arrays, seed, batch_size
+        self._layout = NamedSharding(mesh, P("data", None))
+        widths = arrays[0].shape[1], arrays[-1].shape[1]
+        self.places: Mapping[str, Place] = {"activations": Place("x", "x" if y is None else "y", *widths)}
+
+    def make_batch(self, step: int) -> tuple[jax.Array, ...]:
+        """Return a step's rows of every array."""
+        rows = batch_indices(self._trained_rows, self._batch_size, self._seed, step)
+        return tuple(rows_on_devices(array, rows, self._layout, np.float32) for array in self._arrays)
+
+    def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
+        """Return the batch itself."""
+        del context, step
+        layout = self._layout if split else NamedSharding(self._layout.mesh, P())
+        batch = jax.lax.with_sharding_constraint(batch, layout)
+        return {"activations": Vectors(batch[0], batch[1] if len(batch) == 2 else None)}
+
+    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
+        """Measure dictionaries on the held-out rows."""
+        return [evaluate_reconstruction(dictionary, self._held_out_batches()) for dictionary in dictionaries]
+
+    def _held_out_batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        everywhere = NamedSharding(self._layout.mesh, P())
+        for start in range(self._trained_rows, len(self._arrays[0]), EVALUATION_VECTORS):
+            parts = [np.asarray(array[start : start + EVALUATION_VECTORS], np.float32) for array in self._arrays]
+            x, y = (jax.device_put(part, everywhere) for part in (parts[0], parts[-1]))
+            yield x, y
+
+
+def _check_data(config: ModelConfig, data: TokenData) -> None:
+    if data.vocab_size != config.d_vocab:
+        raise ValueError(
+            f"the data has {data.vocab_size} ids, the model {config.d_vocab}; prepare it with the model's tokenizer."
+        )
+    if data.row_length > config.n_ctx:
+        raise ValueError(f"the data has rows of {data.row_length} tokens, the model a context of {config.n_ctx}.")
+    if not len(data.valid):
+        raise ValueError(f"{data.folder} holds no stories out; prepare it with a --valid-fraction above 0.")
+
+
+def _axes_that_divide(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """Return the mesh axes to split rows over: all of them if that goes, whatever they are for, else fewer."""
+    choices = [MESH_AXES[:n] for n in range(len(MESH_AXES), -1, -1)]
+    return next(axes for axes in choices if rows % math.prod(mesh.shape[axis] for axis in axes) == 0)
+
+
+def _map_matrix(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a .npy file: {' '.join(str(error).split())}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind != "f":
+        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise ValueError(f"{path} holds {what}; expected floating-point numbers of shape (rows, width).")
+    return array

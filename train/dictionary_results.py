@@ -1,0 +1,139 @@
+"""What a finished dictionary run leaves: the dictionaries, their numbers, and the plot of sparsity against quality.
+
+OUT/dictionaries/M0/            one folder a dictionary (M0_k=16_seed=1 in a sweep): config.json,
+                                dictionary.safetensors, training.json
+OUT/sweep.json                  every dictionary's settings and numbers
+OUT/pareto.png                  L0 against explained variance, and against CE recovered where there is a model
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from tinymodel_jax.atomic_files import replace_file, replaced
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
+from tinymodel_jax.training.dictionary_result import finalize
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState
+from tinymodel_jax.training.dictionary_step import member_of
+from train.run_folder import versions
+from train.sweep import Member
+
+if TYPE_CHECKING:
+    from train.activation_sources import ActivationSource
+
+SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
+
+
+def write_results(
+    out: Path,
+    run: Mapping[str, Any],
+    source: ActivationSource,
+    states: Mapping[str, DictionaryTrainState],
+    recipes: Mapping[str, DictionaryRecipe],
+    members: Sequence[Member],
+) -> None:
+    """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
+    records = []
+    for name, place in source.places.items():
+        finished = []
+        for index, member in enumerate(members):
+            state = _everywhere(member_of(states[name], index))
+            finished.append(finalize(state, member.recipe(recipes[name]), place.hook_in, place.hook_out))
+        dictionaries = [Dictionary.from_params(*pair) for pair in finished]
+        for member, dictionary, evaluation in zip(members, dictionaries, source.evaluate(dictionaries), strict=True):
+            folder = f"{name}_{member.name}" if member.name else name
+            record = {
+                "folder": f"dictionaries/{folder}",
+                "site": name,
+                "settings": dict(member.values),
+                "results": {key: _json_number(value) for key, value in evaluation._asdict().items()},
+            }
+            records.append(record)
+            if jax.process_index() == 0:
+                _write_dictionary(out / record["folder"], dictionary, run, record, member.recipe(recipes[name]))
+    if jax.process_index() == 0:
+        content = {"format": "tinymodel_jax/sweep", "format_version": 1, "steps": run["steps"], "dictionaries": records}
+        replace_file(out / "sweep.json", _json(content))
+        plot_pareto(records, out / "pareto.png")
+        _print_table(records, out)
+
+
+def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw L0 against explained variance and, where it is known, CE recovered: a line a site."""
+    from matplotlib.figure import Figure  # not pyplot: nothing global, no display
+    from matplotlib.ticker import LogFormatter
+
+    qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+    qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
+    figure = Figure(figsize=(5.2 * len(qualities), 4.2), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
+        for site in dict.fromkeys(record["site"] for record in records):
+            found = [record["results"] for record in records if record["site"] == site]
+            points = sorted((r["l0"], r[key]) for r in found if r["l0"] is not None and r[key] is not None)
+            axes.plot(*zip(*points, strict=True), marker="o", label=site) if points else None
+        axes.set_xlabel("L0 (active features a token)")
+        axes.set_ylabel(label)
+        axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, few where the axis is long
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _everywhere(tree: Any) -> Any:
+    """Return arrays that every device holds whole: one dictionary fits where its training state did."""
+    leaf = jax.tree.leaves(tree)[0]
+    if not isinstance(leaf.sharding, NamedSharding):
+        return tree
+    return jax.jit(lambda t: t, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(tree)
+
+
+def _write_dictionary(
+    folder: Path, dictionary: Dictionary, run: Mapping[str, Any], record: Mapping[str, Any], recipe: DictionaryRecipe
+) -> None:
+    dictionary.save_pretrained(folder)
+    origin = {key: run[key] for key in ("model", "arrays", "data", "stories", "data_seed") if key in run}
+    content = {
+        "format": "tinymodel_jax/dictionary_training",
+        "format_version": 1,
+        "site": record["site"],
+        **origin,
+        "seed": record["settings"]["seed"],
+        "recipe": recipe.to_dict(),
+        "results": record["results"],
+        "versions": versions(),
+    }
+    replace_file(folder / "training.json", _json(content))
+
+
+def _print_table(records: Sequence[Mapping[str, Any]], out: Path) -> None:
+    shown = [key for key in SHOWN if key in records[0]["results"]]
+    table = Table("dictionary", *(key.replace("_", " ") for key in shown), title=f"{out / 'sweep.json'}")
+    for record in records:
+        values = [record["results"][key] for key in shown]
+        cells = [
+            "-" if v is None else f"{v:.1f}" if k == "l0" else f"{v:.4f}" for k, v in zip(shown, values, strict=True)
+        ]
+        table.add_row(Path(record["folder"]).name, *cells)
+    Console().print(table)
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,149 @@
+"""What a dictionary run trains: the recipe of every site, and the members of the sweep that its options ask for.
+
+An option that holds a comma list makes a member for every value; several lists make every combination. All members of a
+site share one recipe, which decides what is compiled, and differ in the numbers of `DictionaryHyper` and the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tinymodel_jax.config import Architecture
+from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
+from tinymodel_jax.training.dictionary_step import stack_members
+
+VARIED: dict[str, tuple[str, Callable[[str], float]]] = {
+    "l1": ("sparsity", float),
+    "k": ("k", int),
+    "target_l0": ("target_l0", float),
+    "learning_rate": ("learning_rate", float),
+    "seed": ("seed", int),
+}
+"""Options that take a comma list -> the recipe's field (or the seed), and what a value is."""
+
+PUBLISHED_WIDTH = 768
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dictionary of a site's sweep."""
+
+    values: Mapping[str, float]
+    """Field -> value, of what the options set; the seed always."""
+    name: str
+    """What tells it from the others, `k=16_seed=1`; empty where there is one only."""
+
+    def recipe(self, shared: DictionaryRecipe) -> DictionaryRecipe:
+        """Return the recipe of this member alone."""
+        fields = {name: value for name, value in self.values.items() if name != "seed"}
+        return dataclasses.replace(shared, **fields)
+
+    def hyper(self, shared: DictionaryRecipe) -> DictionaryHyper:
+        """Return the member's numbers for the shared, compiled recipe."""
+        return shared.hyper(**{name: value for name, value in self.values.items() if name != "seed"})
+
+
+def parse_members(lists: Mapping[str, str | None]) -> list[Member]:
+    """Return every combination of the values of comma lists (option -> text; None where it is not given).
+
+    Raises:
+        ValueError: a value is no number, or a list names one twice.
+    """
+    values: dict[str, list[float]] = {}
+    for option, text in lists.items():
+        if text is not None:
+            field, number = VARIED[option]
+            values[field] = _numbers(option, text, number)
+    varied = [field for field, numbers in values.items() if len(numbers) > 1]
+    labels = {field: option for option, (field, _) in VARIED.items()}
+    members = []
+    for combination in itertools.product(*values.values()):
+        chosen = dict(zip(values, combination, strict=True))
+        name = "_".join(f"{labels[field]}={chosen[field]:g}" for field in varied)
+        members.append(Member(chosen, name))
+    return members
+
+
+def site_recipe(
+    preset: str,
+    architecture: Architecture,
+    n_features: int,
+    steps: int,
+    width: int,
+    members: list[Member],
+    **changes: Any,
+) -> DictionaryRecipe:
+    """Return the recipe that the members of a site share: `house`, `reference`, or a JSON file's fields.
+
+    Where no coefficient is asked for, that of `relu` and `gated` is the preset's in proportion to the square root of
+    the width, as the preset says.
+
+    Args:
+        width: of the activations that the dictionary reads.
+        changes: fields of the recipe that the options set.
+
+    Raises:
+        ValueError: the preset or a field is unknown, or the fields do not go together.
+    """
+    for field in ("k", "target_l0", "sparsity", "learning_rate"):
+        given = [member.values[field] for member in members if field in member.values]
+        if given:
+            changes[field] = max(given)
+    if preset.endswith(".json"):
+        return DictionaryRecipe.from_dict(
+            {**_fields_of(preset), **changes, "architecture": architecture, "n_features": n_features, "steps": steps}
+        )
+    if preset not in PRESETS:
+        raise ValueError(f"--recipe {preset!r} is unknown; choose {' or '.join(PRESETS)}, or a .json file.")
+    recipe = recipe_preset(preset, architecture, n_features, steps, **changes)
+    if architecture in ("relu", "gated") and "sparsity" not in changes:
+        recipe = dataclasses.replace(recipe, sparsity=recipe.sparsity * (width / PUBLISHED_WIDTH) ** 0.5)
+    return recipe
+
+
+def init_members(
+    recipe: DictionaryRecipe,
+    members: list[Member],
+    statistics_in: ActivationStatistics,
+    statistics_out: ActivationStatistics | None,
+) -> DictionaryTrainState:
+    """Return the stacked states before the first step, each as a run of its own would start."""
+    return stack_members(
+        [
+            init_state(jax.random.key(int(m.values["seed"])), m.recipe(recipe), statistics_in, statistics_out)
+            for m in members
+        ]
+    )
+
+
+def _numbers(option: str, text: str, number: Callable[[str], float]) -> list[float]:
+    flag = f"--{option.replace('_', '-')}"
+    try:
+        values = [number(part) for part in text.split(",")]
+    except ValueError:
+        kind = "whole numbers" if number is int else "numbers"
+        raise ValueError(f"{flag} {text!r} is no comma list of {kind}.") from None
+    if len(set(values)) < len(values):
+        raise ValueError(f"{flag} {text!r} names a value twice; every member of a sweep has its own.")
+    if option == "seed" and not all(0 <= value < 2**32 for value in values):
+        raise ValueError(f"{flag} {text!r}: seeds are 0 to {2**32 - 1}.")
+    return values
+
+
+def _fields_of(path: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--recipe {path} cannot be read as JSON ({error}).") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"--recipe {path} holds no JSON object of recipe fields.")
+    return fields
