@@ -1,25 +1,20 @@
 """`python -m train lm`, run as a user runs it: going on to the bit, damage, signals, errors."""
 
-import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.training.data import DataMeta
 from train.__main__ import main
 
-ROOT = Path(__file__).parent.parent
-VOCAB, ROW = 64, 24
 OPTIONS = ["--steps", "30", "--save-every", "4", "--eval-every", "10", "--batch-size", "4"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
@@ -27,80 +22,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of rows that count upwards, so that there is something to learn."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    starts = rng.integers(0, VOCAB - 4, (200, 1))
-    rows = (starts + np.arange(ROW)) % (VOCAB - 4)
-    rows[:, 0] = VOCAB - 4
-    rows[::3, -6:] = VOCAB - 2
-    rows.astype("<u2")[:150].tofile(folder / "train.bin")
-    rows.astype("<u2")[150:].tofile(folder / "valid.bin")
-    counts = {"train": 150, "valid": 50}
-    meta = DataMeta(
-        row_length=ROW,
-        vocab_size=VOCAB,
-        packed=False,
-        rows=counts,
-        tokens=counts,
-        stories=counts,
-        left_out={"refused": 0, "empty": 0},
-        source="counting",
-        source_fingerprint="0",
-        tokenizer_fingerprint="0",
-        limit=None,
-        valid_fraction=None,
-        seed=0,
-    )
-    (folder / "data.json").write_text(meta.to_json())
-    return folder
+    return write_counting_data(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, out: Path, *options: str, devices: int = 1) -> subprocess.Popen[str]:
-    """Start a run in a process of its own, with so many virtual devices."""
-    command = [
-        sys.executable,
-        "-m",
-        "train",
-        "lm",
-        "--preset",
-        "smoke",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *OPTIONS,
-        *options,
-    ]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for a run that has to succeed; return what it wrote to stderr."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    return err
+    return start("lm", "--preset", "smoke", "--data", data, "--out", out, *OPTIONS, *options, devices=devices)
 
 
 def final_state(out: Path) -> dict[str, Any]:
     """Return everything that a run leaves: metrics, published model, and the last checkpoint's arrays and checksum."""
-    import orbax.checkpoint as ocp
-
-    folder = out / "checkpoints" / "30"
-    restored = ocp.StandardCheckpointer().restore((folder / "state").absolute())
-    import jax
-
-    arrays = {
-        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
-    }
     return {
         "metrics": (out / "metrics.jsonl").read_bytes(),
         "model": (out / "model" / "model.safetensors").read_bytes(),
-        "state": arrays,
+        "state": checkpoint_arrays(out / "checkpoints" / "30"),
     }
 
 
@@ -117,10 +51,6 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
     finish(train(data, out))
     return out
-
-
-def metrics_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_learns_logs_every_step_once_and_its_folder_loads_as_a_model(uninterrupted: Path) -> None:
@@ -149,11 +79,11 @@ def test_killed_at_ten_moments_a_run_ends_with_the_same_bits(uninterrupted: Path
     kills = 0
     for _ in range(10):
         process = train(data, out)
-        start = time.monotonic()
+        begun = time.monotonic()
         # Kill after some checkpoints of this start, or shortly after a line of metrics appears.
         lines_before = len(metrics_of(out)) if (out / "metrics.jsonl").exists() else 0
         wanted = lines_before % 30 + moments.randint(1, 4)
-        while process.poll() is None and time.monotonic() - start < 120:
+        while process.poll() is None and time.monotonic() - begun < 120:
             done = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
             if done >= wanted:
                 break

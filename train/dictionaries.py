@@ -120,6 +120,7 @@ def dictionaries(
         name: site_recipe(recipe, architecture, n_features, steps, place.d_in, members, **changes)
         for name, place in source.places.items()
     }
+    program = build_program(source, recipes, members, device_mesh)
     run = {
         "kind": "dictionaries",
         **origin,
@@ -133,7 +134,7 @@ def dictionaries(
     open_run_folder(out, run, may_change=("save_every", "mesh", "held_out_stories"))
     checkpoints = Checkpoints(out / "checkpoints")
     try:
-        _train(run, source, recipes, members, out, device_mesh, checkpoints)
+        _train(run, source, program, recipes, members, out, device_mesh, checkpoints)
     finally:
         checkpoints.close()
 
@@ -187,6 +188,7 @@ def build_program(
 def _train(
     run: dict[str, Any],
     source: ActivationSource,
+    program: Program,
     recipes: dict[str, DictionaryRecipe],
     members: list[Member],
     out: Path,
@@ -194,7 +196,6 @@ def _train(
     checkpoints: Checkpoints,
 ) -> None:
     steps = run["steps"]
-    program = build_program(source, recipes, members, mesh)
     states = checkpoints.restore(program.abstract)
     if states is None:
         states = program.init(_statistics(source))

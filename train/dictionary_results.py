@@ -80,15 +80,17 @@ def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
         for site in dict.fromkeys(record["site"] for record in records):
             found = [record["results"] for record in records if record["site"] == site]
-            points = sorted((r["l0"], r[key]) for r in found if r["l0"] is not None and r[key] is not None)
-            axes.plot(*zip(*points, strict=True), marker="o", label=site) if points else None
+            points = sorted((r["l0"], r[key]) for r in found if r["l0"] and r[key] is not None)
+            if points:  # a dictionary without active features has no place on a logarithmic axis
+                axes.plot(*zip(*points, strict=True), marker="o", label=site)
         axes.set_xlabel("L0 (active features a token)")
         axes.set_ylabel(label)
-        axes.set_xscale("log")
+        if axes.lines:
+            axes.set_xscale("log")
+            axes.legend()
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, few where the axis is long
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
     with replaced(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

@@ -1,0 +1,77 @@
+"""What tests of the training programs share: a small data folder, a run in a process of its own, and its results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymodel_jax.training.data import DataMeta
+
+ROOT = Path(__file__).parent.parent
+VOCAB, ROW = 64, 24
+
+
+def write_counting_data(folder: Path) -> Path:
+    """Write a prepared folder of rows that count upwards, so that there is something to learn; a third have [PAD]."""
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, VOCAB - 4, (200, 1))
+    rows = (starts + np.arange(ROW)) % (VOCAB - 4)
+    rows[:, 0] = VOCAB - 4
+    rows[::3, -6:] = VOCAB - 2
+    rows.astype("<u2")[:150].tofile(folder / "train.bin")
+    rows.astype("<u2")[150:].tofile(folder / "valid.bin")
+    counts = {"train": 150, "valid": 50}
+    meta = DataMeta(
+        row_length=ROW,
+        vocab_size=VOCAB,
+        packed=False,
+        rows=counts,
+        tokens={"train": 150 * ROW - 50 * 6, "valid": 50 * ROW - 17 * 6},
+        stories=counts,
+        left_out={"refused": 0, "empty": 0},
+        source="counting",
+        source_fingerprint="0",
+        tokenizer_fingerprint="0",
+        limit=None,
+        valid_fraction=None,
+        seed=0,
+    )
+    (folder / "data.json").write_text(meta.to_json())
+    return folder
+
+
+def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
+    """Start `python -m train` in a process of its own, with so many virtual devices."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", "train", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a run that has to succeed; return what it wrote to stderr."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return err
+
+
+def checkpoint_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Return every array of a checkpoint's state by its path."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    restored = ocp.StandardCheckpointer().restore((folder / "state").absolute())
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+    }
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,232 @@
+"""`python -m train dictionaries`, run as a user runs it: what it leaves, sweeps, going on to the bit, errors."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, write_counting_data
+from safetensors.numpy import load_file
+
+from tinymodel_jax.config import ARCHITECTURES, ModelConfig
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.transformer import Transformer
+from train.__main__ import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+FEATURES, STEPS, WIDTH = 48, 30, 32
+OPTIONS = ["--n-features", str(FEATURES), "--steps", str(STEPS), "--batch-size", "256", "--save-every", "5"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_counting_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small language model's folder."""
+    config = ModelConfig(n_layers=2, d_model=WIDTH, n_heads=4, d_mlp=64, n_ctx=ROW, d_vocab=VOCAB)
+    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = {**params, "W_E": 50 * params["W_E"]}  # so that activations depend on the tokens, as a trained model's do
+    folder = tmp_path_factory.mktemp("model")
+    TinyModel.from_params(config, params).save_pretrained(folder)
+    return folder
+
+
+def arguments(model: Path, data: Path, out: Path, *options: str) -> list[str]:
+    return ["dictionaries", "--model", str(model), "--data", str(data), "--out", str(out), *OPTIONS, *options]
+
+
+SWEEP = ("--sites", "M0,Ra1", "--architecture", "topk", "--k", "2,4")
+
+
+@pytest.fixture(scope="session")
+def sweep(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "sweep"
+    finish(start(*arguments(model, data, out, *SWEEP)))
+    return out
+
+
+def final_bytes(out: Path) -> dict[str, bytes]:
+    """Return what must not depend on interruptions."""
+    names = ["metrics.jsonl", "sweep.json", *(f"dictionaries/{p.name}/dictionary.safetensors" for p in folders(out))]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def folders(out: Path) -> list[Path]:
+    return sorted((out / "dictionaries").iterdir())
+
+
+def test_a_run_learns_and_logs_every_step_of_every_member_once(sweep: Path) -> None:
+    lines = metrics_of(sweep)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for site in ("M0", "Ra1"):
+        assert lines[-1][site]["l0"] == pytest.approx([2, 4], abs=0.1)
+        for member in range(2):
+            explained = [line[site]["explained_variance"][member] for line in lines]
+            assert explained[-1] > explained[0] + 0.1
+    assert [p.name for p in folders(sweep)] == ["M0_k=2", "M0_k=4", "Ra1_k=2", "Ra1_k=4"]
+
+
+def test_the_numbers_of_a_dictionary_are_those_of_the_spliced_model(sweep: Path, model: Path, data: Path) -> None:
+    rows = np.fromfile(data / "valid.bin", "<u2").reshape(-1, ROW).astype(np.int32)
+    mask = (rows != VOCAB - 2).astype(np.float32)
+    lm = TinyModel(model)
+    records = json.loads((sweep / "sweep.json").read_text())["dictionaries"]
+    assert len(records) == 4
+    for record in records:
+        dictionary = Dictionary.from_pretrained(sweep / record["folder"])
+        assert record["settings"]["k"] == dictionary.config.k
+        found, training = record["results"], json.loads((sweep / record["folder"] / "training.json").read_text())
+        assert training["results"] == found
+        assert training["recipe"]["k"] == dictionary.config.k
+        lm.attach(record["site"], dictionary)
+        assert found["ce_clean"] == pytest.approx(float(lm.loss(rows, mask)), rel=1e-5)
+        assert found["ce_spliced"] == pytest.approx(float(lm.splice(record["site"]).loss(rows, mask)), rel=1e-5)
+        lost, kept = found["ce_zero_ablated"] - found["ce_clean"], found["ce_zero_ablated"] - found["ce_spliced"]
+        assert found["ce_recovered"] == pytest.approx(kept / lost)
+        acts = np.asarray(lm[record["site"]](rows))[mask > 0]
+        assert found["l0"] == pytest.approx((acts > 0).sum(axis=1).mean(), rel=1e-4)
+        assert found["dead_fraction"] == pytest.approx((acts == 0).all(axis=0).mean())
+        assert found["tokens"] == mask.sum()
+
+
+def test_the_plot_is_a_picture_with_something_drawn_on_it(sweep: Path) -> None:
+    from matplotlib.image import imread
+
+    pixels = np.asarray(imread(sweep / "pareto.png"))
+    assert pixels.shape[0] > 300
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_a_member_of_a_sweep_equals_its_solo_run(model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--sites", "M0", "--steps", "100", "--architecture", "topk"]
+    assert main(arguments(model, data, tmp_path / "both", *options, "--k", "2,4", "--seed", "0,1")) == 0
+    assert main(arguments(model, data, tmp_path / "one", *options, "--k", "2", "--seed", "1")) == 0
+    member = load_file(tmp_path / "both" / "dictionaries" / "M0_k=2_seed=1" / "dictionary.safetensors")
+    solo = load_file(tmp_path / "one" / "dictionaries" / "M0" / "dictionary.safetensors")
+    for name, array in solo.items():
+        np.testing.assert_allclose(member[name], array, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_killed_and_restarted_a_run_ends_with_the_same_bits(
+    sweep: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    out, moments, kills = tmp_path / "killed", random.Random(0), 0
+    for _ in range(4):
+        process = start(*arguments(model, data, out, *SWEEP))
+        before = len(metrics_of(out)) if (out / "metrics.jsonl").exists() else 0
+        wanted, begun = before + moments.randint(2, 8), time.monotonic()
+        while process.poll() is None and time.monotonic() - begun < 200:
+            lines = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+            if lines >= min(wanted, STEPS):
+                break
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 3
+    finish(start(*arguments(model, data, out, *SWEEP)))
+    assert final_bytes(out) == final_bytes(sweep)
+    last = f"checkpoints/{STEPS}"
+    expected = checkpoint_arrays(sweep / last)
+    for name, array in checkpoint_arrays(out / last).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_a_finished_run_measures_again_and_changes_nothing(
+    sweep: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = final_bytes(sweep)
+    assert main(arguments(model, data, sweep, *SWEEP)) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert final_bytes(sweep) == before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_as_transcoder_with_skip_and_loads(
+    model: Path, data: Path, tmp_path: Path, architecture: str
+) -> None:
+    matryoshka = [] if architecture == "gated" else ["--matryoshka", f"12,{FEATURES}"]
+    recipe = ["--recipe", "reference" if architecture == "relu" else "house"]
+    options = ["--sites", "M1", "--architecture", architecture, "--skip", *matryoshka, *recipe, "--steps", "6"]
+    assert main(arguments(model, data, tmp_path / "out", *options)) == 0
+    dictionary = Dictionary.from_pretrained(tmp_path / "out" / "dictionaries" / "M1")
+    assert dictionary.config.architecture == architecture
+    assert dictionary.config.skip
+    lm = TinyModel(model)
+    lm.attach("M1", dictionary)
+    assert lm["M1"](np.zeros((1, 3), np.int32)).shape == (1, 3, FEATURES)
+
+
+def test_activations_of_ones_own_train_sparse_codes_of_planted_features(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    directions = rng.standard_normal((20, WIDTH)) / WIDTH**0.5
+    codes = rng.random((20_000, 20)) * (rng.random((20_000, 20)) < 0.1)
+    np.save(tmp_path / "x.npy", (codes @ directions).astype(np.float16))
+    np.save(tmp_path / "y.npy", (codes @ directions[:, ::-1]).astype(np.float32))
+    files = ["--activations", str(tmp_path / "x.npy"), "--targets", str(tmp_path / "y.npy")]
+    options = [*OPTIONS, "--architecture", "batch_topk", "--k", "4", "--steps", "300", "--learning-rate", "3e-3"]
+    assert main(["dictionaries", *files, "--out", str(tmp_path / "out"), *options]) == 0
+    (record,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["dictionaries"]
+    assert record["results"]["explained_variance"] > 0.9
+    assert record["results"]["l0"] < 6
+    assert record["results"]["tokens"] == 1000, "the last twentieth is held out"
+    config = Dictionary.from_pretrained(tmp_path / "out" / record["folder"]).config
+    assert (config.hook_in, config.hook_out) == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--sites", "M0"], "--data"),
+        (["--sites", "Q0", "--data", "{data}"], "Q0"),
+        (["--sites", "M0,M0", "--data", "{data}"], "twice"),
+        (["--sites", "M7", "--data", "{data}"], "layers are 0..1"),
+        (["--sites", "M0N3", "--data", "{data}"], "names a feature"),
+        (["--sites", "M0", "--data", "{data}", "--k", "4,x"], "whole numbers"),
+        (["--sites", "M0", "--data", "{data}", "--k", "4,4"], "twice"),
+        (["--sites", "M0", "--data", "{data}", "--k", "400"], "k=400"),
+        (["--sites", "M0", "--data", "{data}", "--l1", "1,2"], "takes no sparsity"),
+        (["--sites", "Ra0", "--data", "{data}", "--skip"], "needs a transcoder"),
+        (["--sites", "M0", "--data", "{data}", "--matryoshka", "9,10"], "n_features=48"),
+        (["--sites", "M0", "--data", "{data}", "--recipe", "best"], "house or reference"),
+        (["--sites", "M0", "--data", "{data}", "--recipe", "{tmp}/none.json"], "none.json"),
+        (["--sites", "M0", "--data", "{data}", "--mesh", "model=3"], "model=3"),
+        (["--sites", "M0", "--data", "{tmp}/none"], "none"),
+        (["--activations", "{tmp}/x.npy", "--sites", "M0"], "takes the place"),
+        (["--activations", "{tmp}/none.npy"], "none.npy"),
+        (["--activations", "{tmp}/ints.npy"], "int64"),
+        (["--targets", "{tmp}/x.npy"], "belongs to --activations"),
+        (["--activations", "{tmp}/x.npy", "--targets", "{tmp}/short.npy"], "needs its target"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((40, 3), np.float32))
+    np.save(tmp_path / "short.npy", np.zeros((30, 3), np.float32))
+    np.save(tmp_path / "ints.npy", np.zeros((40, 3), np.int64))
+    given = [option.format(data=data, tmp=tmp_path) for option in options]
+    assert main(["dictionaries", "--model", str(model), "--out", str(tmp_path / "out"), *OPTIONS, *given]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_option_is_an_error_that_prints_the_difference(
+    sweep: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = final_bytes(sweep)
+    assert main([*arguments(model, data, sweep, *SWEEP), "--data-seed", "5"]) == 1
+    assert "data_seed: 0 -> 5" in capsys.readouterr().err
+    assert final_bytes(sweep) == before
