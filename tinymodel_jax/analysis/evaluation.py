@@ -69,13 +69,13 @@ def evaluate_at_site(
     params: Any,
     config: ModelConfig,
     dictionaries: Sequence[Dictionary],
-    batches: Iterable[Int[Array, "batch seq"]],
+    batches: Iterable[Int[Array, "_ _"]],
 ) -> list[DictionaryEvaluation]:
     """Measure dictionaries of one site (equal `hook_out`) on the same tokens.
 
     Args:
         params, config: of the language model.
-        batches: token ids, best all of one shape, which is compiled once.
+        batches: token ids (batch, seq), best all of one shape, which is compiled once.
 
     Raises:
         ValueError: the dictionaries predict different hook points, or there is no token to predict.
@@ -97,7 +97,7 @@ def evaluate_at_site(
 
 
 def evaluate_reconstruction(
-    dictionary: Dictionary, batches: Iterable[tuple[Float[Array, "n d_in"], Float[Array, "n d_out"]]]
+    dictionary: Dictionary, batches: Iterable[tuple[Float[Array, "_ d_in"], Float[Array, "_ d_out"]]]
 ) -> ReconstructionEvaluation:
     """Measure a dictionary on (input, target) vectors alone."""
     config = dictionary.config
@@ -141,7 +141,7 @@ def _sum_batch(
         logits, acts = run_with_hooks(params, config, tok_ids, {} if edit is None else {hook_out: edit}, keep)
         predicted = jnp.take_along_axis(logits[:, :-1], tok_ids[:, 1:, None], axis=-1)[..., 0]
         nll = jax.nn.logsumexp(logits[:, :-1], axis=-1) - predicted
-        return jnp.sum(nll * real[:, 1:]), acts
+        return jnp.sum(jnp.where(real[:, 1:], nll, 0)), acts
 
     clean, acts = loss(None, tuple(sorted({hook_out, *(c.hook_in for c in configs)})))
     stats = tuple(
@@ -152,7 +152,9 @@ def _sum_batch(
         before + loss(Splice(tree, config=c))[0] for before, tree, c in zip(sums.spliced, trees, configs, strict=True)
     )
     zeroed = loss(Scale(0.0))[0]
-    return _Sums(stats, spliced, sums.clean + clean, sums.zeroed + zeroed, sums.targets + jnp.sum(real[:, 1:]))
+    return _Sums(
+        stats, spliced, sums.clean + clean, sums.zeroed + zeroed, sums.targets + jnp.sum(real[:, 1:], dtype=jnp.float32)
+    )
 
 
 def _update(
