@@ -121,6 +121,6 @@ def test_the_vectors_of_all_sites_are_the_activations_at_the_same_tokens(params,
     _, acts = run_with_hooks(params, CONFIG, tok_ids, keep=names)
     flat = {name: acts[name].reshape(-1, WIDTH)[places] for name in names}
     np.testing.assert_allclose(found["M0"].x, flat[names[0]], atol=1e-6)
-    np.testing.assert_allclose(found["M0"].y, flat[names[1]], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found["M0"].y), flat[names[1]], atol=1e-6)
     np.testing.assert_allclose(found["A1"].x, flat[names[2]], atol=1e-6)
     assert found["A1"].y is None

@@ -19,6 +19,7 @@ LAYERS = {
     "tokenizer_files": 0,
     "initializers": 0,
     "compilation": 0,
+    "allocator": 0,
     "padding": 0,
     "weights": 0,
     "atomic_files": 0,
@@ -40,6 +41,7 @@ LAYERS = {
     "training": 5,
     # 6: commands
     "cli": 6,
+    "__main__": 6,
     "convert_torch_weights": 6,
     # 7: programs that are run from a clone
     "train": 7,
@@ -56,6 +58,8 @@ SIBLINGS = {
     ("tokenizer_files", "atomic_files"),
     # how a command reports errors and progress
     ("convert_torch_weights", "cli"),
+    # the command itself
+    ("__main__", "cli"),
 }
 """Imports inside one layer: (importer, imported)."""
 

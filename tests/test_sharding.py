@@ -1,23 +1,16 @@
 """Meshes and partition rules; training on eight devices gives the one-device loss curve."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from eight_devices import on_eight_devices
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.checksum import checksum
 from tinymodel_jax.training.lm_step import LMOptimizer, init_state, make_optimizer
 from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, partition_specs, path_name
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_every_parameter_of_the_published_model_has_the_spec_of_the_table() -> None:
@@ -72,51 +65,79 @@ def test_a_checksum_notices_any_flipped_bit() -> None:
 
 
 CURVES = """
-import functools, json, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+import json
+import jax, numpy as np
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.checksum import checksum
-from tinymodel_jax.training.lm_step import LMOptimizer, init_state, learning_rate_schedule, make_optimizer, train_step
-from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, shardings
+from tinymodel_jax.training.lm_step import LMOptimizer
+from tinymodel_jax.training.sharding import make_mesh
+from train.lm_program import build_program
 
 assert len(jax.devices()) == 8
 config = ModelConfig(n_layers=2, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=64)
 optimizer = LMOptimizer(learning_rate=1e-2, warmup_steps=5)
-transformation, schedule = make_optimizer(optimizer, 20), learning_rate_schedule(optimizer, 20)
-init = functools.partial(init_state, config=config, optimizer=transformation)
 batches = np.random.default_rng(0).integers(0, 60, (20, 16, 16)).astype(np.int32)
 
-def curve(axes, rules, devices=None):
-    mesh = make_mesh(axes, devices)
-    placed = shardings(jax.eval_shape(init, jax.random.key(0)), rules, mesh)
-    rows, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
-    state = jax.jit(init, out_shardings=placed)(jax.random.key(0))
+def curve(axes, fsdp, devices=None):
+    program = build_program(config, optimizer, 20, 1, make_mesh(axes, devices), fsdp)
+    state = program.init(jax.random.key(0))
     start = np.asarray(checksum(state)).tolist()
-    step = functools.partial(train_step, config=config, optimizer=transformation, schedule=schedule)
-    step = jax.jit(step, in_shardings=(placed, rows), out_shardings=(placed, whole))
     losses = []
     for batch in batches:
-        state, metrics = step(state, jax.device_put(batch, rows))
+        state, metrics = program.step(state, jax.device_put(batch, program.rows))
         losses.append(float(metrics["loss"]))
     leaf = state.params["blocks_0"]["mlp"]["W_in"]
     return {"losses": losses, "start": start, "shard": leaf.addressable_shards[0].data.shape}
 
-result = {"one": curve("data=1", LM_RULES, jax.devices()[:1])}
+result = {"one": curve("data=1", False, jax.devices()[:1])}
 for axes in ("data=8", "data=4,model=2", "model=8"):
-    for name, rules in (("", LM_RULES), (" fsdp", LM_FSDP_RULES)):
-        result[axes + name] = curve(axes, rules)
+    for fsdp in (False, True):
+        result[axes + " fsdp" * fsdp] = curve(axes, fsdp)
 print(json.dumps(result))
+"""
+
+COLLECTIVES = """
+import json
+import jax, jax.numpy as jnp
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.lm_step import LMOptimizer
+from tinymodel_jax.training.sharding import make_mesh
+from train.hlo import collectives
+from train.lm_program import build_program
+
+# Every activation of a device's rows, 256 tokens wide and more, is larger than any parameter.
+config = ModelConfig(n_layers=1, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=96)
+
+def exchanged(axes, fsdp):
+    mesh = make_mesh(axes)
+    program = build_program(config, LMOptimizer(), 20, 1, mesh, fsdp)
+    rows = jax.ShapeDtypeStruct((128, 16), jnp.int32, sharding=program.rows)
+    text = program.step.lower(program.abstract, rows).compile().as_text()
+    found = collectives(text, mesh.shape)
+    return [(one.kind, one.axes, array.shape, array.bytes) for one in found for array in one.arrays]
+
+print(json.dumps({axes + " fsdp" * fsdp: exchanged(axes, fsdp)
+                  for axes in ("data=8", "data=4,model=2") for fsdp in (False, True)}))
 """
 
 
 @pytest.mark.slow
+def test_devices_exchange_parameters_and_gradients_over_data_and_never_activations() -> None:
+    found = on_eight_devices(COLLECTIVES)
+    largest_parameter = 4 * 64 * 128
+    for name, exchanged in found.items():
+        assert exchanged, name
+        for kind, axes, shape, n_bytes in exchanged:
+            where = f"{name}: {kind} of {shape} over {axes}"
+            assert n_bytes <= largest_parameter or axes == ["model"], where
+            assert kind == "all-reduce" or name.endswith("fsdp"), f"{where}: parameters are whole where they compute"
+    gathered = {name for name, exchanged in found.items() if any(kind == "all-gather" for kind, *_ in exchanged)}
+    assert gathered == {"data=8 fsdp", "data=4,model=2 fsdp"}
+
+
+@pytest.mark.slow
 def test_every_mesh_gives_the_loss_curve_of_one_device() -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", CURVES], capture_output=True, text=True, cwd=ROOT, env=environment, check=True
-    )
-    curves = json.loads(done.stdout.splitlines()[-1])
+    curves = on_eight_devices(CURVES)
     one = curves.pop("one")
     assert len(curves) == 6
     for name, curve in curves.items():

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small language model's folder."""
     config = ModelConfig(n_layers=2, d_model=WIDTH, n_heads=4, d_mlp=64, n_ctx=ROW, d_vocab=VOCAB)
-    params = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params: Any = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     params = {**params, "W_E": 50 * params["W_E"]}  # so that activations depend on the tokens, as a trained model's do
     folder = tmp_path_factory.mktemp("model")
     TinyModel.from_params(config, params).save_pretrained(folder)

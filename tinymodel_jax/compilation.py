@@ -42,12 +42,12 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
 
 
 @functools.cache
-def fast_compiler_options() -> dict[str, str]:
-    """Return the compiler options for the default backend; `{}` where none is known to help.
+def fast_compiler_options(platform: str | None = None) -> dict[str, str]:
+    """Return the compiler options for a platform, by default that of the default backend; `{}` where none helps.
 
     The flag's name depends on the jaxlib version, so it is tried on a trivial program first.
     """
-    if jax.default_backend() != "cpu" or _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
+    if (platform or jax.default_backend()) != "cpu" or _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
         return {}
     options = {_YNN_FLAG: ""}
     try:

@@ -37,6 +37,8 @@ EVALUATED_TOGETHER = 4
 """Dictionaries measured in one compiled pass: more of them share more, and take longer to compile."""
 EVALUATION_ROWS, EVALUATION_VECTORS = 16, 4096
 """Size of a batch of held-out stories, and of held-out vectors."""
+ROW_LENGTH = 128
+"""Tokens of a story whose data is not there: what `prepare` makes by default."""
 STORIES_MULTIPLE = 8
 """Of which the default number of stories a step is one, so that most meshes divide it."""
 HELD_OUT_SHARE = 0.05
@@ -67,6 +69,8 @@ class ActivationSource(Protocol):
     """Name of a dictionary (a site's tag) -> what it reads and predicts."""
     context: Any
     """Arrays that `vectors` reads, an argument of the compiled step: parameters of the language model."""
+    abstract_batch: Any
+    """Shape, number format and sharding of a batch."""
     flops_per_vector: float
     """Floating-point operations that making one vector of every place takes."""
 
@@ -96,7 +100,7 @@ class ModelActivations:
         config: ModelConfig,
         params: Any,
         sites: Sequence[Site],
-        data: TokenData,
+        data: TokenData | None,
         *,
         batch_size: int,
         stories: int | None,
@@ -107,6 +111,8 @@ class ModelActivations:
         """Prepare to draw `batch_size` vectors a step.
 
         Args:
+            params: of the language model, on every device of the mesh; or what they will be, for compiling only.
+            data: None where nothing is run; stories are then taken to be `ROW_LENGTH` tokens.
             stories: stories a step, from whose tokens the vectors are drawn; None takes as many as it needs.
             seed: of the order of the stories and of the tokens drawn.
             held_out_stories: stories that finished dictionaries are measured on, at most.
@@ -114,28 +120,31 @@ class ModelActivations:
         Raises:
             ValueError: the data does not fit the model, or holds nothing out.
         """
-        _check_data(config, data)
+        row_length, tokens_a_story = ROW_LENGTH, float(ROW_LENGTH)
+        if data is not None:
+            _check_data(config, data)
+            row_length, tokens_a_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]
         self.places: Mapping[str, Place] = {
             site.tag: Place(site.hook_in, site.hook_out, config.d_model, config.d_model) for site in sites
         }
-        self.context = jax.device_put(params, NamedSharding(mesh, P()))
+        self.context = params
         self._config, self._sites, self._data, self._seed = config, list(sites), data, seed
-        self._batch_size, self._held_out = batch_size, data.valid[:held_out_stories]
+        self._batch_size, self._held_out, self._mesh = batch_size, held_out_stories, mesh
         if stories is None:
-            tokens_a_story = data.meta.tokens["train"] / data.meta.rows["train"]
             stories = math.ceil(batch_size * MARGIN / tokens_a_story)
             stories = math.ceil(stories / STORIES_MULTIPLE) * STORIES_MULTIPLE
         self.stories = stories
-        self._rows = NamedSharding(mesh, P(_axes_that_divide(mesh, stories), None))
-        self._mesh = mesh
+        rows = NamedSharding(mesh, P(_axes_that_divide(mesh, stories), None))
+        self.abstract_batch = jax.ShapeDtypeStruct((stories, row_length), np.int32, sharding=rows)
         layers = max(site.layer for site in sites) + 1
         matrices = layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_mlp)
-        self.flops_per_vector = 2.0 * matrices * self.stories * data.row_length / batch_size
+        self.flops_per_vector = 2.0 * matrices * stories * row_length / batch_size
 
     def make_batch(self, step: int) -> jax.Array:
         """Return the token ids of a step's stories."""
+        assert self._data is not None
         rows = batch_indices(len(self._data.train), self.stories, self._seed, step)
-        return rows_on_devices(self._data.train, rows, self._rows, np.int32)
+        return rows_on_devices(self._data.train, rows, self.abstract_batch.sharding, np.int32)
 
     def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
         """Return the vectors of every site at the tokens drawn in this step."""
@@ -153,7 +162,8 @@ class ModelActivations:
         return found
 
     def _held_out_batches(self) -> Iterator[jax.Array]:
-        rows = np.asarray(self._held_out, np.int32)
+        assert self._data is not None
+        rows = np.asarray(self._data.valid[: self._held_out], np.int32)
         missing = -len(rows) % EVALUATION_ROWS  # stories of nothing but [PAD] count nowhere
         rows = np.pad(rows, ((0, missing), (0, 0)), constant_values=self._config.pad_id)
         everywhere = NamedSharding(self._mesh, P())
@@ -187,6 +197,9 @@ class ArrayActivations:
         self._arrays, self._seed, self._batch_size = arrays, seed, batch_size
         self._layout = NamedSharding(mesh, P("data", None))
         widths = arrays[0].shape[1], arrays[-1].shape[1]
+        self.abstract_batch = tuple(
+            jax.ShapeDtypeStruct((batch_size, array.shape[1]), np.float32, sharding=self._layout) for array in arrays
+        )
         self.places: Mapping[str, Place] = {"activations": Place("x", "x" if y is None else "y", *widths)}
 
     def make_batch(self, step: int) -> tuple[jax.Array, ...]:

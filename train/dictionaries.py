@@ -8,44 +8,40 @@ trained on the same activations. The same command again goes on where the last o
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.compilation import fast_compiler_options
-from tinymodel_jax.config import Architecture
+from tinymodel_jax.config import Architecture, ModelConfig
 from tinymodel_jax.io.artifacts import parse_site
 from tinymodel_jax.training.data import open_data
-from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
-from tinymodel_jax.training.dictionary_step import stack_members, sweep_step
 from tinymodel_jax.training.flops import dictionary_flops_per_vector, peak_flops
-from tinymodel_jax.training.sharding import DICTIONARY_RULES, make_mesh, shardings
+from tinymodel_jax.training.sharding import make_mesh
+from tinymodel_jax.transformer import Transformer
 from train.activation_sources import ActivationSource, ArrayActivations, ModelActivations, Place
+from train.compile_for import report_step, topology_devices
+from train.dictionary_program import Program, States, build_program, first_statistics
 from train.dictionary_results import write_results
+from train.hosts import ONE_PROCESS, Hosts, join_hosts, say
 from train.loop import run_steps
+from train.presets import PRESETS
 from train.progress import TrainingProgress
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
-from train.sweep import Member, init_members, parse_members, site_recipe
-
-STATISTICS_BATCHES = 16
-"""Batches that the mean and the scale of the activations are taken from."""
-RECORDED = ("loss", "l0", "explained_variance", "dead_fraction", "sparsity_coefficient", "gradient_norm")
-"""What `metrics.jsonl` keeps of a step's metrics, of every member."""
-
-States = dict[str, DictionaryTrainState]
+from train.sweep import Member, parse_members, site_recipe
+from train.trackers import NO_TRACKING, Tracking, open_trackers, require_trackers
 
 
 def dictionaries(
     *,
-    out: Path,
+    out: str | None = None,
     n_features: int,
     steps: int,
     architecture: Architecture = "batch_topk",
@@ -71,13 +67,16 @@ def dictionaries(
     save_every: int = 1000,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     mesh: str = "",
+    compile_for: str | None = None,
+    tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
     """Train dictionaries on activations of a language model or of files, or go on with a run that was stopped.
 
     k, l1, target-l0, learning-rate and seed take comma lists: every combination is trained, in one compiled step.
 
     Args:
-        out: run's folder; the dictionaries are in OUT/dictionaries, their numbers in OUT/sweep.json and OUT/pareto.png.
+        out: run's folder, or gs://…: the dictionaries are in OUT/dictionaries, their numbers in OUT/sweep.json.
         n_features: size of every dictionary.
         steps: training steps.
         architecture: activation function.
@@ -103,15 +102,24 @@ def dictionaries(
         save_every: steps between checkpoints.
         dtype: number format of the language model; auto is bfloat16 on an accelerator, float32 on a CPU.
         mesh: devices, as data=2,model=4 or sweep=8; by default all of them on data.
+        compile_for: TPU slice, such as v5e:2x4: compile the step for it, say what that gives, and stop. --model may
+            then be a preset of `python -m train lm`; without --data, stories have 128 tokens.
+        tracking: what shows the metrics beside OUT/metrics.jsonl.
+        hosts: the run's processes, each of which runs this same command.
     """
+    join_hosts(hosts)
+    require_trackers(tracking)
     if min(steps, save_every, batch_size, held_out_stories) < 1:
         raise ValueError("--steps, --save-every, --batch-size and --held-out-stories must be 1 or more.")
-    device_mesh = make_mesh(mesh)
+    device_mesh = make_mesh(mesh, None if compile_for is None else topology_devices(compile_for))
     if batch_size % device_mesh.shape["data"]:
         raise ValueError(f"--batch-size {batch_size} must be a multiple of {device_mesh.shape['data']}, the data axis.")
-    source, origin = _open_source(
-        model, sites, data, activations, targets, batch_size, stories, data_seed, held_out_stories, dtype, device_mesh
-    )
+    if activations is not None:
+        source, origin = _arrays(activations, targets, sites, data, batch_size, data_seed, device_mesh)
+    else:
+        source, origin = _model_sites(
+            model, sites, data, targets, batch_size, stories, data_seed, held_out_stories, dtype, device_mesh
+        )
     members = parse_members({"l1": l1, "k": k, "target_l0": target_l0, "learning_rate": learning_rate, "seed": seed})
     changes: dict[str, Any] = {"batch_size": batch_size, "skip": skip}
     options = {"prefix_widths": _widths(matryoshka), "random_prefixes": random_prefixes, "dead_after": dead_after}
@@ -121,6 +129,14 @@ def dictionaries(
         for name, place in source.places.items()
     }
     program = build_program(source, recipes, members, device_mesh)
+    flops = source.flops_per_vector + len(members) * sum(
+        dictionary_flops_per_vector(recipes[name], place.d_in, place.d_out) for name, place in source.places.items()
+    )
+    if compile_for is not None:
+        _report(program, source, flops * batch_size, device_mesh)
+        return
+    if out is None:
+        raise ValueError("give --out, the run's folder.")
     run = {
         "kind": "dictionaries",
         **origin,
@@ -131,58 +147,21 @@ def dictionaries(
         "mesh": {axis: size for axis, size in device_mesh.shape.items() if size > 1},
         "save_every": save_every,
     }
-    open_run_folder(out, run, may_change=("save_every", "mesh", "held_out_stories"))
-    checkpoints = Checkpoints(out / "checkpoints")
+    folder = epath.Path(out)
+    open_run_folder(folder, run, may_change=("save_every", "mesh", "held_out_stories"))
+    checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        _train(run, source, program, recipes, members, out, device_mesh, checkpoints)
+        _train(run, source, program, recipes, members, folder, device_mesh, flops, checkpoints, tracking)
     finally:
         checkpoints.close()
 
 
-class Program(NamedTuple):
-    """The compiled functions of a run, and where its state lives."""
-
-    step: Callable[..., tuple[States, dict[str, Any]]]
-    """(states, context, batch) -> (states, metrics)."""
-    init: Callable[..., States]
-    """Statistics of every place -> the states before the first step."""
-    abstract: States
-    """Shapes, number formats and shardings of the states."""
-
-
-def build_program(
-    source: ActivationSource, recipes: Mapping[str, DictionaryRecipe], members: list[Member], mesh: Mesh
-) -> Program:
-    """Return the run's compiled functions; nothing is computed yet."""
-    hypers = {name: stack_members([m.hyper(shared) for m in members]) for name, shared in recipes.items()}
-    init = functools.partial(_init, recipes=recipes, members=members)
-    statistics = jax.eval_shape(lambda: _no_statistics(source.places))
-    shapes = jax.eval_shape(init, statistics)
-    placed = {name: shardings(state, DICTIONARY_RULES, mesh) for name, state in shapes.items()}
-
-    def step(states: States, context: Any, batch: Any) -> tuple[States, dict[str, Any]]:
-        done = next(iter(states.values())).step[0]
-        after, metrics = {}, {}
-        for name, vectors in source.vectors(context, batch, done).items():
-            execution = execution_for(recipes[name], mesh=mesh)
-            after[name], found = sweep_step(
-                states[name], hypers[name], vectors.x, vectors.y, recipe=recipes[name], execution=execution
-            )
-            metrics[name] = {metric: found[metric] for metric in RECORDED}
-        return after, metrics
-
-    return Program(
-        step=jax.jit(
-            step,
-            out_shardings=(placed, NamedSharding(mesh, P())),
-            donate_argnums=0,
-            compiler_options=fast_compiler_options(),
-        ),
-        init=jax.jit(init, out_shardings=placed),
-        abstract=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, placed
-        ),
+def _report(program: Program, source: ActivationSource, flops: float, mesh: Mesh) -> None:
+    everywhere = NamedSharding(mesh, P())
+    context = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), source.context
     )
+    report_step(program.step, (program.abstract, context, source.abstract_batch), mesh, flops)
 
 
 def _train(
@@ -191,27 +170,25 @@ def _train(
     program: Program,
     recipes: dict[str, DictionaryRecipe],
     members: list[Member],
-    out: Path,
+    out: epath.Path,
     mesh: Mesh,
+    flops: float,
     checkpoints: Checkpoints,
+    tracking: Tracking,
 ) -> None:
-    steps = run["steps"]
+    steps, batch_size = run["steps"], next(iter(recipes.values())).batch_size
     states = checkpoints.restore(program.abstract)
     if states is None:
-        states = program.init(_statistics(source))
+        states = program.init(first_statistics(source))
     first_step = int(next(iter(states.values())).step[0])
     checkpoints.forget_after(first_step)
-    log = MetricsLog(out / "metrics.jsonl", first_step)
-
-    shared = next(iter(recipes.values()))
-    widths = [(place.d_in, place.d_out) for place in source.places.values()]
-    flops = source.flops_per_vector + len(members) * sum(dictionary_flops_per_vector(shared, *pair) for pair in widths)
+    log = MetricsLog(out / "metrics.jsonl", first_step, open_trackers(tracking, out, run, first_step))
     peak = peak_flops(mesh.devices.flat[0])
     progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None, _describe)
 
     def step(states: States, batch: Any) -> tuple[States, dict[str, Any]]:
         after, metrics = program.step(states, source.context, batch)
-        return after, {"tokens": shared.batch_size, **metrics}
+        return after, {"tokens": batch_size, **metrics}
 
     states, finished = run_steps(
         step,
@@ -227,18 +204,28 @@ def _train(
     )
     if not finished:
         done = int(next(iter(states.values())).step[0])
-        print(f"stopped at step {done} of {steps}; the same command goes on from there")
+        say(f"stopped at step {done} of {steps}; the same command goes on from there")
         return
     speed = f"{progress.tokens_per_second():,.0f} vectors/s" if first_step < steps else "nothing left to do"
-    print(f"{out}: {steps} steps done, {speed}")
+    say(f"{out}: {steps} steps done, {speed}")
     write_results(out, run, source, states, recipes, members)
 
 
-def _open_source(
+def _arrays(
+    x: Path, y: Path | None, sites: str, data: str | None, batch_size: int, seed: int, mesh: Mesh
+) -> tuple[ActivationSource, dict[str, Any]]:
+    """Return the activations of files, and what the run's configuration says of them."""
+    if sites or data is not None:
+        raise ValueError("--activations takes the place of --sites and --data; give one or the other.")
+    found = ArrayActivations(x, y, batch_size=batch_size, seed=seed, mesh=mesh)
+    names = {"activations": x.name, "targets": y.name if y else None}
+    return found, {"arrays": names, "places": _described(found.places)}
+
+
+def _model_sites(
     model: str,
     sites: str,
     data: str | None,
-    activations: Path | None,
     targets: Path | None,
     batch_size: int,
     stories: int | None,
@@ -247,32 +234,25 @@ def _open_source(
     dtype: str,
     mesh: Mesh,
 ) -> tuple[ActivationSource, dict[str, Any]]:
-    """Return where activations come from, and what the run's configuration says of it."""
-    if activations is not None:
-        if sites or data is not None:
-            raise ValueError("--activations takes the place of --sites and --data; give one or the other.")
-        arrays = ArrayActivations(activations, targets, batch_size=batch_size, seed=seed, mesh=mesh)
-        names = {"activations": activations.name, "targets": targets.name if targets else None}
-        return arrays, {"arrays": names, "places": _described(arrays.places)}
+    """Return the activations of a model's sites, and what the run's configuration says of them."""
     if targets is not None:
         raise ValueError("--targets belongs to --activations; a model's site has its own targets.")
-    if not sites or data is None:
+    present = mesh.devices.flat[0] in jax.devices()
+    if not sites or (data is None and present):
         raise ValueError("give --sites and --data, or --activations.")
-    from tinymodel_jax.lm import TinyModel
-
     chosen = [parse_site(tag) for tag in sites.split(",")]
     if len({site.tag for site in chosen}) < len(chosen):
         raise ValueError(f"--sites {sites!r} names a site twice.")
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    lm = TinyModel(model, dtype=dtype)
-    outside = [site.tag for site in chosen if site.layer >= lm.config.n_layers]
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    config, params = _load_model(model, dtype, mesh, present)
+    outside = [site.tag for site in chosen if site.layer >= config.n_layers]
     if outside:
-        raise ValueError(f"--sites {','.join(outside)}: the model's layers are 0..{lm.config.n_layers - 1}.")
-    token_data = open_data(data)
+        raise ValueError(f"--sites {','.join(outside)}: the model's layers are 0..{config.n_layers - 1}.")
+    token_data = None if data is None else open_data(data)
     found = ModelActivations(
-        lm.config,
-        lm.params,
+        config,
+        params,
         chosen,
         token_data,
         batch_size=batch_size,
@@ -282,13 +262,25 @@ def _open_source(
         mesh=mesh,
     )
     origin = {
-        "model": {"name": model, "config": lm.config.to_dict()},
+        "model": {"name": model, "config": config.to_dict()},
         "places": _described(found.places),
-        "data": token_data.fingerprint,
+        "data": token_data.fingerprint if token_data else None,
         "stories": found.stories,
         "held_out_stories": held_out_stories,
     }
     return found, origin
+
+
+def _load_model(model: str, dtype: str, mesh: Mesh, present: bool) -> tuple[ModelConfig, Any]:
+    """Return a language model's configuration and its parameters on the mesh, or their shapes if it is elsewhere."""
+    if not present and model in PRESETS:
+        config = dataclasses.replace(PRESETS[model].model, dtype=dtype)
+        key, ids = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        return config, jax.eval_shape(Transformer(config).init, key, ids)["params"]
+    from tinymodel_jax.lm import TinyModel
+
+    lm = TinyModel(model, dtype=dtype)
+    return lm.config, jax.device_put(lm.params, NamedSharding(mesh, P())) if present else lm.params
 
 
 def _described(places: Mapping[str, Place]) -> dict[str, Any]:
@@ -301,37 +293,6 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdecimal() for part in text.split(",")):
         raise ValueError(f"--matryoshka {text!r} is no comma list of sizes.")
     return tuple(map(int, text.split(",")))
-
-
-def _no_statistics(places: Mapping[str, Place]) -> dict[str, Any]:
-    return {
-        name: (
-            ActivationStatistics.zero(place.d_in),
-            None if place.is_sae else ActivationStatistics.zero(place.d_out),
-        )
-        for name, place in places.items()
-    }
-
-
-def _statistics(source: ActivationSource) -> dict[str, Any]:
-    """Return the statistics of every place over the first batches."""
-
-    @functools.partial(jax.jit, compiler_options=fast_compiler_options())
-    def add(statistics: dict[str, Any], context: Any, batch: Any, step: Any) -> dict[str, Any]:
-        vectors = source.vectors(context, batch, step, split=False)
-        return {
-            name: (ins.update(vectors[name].x), None if outs is None else outs.update(vectors[name].y))
-            for name, (ins, outs) in statistics.items()
-        }
-
-    statistics = _no_statistics(source.places)
-    for step in range(STATISTICS_BATCHES):
-        statistics = add(statistics, source.context, source.make_batch(step), jnp.int32(step))
-    return statistics
-
-
-def _init(statistics: dict[str, Any], *, recipes: Mapping[str, DictionaryRecipe], members: list[Member]) -> States:
-    return {name: init_members(recipes[name], members, *pair) for name, pair in statistics.items()}
 
 
 def _describe(line: Mapping[str, Any]) -> str:

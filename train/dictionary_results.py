@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -26,6 +27,8 @@ from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState
 from tinymodel_jax.training.dictionary_step import member_of
+from train.hosts import is_first, on_first, settled
+from train.run_files import local_folder
 from train.run_folder import versions
 from train.sweep import Member
 
@@ -36,7 +39,7 @@ SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
 
 
 def write_results(
-    out: Path,
+    out: epath.Path,
     run: Mapping[str, Any],
     source: ActivationSource,
     states: Mapping[str, DictionaryTrainState],
@@ -44,11 +47,11 @@ def write_results(
     members: Sequence[Member],
 ) -> None:
     """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
-    records = []
+    records, written = [], []
     for name, place in source.places.items():
         finished = []
         for index, member in enumerate(members):
-            state = _everywhere(member_of(states[name], index))
+            state = _one_member(states[name], index)
             finished.append(finalize(state, member.recipe(recipes[name]), place.hook_in, place.hook_out))
         dictionaries = [Dictionary.from_params(*pair) for pair in finished]
         for member, dictionary, evaluation in zip(members, dictionaries, source.evaluate(dictionaries), strict=True):
@@ -60,12 +63,18 @@ def write_results(
                 "results": {key: _json_number(value) for key, value in evaluation._asdict().items()},
             }
             records.append(record)
-            if jax.process_index() == 0:
-                _write_dictionary(out / record["folder"], dictionary, run, record, member.recipe(recipes[name]))
-    if jax.process_index() == 0:
+            written.append((dictionary, record, member.recipe(recipes[name])))
+
+    def publish() -> None:
         content = {"format": "tinymodel_jax/sweep", "format_version": 1, "steps": run["steps"], "dictionaries": records}
-        replace_file(out / "sweep.json", _json(content))
-        plot_pareto(records, out / "pareto.png")
+        with local_folder(out) as folder:
+            for dictionary, record, recipe in written:
+                _write_dictionary(folder / record["folder"], dictionary, run, record, recipe)
+            replace_file(folder / "sweep.json", _json(content))
+            plot_pareto(records, folder / "pareto.png")
+
+    on_first(publish)
+    if is_first():
         _print_table(records, out)
 
 
@@ -95,12 +104,11 @@ def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def _everywhere(tree: Any) -> Any:
-    """Return arrays that every device holds whole: one dictionary fits where its training state did."""
-    leaf = jax.tree.leaves(tree)[0]
-    if not isinstance(leaf.sharding, NamedSharding):
-        return tree
-    return jax.jit(lambda t: t, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(tree)
+def _one_member(stacked: DictionaryTrainState, index: int) -> DictionaryTrainState:
+    """Return a member's state, whole on every device: one dictionary fits where its training state did."""
+    sharding = stacked.step.sharding
+    assert isinstance(sharding, NamedSharding)
+    return settled(jax.jit(member_of, out_shardings=NamedSharding(sharding.mesh, P()))(stacked, index))
 
 
 def _write_dictionary(
@@ -121,7 +129,7 @@ def _write_dictionary(
     replace_file(folder / "training.json", _json(content))
 
 
-def _print_table(records: Sequence[Mapping[str, Any]], out: Path) -> None:
+def _print_table(records: Sequence[Mapping[str, Any]], out: epath.Path) -> None:
     shown = [key for key in SHOWN if key in records[0]["results"]]
     table = Table("dictionary", *(key.replace("_", " ") for key in shown), title=f"{out / 'sweep.json'}")
     for record in records:

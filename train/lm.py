@@ -7,13 +7,14 @@ checkpoint. SIGTERM and Ctrl-C save and stop.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import tyro
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,33 +23,36 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
-from tinymodel_jax.training.data import TokenData, host_batch, open_data
+from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
 from tinymodel_jax.training.lm_step import (
     LMOptimizer,
     LMState,
-    init_state,
-    learning_rate_schedule,
-    make_optimizer,
     summed_loss,
-    train_step,
 )
-from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, shardings
+from tinymodel_jax.training.sharding import make_mesh, rows_on_devices
 from tinymodel_jax.weights import flatten
+from train.compile_for import report_step, topology_devices
+from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
+from train.lm_program import Program, build_program
 from train.loop import run_steps
 from train.presets import PRESETS, PresetName
 from train.progress import TrainingProgress
+from train.run_files import local_folder
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.trackers import NO_TRACKING, Tracking, open_trackers, require_trackers
 
 HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
+ROW_LENGTH = 128
+"""Of a batch whose data is not there: what `prepare` makes by default."""
 
 
 def lm(
     preset: PresetName,
     *,
-    data: str,
-    out: Path,
+    data: str | None = None,
+    out: str | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     micro_batches: int = 1,
@@ -62,13 +66,16 @@ def lm(
     eval_every: int = 500,
     mesh: str = "",
     fsdp: bool = False,
+    compile_for: str | None = None,
+    tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
+    hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
     """Train a language model, or go on with a run that was stopped.
 
     Args:
         preset: sizes and recipe; the options below replace single settings of it.
         data: folder written by `python -m train prepare`.
-        out: run's folder; the finished model is in OUT/model, and TinyModel(OUT) loads it.
+        out: run's folder, or gs://…; the finished model is in OUT/model, and TinyModel(OUT) loads it.
         steps: training steps.
         batch_size: rows a step, over all devices.
         micro_batches: parts of a batch that are computed one after the other, to save memory.
@@ -82,13 +89,27 @@ def lm(
         eval_every: steps between held-out losses and samples.
         mesh: devices, as data=4,model=2; by default all of them on data.
         fsdp: split parameters and optimizer state over the data axis too.
+        compile_for: TPU slice, such as v5e:2x4: compile the step for it, say what that gives, and stop. Without --data,
+            rows have 128 tokens; --out is not used.
+        tracking: what shows the metrics beside OUT/metrics.jsonl.
+        hosts: the run's processes, each of which runs this same command.
     """
-    token_data = open_data(data)
+    join_hosts(hosts)
+    require_trackers(tracking)
+    token_data = None if data is None else open_data(data)
+    device_mesh = make_mesh(mesh, None if compile_for is None else topology_devices(compile_for))
+    if dtype == "auto":
+        dtype = "float32" if device_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     config, optimizer, batch_size, steps = _resolve(
         preset, token_data, steps, batch_size, learning_rate, schedule, warmup_steps, weight_decay, dtype
     )
-    device_mesh = make_mesh(mesh)
     _check_batch(batch_size, micro_batches, device_mesh)
+    program = build_program(config, optimizer, steps, micro_batches, device_mesh, fsdp)
+    if compile_for is not None:
+        _report(program, config, batch_size, token_data.row_length if token_data else ROW_LENGTH, device_mesh)
+        return
+    if token_data is None or out is None:
+        raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
     if min(save_every, eval_every) < 1:
         raise ValueError(f"--save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     run = {
@@ -106,62 +127,47 @@ def lm(
         "fsdp": fsdp,
         "save_every": save_every,
     }
-    open_run_folder(out, run, may_change=("save_every", "mesh", "fsdp"))
-    checkpoints = Checkpoints(out / "checkpoints")
+    folder = epath.Path(out)
+    open_run_folder(folder, run, may_change=("save_every", "mesh", "fsdp"))
+    checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        _train(run, config, optimizer, token_data, out, device_mesh, fsdp, checkpoints)
+        _train(run, config, program, token_data, folder, device_mesh, checkpoints, tracking)
     finally:
         checkpoints.close()
+
+
+def _report(program: Program, config: ModelConfig, batch_size: int, row_length: int, mesh: Mesh) -> None:
+    rows = jax.ShapeDtypeStruct((batch_size, row_length), jnp.int32, sharding=program.rows)
+    flops = training_flops_per_token(config, row_length) * batch_size * row_length
+    report_step(program.step, (program.abstract, rows), mesh, flops)
 
 
 def _train(
     run: dict[str, Any],
     config: ModelConfig,
-    optimizer: LMOptimizer,
+    program: Program,
     data: TokenData,
-    out: Path,
+    out: epath.Path,
     mesh: Mesh,
-    fsdp: bool,
     checkpoints: Checkpoints,
+    tracking: Tracking,
 ) -> None:
     steps, seed, batch_size = run["steps"], run["seed"], run["batch_size"]
-    rows, replicated = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
-    transformation = make_optimizer(optimizer, steps)
-    init = functools.partial(init_state, config=config, optimizer=transformation)
-    abstract = jax.eval_shape(init, jax.random.key(seed))
-    placed = shardings(abstract, LM_FSDP_RULES if fsdp else LM_RULES, mesh)
-
-    # The state: the newest whole checkpoint, else a new one, made where it will live.
-    like = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, placed
-    )
-    state = checkpoints.restore(like)
+    state = checkpoints.restore(program.abstract)
     if state is None:
-        state = jax.jit(init, out_shardings=placed)(jax.random.key(seed))
+        state = program.init(jax.random.key(seed))
     first_step = int(state.step)
     checkpoints.forget_after(first_step)
-    log = MetricsLog(out / "metrics.jsonl", first_step)
+    log = MetricsLog(out / "metrics.jsonl", first_step, open_trackers(tracking, out, run, first_step))
 
-    schedule = learning_rate_schedule(optimizer, steps)
-    step = jax.jit(
-        functools.partial(
-            train_step,
-            config=config,
-            optimizer=transformation,
-            schedule=schedule,
-            micro_batches=run["micro_batches"],
-        ),
-        in_shardings=(placed, rows),
-        out_shardings=(placed, replicated),
-        donate_argnums=0,
-        compiler_options=fast_compiler_options(),
-    )
-    held_out = _held_out_loss(config, data, placed.params, mesh, batch_size)
-    sample = _sampler(config, data)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, program.abstract.params)
+    held_out = _held_out_loss(config, data, placed, mesh, batch_size)
+    gather = _gatherer(mesh)
+    sample = _sampler(config, data, gather)
 
     def make_batch(number: int) -> jax.Array:
-        mine = host_batch(data, batch_size, seed, number, jax.process_index(), jax.process_count())
-        return jax.make_array_from_process_local_data(rows, mine)
+        indices = batch_indices(len(data.train), batch_size, seed, number)
+        return rows_on_devices(data.train, indices, program.rows, np.int32)
 
     flops = training_flops_per_token(config, data.row_length)
     peak = peak_flops(jax.devices()[0])
@@ -173,7 +179,7 @@ def _train(
         return {**held_out(state.params), **sample(state.params, done)}
 
     state, finished = run_steps(
-        step,
+        program.step,
         state,
         make_batch,
         first_step=first_step,
@@ -185,16 +191,17 @@ def _train(
         progress=progress,
     )
     if not finished:
-        print(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")
+        say(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")
         return
-    _publish(config, state, data, out, run)
+    params = gather(state.params)
+    on_first(lambda: _publish(config, params, data, out / "model"))
     speed = f"{progress.tokens_per_second():,.0f} tokens/s" if first_step < steps else "nothing left to do"
-    print(f"{out}: {steps} steps done, {speed}; the model is in {out / 'model'}")
+    say(f"{out}: {steps} steps done, {speed}; the model is in {out / 'model'}")
 
 
 def _resolve(
     preset: PresetName,
-    data: TokenData,
+    data: TokenData | None,
     steps: int | None,
     batch_size: int | None,
     learning_rate: float | None,
@@ -206,18 +213,17 @@ def _resolve(
     """Return the preset with the given options in it, and the data's vocabulary where the preset leaves it open."""
     chosen = PRESETS[preset]
     model = chosen.model
-    if chosen.any_vocabulary:
-        model = dataclasses.replace(model, d_vocab=data.vocab_size)
-    elif model.d_vocab != data.vocab_size:
-        raise ValueError(
-            f"--preset {preset} has {model.d_vocab} ids, the data {data.vocab_size}; prepare it with its tokenizer."
-        )
-    if data.row_length > model.n_ctx:
-        raise ValueError(
-            f"the data has rows of {data.row_length} tokens, --preset {preset} a context of {model.n_ctx}."
-        )
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if data is not None:
+        if chosen.any_vocabulary:
+            model = dataclasses.replace(model, d_vocab=data.vocab_size)
+        elif model.d_vocab != data.vocab_size:
+            raise ValueError(
+                f"--preset {preset} has {model.d_vocab} ids, the data {data.vocab_size}; prepare it with its tokenizer."
+            )
+        if data.row_length > model.n_ctx:
+            raise ValueError(
+                f"the data has rows of {data.row_length} tokens, --preset {preset} a context of {model.n_ctx}."
+            )
     options = {
         "learning_rate": learning_rate,
         "schedule": schedule,
@@ -271,38 +277,34 @@ def _held_out_loss(
     return held_out
 
 
-def _sampler(config: ModelConfig, data: TokenData) -> Callable[[Any, int], dict[str, str]]:
-    """Return a function that tells a story: text where the data has a tokenizer, else ids.
+def _gatherer(mesh: Mesh) -> Callable[[Any], Any]:
+    """Return a function that brings whole arrays together, on one device of every process."""
+    gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
+    return lambda tree: jax.tree.map(lambda array: array.addressable_data(0), settled(gather(tree)))
 
-    Several processes hold parts of the parameters each and tell none.
-    """
+
+def _sampler(
+    config: ModelConfig, data: TokenData, gather: Callable[[Any], Any]
+) -> Callable[[Any, int], dict[str, str]]:
+    """Return a function that tells a story, on the first process: text where the data has a tokenizer, else ids."""
     tokenizer = saved_tokenizer(data.folder)
 
     def sample(params: Any, step: int) -> dict[str, str]:
-        if jax.process_count() > 1:
+        whole = gather(params)
+        if not is_first():
             return {}
         begin = np.array([[config.begin_id]], np.int32)
-        ids = continue_prompts(params, config, begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
+        ids = continue_prompts(whole, config, begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
         return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
 
     return sample
 
 
-def _publish(config: ModelConfig, state: LMState, data: TokenData, out: Path, run: dict[str, Any]) -> None:
-    """Write OUT/model."""
-    gathered = jax.jit(lambda tree: tree, out_shardings=NamedSharding(_mesh_of(state), P()))(state.params)
-    if jax.process_index() == 0:
-        params = {name: np.asarray(array) for name, array in flatten(gathered).items()}
-        tokenizer = saved_tokenizer(data.folder)
-        save_model(dataclasses.replace(config, dtype="float32"), params, out / "model", tokenizer)
+def _publish(config: ModelConfig, params: Any, data: TokenData, place: epath.Path) -> None:
+    arrays = {name: np.asarray(array) for name, array in flatten(params).items()}
+    with local_folder(place) as folder:
+        save_model(dataclasses.replace(config, dtype="float32"), arrays, folder, saved_tokenizer(data.folder))
 
 
 def _describe(line: Mapping[str, Any]) -> str:
     return f"loss {line['loss']:.4f}"
-
-
-def _mesh_of(state: LMState) -> Mesh:
-    sharding = state.step.sharding
-    assert isinstance(sharding, NamedSharding)
-    assert isinstance(sharding.mesh, Mesh)
-    return sharding.mesh

@@ -1,23 +1,21 @@
 """The loop of a training run: step after step, metrics on disk, checkpoints, and a clean stop when asked for one.
 
 Shared by the programs; what a step computes, where its arrays live and what is done with the result is theirs. Rely on:
-metrics of a step are on disk before a checkpoint of it is begun; SIGTERM and Ctrl-C finish the step, save and return; a
-loss that is not finite ends the run before anything of it is saved.
+metrics of a step are where they belong before a checkpoint of it is begun; SIGTERM and Ctrl-C, at any of several
+processes, finish the step, save and return; a loss that is not finite ends the run before anything of it is saved.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from tinymodel_jax.training.data import prefetch
+from train.hosts import settled, stop_requests
 from train.progress import TrainingProgress
 from train.run_folder import Checkpoints, MetricsLog
 
@@ -44,12 +42,12 @@ def run_steps(
         make_batch: step -> batch on the devices; called ahead of time.
         save_every: steps between checkpoints; the last step, done or stopped at, is saved too.
         observe: (steps done, state) -> what is measured beside the step's own metrics, mostly nothing.
+        log: closed at the end, as is `progress`.
 
     Raises:
         ValueError: a loss is not finite; the step is named.
         OSError: metrics or a checkpoint cannot be written.
     """
-    stop = threading.Event()
     pending: list[tuple[int, dict[str, Any]]] = []
 
     def write_metrics() -> None:
@@ -61,20 +59,23 @@ def run_steps(
         pending.clear()
 
     try:
-        with _stopping_on_signals(stop):
+        with stop_requests() as stop_requested:
             for number, batch in prefetch(make_batch, first_step, steps):
-                state, metrics = step(state, batch)
+                state, metrics = settled(step(state, batch))
                 done = number + 1
                 metrics = {**metrics, **observe(done, state)}
                 write_metrics()  # of the step before, while this one runs
                 pending.append((done, metrics))
-                if done % save_every == 0 or done == steps or stop.is_set():
+                stops = stop_requested()
+                if stops or done % save_every == 0 or done == steps:
                     write_metrics()
+                    log.publish()
                     checkpoints.save(done, state)
-                if stop.is_set():
+                if stops:
                     return state, done == steps
     finally:
         progress.close()
+        log.close()
     return state, True
 
 
@@ -90,30 +91,11 @@ def _require_finite(line: Mapping[str, Any], step: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return an array as JSON numbers; counts without a decimal point."""
+    """Return a number, or a list of them (7 digits: float32 has no more), for JSON; counts without a decimal point."""
     if isinstance(value, str):
         return value
     number = np.asarray(value)
     if number.ndim:
-        return number.astype(float).tolist()
+        return [float(f"{one:.7g}") for one in number.ravel()]
     number = float(number)
     return int(number) if number.is_integer() and abs(number) > 1 else number
-
-
-@contextmanager
-def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """While inside, SIGTERM and SIGINT ask the loop to stop after its step; a second one is Python's own again."""
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        stop.set()
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

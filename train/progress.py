@@ -1,4 +1,7 @@
-"""What a training run shows while it runs: a bar on a terminal, a plain line now and then when piped."""
+"""What a training run shows while it runs: a bar on a terminal, a plain line now and then when piped.
+
+Rely on: only the first of several processes shows anything. What is shown is recorded elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.hosts import is_first
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -37,7 +42,8 @@ class TrainingProgress:
         self._timed_tokens = 0.0
         self._seen = 0
         self._bar = None
-        if sys.stderr.isatty():
+        self._shown = is_first()
+        if self._shown and sys.stderr.isatty():
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
@@ -53,7 +59,7 @@ class TrainingProgress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=self._describe(metrics, now))
-        elif now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps:
+        elif self._shown and (now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps):
             self._line_at = now
             print(f"step {step}/{self._steps}  {self._describe(metrics, now)}", file=sys.stderr, flush=True)
 

@@ -7,53 +7,217 @@
 
 The order that makes it safe: metrics up to a step are on disk before that step's checkpoint is written, and a run that
 goes on cuts off the metrics after the step it restored. A checkpoint that cannot be read, or whose checksum is not that
-of what was saved, is skipped for the one before it.
+of what was saved, is skipped for the one before it. OUT may be an address (`gs://…`); object stores cannot append, so
+there `metrics.jsonl` is copied whole before every checkpoint and at the end. Of several processes the first writes all
+this but the checkpoints, to which each adds its part.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 import tinymodel_jax
-from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.training.checksum import checksum
+from tinymodel_jax.training.data_folder import is_remote
+from train.hosts import all_agree, is_first, on_first
+from train.run_files import send, words, write_file, writing
+from train.trackers import Tracker
 
 CHECKPOINTS_KEPT = 3
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def open_run_folder(out: Path, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> None:
+def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> None:
     """Write the configuration, or check that an interrupted run had the same.
 
     Args:
+        out: folder, or an address such as `gs://bucket/folder`.
         may_change: names of settings that do not touch the numbers, and may differ when the run goes on.
 
     Raises:
         ValueError: the folder holds a run with another configuration (the difference is listed), or other files.
+        OSError: it cannot be written.
     """
+    on_first(lambda: _open(epath.Path(out), config, may_change))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages whose code makes the numbers."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"tinymodel_jax": tinymodel_jax.__version__, "python": sys.version.split()[0], **packages}
+
+
+def warn(message: str) -> None:
+    """Print a warning for the user as one line on stderr, once for all processes."""
+    if is_first():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a step, in order, none twice and none lost. The first process's alone."""
+
+    def __init__(self, path: epath.PathLike, steps_done: int, trackers: Sequence[Tracker] = ()) -> None:
+        """Open the log and cut off what follows step `steps_done`.
+
+        Args:
+            trackers: shown every line that is added; closed with the log.
+
+        Raises:
+            ValueError: lines before that step are missing.
+            OSError: the log cannot be written.
+        """
+        self._path, self._trackers = epath.Path(path), trackers
+        on_first(lambda: self._open(steps_done))
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines; they are on this machine's disk when this returns."""
+        if not is_first():
+            return
+        lines = list(lines)
+        with writing(self._path), open(self._local, "ab") as file:
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        for tracker in self._trackers:
+            for line in lines:
+                tracker.log(line)
+
+    def publish(self) -> None:
+        """Make everything appended readable at the log's address; a log that has none is so already."""
+        if not is_first() or not is_remote(self._path):
+            return
+        with writing(self._path):
+            send(self._local, self._path)
+
+    def close(self) -> None:
+        """Publish the log; nothing can be added any more."""
+        if not is_first():
+            return
+        for tracker in self._trackers:
+            tracker.close()
+        self.publish()
+        if is_remote(self._path):
+            self._local.unlink()
+
+    def _open(self, steps_done: int) -> None:
+        kept = self._path.read_bytes().splitlines(keepends=True)[:steps_done] if self._path.exists() else []
+        if len(kept) < steps_done or (kept and not kept[-1].endswith(b"\n")):
+            raise ValueError(
+                f"{self._path} has {len(kept)} of the {steps_done} lines that its checkpoint needs; "
+                "restore it or start anew."
+            )
+        write_file(self._path, b"".join(kept))
+        self._local = Path(self._path)
+        if is_remote(self._path):
+            with tempfile.NamedTemporaryFile(prefix="metrics-", suffix=".jsonl", delete=False) as file:
+                file.write(b"".join(kept))
+            self._local = Path(file.name)
+
+
+class Checkpoints:
+    """The last few states of a run; saving goes on in the background while the run does."""
+
+    def __init__(self, folder: epath.PathLike) -> None:
+        """Open the folder, or make it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._folder = epath.Path(folder) if is_remote(folder) else epath.Path(Path(folder).absolute())
+        options = ocp.CheckpointManagerOptions(max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True)
+        self._quiet, self._failed = _QuietLibraries(), False
+        with writing(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Start saving a state.
+
+        Raises:
+            OSError: this or an earlier save failed, on a full disk for example.
+        """
+        numbers = np.asarray(checksum(state)).tolist()
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(numbers))
+        with self._saving():
+            self._manager.save(step, args=arguments)
+
+    def restore(self, like: Any) -> Any | None:
+        """Return the newest state that is whole, shaped and sharded as `like`; None if there is none.
+
+        Every one that is not whole is named in a warning. All processes return the same.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            restored, reason = self._read(step, like)
+            if not all_agree(not reason):
+                reason = reason or "another process cannot read its part"
+            elif np.asarray(checksum(restored.state)).tolist() == restored.checksum:
+                return restored.state
+            else:
+                reason = "its checksum is wrong"
+            warn(f"checkpoint of step {step} is damaged and skipped: {reason}")
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Delete checkpoints that follow `step`: they are damaged, and the run will write them anew."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
+    def close(self) -> None:
+        """Wait until everything is saved.
+
+        Raises:
+            OSError: the last save failed.
+        """
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.close()
+        if not self._failed:  # the echoes of a failure come until the process ends
+            self._quiet.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            with writing(self._folder):
+                yield
+        except OSError:
+            self._failed = True
+            raise
+
+    def _read(self, step: int, like: Any) -> tuple[Any, str]:
+        """Return what a checkpoint holds, and no words, or why it cannot be read."""
+        try:
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=arguments), ""
+        except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
+            return None, words(error)
+
+
+def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     path = out / "config.json"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out wants a folder.")
     if not path.exists():
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} holds files but no run of ours (no config.json); choose an empty folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
-            replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+        content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_file(path, (json.dumps(content, indent=2) + "\n").encode())
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another --out.") from error
     if not isinstance(before, dict) or before.get("format") != "tinymodel_jax/run":
@@ -75,78 +239,23 @@ def open_run_folder(out: Path, config: Mapping[str, Any], may_change: Iterable[s
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages whose code makes the numbers."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"tinymodel_jax": tinymodel_jax.__version__, "python": sys.version.split()[0], **packages}
+class _QuietLibraries:
+    """Keeps Orbax, asyncio and TensorStore from printing page after page on what a failed save is about to raise."""
 
-
-def warn(message: str) -> None:
-    """Print a warning for the user as one line on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step, in order, none twice and none lost."""
-
-    def __init__(self, path: Path, steps_done: int) -> None:
-        """Open the log and cut off what follows step `steps_done`.
-
-        Raises:
-            ValueError: lines before that step are missing.
-        """
-        self._path = path
-        kept = path.read_bytes().splitlines(keepends=True)[:steps_done] if path.exists() else []
-        if len(kept) < steps_done or (kept and not kept[-1].endswith(b"\n")):
-            raise ValueError(
-                f"{path} has {len(kept)} of the {steps_done} lines that its checkpoint needs; restore it or start anew."
-            )
-        replace_file(path, b"".join(kept))
-
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines; they are on disk when this returns."""
-        with open(self._path, "ab") as file:
-            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-            file.flush()
-            os.fsync(file.fileno())
-
-
-class Checkpoints:
-    """The last few states of a run; saving goes on in the background while the run does."""
-
-    def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def save(self, step: int, state: Any) -> None:
-        """Start saving a state; raise what an earlier save met, such as a full disk."""
-        numbers = np.asarray(checksum(state)).tolist()
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), checksum=ocp.args.JsonSave(numbers))
-        self._manager.save(step, args=arguments)
-
-    def restore(self, like: Any) -> Any | None:
-        """Return the newest state that is whole, shaped and sharded as `like`; None if there is none.
-
-        Every one that is not whole is named in a warning.
-        """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
-                restored: Any = self._manager.restore(step, args=arguments)
-                if np.asarray(checksum(restored.state)).tolist() == restored.checksum:
-                    return restored.state
-                reason = "its checksum is wrong"
-            except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
-                reason = " ".join(str(error).split())[:200]
-            warn(f"checkpoint of step {step} is damaged and skipped: {reason}")
-        return None
-
-    def forget_after(self, step: int) -> None:
-        """Delete checkpoints that follow `step`: they are damaged, and the run will write them anew."""
-        for later in [s for s in self._manager.all_steps() if s > step]:
-            self._manager.delete(later)
+    def __init__(self) -> None:
+        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+        self._levels, self._hook = [logger.level for logger in self._loggers], sys.unraisablehook
+        sys.unraisablehook = self._without_echoes
+        for logger in self._loggers:
+            logger.setLevel(logging.CRITICAL)
 
     def close(self) -> None:
-        """Wait until everything is saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Let them print again."""
+        sys.unraisablehook = self._hook
+        for logger, level in zip(self._loggers, self._levels, strict=True):
+            logger.setLevel(level)
+
+    def _without_echoes(self, unraisable: Any) -> None:
+        # of TensorStore's writes that end after the first one failed
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)

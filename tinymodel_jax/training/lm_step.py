@@ -107,10 +107,14 @@ def summed_loss(
         ignored_id: id that is no target, usually `config.pad_id`; None counts all.
     """
     logits: Any = Transformer(config).apply({"params": params}, tok_ids)
-    targets = tok_ids[:, 1:]
-    counted = jnp.ones(targets.shape) if ignored_id is None else (targets != ignored_id).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
-    return jnp.sum(losses * counted), jnp.sum(counted)
+    # The last position has no target. It weighs nothing rather than being cut off: logits are the largest array of a
+    # step, and cutting them copies them in both directions.
+    targets = jnp.roll(tok_ids, -1, axis=1)
+    counted = jnp.broadcast_to(jnp.arange(tok_ids.shape[1]) < tok_ids.shape[1] - 1, targets.shape)
+    if ignored_id is not None:
+        counted &= targets != ignored_id
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(losses * counted), jnp.sum(counted, dtype=jnp.float32)
 
 
 def train_step(
@@ -121,15 +125,20 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     micro_batches: int = 1,
+    computed_on: Any = None,
 ) -> tuple[LMState, dict[str, Array]]:
     """Take one step; the metrics are `loss` (nats), `gradient_norm` before clipping, `learning_rate`, `tokens`.
 
     Args:
         micro_batches: parts, one after the other, into which the batch is cut to save memory; must divide it.
+        computed_on: tree of the parameters' shardings while they compute; None where they compute as they are stored.
     """
+    # Without this, parameters that are stored in parts over `data` make XLA split the products along the parts and
+    # exchange the activations, which are far larger than the parameters.
+    params = state.params if computed_on is None else jax.lax.with_sharding_constraint(state.params, computed_on)
 
     def gradient(part: Array) -> Any:
-        return jax.value_and_grad(summed_loss, has_aux=True)(state.params, config, part, config.pad_id)
+        return jax.value_and_grad(summed_loss, has_aux=True)(params, config, part, config.pad_id)
 
     def add(total: Any, part: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(part)), None

@@ -1,0 +1,234 @@
+"""Several processes that train together: the options, the stop, and real pairs of processes on loopback."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import VOCAB, finish, metrics_of, start, write_counting_data
+
+from tinymodel_jax.lm import TinyModel
+from train.hosts import Hosts, all_agree, join_hosts, on_first, settled, stop_requests
+
+STEPS = 20
+LOSS_TOLERANCE = 1e-5
+"""float32 sums in another order, on losses near 4."""
+SECONDS_TO_STOP = 60
+"""Generous: several processes share few cores in tests."""
+
+
+# The options and the small parts, in one process
+
+
+@pytest.mark.parametrize(
+    ("hosts", "says"),
+    [
+        (Hosts(n_processes=2), "--n-processes 2 --process-id None: they belong to --coordinator"),
+        (Hosts("auto", process_id=0), "belong to --coordinator HOST:PORT"),
+        (Hosts("somewhere", 2, 0), "--coordinator somewhere is neither HOST:PORT"),
+        (Hosts(":1234", 2, 0), "--coordinator :1234 is neither"),
+        (Hosts("host:port", 2, 0), "--coordinator host:port is neither"),
+        (Hosts("host:1234", 2), "--process-id None: give both"),
+        (Hosts("host:1234", 2, 2), "--n-processes 2 --process-id 2: give both"),
+        (Hosts("host:1234", 2, -1), "--process-id -1"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_an_error_that_quotes_them(hosts: Hosts, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        join_hosts(hosts)
+
+
+def test_one_process_agrees_with_itself_and_does_the_first_ones_work() -> None:
+    done = []
+    on_first(lambda: done.append(1))
+    assert done == [1]
+    assert all_agree(True)
+    assert not all_agree(False)
+    array = jnp.ones(3)
+    assert settled(array) is array
+    with pytest.raises(FileNotFoundError, match="missing"):
+        on_first(lambda: Path("missing").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_a_stop_once_and_the_handlers_come_back(number: signal.Signals) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda received, frame: heard.append(received))
+    try:
+        mine = signal.getsignal(number)
+        with stop_requests() as stop_requested:
+            assert not stop_requested()
+            os.kill(os.getpid(), number)
+            assert stop_requested()
+            assert heard == []
+            os.kill(os.getpid(), number)
+            assert heard == [number]
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
+
+
+# Pairs of processes
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_counting_data(tmp_path_factory.mktemp("hosts-data"))
+
+
+def start_one(data: Path, out: Path, *options: str, devices: int = 1) -> subprocess.Popen[str]:
+    run = ("--steps", str(STEPS), "--save-every", "5", "--eval-every", "10", "--batch-size", "4")
+    return start("lm", "--preset", "smoke", "--data", data, "--out", out, *run, *options, devices=devices)
+
+
+def start_two(data: Path, out: Path, *options: str, devices: int = 1) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--n-processes", "2")
+    return [start_one(data, out, *where, "--process-id", str(i), *options, devices=devices) for i in range(2)]
+
+
+def said(text: str) -> list[str]:
+    """Return the lines that the project's own code printed; XLA announces connections and hardware too."""
+    ours = re.compile(r"step \d|warning: |train: |Traceback|stopped at step|.*the model is in")
+    return [line for line in text.splitlines() if ours.match(line)]
+
+
+def finish_two(processes: list[subprocess.Popen[str]]) -> list[list[str]]:
+    """Wait for processes that have to succeed; return what each said."""
+    said_by = []
+    for process in processes:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, out + err
+        said_by.append(said(out + err))
+    return said_by
+
+
+def assert_same_curve(out: Path, expected: Path) -> None:
+    got, wanted = metrics_of(out), metrics_of(expected)
+    assert [line["step"] for line in got] == list(range(1, STEPS + 1))
+    for name in ("loss", "held_out_loss"):
+        values = [[line[name] for line in lines if name in line] for lines in (got, wanted)]
+        np.testing.assert_allclose(values[0], values[1], atol=LOSS_TOLERANCE, rtol=0)
+    assert [line["tokens"] for line in got] == [line["tokens"] for line in wanted]
+
+
+@pytest.fixture(scope="session")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process on one device."""
+    out = tmp_path_factory.mktemp("hosts") / "alone"
+    finish(start_one(data, out))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [(1, ("--mesh", "data=2")), (1, ("--mesh", "model=2")), (2, ("--mesh", "data=2,model=2", "--fsdp"))],
+    ids=["data", "model", "both"],
+)
+def test_two_processes_train_as_one_does_and_the_first_alone_prints(
+    data: Path, alone: Path, tmp_path: Path, devices: int, options: tuple[str, ...]
+) -> None:
+    first, second = finish_two(start_two(data, tmp_path / "pair", *options, devices=devices))
+    assert_same_curve(tmp_path / "pair", alone)
+    assert "the model is in" in first[0]
+    assert second == []
+    assert [line["step"] for line in metrics_of(tmp_path / "pair") if "sample" in line] == [10, 20]
+    assert TinyModel(tmp_path / "pair").config.d_vocab == VOCAB
+
+
+@pytest.mark.slow
+def test_processes_find_each_other_by_what_slurm_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    processes = []
+    for task in range(2):
+        for name, value in {**job, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}.items():
+            monkeypatch.setenv(name, value)
+        processes.append(start_one(data, tmp_path / "run", "--steps", "2", "--coordinator", "auto"))
+    finish_two(processes)
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
+
+
+def wait_for_lines(out: Path, process: subprocess.Popen[str], count: int) -> None:
+    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sigterm_at_either_process_stops_both_at_one_step_and_one_process_goes_on(
+    data: Path, alone: Path, tmp_path: Path, asked: int
+) -> None:
+    out = tmp_path / "pair"
+    processes = start_two(data, out, "--save-every", "1000")
+    wait_for_lines(out, processes[0], 2)
+    sent = time.monotonic()
+    processes[asked].send_signal(signal.SIGTERM)
+    first, second = finish_two(processes)
+    assert time.monotonic() - sent < SECONDS_TO_STOP
+    lines = len(metrics_of(out))
+    assert lines < STEPS
+    assert f"stopped at step {lines} of {STEPS}; the same command goes on from there" in first
+    assert second == []
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(lines)]
+    finish(start_one(data, out))
+    assert_same_curve(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one_ones_checkpoint_and_skip_a_damaged_one(
+    data: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
+    shutil.rmtree(out / "model")
+    newest = (out / "checkpoints" / "15" / "state").rglob("*")
+    largest = max((path for path in newest if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    first, second = finish_two(start_two(data, out))
+    assert [line for line in first if "checkpoint of step 15 is damaged" in line] == first[:1]
+    assert second == []
+    assert_same_curve(out, alone)
+    assert TinyModel(out).config.d_vocab == VOCAB
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_ends_both_with_a_line_each(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    started = time.monotonic()
+    results = [(*process.communicate(timeout=300), process.returncode) for process in start_two(data, tmp_path)]
+    assert [code for _, _, code in results] == [1, 1]
+    assert "no run of ours" in results[0][1]
+    assert "the first process met an error" in results[1][1]
+    assert all(len(said(err)) == 1 for _, err, _ in results)
+    assert time.monotonic() - started < SECONDS_TO_STOP, "neither waits for the other's end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(("--coordinator", "auto"), "not that of SLURM"), (("--coordinator", "127.0.0.1:1x"), "neither HOST:PORT")],
+)
+def test_processes_that_cannot_meet_are_one_line(
+    data: Path, tmp_path: Path, options: tuple[str, ...], says: str
+) -> None:
+    process = start_one(data, tmp_path / "out", *options)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert [line for line in said(err) if says in line] == said(err)
+    assert len(said(err)) == 1
+    assert not (tmp_path / "out").exists()

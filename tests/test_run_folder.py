@@ -1,0 +1,225 @@
+"""A run's folder where writing goes wrong, on object stores, and where lines of metrics are missing."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bucket_server import BucketServer
+from etils.epath import backend
+from runs import ROOT, VOCAB, checkpoint_arrays, finish, start, write_counting_data
+
+from tinymodel_jax.lm import TinyModel
+from train.__main__ import main
+from train.run_files import local_folder
+from train.run_folder import MetricsLog, open_run_folder
+
+OPTIONS = ("--steps", "8", "--save-every", "2", "--eval-every", "4", "--batch-size", "4")
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_counting_data(tmp_path_factory.mktemp("folder-data"))
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("folder") / "whole"
+    finish(start(*arguments(data, out)))
+    return out
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
+    """What is at `gs://bucket`."""
+    forget = backend.fsspec_backend._get_filesystem.cache_clear  # etils keeps what it once asked fsspec for
+    forget()
+    server = BucketServer(monkeypatch)
+    yield server
+    server.shutdown()
+    server.server_close()
+    forget()
+
+
+def arguments(data: Path, out: str | Path) -> list[str]:
+    return ["lm", "--preset", "smoke", "--data", str(data), "--out", str(out), *OPTIONS]
+
+
+def assert_same_result(out: Path, expected: Path) -> None:
+    assert (out / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    model = Path("model", "model.safetensors")
+    assert (out / model).read_bytes() == (expected / model).read_bytes()
+    got, wanted = (checkpoint_arrays(folder / "checkpoints" / "8") for folder in (out, expected))
+    assert got.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+# The log of metrics
+
+
+def test_a_log_is_cut_after_the_step_that_a_run_goes_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    log.append([{"step": 1}, {"step": 2}])
+    log.append([{"step": 3, "M1": {"loss": [1.5, 2.0]}}])
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 4, "los')  # of a process that was killed
+    log = MetricsLog(path, 2)
+    log.append([{"step": 3}])
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1}\n', b'{"step": 1}\n{"step": 2}', b""])
+def test_missing_lines_are_an_error_that_counts_them(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has \d of the 2 lines that its checkpoint needs"):
+        MetricsLog(path, 2)
+    assert path.read_bytes() == content
+
+
+# Object stores
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_goes_on_there_and_has_the_bits_of_one_on_disk(
+    bucket: BucketServer, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(data, "gs://bucket/runs/a")) == 0
+    assert "the model is in gs://bucket/runs/a/model" in capsys.readouterr().out
+
+    # as if killed while the last checkpoint was being written, and again from there
+    for name in [name for name in bucket.objects if name.startswith("runs/a/model/")]:
+        del bucket.objects[name]
+    del bucket.objects["runs/a/checkpoints/8/commit_success.txt"]
+    assert main(arguments(data, "gs://bucket/runs/a")) == 0
+
+    for name, content in bucket.objects.items():
+        copy = tmp_path / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(content)
+    assert_same_result(tmp_path / "runs" / "a", whole)
+    assert TinyModel(tmp_path / "runs" / "a").config.d_vocab == VOCAB
+
+
+def test_in_a_bucket_the_metrics_of_a_step_are_there_before_its_checkpoint(bucket: BucketServer, data: Path) -> None:
+    lines: dict[str, int] = {}
+    write = bucket.write
+
+    def watched(name: str, content: bytes) -> None:
+        write(name, content)
+        if name.startswith("checkpoints/"):
+            lines.setdefault(name.split("/")[1], bucket.objects["metrics.jsonl"].count(b"\n"))
+
+    bucket.write = watched  # type: ignore[method-assign]
+    assert main(arguments(data, "gs://bucket")) == 0
+    assert set(lines) == {"2", "4", "6", "8"}
+    assert all(count >= int(step) for step, count in lines.items())
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_full_is_one_line_and_the_run_goes_on_when_it_is_not(
+    bucket: BucketServer, data: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = bucket.write
+
+    def filling(name: str, content: bytes) -> None:
+        bucket.is_full = bucket.is_full or name.startswith("run/checkpoints/6/")
+        write(name, content)
+
+    bucket.write = filling  # type: ignore[method-assign]
+    assert main(arguments(data, "gs://bucket/run")) == 1
+    error = capsys.readouterr().err
+    assert "gs://bucket/run/checkpoints cannot be written" in error
+    assert "quota" in error
+    assert [line for line in error.splitlines() if not line.startswith("step ")] == error.splitlines()[-1:]
+
+    bucket.write, bucket.is_full = write, False  # type: ignore[method-assign]
+    assert main(arguments(data, "gs://bucket/run")) == 0
+    assert bucket.objects["run/metrics.jsonl"] == (whole / "metrics.jsonl").read_bytes()
+    model = Path("model", "model.safetensors")
+    assert bucket.objects[f"run/{model.as_posix()}"] == (whole / model).read_bytes()
+
+
+def test_a_bucket_that_holds_something_else_is_left_alone(bucket: BucketServer) -> None:
+    bucket.objects["letters/thesis.tex"] = b"dear"
+    with pytest.raises(ValueError, match="no run of ours"):
+        open_run_folder("gs://bucket/letters", {"steps": 1})
+    assert list(bucket.objects) == ["letters/thesis.tex"]
+
+
+def test_a_folder_written_here_is_sent_whole(bucket: BucketServer) -> None:
+    with local_folder("gs://bucket/there") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "a.txt").write_text("a")
+        (folder / "b.txt").write_text("b")
+        assert bucket.objects == {}
+    assert bucket.objects == {"there/below/a.txt": b"a", "there/b.txt": b"b"}
+    assert not folder.exists()
+
+
+# Disks
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_is_one_line_and_earlier_checkpoints_are_whole(
+    data: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(*arguments(data, out))
+    while not (out / "checkpoints" / "2").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    # From now on no file may grow: small ones still fit, a checkpoint's arrays do not.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16_000, 16_000))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert f"{out}/checkpoints cannot be written: File too large. Checkpoints that were finished are whole" in err
+    assert "Traceback" not in err
+    assert "ERROR:" not in err
+    assert (out / "checkpoints" / "2").exists()
+    assert not (out / "checkpoints" / "8").exists()
+    assert "damaged" not in finish(start(*arguments(data, out)))
+    assert_same_result(out, whole)
+
+
+def run_without_privileges(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m train`, by root too, so that the permissions of files count."""
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if shutil.which("setpriv") else []
+    return subprocess.run(
+        [*drop, sys.executable, "-m", "train", *command], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["new", "old"])
+def test_a_folder_that_may_not_be_written_is_one_line(data: Path, whole: Path, tmp_path: Path, place: str) -> None:
+    out = tmp_path / "locked" / "run"
+    out.parent.mkdir()
+    if place == "old":
+        shutil.copytree(whole, out)
+    locked = [out.parent, *(path for path in out.rglob("*") if path.is_dir()), *([out] if out.exists() else [])]
+    before = sorted(out.parent.rglob("*"))
+    for folder in locked:
+        folder.chmod(0o555)
+    try:
+        done = run_without_privileges(*arguments(data, out))
+    finally:
+        for folder in locked:
+            folder.chmod(0o755)
+    assert done.returncode == 1
+    assert "cannot be written: Permission denied" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(out.parent.rglob("*")) == before

@@ -1,0 +1,206 @@
+"""`--compile-for v5e:2x4`: compile a program's training step for TPUs that are not there, and say what came out.
+
+    report = report_step(step, arguments, mesh, flops)      # compiles, prints the table, returns a StepReport
+
+The real TPU compiler runs on any machine (`pip install "tinymodel-jax[tpu]"`). Rely on: the report is of the step
+that was handed over, for the devices of its mesh; the memory and the collectives are the compiler's final word. It runs
+nothing and measures no speed: times are the compiler's estimates, of computing only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from tinymodel_jax.training.flops import peak_flops
+from train.hlo import Collective, collectives, estimated_cycles
+
+TOPOLOGIES = "v5e:2x4, v6e:2x4, v5p:2x2x2"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a report needs to know of a TPU chip."""
+
+    hbm_bytes: int
+    """Memory."""
+    clock_hz: float
+    """Of the matrix units: the peak is clock x units x 128² (v6e: 256²) x 2 FLOP."""
+
+
+CHIPS = {
+    "v5e": Chip(16 * 10**9, 1.5e9),
+    "v6e": Chip(32 * 10**9, 1.75e9),
+    "v5p": Chip(95 * 10**9, 1.75e9),
+}
+"""Generations that `--compile-for` takes, from the maker's data sheets."""
+
+_KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
+"""How JAX names them."""
+
+_NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Keeps the compiler from asking the network what machine this is, and from locking out other compilations."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a compiled step needs of each chip, and what the chips exchange."""
+
+    chips: int
+    device_kind: str
+    argument_bytes: int
+    """State and batch, on one chip."""
+    output_bytes: int
+    """Results that do not reuse the arguments' memory, on one chip."""
+    temporary_bytes: int
+    """Everything between, at its fullest, on one chip."""
+    program_bytes: int
+    """The compiled code."""
+    hbm_bytes: int | None
+    """Memory of a chip; None where it is not known."""
+    compiled_flops: float
+    """Floating-point operations of one chip as the compiler counts them, loop bodies once."""
+    flops: float
+    """Floating-point operations of one chip that the arithmetic asks for, nothing computed twice."""
+    peak_flops: float | None
+    """A chip's dense bfloat16 peak, FLOP/s; None where it is not known."""
+    estimated_seconds: float | None
+    """The compiler's estimate of the time of computing, collectives left out; None where it makes none."""
+    collectives: tuple[Collective, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that one chip needs."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes + self.program_bytes
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """`flops` over what the chip could do in the estimated time."""
+        if self.estimated_seconds is None or self.peak_flops is None:
+            return None
+        return self.flops / (self.estimated_seconds * self.peak_flops)
+
+
+def topology_devices(name: str) -> list[Any]:
+    """Return the devices of a TPU slice, such as `v5e:2x4`, for compiling only.
+
+    Raises:
+        ValueError: no such slice.
+        ModuleNotFoundError: the TPU compiler is not installed.
+    """
+    if name.partition(":")[0] not in CHIPS:
+        raise ValueError(f"--compile-for {name!r}: must be one of {', '.join(CHIPS)} and a shape, as {TOPOLOGIES}.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("--compile-for needs the TPU compiler: pip install 'tinymodel-jax[tpu]'")
+    for variable, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--compile-for {name!r}: no such slice ({reason}). It can be, say, {TOPOLOGIES}.") from None
+
+
+def report_step(step: Any, arguments: Sequence[Any], mesh: Mesh, flops: float) -> StepReport:
+    """Compile a step for the devices of a mesh, print what came out and return it.
+
+    Args:
+        step: made by `jax.jit`.
+        arguments: its positional arguments: trees of `jax.ShapeDtypeStruct` with shardings over `mesh`.
+        flops: floating-point operations that a step's arithmetic asks for, on all devices together.
+
+    Raises:
+        ValueError: the step does not fit the chips' memory.
+    """
+    try:
+        compiled = step.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the step does not fit these chips: {reason} Split it over more of them.") from None
+    report = read_compiled(compiled, mesh, flops)
+    print_report(report, mesh)
+    return report
+
+
+def read_compiled(compiled: Any, mesh: Mesh, flops: float) -> StepReport:
+    """Return what a compiled step says of itself; the arguments are those of `report_step`."""
+    device = mesh.devices.flat[0]
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    chip = CHIPS.get(_KINDS.get(device.device_kind, ""))
+    cycles = estimated_cycles(text)
+    return StepReport(
+        chips=mesh.size,
+        device_kind=device.device_kind,
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        program_bytes=memory.generated_code_size_in_bytes,
+        hbm_bytes=chip.hbm_bytes if chip else None,
+        compiled_flops=compiled.cost_analysis()["flops"],
+        flops=flops / mesh.size,
+        peak_flops=peak_flops(device),
+        estimated_seconds=cycles / chip.clock_hz if chip and cycles is not None else None,
+        collectives=tuple(collectives(text, mesh.shape)),
+    )
+
+
+def print_report(report: StepReport, mesh: Mesh) -> None:
+    """Print a report as two tables."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    share = f"{report.peak_bytes / report.hbm_bytes:.0%} of {_size(report.hbm_bytes)}" if report.hbm_bytes else "–"
+    seconds, of_peak = report.estimated_seconds, report.share_of_peak
+    console = Console()
+    table = Table("on each chip", "", title=f"{report.chips} x {report.device_kind}, {axes}", title_justify="left")
+    for name, value in (
+        ("arguments (state and batch)", _size(report.argument_bytes)),
+        ("outputs that reuse no argument", _size(report.output_bytes)),
+        ("temporaries", _size(report.temporary_bytes)),
+        ("program", _size(report.program_bytes)),
+        ("memory in all", f"{_size(report.peak_bytes)}, {share}"),
+        ("FLOPs as compiled", f"{report.compiled_flops / 1e9:,.1f} G"),
+        ("FLOPs the arithmetic asks for", f"{report.flops / 1e9:,.1f} G"),
+        ("estimated time, without collectives", f"{seconds * 1e3:.2f} ms" if seconds is not None else "–"),
+        ("share of the bfloat16 peak at that", f"{of_peak:.0%}" if of_peak is not None else "–"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    table = Table("collective", "over", "times", "in all", "largest array", title="", title_justify="left")
+    for row in summarize(report.collectives):
+        table.add_row(*row)
+    console.print(table)
+
+
+def summarize(found: Sequence[Collective]) -> list[tuple[str, str, str, str, str]]:
+    """Return kind, mesh axes, executions, bytes in all and largest array of every kind of collective."""
+    rows = []
+    for kind, axes in sorted({(one.kind, one.axes) for one in found}):
+        same = [one for one in found if (one.kind, one.axes) == (kind, axes)]
+        largest = max((array for one in same for array in one.arrays), key=lambda array: array.bytes)
+        total = sum(one.bytes * one.times for one in same)
+        times = sum(one.times for one in same)
+        rows.append((kind, "+".join(axes), str(times), _size(total), f"{largest} {_size(largest.bytes)}"))
+    return rows
+
+
+def _size(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes} B"
