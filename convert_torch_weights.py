@@ -1,11 +1,12 @@
-"""Convert TinyModel checkpoints between PyTorch files and this package's folders; needs no PyTorch and no JAX.
+"""Convert TinyModel checkpoints between PyTorch's names and this package's folders; needs no PyTorch and no JAX.
 
     python convert_torch_weights.py lm SRC.pt DEST_DIR
     python convert_torch_weights.py dictionary SRC.pt DEST_DIR --site M2
     python convert_torch_weights.py export-lm SRC_DIR DEST.pt|DEST.safetensors
     python convert_torch_weights.py inspect SRC.pt
 
-Thin over `tinymodel_jax.io`. Installed as `tinymodel-convert`.
+SRC may be a safetensors file with the reference's names, too, as export-lm writes. Thin over `tinymodel_jax.io`.
+Installed as `tinymodel-convert`.
 """
 
 from __future__ import annotations
@@ -37,19 +38,20 @@ def convert_lm(
     n_heads: int | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Convert a language model's .pt file, and dictionaries registered in it, to a folder.
+    """Convert a language model's file, and dictionaries registered in it, to a folder.
 
     Args:
-        src: PyTorch file of the reference.
-        dest: folder to write: config.json, model.safetensors.
+        src: file with the reference's names, .pt or .safetensors.
+        dest: folder to write: config.json, model.safetensors. It may hold an earlier model, which is replaced.
         n_heads: attention heads, where the width is not the published 768.
         tokenizer: folder or tokenizer.json with GPT-2's BPE, to store the published tokenizer with the model.
     """
     from tinymodel_jax.io.artifacts import save_model
     from tinymodel_jax.io.convert import convert_model
-    from tinymodel_jax.io.torch_files import load_torch_file
+    from tinymodel_jax.io.state_files import load_state_file
 
-    converted = convert_model(load_torch_file(src), n_heads)
+    replaced = _replaced(dest)
+    converted = convert_model(load_state_file(src), n_heads)
     found = None
     if tokenizer is not None:
         from tinymodel_jax.tokenization import Tokenizer
@@ -60,24 +62,27 @@ def convert_lm(
     extra = f", dictionaries {', '.join(converted.dictionaries)}" if converted.dictionaries else ""
     print(
         f"{dest}: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads, d_mlp {cfg.d_mlp}, "
-        f"context {cfg.n_ctx}, vocabulary {cfg.d_vocab}; {cfg.n_params:,} parameters{extra}"
+        f"context {cfg.n_ctx}, vocabulary {cfg.d_vocab}; {cfg.n_params:,} parameters{extra}{replaced}"
     )
 
 
 def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
-    """Convert a dictionary's .pt file to a folder.
+    """Convert a dictionary's file to a folder.
 
     Args:
-        src: PyTorch file of the reference.
-        dest: folder to write: config.json, dictionary.safetensors.
+        src: file with the reference's names, .pt or .safetensors.
+        dest: folder to write: config.json, dictionary.safetensors. It may hold an earlier one, which is replaced.
         site: tag of the place the dictionary belongs to, such as M2.
     """
     from tinymodel_jax.io.artifacts import parse_site, read_dictionary, save_dictionary
 
+    replaced = _replaced(dest)
     config, params = read_dictionary(src, parse_site(site))
     save_dictionary(config, params, dest)
     kind = "transcoder" if config.is_transcoder else "SAE"
-    print(f"{dest}: {kind} of {config.n_features} features, reads {config.hook_in}, predicts {config.hook_out}")
+    print(
+        f"{dest}: {kind} of {config.n_features} features, reads {config.hook_in}, predicts {config.hook_out}{replaced}"
+    )
 
 
 def export_lm(src: Source, dest: Destination) -> None:
@@ -97,7 +102,7 @@ def export_lm(src: Source, dest: Destination) -> None:
     if dest.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")
     if not src.is_dir():
-        raise FileNotFoundError(f"{src}: there is no such folder; convert a .pt file with 'lm' first.")
+        raise FileNotFoundError(f"{src}: there is no such folder; convert a file with 'lm' first.")
     if not dest.parent.is_dir():
         raise FileNotFoundError(f"{dest}: there is no folder {dest.parent}.")
     files = load_model(src)
@@ -110,15 +115,15 @@ def export_lm(src: Source, dest: Destination) -> None:
 
 
 def inspect(src: Source, *, json: bool = False) -> None:
-    """Show what is in a PyTorch file, without running any of it.
+    """Show what is in a PyTorch or safetensors file, without running any of it.
 
     Args:
-        src: PyTorch file, whatever it holds.
+        src: .pt or .safetensors file, whatever it holds.
         json: print one JSON object.
     """
-    from tinymodel_jax.io.torch_files import describe_torch_file
+    from tinymodel_jax.io.state_files import describe_state_file
 
-    summary = describe_torch_file(src)
+    summary = describe_state_file(src)
     if json:
         tensors = [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "is_view": t.is_view} for t in summary.tensors
@@ -140,6 +145,17 @@ def inspect(src: Source, *, json: bool = False) -> None:
     for tensor in summary.tensors:
         shape = " × ".join(map(str, tensor.shape)) or "scalar"
         print(f"  {tensor.name:44} {tensor.dtype:10} {shape}{'  (view)' if tensor.is_view else ''}")
+
+
+def _replaced(dest: Path) -> str:
+    """Return what to say of an earlier conversion at DEST; refuse a folder of anything else."""
+    from tinymodel_jax.io.artifacts import CONFIG_FILE
+
+    found = sorted(path.name for path in dest.iterdir()) if dest.is_dir() else []
+    if found and CONFIG_FILE not in found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise FileExistsError(f"{dest} holds {shown}, and no {CONFIG_FILE}. Nothing was written; choose another DEST.")
+    return "; it replaces what was there" if found else ""  # writing refuses a configuration that is not ours
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 """Folders of models and dictionaries: round trips, damage, and what a name or path means."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from conftest import DATA, make_dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error_of
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.config import ARCHITECTURES, DTYPES, ModelConfig
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.artifacts import (
     config_at,
     load_dictionary,
@@ -25,8 +31,11 @@ from tinymodel_jax.io.artifacts import (
     save_dictionary,
     save_model,
 )
-from tinymodel_jax.io.convert import ConvertedDictionary, model_tensors
+from tinymodel_jax.io.convert import ConvertedDictionary, export_model, model_tensors
+from tinymodel_jax.io.state_files import describe_state_file
+from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.sites import Site
+from tinymodel_jax.tokenization import Tokenizer
 
 CONFIG = ModelConfig(n_layers=2, d_model=4, n_heads=2, d_mlp=6, n_ctx=5, d_vocab=7)
 
@@ -94,8 +103,55 @@ def test_a_folder_and_a_pt_file_are_told_where_the_dictionary_belongs(tmp_path):
     assert loaded.config.hook_in == "blocks.1.hook_mlp_in"
     loaded.save_pretrained(tmp_path)
     assert load_dictionary(tmp_path).config == loaded.config
-    assert load_dictionary(tmp_path, "Mo2").config == config_at(loaded.config, Site("Mo", 2))
+    assert load_dictionary(tmp_path, "T1").config == loaded.config
     assert "give site=, such as 'M2'" in error_of(lambda: load_dictionary(DATA / "sparse_T1_f32_zip.pt"))
+
+
+def test_a_folder_s_dictionary_does_not_move_to_another_site_by_itself(tmp_path):
+    loaded = load_dictionary(DATA / "sparse_T1_f32_zip.pt", "M1")
+    loaded.save_pretrained(tmp_path)
+    for tag in ("M2", "Mo1"):
+        message = error_of(lambda tag=tag: load_dictionary(tmp_path, tag))
+        assert "from blocks.1.hook_mlp_in to blocks.1.hook_mlp_out" in message
+        assert f"{tag!r} is from {Site.parse(tag)[0].hook_in} to {Site.parse(tag)[0].hook_out}" in message
+        assert f"lm.attach({tag!r}, Dictionary.from_pretrained({str(tmp_path)!r}))" in message
+
+
+@pytest.mark.parametrize("hooks", [("x", "x"), ("x", "y")])
+def test_a_dictionary_that_was_trained_on_arrays_goes_anywhere(tmp_path, hooks):
+    made = make_dictionary(*hooks)
+    made.save_pretrained(tmp_path)
+    assert load_dictionary(tmp_path, "Mo2").config == config_at(made.config, Site("Mo", 2))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_before_anything_is_written(tmp_path):
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])))
+    message = error_of(lambda: save_model(CONFIG, flat_params(), tmp_path, tokenizer))
+    assert message == "the tokenizer has 6 ids, the model's vocabulary 7."
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
+def test_a_safetensors_file_with_the_reference_s_names_is_read_as_a_pt_file(tmp_path, dtype):
+    config = ModelConfig(**{**CONFIG.to_dict(), "d_mlp": 16})
+    rng = np.random.default_rng(1)
+    params = {t.name: rng.normal(size=t.shape).astype(dtype) for t in model_tensors(config)}
+    state = export_model(config, params)
+    save_torch_file(state, tmp_path / "lm.pt")
+    save_file(state, tmp_path / "lm.safetensors")
+    for ending in ("pt", "safetensors"):
+        files = load_model(tmp_path / f"lm.{ending}", 2)
+        assert files.config == config
+        assert_same_arrays(files.params, params)
+    tensors = describe_state_file(tmp_path / "lm.safetensors").tensors
+    expected = describe_state_file(tmp_path / "lm.pt").tensors
+    assert {(t.name, t.shape, t.dtype, t.storage_bytes) for t in tensors} == {
+        (t.name, t.shape, t.dtype, t.storage_bytes) for t in expected
+    }
+    assert "n_heads is needed" in error_of(lambda: load_model(tmp_path / "lm.safetensors"))
+    (tmp_path / "lm.safetensors").write_bytes(b"damaged")
+    message = error_of(lambda: load_model(tmp_path / "lm.safetensors", 2))
+    assert message.startswith(f"{tmp_path / 'lm.safetensors'} is damaged")
 
 
 def test_a_model_s_folder_lists_its_dictionaries_without_reading_them(folder):
@@ -129,6 +185,25 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_file_that_cannot_be_written_names_the_folder_and_the_reason(tmp_path, monkeypatch):
+    def refused(self, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "touch", refused)  # by a mode root would not be kept out
+    message = error_of(lambda: save_model(CONFIG, flat_params(), tmp_path), PermissionError)
+    assert message == f"cannot write model.safetensors to the folder {tmp_path}: Permission denied"
+
+
+def test_a_full_disk_is_an_error_of_the_system_s_kind(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(artifacts, "save_file", full)
+    message = error_of(lambda: save_model(CONFIG, flat_params(), tmp_path), OSError)
+    assert f"to the folder {tmp_path}: I/O error: No space left on device" in message
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_config_is_readable_json_that_says_what_it_is(folder):
@@ -219,8 +294,8 @@ def test_a_folder_without_a_model_says_what_was_looked_for(tmp_path):
     assert "looked for config.json and model.safetensors there and in its folder 'model'" in message
 
 
-def test_heads_are_for_pt_files_only(folder):
-    assert "n_heads=4 is for .pt files" in error_of(lambda: load_model(folder, n_heads=4))
+def test_heads_are_for_files_only(folder):
+    assert "n_heads=4 is for files" in error_of(lambda: load_model(folder, n_heads=4))
 
 
 def test_an_error_about_a_pt_file_names_the_file(tmp_path):

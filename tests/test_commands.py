@@ -1,7 +1,9 @@
 """The commands, run as a user runs them: output, exit status, one-line errors."""
 
 import gzip
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +13,16 @@ import numpy as np
 import pytest
 
 import convert_torch_weights
+import tinymodel_jax
 from tinymodel_jax import cli
 from tinymodel_jax.io.artifacts import load_model
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.lm import TinyModel
+from train.__main__ import PROGRAMS
+from train.__main__ import main as train_main
 
 DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
 GOLDEN_PROMPT = "208 5 17 100 3 42"
 
 
@@ -108,7 +114,9 @@ def test_features_prints_a_table_for_people(model_folder: Path, capsys: pytest.C
         str(model_folder),
     ]
     assert cli.main(arguments) == 0
-    assert re.search(r"208\s.*\b7 \d+\.\d{3}", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert shown.startswith("M1N7 on '208 5'")
+    assert re.search(r"208\s.*\b7 \d+\.\d{3}", shown)
 
 
 def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) -> None:
@@ -142,12 +150,10 @@ def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, n
         (["generate", "1 2", "--ids", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "1 x", "--ids"], "no list of whole numbers"),
         (["generate", "1 999", "--ids"], "id 999"),
-        (["generate", "--ids"], "give a prompt"),
+        (["generate", "9" * 20, "--ids"], f"id {'9' * 20} is outside the vocabulary 0..210"),
         (["generate", "Once"], "no tokenizer"),
-        (["features", "1", "--ids", "--site", "Q1"], "no dictionary tag"),
         (["features", "1", "--ids", "--site", "M9"], "layer 9"),
-        (["features", "1", "--ids", "--site", "M0"], "has no dictionary there"),
-        (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
+        (["features", "1", "--ids", "--site", "M0"], "lm.attach('M0', path) (Python) or --dictionary PATH"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_1(
@@ -160,11 +166,67 @@ def test_bad_input_is_one_line_and_exit_status_1(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["generate"], "give a prompt, or --stories FILE"),
+        (["generate", "--ids"], "give a prompt"),
+        (["generate", "--ids", ""], "--ids: '' is no list of whole numbers"),
+        (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is no list of whole numbers"),
+        (["generate", "--stories", "none.jsonl"], "none.jsonl: No such file or directory"),
+        (["generate", "--ids", "1", "--stories", "none.jsonl"], "--ids and --stories do not go together"),
+        (["generate", "Once", "--prompt-toks", "0"], "--prompt-toks 0"),
+        (
+            ["generate", "Once", "--temperature", "-1", "--top-k", "0"],
+            "temperature=-1.0 must be 0 (greedy) or more; top",
+        ),
+        (["features", "1", "--ids", "--site", "Q1"], "no dictionary tag"),
+        (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
+        (
+            ["features", "1", "--site", "M0", "--dictionary", "none"],
+            "--dictionary none: there is no such folder or file",
+        ),
+    ],
+)
+def test_what_is_wrong_whatever_the_model_is_found_before_one_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model is loaded"))
+    assert cli.main(arguments) == 1
+    assert says in error_line(capsys)
+
+
+def test_no_name_of_a_model_is_not_the_current_folder(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model_folder)
+    assert cli.main(["generate", "1", "--ids", "--model", ""]) == 1
+    assert "a model is named by its path or published name, got ''" in error_line(capsys)
+
+
+def test_a_dictionary_s_folder_is_not_read_for_another_site(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "M1")
+    assert convert_torch_weights.main(["dictionary", str(DATA / "sparse_T1_f32_zip.pt"), folder, "--site", "M1"]) == 0
+    capsys.readouterr()
+    options = ["1 2", "--ids", "--model", str(model_folder), "--dictionary", folder, "--site"]
+    assert cli.main(["features", *options, "M2"]) == 1
+    assert f"{folder} is a dictionary from blocks.1.hook_mlp_in to blocks.1.hook_mlp_out; 'M2'" in error_line(capsys)
+    assert cli.main(["features", *options, "T1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/new"], "n_heads is needed"),
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/new", "--n-heads", "7"], "does not divide"),
         (["lm", "{data}/sparse_T1_f32_zip.pt", "{tmp}/new"], "not a TinyModel language model"),
         (["lm", "{tmp}/none.pt", "{tmp}/new"], "none.pt"),
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/taken", "--n-heads", "4"], "Nothing was written"),
+        (
+            ["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis", "--n-heads", "4"],
+            "holds a.txt, b.txt, c.txt and 1 more, and no",
+        ),
+        (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
+        (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "and no config.json. Nothing"),
         (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
         (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "no such folder"),
         (["export-lm", "{tmp}", "{tmp}/new.bin"], "use .pt or .safetensors"),
@@ -176,11 +238,97 @@ def test_the_converter_refuses_in_one_line_and_writes_nothing(
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").write_text('{"model_type": "other"}')
+    (tmp_path / "thesis").mkdir()
+    for name in "abcd":
+        (tmp_path / "thesis" / f"{name}.txt").touch()
     before = sorted(tmp_path.rglob("*"))
     filled = [argument.format(data=DATA, tmp=tmp_path) for argument in arguments]
     assert convert_torch_weights.main(filled) == 1
     assert says in error_line(capsys)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_converting_again_says_what_it_replaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["lm", str(DATA / "lm_f32_zip.pt"), str(tmp_path / "lm"), "--n-heads", "4"],
+        ["dictionary", str(DATA / "sparse_T1_f32_zip.pt"), str(tmp_path / "M1"), "--site", "M1"],
+    ):
+        assert convert_torch_weights.main(command) == 0
+        assert "replaces" not in capsys.readouterr().out
+        assert convert_torch_weights.main(command) == 0
+        assert capsys.readouterr().out.endswith("; it replaces what was there\n")
+
+
+def test_an_exported_safetensors_file_is_a_source_like_a_pt_file(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = str(tmp_path / "lm.safetensors")
+    assert convert_torch_weights.main(["export-lm", str(model_folder), exported]) == 0
+    assert convert_torch_weights.main(["lm", exported, str(tmp_path / "again"), "--n-heads", "4"]) == 0
+    tok_ids = np.arange(20).reshape(2, 10)
+    np.testing.assert_array_equal(TinyModel(tmp_path / "again")(tok_ids), TinyModel(model_folder)(tok_ids))
+    capsys.readouterr()
+    assert convert_torch_weights.main(["inspect", exported, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["form"] == "safetensors"
+    assert {"name": "embed.weight", "shape": [211, 64], "dtype": "float32", "is_view": False} in summary["tensors"]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, program in ((cli.main, "tinymodel"), (convert_torch_weights.main, "tinymodel-convert")):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"{program} {tinymodel_jax.__version__}\n"
+
+
+def test_a_terminal_without_utf_8_shows_help_all_the_same() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "tinymodel_jax", "--help"]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"features" in done.stdout
+
+
+INTERRUPTED = """
+import builtins, runpy, sys
+find = builtins.__import__
+
+def interrupted(name, *rest, **options):
+    if name == "tyro":
+        raise KeyboardInterrupt
+    return find(name, *rest, **options)
+
+builtins.__import__ = interrupted
+sys.argv[1:] = ["--help"]
+runpy.run_module("MODULE.__main__", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["tinymodel_jax", "train"])
+def test_ctrl_c_while_a_command_still_loads_ends_it_without_a_traceback(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED.replace("MODULE", module)], capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_without_the_training_extra_help_works_and_a_program_names_the_extra(
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("datasets", "pyarrow", "optax", "orbax", "etils"):
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+    for name in [name for name in sys.modules if name.startswith(("train.", "tinymodel_jax.training"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert train_main(["--help"]) == 0
+    assert program in capsys.readouterr().out
+    assert train_main([program, "--help"]) == 1
+    assert re.search(rf"{program} needs \w+, which is not .*pip install -e '.\[train\]'$", error_line(capsys).rstrip())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_list_of_training_programs_shows_the_first_lines_of_their_docstrings(program: str) -> None:
+    described = getattr(importlib.import_module(f"train.{program}"), program).__doc__
+    assert described.partition("\n")[0] == PROGRAMS[program]
 
 
 def test_bad_usage_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +353,6 @@ def test_help_loads_neither_jax_nor_torch() -> None:
 
 
 def test_the_converter_runs_as_a_script_without_loading_jax(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
     code = (
         "import runpy, sys; sys.argv = ['convert_torch_weights.py', 'lm', *sys.argv[1:]]\n"
         "try: runpy.run_path('convert_torch_weights.py', run_name='__main__')\n"
@@ -213,6 +360,6 @@ def test_the_converter_runs_as_a_script_without_loading_jax(tmp_path: Path) -> N
     )
     arguments = [str(DATA / "lm_f32_zip.pt"), str(tmp_path / "lm"), "--n-heads", "4"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root, check=True
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 False"

@@ -119,6 +119,17 @@ def test_an_edit_that_changes_the_shape_is_an_error_that_names_the_place(edit, r
     assert f"the hook at 'after' returned {returned}; the value there has shape (3,)" in message
 
 
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_hook_that_cannot_be_called_is_an_error_that_names_the_place():
+    assert "the hook at 'after' is a int; a hook is an edit of" in error_of(lambda: run({"after": 3}))
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_the_names_are_those_of_a_configuration(config, lm):
+    assert hook_names(lm.config) == hook_names(config)
+    assert "takes a ModelConfig, such as lm.config; got a TinyModel" in error_of(lambda: hook_names(lm))
+
+
 def test_a_hook_point_that_the_method_does_not_pass_is_an_error(config, params):
     message = error_of(
         lambda: apply_with_hooks(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -129,7 +130,7 @@ def forbid_torch_files(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{path} is read")
 
     monkeypatch.setattr(hub, "load_torch_file", read)
-    monkeypatch.setattr(artifacts, "load_torch_file", read)
+    monkeypatch.setattr(artifacts, "load_state_file", read)
 
 
 def forbid_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +329,22 @@ def test_no_network_is_one_error_at_once(server: HubServer, cache: Path, monkeyp
         message = refused(FileNotFoundError, load)
         assert "refused" in message
         assert way_out in message
+        with pytest.raises(FileNotFoundError) as caught:
+            load()
+        shown = traceback.format_exception(caught.value)
+        assert shown == traceback.format_exception(caught.value, chain=False), "the library's own errors show, too"
     assert time.monotonic() - start < 10  # huggingface_hub by itself retries for 23 seconds, three times
     assert left_in(cache) == []
+
+
+def test_a_cache_that_cannot_be_made_is_named_with_the_reason(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TINYMODEL_CACHE", str(tmp_path / "file"))
+    message = refused(OSError, TinyModel)
+    assert message.startswith(f"cannot write to the cache {tmp_path / 'file' / 'v1' / 'models'}: Not a directory; let ")
+    assert server.requests == []
 
 
 def test_offline_mode_is_named(
@@ -604,6 +619,20 @@ def test_the_default_tokenizer_comes_from_the_first_repository_that_exists(
     server.requests.clear()
     assert fresh_default_tokenizer().encode("the hut") == first.encode("the hut")
     assert server.requests == []
+
+
+def test_asking_for_what_no_tokenizer_has_loads_none(
+    server: HubServer, any_bpe: None, fresh_default_tokenizer: Callable[[], Tokenizer]
+) -> None:
+    lazy = default_tokenizer.LazyTokenizer()
+    assert not any(hasattr(lazy, name) for name in ("shape", "__jax_array__", "_repr_html_", "tokenize", "_bpe"))
+    assert server.requests == []
+    server.files = small_bpe_files(TINY_STORIES)
+    server.small = set(server.files)
+    found = fresh_default_tokenizer()
+    public = ["vocab_size", "begin_id", "end_id", "pad_id", "unk_id", "fingerprint"]
+    assert [getattr(lazy, name) for name in public] == [getattr(found, name) for name in public]
+    assert lazy.encode("the") == found.encode("the")
 
 
 def test_a_repository_that_lacks_one_of_the_two_files_is_passed_over(server: HubServer, any_bpe: None) -> None:

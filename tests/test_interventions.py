@@ -54,7 +54,7 @@ def where(mask, edited, value):
     return out
 
 
-@pytest.mark.parametrize("positions", [None, ROW_MASK, MASK, ROW_MASK.astype(int).tolist()])
+@pytest.mark.parametrize("positions", [None, ROW_MASK, MASK, ROW_MASK.tolist()])
 @pytest.mark.parametrize("name", PLACES)
 def test_steering_adds_a_vector_at_the_positions(check, name, positions):
     vector = np.resize(VECTOR, 32 if name.endswith("post") else 16)
@@ -103,6 +103,43 @@ def test_a_mask_of_another_shape_is_an_error_that_names_both_shapes(params, conf
     message = error_of(lambda: run_with_hooks(params, config, jnp.asarray(tok_ids), hooks))
     assert f"positions has shape {np.shape(mask)}, the value that is edited (3, 11, 16)" in message
     assert "(seq,) or (batch, seq)" in message
+
+
+@pytest.mark.parametrize("name", ["blocks.0.hook_mlp_out", "blocks.0.attn.hook_pattern"])
+@pytest.mark.parametrize("positions", [[3], 3, np.arange(11), MASK.astype(int), MASK.astype(np.float32)])
+def test_positions_by_number_are_refused_also_where_they_would_fit(params, config, tok_ids, name, positions):
+    for run in (run_with_hooks, run_compiled):
+        message = error_of(
+            lambda run=run: run(params, config, jnp.asarray(tok_ids), interventions.scale(name, 0.0, positions))
+        )
+        assert f"shape {np.shape(positions)}; expected a boolean mask of shape (seq,) or (batch, seq)" in message
+
+
+@pytest.mark.parametrize("edit", [interventions.steer, interventions.patch, interventions.scale])
+@pytest.mark.parametrize("shape", [(8,), (3, 10, 16), (2, 11, 16), (1, 3, 11, 16)])
+def test_an_array_that_does_not_fit_is_an_error_that_names_the_place_and_both_shapes(
+    params, config, tok_ids, edit, shape
+):
+    hooks = edit("blocks.0.hook_mlp_out", jnp.ones(shape))
+    for run in (run_with_hooks, run_compiled):
+        message = error_of(lambda run=run: run(params, config, jnp.asarray(tok_ids), hooks))
+        assert "the hook at 'blocks.0.hook_mlp_out': " in message
+        assert f"has shape {shape}, the value that is edited (3, 11, 16)" in message
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda tag: interventions.ablate(tag, [3]),
+        lambda tag: interventions.clamp(tag, [3], 1.0),
+        lambda tag: interventions.splice([tag]),
+    ],
+)
+def test_a_tag_in_place_of_a_dictionary_is_an_error_that_says_where_they_are(call):
+    message = error_of(lambda: call("M1"))
+    assert "expected a Dictionary, got 'M1'" in message
+    assert "lm['M1'].dictionary" in message
 
 
 def changed(dictionary, features, new):

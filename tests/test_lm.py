@@ -1,5 +1,8 @@
 """`TinyModel` against NumPy, and what a user may count on: compilations, hooks, splices, folders."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +235,20 @@ def test_a_saved_model_loads_as_the_same_model(lm, tok_ids, tmp_path):
     np.testing.assert_array_equal(again(tok_ids), lm(tok_ids))
     np.testing.assert_array_equal(again["M1"](tok_ids), lm["M1"](tok_ids))
     assert again.dictionaries.keys() == {"M1"}, "the others are loaded when they are used"
+    assert again.dictionary_tags == ("M0", "Ra1", "A1", "Rm1", "M1", "Mo1")
+    again.attach("A0", make_dictionary("any", "any"))
+    assert again.dictionary_tags == ("A0", "M0", "Ra1", "A1", "Rm1", "M1", "Mo1")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_model_and_its_readers_can_be_pickled_and_copied(lm, tok_ids, tmp_path, copied):
+    lm.save_pretrained(tmp_path / "lm")
+    saved = TinyModel(tmp_path / "lm").splice("M1")  # M1 is loaded, the others are not
+    again = copied(saved)
+    assert (again.config, again.spliced) == (saved.config, ("M1",))
+    np.testing.assert_array_equal(again(tok_ids), saved(tok_ids))
+    np.testing.assert_array_equal(again["A1"](tok_ids), saved["A1"](tok_ids))
+    np.testing.assert_array_equal(copied(lm["M0N3"])(tok_ids), lm["M0N3"](tok_ids))
 
 
 def test_a_training_run_s_folder_holds_its_model_in_a_folder_of_that_name(lm, tok_ids, tmp_path):

@@ -1,5 +1,8 @@
 """What `TinyModel` says to bad input: one line that names the value and what would be right."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +11,10 @@ from oracle import error_of
 
 from tinymodel_jax import interventions
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import TinyModel
 
 IDS = [[1, 2, 3]]
+NOTHING: Any = None
 CALLS = {
     "id": (lambda lm: lm([[1, 23]]), "id 23 at row 0, position 1 is outside the vocabulary 0..22"),
     "too long": (lambda lm: lm(np.zeros((1, 17), int)), "sequences of 17 tokens; the model's context is 16"),
@@ -46,9 +51,22 @@ CALLS = {
     ),
     "keep": (lambda lm: lm.run_with_cache(IDS, ["hook_embd"]), "'hook_embd' (closest: hook_embed"),
     "edit shape": (
-        lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", jnp.ones((2, 1, 1, 16)))),
-        "the hook at 'hook_embed' returned shape (2, 1, 3, 16)",
+        lambda lm: lm.run_with_hooks(IDS, {"hook_embed": lambda value, acts: value[None]}),
+        "the hook at 'hook_embed' returned shape (1, 1, 3, 16)",
     ),
+    "edit width": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", jnp.ones(8))),
+        "the hook at 'hook_embed': the edit's array has shape (8,), the value that is edited (1, 3, 16)",
+    ),
+    "positions": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=[2])),
+        "the hook at 'hook_embed': positions holds int32 values, shape (1,); expected a boolean mask",
+    ),
+    "feature and indices": (
+        lambda lm: lm["M0N7"](IDS, indices=[1]),
+        "'M0N7' is one feature; indices=[1] belong to the whole dictionary: lm['M0'](tok_ids, indices=…)",
+    ),
+    "feature and the same index": (lambda lm: lm["M0N7"](IDS, 7), "'M0N7' is one feature; indices=7 belong to"),
     "mask": (lambda lm: lm.loss(IDS, np.ones((1, 4))), "attn_mask has shape (1, 4), tok_ids (1, 3)"),
     "mask rank": (lambda lm: lm.loss(IDS, np.ones(3)), "attn_mask has shape (3,), tok_ids (1, 3)"),
     "all masked": (lambda lm: lm.loss(IDS, [[1, 0, 0]]), "loss: no token to predict"),
@@ -63,10 +81,27 @@ def test_bad_input_gets_a_one_line_error_that_names_the_value(lm, case):
     assert says in error_of(lambda: call(lm))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_is_read(lm, dtype):
+    says = f"dtype '{dtype}': a TinyModel computes in float32 or bfloat16"
+    assert says in error_of(lambda: TinyModel("no such model", dtype=dtype))
+    config = dataclasses.replace(lm.config, dtype=dtype)
+    assert says in error_of(lambda: TinyModel.from_params(config, lm.params))
+
+
 @pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("call", "says"),
-    [(lambda lm: lm[3], "3 is no dictionary tag"), (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2")],
+    [
+        (lambda lm: lm[3], "3 is no dictionary tag"),
+        (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
+        (lambda lm: lm("Once"), "got text; turn it into ids first"),
+        (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
+        (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
+        (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
+        (lambda lm: TinyModel(NOTHING), "a model is named by its path or published name, got None"),
+        (lambda lm: TinyModel(""), "a model is named by its path or published name, got ''"),
+    ],
 )
 def test_input_of_another_type_gets_one_too(lm, call, says):
     assert says in error_of(lambda: call(lm))

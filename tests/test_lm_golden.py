@@ -7,6 +7,7 @@ import pytest
 from conftest import DATA, N_HEADS, OUR_KIND
 from oracle import F32, GOLDEN, Tolerance, assert_close, log_softmax
 
+from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.io.torch_files import load_torch_file, save_torch_file
 from tinymodel_jax.lm import TinyModel
 
@@ -154,7 +155,7 @@ def test_dictionaries_are_attached_from_files(golden_lm, golden, tmp_path):
     assert_close(lm["M1"](ids), stored["T1"], GOLDEN)
     assert_close(lm["Mo2"](ids), stored["M2"], GOLDEN)
     lm.dictionaries["M1"].save_pretrained(tmp_path / "m1")
-    lm.attach("T2", tmp_path / "m1")
+    lm.attach("T2", Dictionary.from_pretrained(tmp_path / "m1"))  # the folder itself is for layer 1
     assert lm.dictionaries["T2"].config.hook_out == "blocks.2.hook_mlp_out"
     np.testing.assert_array_equal(lm.dictionaries["T2"].params["W_enc"], lm.dictionaries["M1"].params["W_enc"])
 

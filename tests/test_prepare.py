@@ -1,5 +1,6 @@
 """`python -m train prepare`: what rows hold, what may be read, held-out stories, interruptions, errors."""
 
+import functools
 import gzip
 import json
 import os
@@ -20,9 +21,11 @@ import tokenizers
 from fsspec.implementations.memory import MemoryFileSystem
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.tokenization import Tokenizer
 from tinymodel_jax.training.data import open_data
 from train import prepare as prepare_module
+from train import sources
 from train.__main__ import main
 from train.draft import Draft
 from train.encoding import Batch, Encoded, Encoder
@@ -214,6 +217,50 @@ def with_own_split(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_story_world_is_read_as_its_stories_are_told(
+    run: Callable[..., None], tmp_path: Path, small_batches: None
+) -> None:
+    del small_batches
+    run("storyworld", tmp_path / "data", tokenizer="mini", row_length=256, limit=120, valid_fraction=0)
+    told = [story.text for story in storyworld.stories(sources.STORY_WORLD_SEED, 120)]
+    ids, _ = storyworld.tokenizer()(told, add_end=True, padding="max_length")
+    data = open_data(tmp_path / "data")
+    np.testing.assert_array_equal(data.train, ids)
+    assert Tokenizer.from_pretrained(data.folder).fingerprint == storyworld.tokenizer().fingerprint
+    assert (data.train == storyworld.tokenizer().end_id).any(axis=1).all(), "a story was cut"
+
+
+def test_the_story_world_goes_on_where_it_stopped(
+    run: Callable[..., None], tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del small_batches
+    run("storyworld", tmp_path / "whole", limit=120)
+    add, added = Draft.add, []
+
+    def add_one(draft: Draft, encoded: Encoded) -> None:
+        if added:
+            raise KeyboardInterrupt
+        add(draft, encoded)
+        added.append(encoded)
+
+    monkeypatch.setattr(Draft, "add", add_one)
+    with pytest.raises(KeyboardInterrupt):
+        run("storyworld", tmp_path / "parts", limit=120)
+    monkeypatch.setattr(Draft, "add", add)
+    run("storyworld", tmp_path / "parts", limit=120)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_the_story_world_without_a_limit_is_read_to_a_fixed_one(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sources.StoryWorld("").default_limit == 100_000
+    monkeypatch.setattr(sources, "StoryWorld", functools.partial(sources.StoryWorld, default_limit=30))
+    run("storyworld", tmp_path / "data")
+    meta = open_data(tmp_path / "data").meta
+    assert (meta.limit, sum(meta.stories.values())) == (30, 30)
+
+
 def test_a_validation_split_of_the_source_is_kept(
     run: Callable[..., None], with_own_split: Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
@@ -222,6 +269,37 @@ def test_a_validation_split_of_the_source_is_kept(
     assert data.train.tolist() == [expected_row(tokenizer, story) for story in KEPT]
     assert data.valid.tolist() == [expected_row(tokenizer, story) for story in (KEPT[2], KEPT[0])]
     assert data.meta.valid_fraction is None
+
+
+def test_of_a_folder_only_files_that_say_train_or_valid_are_read(
+    run: Callable[..., None], with_own_split: Path, tmp_path: Path
+) -> None:
+    run(with_own_split, tmp_path / "data")
+    (with_own_split / "vocab.json").write_text('{"text": 0}')
+    (with_own_split / "others.jsonl").write_text("no JSON")
+    (with_own_split / "notes.txt").write_text("To do.")
+    (with_own_split / "validation").mkdir()
+    os.rename(with_own_split / "Tiny-valid.jsonl", with_own_split / "validation" / "000.jsonl")
+    run(with_own_split, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("Tiny-train.jsonl", "train"),
+        ("train-00000-of-00004.parquet", "train"),
+        ("valid/train.jsonl", "train"),
+        ("train/stories_val.txt", "valid"),
+        ("Validation/01.txt", "valid"),
+        ("training_2.txt", "train"),
+        ("trainer.txt", None),
+        ("constrain.txt", None),
+        ("test.txt", None),
+    ],
+)
+def test_a_file_belongs_to_the_split_that_its_path_names_last(path: str, split: str | None) -> None:
+    assert sources._named_split(Path(path)) == split
 
 
 def test_an_asked_fraction_is_taken_from_the_training_split(
@@ -421,6 +499,37 @@ def test_no_worker_outlives_a_killed_parent(many: Path, tmp_path: Path, tokenize
     assert not [pid for pid in workers if is_running(pid)]
 
 
+class SignalEncoder(Encoder):
+    def encode(self, batch: Batch) -> Encoded:
+        held_back = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        return Encoded(batch.split, int(held_back), {}, {}, {}, {})
+
+
+def test_ctrl_c_does_not_reach_the_workers(tokenizer: Tokenizer) -> None:
+    encoder = SignalEncoder("a", tokenizer, ROW, packed=False, valid_fraction=0.0, seed=0)
+    batches = [Batch("train", 0, pa.array(STORIES))] * 4
+    assert [encoded.read for encoded in encode_all(iter(batches), encoder, 2)] == [1] * 4
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_ends_the_command_without_a_word(tmp_path: Path, tokenizer_folder: str) -> None:
+    source = write_jsonl(tmp_path / "long.jsonl", [KEPT[1]] * 300_000)
+    arguments = ["prepare", str(source), str(tmp_path / "data"), "--tokenizer", tokenizer_folder, "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + SECONDS
+    while not (tmp_path / "data.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does; the workers are just starting
+    _, error = process.communicate(timeout=SECONDS)
+    assert (process.returncode, error) == (130, b"")
+    assert not (tmp_path / "data").exists()
+
+
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -584,9 +693,16 @@ def test_files_of_two_kinds_are_refused(run: Callable[..., None], source: Path, 
 
 
 def test_a_missing_source_says_what_there_may_be(run: Callable[..., None], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no such file\. SRC may be hub:OWNER/NAME, a file"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no such file\. SRC may be storyworld, hub:OWNER/NAME, a file"
+    ):
         run(tmp_path / "no*.jsonl", tmp_path / "data")
-    with pytest.raises(ValueError, match="holds no file to read"):
+    with pytest.raises(ValueError, match=r"no file whose name says train; it has no file to read\. .*SRC may be"):
+        run(tmp_path, tmp_path / "data")
+    write_jsonl(tmp_path / "stories.jsonl", STORIES)
+    write_jsonl(tmp_path / "valid.jsonl", STORIES)
+    says = r"it has stories\.jsonl, valid\.jsonl\. Name files by a glob in quotes, such as '.*/\*\.jsonl'"
+    with pytest.raises(ValueError, match=says):
         run(tmp_path, tmp_path / "data")
 
 
@@ -630,7 +746,7 @@ def test_all_wrong_numbers_are_named_at_once(run: Callable[..., None], source: P
 
 
 def test_an_unknown_tokenizer_says_what_there_may_be(run: Callable[..., None], source: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="tokenizer 'nope': neither tiny_model nor a folder"):
+    with pytest.raises(FileNotFoundError, match="tokenizer 'nope': neither tiny_model nor mini nor a folder"):
         run(source, tmp_path / "data", tokenizer="nope")
 
 

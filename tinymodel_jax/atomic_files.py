@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there afterwards takes the place of `path` at once, unless an error got out."""
+    """Yield a path to write to; what is there afterwards takes the place of `path` at once, unless an error got out.
+
+    Raises:
+        OSError: of the kind that stopped the writing; it names `path` and not the file beside it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(f"cannot write {path.name} to the folder {path.parent}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made, the same error again
+            temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ load when a command uses them, so `--help` is quick.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from tinymodel_jax import __version__
+from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +56,7 @@ def generate(
 
     Args:
         prompts: texts to continue, all in one batch.
-        model: published name, folder, or reference .pt file.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         n_toks: tokens to add at most.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: sample from the k most likely tokens only.
@@ -62,13 +66,17 @@ def generate(
         limit: stories to read at most.
         prompt_toks: tokens of each story that make its prompt.
         ids: prompts are token ids, as "9996 51 56", and so is the answer.
-        n_heads: attention heads of a .pt file whose width is not the published 768.
+        n_heads: attention heads of a file whose width is not the published 768.
         json: print a JSON object a line.
     """
-    lm = _load(model, n_heads)
-    from tinymodel_jax.generate import strip_padding
+    given, told = _read_prompts(prompts, stories, limit, ids)
+    if prompt_toks < 1:
+        raise ValueError(f"--prompt-toks {prompt_toks} must be 1 or more.")
+    from tinymodel_jax.generate import check_options, strip_padding  # JAX loads here, not for --help
 
-    rows = _prompt_rows(lm, prompts, stories, limit, ids, prompt_toks)
+    check_options(n_toks, temperature, top_k, top_p, seed)
+    lm = _load(model, n_heads)
+    rows = _rows(lm, given, told, prompt_toks)
     width = max(map(len, rows))
     padded = [[*row, *[lm.config.pad_id] * (width - len(row))] for row in rows]
     out = lm.generate_ids(padded, n_toks, temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -99,25 +107,27 @@ def features(
         prompts: texts to read.
         site: dictionary's tag, such as M2; with a feature, as M2N123, only that feature is shown.
         top: features shown at each token.
-        model: published name, folder, or reference .pt file.
-        dictionary: folder or .pt file to use at the site, instead of the model's own or published one.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        dictionary: folder or file to use at the site, instead of the model's own or published one.
         stories: file of stories (.jsonl with "text", .txt with a story a line, also .gz) to read.
         limit: stories to read at most.
         ids: prompts are token ids, as "9996 51 56".
-        n_heads: attention heads of a .pt file whose width is not the published 768.
+        n_heads: attention heads of a file whose width is not the published 768.
         json: print a JSON object a line.
     """
     import numpy as np
 
     if top < 1:
         raise ValueError(f"--top {top} must be 1 or more.")
+    place, _ = Site.parse(site)
+    if dictionary is not None and not dictionary.exists():
+        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    given, told = _read_prompts(prompts, stories, limit, ids)
     lm = _load(model, n_heads)
     if dictionary is not None:
-        from tinymodel_jax.sites import Site
-
-        lm.attach(Site.parse(site)[0].tag, dictionary)
+        lm.attach(place.tag, dictionary)
     reader = lm[site]
-    rows = _prompt_rows(lm, prompts, stories, limit, ids, lm.config.n_ctx)
+    rows = _rows(lm, given, told, lm.config.n_ctx)
     for row in _with_progress(rows, "reading"):
         acts = np.asarray(reader([row]))[0]
         chosen = _strongest(acts, top) if reader.feature is None else [[(reader.feature, float(a))] for a in acts]
@@ -127,7 +137,7 @@ def features(
             tokens = [{"token": word, "features": found} for word, found in zip(words, strongest, strict=True)]
             print_json({"site": reader.site.tag, "text": _shown(lm, row, ids), "tokens": tokens})
         else:
-            _print_table(f"{reader.site.tag} on {_shown(lm, row, ids)[:70]!r}", words, chosen)
+            _print_table(f"{site} on {_shown(lm, row, ids)[:70]!r}", words, chosen)
 
 
 def run_commands(
@@ -138,13 +148,18 @@ def run_commands(
 ) -> int:
     """Run one of several commands, as the command line says; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _let_every_character_print()
+    if arguments == ["--version"]:
+        print(f"{program} {__version__}")
+        return 0
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         tyro.extras.subcommand_cli_from_dict(
             dict(commands),
             prog=program,
-            description=f"{description} Any command takes --debug, which shows the traceback of an error.",
+            description=f"{description} Any command takes --debug, which shows the traceback of an error; "
+            "--version alone says which release this is.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
@@ -159,14 +174,14 @@ def run_commands(
         if debug:
             traceback.print_exc()
         else:
-            print(f"{program}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(f"{program}: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON."""
-    print(json.dumps(value, ensure_ascii=False))
+    """Print a value as one line of JSON, in ASCII, so that every terminal and file can hold it."""
+    print(json.dumps(value))
 
 
 def read_stories(path: Path, limit: int) -> list[str]:
@@ -209,32 +224,55 @@ def _story(line: str, is_json: bool, where: str) -> str:
     return story["text"]
 
 
+def _let_every_character_print() -> None:
+    """Show a character that the terminal's encoding lacks as `?`, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the number that str() puts in front
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _load(model: str, n_heads: int | None) -> TinyModel:
-    from tinymodel_jax.lm import TinyModel  # JAX loads here, not for --help
+    from tinymodel_jax.lm import TinyModel
 
     return TinyModel(model, n_heads=n_heads)
 
 
-def _prompt_rows(
-    lm: TinyModel, prompts: Sequence[str], stories: Path | None, limit: int, ids: bool, story_toks: int
-) -> list[list[int]]:
-    """Return rows of token ids; text gets `[BEGIN]` in front, and stories are cut to `story_toks` tokens with it."""
+def _read_prompts(
+    prompts: Sequence[str], stories: Path | None, limit: int, ids: bool
+) -> tuple[list[str] | list[list[int]], list[str]]:
+    """Return prompts, as rows if they are ids, and stories; what is wrong with them shows before a model is loaded."""
+    if ids and stories:
+        raise ValueError("--ids and --stories do not go together: stories are text.")
     if not prompts and not stories:
         raise ValueError("nothing to read: give a prompt, or --stories FILE.")
     told = read_stories(stories, limit) if stories else []
-    if ids:
-        return [_parse_ids(text) for text in (*prompts, *told)]
-    if story_toks < 1:
-        raise ValueError(f"--prompt-toks {story_toks} must be 1 or more.")
-    rows = [[lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)] for text in (*prompts, *told)]
-    return [*rows[: len(prompts)], *(row[:story_toks] for row in rows[len(prompts) :])]
+    return ([_parse_ids(text) for text in prompts] if ids else list(prompts)), told
+
+
+def _rows(lm: TinyModel, prompts: Sequence[str | list[int]], told: Sequence[str], story_toks: int) -> list[list[int]]:
+    """Return rows of token ids; text gets `[BEGIN]` in front, and stories are cut to `story_toks` tokens with it."""
+
+    def encoded(text: str) -> list[int]:
+        return [lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)]
+
+    rows = [encoded(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [*rows, *(encoded(story)[:story_toks] for story in told)]
 
 
 def _parse_ids(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.replace(",", " ").split()]
+        row = [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"--ids: {text!r} is no list of whole numbers, as '9996 51 56'.") from None
+        row = []
+    if not row:
+        raise ValueError(f"--ids: {text!r:.80} is no list of whole numbers, as '9996 51 56'.")
+    return row
 
 
 def _shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:

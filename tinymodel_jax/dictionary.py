@@ -188,6 +188,10 @@ class Dictionary(nn.Module):
             )
         return dict(self.variables["params"])
 
+    def __reduce__(self) -> Any:
+        """Pickle a bound dictionary by its parameters; what binds them is not for another process."""
+        return super().__reduce__() if self.scope is None else (Dictionary.from_params, (self.config, self.params))
+
     def _tree(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in param_shapes(self.config)}
 

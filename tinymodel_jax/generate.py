@@ -71,7 +71,7 @@ def continue_prompts(
     Raises:
         ValueError: a row has no tokens, or an option is out of range.
     """
-    _check_options(n_toks, temperature, top_k, top_p, seed)
+    check_options(n_toks, temperature, top_k, top_p, seed)
     if prompts.size == 0 or (prompts == config.pad_id).all(axis=1).any():
         raise ValueError("generate: a prompt has no tokens; every row needs at least one, usually [BEGIN].")
     lengths = prompts.shape[1] - np.argmax((prompts != config.pad_id)[:, ::-1], axis=1)
@@ -202,7 +202,12 @@ def _largest(logits: Float[Array, "batch d_vocab"]) -> Int[Array, " batch"]:
     return jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1)
 
 
-def _check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+def check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    """Check the options of `continue_prompts`.
+
+    Raises:
+        ValueError: at least one is out of range; all of them are named.
+    """
     problems = []
     if not (isinstance(n_toks, int | np.integer) and n_toks >= 0):
         problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")

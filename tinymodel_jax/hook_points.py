@@ -54,7 +54,13 @@ class HookPoint(nn.Module):
 
 @functools.cache
 def hook_names(config: ModelConfig) -> tuple[str, ...]:
-    """Return every hook point of a model, in the order of the forward pass (TransformerLens names)."""
+    """Return every hook point of a model, in the order of the forward pass (TransformerLens names).
+
+    Raises:
+        ValueError: `config` is no `ModelConfig`.
+    """
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"hook_names takes a ModelConfig, such as lm.config; got a {type(config).__name__}.")
     blocks = (f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in BLOCK_HOOKS)
     return ("hook_embed", "hook_pos_embed", *blocks)
 
@@ -92,6 +98,20 @@ def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
         )
 
 
+def require_edits(hooks: Mapping[str, Any]) -> None:
+    """Raise for hooks that cannot be called.
+
+    Raises:
+        ValueError: a hook is neither an edit nor a function.
+    """
+    for name, hook in hooks.items():
+        if not callable(hook):
+            raise ValueError(
+                f"the hook at {name!r} is a {type(hook).__name__}; a hook is an edit of tinymodel_jax.interventions, "
+                "such as Replace(value), or a function (value, acts) -> value."
+            )
+
+
 def apply_with_hooks(
     model: nn.Module,
     variables: Mapping[str, Any],
@@ -106,8 +126,10 @@ def apply_with_hooks(
     outside it cannot be reached by hooks, so compile the function that calls this one.
 
     Raises:
-        ValueError: an edit returned another shape, or an asked-for hook point was not passed by `method`.
+        ValueError: a hook is no edit, an edit failed with a ValueError (the place is put in front of it) or returned
+            another shape, or an asked-for hook point was not passed by `method`.
     """
+    require_edits(hooks)
     seen: dict[str, jax.Array] = {}
 
     def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -128,12 +150,10 @@ def apply_with_hooks(
 
 
 def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
-    if not callable(hook):
-        raise ValueError(
-            f"the hook at {name!r} is a {type(hook).__name__}; a hook is an edit of tinymodel_jax.interventions, "
-            "such as Replace(value), or a function (value, acts) -> value."
-        )
-    edited = hook(value, seen)
+    try:
+        edited = hook(value, seen)
+    except ValueError as error:
+        raise ValueError(f"the hook at {name!r}: {error}") from error
     shape = getattr(edited, "shape", None)
     if shape != value.shape:
         returned = f"a {type(edited).__name__}" if shape is None else f"shape {tuple(shape)}"

@@ -39,7 +39,7 @@ class Add:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        return _where(self.positions, value + self.vector, value)
+        return _where(self.positions, value + _fitting(self.vector, value), value)
 
 
 @struct.dataclass
@@ -51,7 +51,8 @@ class Replace:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        return _where(self.positions, jnp.broadcast_to(jnp.asarray(self.value, value.dtype), value.shape), value)
+        new = jnp.asarray(_fitting(self.value, value), value.dtype)
+        return _where(self.positions, jnp.broadcast_to(new, value.shape), value)
 
 
 @struct.dataclass
@@ -63,7 +64,7 @@ class Scale:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        return _where(self.positions, value * self.factor, value)
+        return _where(self.positions, value * _fitting(self.factor, value), value)
 
 
 @struct.dataclass
@@ -133,6 +134,9 @@ def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
 
     Args:
         positions: here and below, a boolean mask of shape (seq,) or (batch, seq); of the query at scores and pattern.
+
+    Raises:
+        ValueError: when it runs: the vector does not broadcast to the value, or `positions` is no such mask.
     """
     return {hook_name: Add(vector, _mask_at(hook_name, positions))}
 
@@ -170,6 +174,7 @@ def splice(
 ) -> Hooks:
     """Run the model through dictionaries; those that replace the same value act in the given order."""
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
+    dictionaries = [_require_dictionary(dictionary) for dictionary in dictionaries]
     edits = ({d.config.hook_out: Splice(d.params, config=d.config, **switches)} for d in dictionaries)
     return combine(*edits)
 
@@ -184,7 +189,7 @@ def combine(*hooks: Mapping[str, Hook]) -> Hooks:
 
 
 def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
-    config = dictionary.config
+    config = _require_dictionary(dictionary).config
     indices = resolve_indices(features, config.n_features)
     if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
         raise ValueError("features: one is named twice, and would be edited twice; name each once.")
@@ -192,22 +197,54 @@ def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions
     return {config.hook_out: edit}
 
 
+def _require_dictionary(dictionary: Any) -> Dictionary:
+    if not isinstance(dictionary, Dictionary):
+        raise ValueError(
+            f"expected a Dictionary, got {dictionary!r:.80}; lm['M1'].dictionary is the one of a model at M1, and "
+            "Dictionary.from_pretrained(path) loads one."
+        )
+    return dictionary
+
+
 def _mask_at(hook_name: str, positions: Any) -> Any:
     """Give the mask a head axis where heads come before positions."""
     heads_first = position_axes(hook_name) != (1,)
-    return jnp.atleast_2d(jnp.asarray(positions))[:, None] if heads_first and positions is not None else positions
+    return jnp.atleast_2d(_boolean(positions))[:, None] if heads_first and positions is not None else positions
+
+
+def _boolean(positions: Any) -> Array:
+    """Return the mask as an array; numbers are refused, since they may count positions or be 0s and 1s."""
+    mask = jnp.asarray(positions)
+    if mask.dtype != bool:
+        raise ValueError(
+            f"positions holds {mask.dtype} values, shape {mask.shape}; expected a boolean mask of shape (seq,) or "
+            "(batch, seq): np.isin(np.arange(seq), numbers) for numbers of positions, mask == 1 for 0s and 1s."
+        )
+    return mask
+
+
+def _fitting(operand: Any, value: Array) -> Any:
+    """Return what is added, multiplied or put in place, if it broadcasts to the value's shape."""
+    operand = jnp.asarray(operand) if isinstance(operand, list | tuple) else operand
+    shape = jnp.shape(operand)
+    padded = (1,) * (value.ndim - len(shape)) + shape
+    if len(padded) != value.ndim or any(n not in (1, size) for n, size in zip(padded, value.shape, strict=True)):
+        raise ValueError(
+            f"the edit's array has shape {shape}, the value that is edited {value.shape}; it must broadcast to that."
+        )
+    return operand
 
 
 def _where(positions: Any, edited: Array, value: Array) -> Array:
     """Return `edited` where the mask is true, `value` elsewhere; the mask covers the leading axes of both."""
     if positions is None:
         return edited
-    mask = jnp.atleast_2d(jnp.asarray(positions, bool))
+    mask = jnp.atleast_2d(_boolean(positions))
     covered = value.shape[: mask.ndim]
     fits = len(covered) == mask.ndim and covered[-1] == mask.shape[-1]
     if not fits or any(m not in (1, n) for m, n in zip(mask.shape, covered, strict=True)):
         raise ValueError(
-            f"positions has shape {jnp.shape(positions)}, the value that is edited {value.shape}; "
+            f"positions has shape {jnp.asarray(positions).shape}, the value that is edited {value.shape}; "
             "expected a boolean mask of shape (seq,) or (batch, seq)."
         )
     return jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), edited, value)

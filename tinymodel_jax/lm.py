@@ -23,7 +23,7 @@ from tinymodel_jax.config import ModelConfig, dtype_name
 from tinymodel_jax.dictionary import Dictionary, Indices, own_array, resolve_indices
 from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
 from tinymodel_jax.generate import continue_prompts, strip_padding
-from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_hook_names
+from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_edits, require_hook_names
 from tinymodel_jax.interventions import Hooks, Splice, combine
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.padding import bucket, check_shape, check_tok_ids, cut, is_traced, pad_right
@@ -33,25 +33,28 @@ from tinymodel_jax.weights import WeightViews, flatten, unflatten
 if TYPE_CHECKING:
     from tinymodel_jax.tokenization import Tokenizer
 
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
 
 class TinyModel(WeightViews):
     """A TinyModel language model; calling it gives log-probabilities.
 
     Args:
         name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`), a
-            folder written by `save_pretrained` or by a training run, or a reference `.pt` file.
-        n_heads: attention heads of a `.pt` file; needed where its width is not the published 768.
+            folder written by `save_pretrained` or by a training run, or a file with the reference's names, `.pt` or
+            `.safetensors`.
+        n_heads: attention heads of a file; needed where its width is not the published 768.
         dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
 
     Raises:
         FileNotFoundError: there is no such model; the message says what was tried and what would work.
-        ValueError: the file or folder holds no model, or an incomplete one.
+        ValueError: the file or folder holds no model or an incomplete one, or `dtype` is another.
     """
 
     config: ModelConfig
     params: Mapping[str, Any]
     dictionaries: dict[str, Dictionary]
-    """Tag -> dictionary, attached or loaded so far."""
+    """Tag -> dictionary, attached or loaded so far; `dictionary_tags` names those yet to be loaded, too."""
 
     def __init__(
         self,
@@ -60,8 +63,9 @@ class TinyModel(WeightViews):
         n_heads: int | None = None,
         dtype: Any = "float32",
     ):
+        dtype = _compute_dtype(dtype)
         files = artifacts.load_model(name_or_path, n_heads)
-        config = dataclasses.replace(files.config, dtype=dtype_name(dtype), param_dtype="float32")
+        config = dataclasses.replace(files.config, dtype=dtype, param_dtype="float32")
         self._set(config, unflatten(files.params), None)
         self._tokenizer_folder = files.directory
         self._own_dictionaries = files.dictionaries
@@ -73,8 +77,10 @@ class TinyModel(WeightViews):
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
         Raises:
-            ValueError: the tree does not fit the configuration, or the tokenizer has another vocabulary size.
+            ValueError: the tree does not fit the configuration, the tokenizer has another vocabulary size, or the
+                configuration's dtype is neither float32 nor bfloat16.
         """
+        _compute_dtype(config.dtype)
         artifacts.require_model_params(config, flatten(params))
         lm = cls.__new__(cls)
         lm._set(config, params, tokenizer)
@@ -82,7 +88,7 @@ class TinyModel(WeightViews):
 
     def _set(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None:
-            _require_vocabulary(tokenizer, config)
+            artifacts.require_vocabulary(tokenizer, config)
         self.config = config
         self.params = jax.tree.map(functools.partial(own_array, dtype=config.param_dtype), params)
         self.dictionaries = {}
@@ -172,10 +178,11 @@ class TinyModel(WeightViews):
             keep: hook names whose values, after their edit, come back.
 
         Raises:
-            ValueError: a name is no hook point, or an edit changes the shape.
+            ValueError: a name is no hook point, a hook is no edit, or an edit does not fit the value there.
         """
         keep = tuple(keep)
         require_hook_names((*hooks, *keep), self.config)
+        require_edits(hooks)
         ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
         edits = combine(self._hooks(), hooks)
         run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
@@ -202,6 +209,15 @@ class TinyModel(WeightViews):
 
     # Dictionaries
 
+    @property
+    def dictionary_tags(self) -> tuple[str, ...]:
+        """Tags of the dictionaries that are attached or came with the model, in the order of the forward pass.
+
+        Those that came with it are loaded when they are used. Published ones, which any tag may fetch, are not listed.
+        """
+        tags = {*self._own_dictionaries, *self.dictionaries}
+        return tuple(sorted(tags, key=lambda tag: Site.parse(tag)[0].order))
+
     def __getitem__(self, tag: str) -> FeatureReader:
         """Return the activations of a dictionary, or of one of its features, as a function of token ids.
 
@@ -218,10 +234,15 @@ class TinyModel(WeightViews):
         return FeatureReader(self, site, dictionary, feature)
 
     def attach(self, tag: str, dictionary: Dictionary | str | os.PathLike[str]) -> None:
-        """Put a dictionary at a site, for `lm[tag]` and `splice`; a reference `.pt` file is read for that site.
+        """Put a dictionary at a site, for `lm[tag]` and `splice`.
+
+        Args:
+            dictionary: folder of `save_pretrained`, which says for which hook points it was made; a file with the
+                reference's names, which does not; or a Dictionary, which goes where you put it.
 
         Raises:
-            ValueError: the tag is none, or the dictionary's widths do not fit the site.
+            FileNotFoundError: there is no such file or folder.
+            ValueError: the tag is none, the folder is for another site, or the widths do not fit.
         """
         site, feature = self._site(tag)
         if feature is not None:
@@ -293,10 +314,11 @@ class TinyModel(WeightViews):
         if site.tag not in self.dictionaries:
             own = self._own_dictionaries.get(site.tag)
             if own is None and not self._has_published_sizes:
-                attached = ", ".join({**self._own_dictionaries, **self.dictionaries}) or "none"
+                has = ", ".join(self.dictionary_tags) or "none"
                 raise ValueError(
-                    f"{site.tag!r}: this model has no dictionary there (it has: {attached}), and the published ones "
-                    f"fit the published sizes only. Attach one: lm.attach({site.tag!r}, path)."
+                    f"{site.tag!r}: this model has no dictionary there (it has: {has}), and the published ones fit the "
+                    f"published sizes only. Give one: lm.attach({site.tag!r}, path) (Python) or --dictionary PATH "
+                    "(command line)."
                 )
             if isinstance(own, artifacts.ConvertedDictionary):
                 self.attach(site.tag, Dictionary.from_params(*own))
@@ -328,7 +350,7 @@ class TinyModel(WeightViews):
                     "Use token ids (generate_ids), or TinyModel.from_params(config, params, tokenizer)."
                 )
             found = default_tokenizer() if found is None else found
-            _require_vocabulary(found, self.config)
+            artifacts.require_vocabulary(found, self.config)
             self._tokenizer = found
         return self._tokenizer
 
@@ -354,8 +376,10 @@ class TinyModel(WeightViews):
             seed: of the random draws, 0 to 2**32 - 1; a batch's rows draw differently.
 
         Raises:
-            ValueError: a prompt is longer than the context, or an option is out of range.
+            ValueError: a prompt is longer than the context or no text, or an option is out of range.
         """
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"generate takes a text or a list of texts, got {prompt!r:.80}.")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             return []
@@ -384,8 +408,9 @@ class TinyModel(WeightViews):
     ) -> np.ndarray:
         """Continue rows of token ids; return int32 (batch, prompt + generated), padded with `[PAD]` after each row.
 
-        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end. One that ends with `[END]`,
-        as the tokenizer ends shorter rows, is finished unless `break_on_end=False`. Options as `generate`.
+        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end, so that a `[PAD]` at the end
+        of a prompt is never a token of it. One that ends with `[END]`, as the tokenizer ends shorter rows, is finished
+        unless `break_on_end=False`. Options as `generate`.
         """
         ids = check_tok_ids(tok_ids, self.config)
         end_id = self.config.end_id if break_on_end else None
@@ -426,13 +451,17 @@ class FeatureReader:
         """Return activations (batch, seq, n_features), only the columns of `indices` if given.
 
         Args:
-            indices: an int (drops the last axis), a list or a slice, also in place of the feature that the tag names;
-                by default that feature, else all.
+            indices: an int (drops the last axis), a list or a slice; by default all, or the feature that the tag names.
 
         Raises:
-            ValueError: an index is out of range, or `tok_ids` are not valid for the model.
+            ValueError: an index is out of range, the tag names a feature, or `tok_ids` are not valid for the model.
         """
-        config = self.dictionary.config
+        config, tag = self.dictionary.config, self.site.tag
+        if self.feature is not None and indices is not None:
+            raise ValueError(
+                f"'{tag}N{self.feature}' is one feature; indices={indices!r:.80} belong to the whole dictionary: "
+                f"lm[{tag!r}](tok_ids, indices=…)."
+            )
         chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
         ids, length = self.lm._prepare(tok_ids)
         acts = features(
@@ -447,9 +476,11 @@ class FeatureReader:
         return cut(acts, (1,), length)
 
 
-def _require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.vocab_size != config.d_vocab:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
+def _compute_dtype(dtype: Any) -> str:
+    name = dtype_name(dtype)
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
+    return name
 
 
 def _is_array_tree(hooks: Hooks) -> bool:

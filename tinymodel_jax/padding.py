@@ -34,6 +34,14 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
         raise ValueError(
             "tok_ids: rows of different lengths; pad them (the tokenizer does) to (batch, seq)."
         ) from error
+    if ids.dtype.kind == "U":
+        raise ValueError(
+            "tok_ids: got text; turn it into ids first: tok_ids, attn_mask = tokenizer(texts), with the model's "
+            "lm.tokenizer or the default tinymodel_jax.tokenizer."
+        )
+    huge = [value for value in ids.flat if isinstance(value, int)] if ids.dtype.kind == "O" else []
+    if huge:  # beyond what NumPy's integers hold
+        raise ValueError(f"tok_ids: id {max(huge, key=abs)} is outside the vocabulary 0..{config.d_vocab - 1}.")
     if ids.size == 0 and ids.dtype.kind == "f":
         ids = ids.astype(np.int32)  # NumPy's type for an empty list
     if ids.ndim == 1:

@@ -46,6 +46,13 @@ class Tokenizer:
     `[BEGIN] [END] [PAD] [UNK]`, and these literals in a text become the special ids, as in the reference.
     """
 
+    vocab_size: int
+    """Number of model ids, the special ones included."""
+    begin_id: int
+    end_id: int
+    pad_id: int
+    unk_id: int
+
     def __init__(self, bpe: tokenizers.Tokenizer, table: Sequence[int] | npt.NDArray[np.integer] | None = None):
         """Join a BPE and a table.
 
@@ -70,7 +77,6 @@ class Tokenizer:
 
         self._bpe = bpe
         self.vocab_size = len(self._table)
-        """Number of model ids, the special ones included."""
         self.begin_id, self.end_id, self.pad_id, self.unk_id = range(self.vocab_size - 4, self.vocab_size)
 
         model_ids = np.full(max(token_of) + 1, self.unk_id, dtype=np.int32)

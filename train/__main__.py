@@ -1,4 +1,8 @@
-"""`python -m train prepare | lm | dictionaries`: the training programs."""
+"""`python -m train prepare | lm | dictionaries`: the training programs.
+
+Only the program that is named loads, once it runs: `--help` needs none of the extra's packages, and Ctrl-C ends without
+a traceback from the beginning on.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,51 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from tinymodel_jax.cli import run_commands
-
-PROGRAMS = ("prepare", "lm", "dictionaries")
-"""Each is the function of that name in the module of that name."""
+PROGRAMS = {
+    "prepare": "Turn stories into a folder of token ids to train on.",
+    "lm": "Train a language model, or go on with a run that was stopped.",
+    "dictionaries": (
+        "Train dictionaries on activations of a language model or of files, or go on with a run that was stopped."
+    ),
+}
+"""Each is the function of that name in the module of that name; the line is the first of its docstring."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a training program; return its exit status."""
-    named = (sys.argv[1:] if argv is None else list(argv))[:1]
-    # Only the program that is named loads: prepare's workers start without JAX.
-    commands: dict[str, Callable[..., None]] = {}
-    for name in PROGRAMS:
-        if name in named or not set(named) & set(PROGRAMS):
-            commands[name] = getattr(importlib.import_module(f"train.{name}"), name)
-    return run_commands("train", "Prepare data and train models.", commands, argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    from tinymodel_jax.cli import run_commands
+
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    commands = {name: _listed(line) for name, line in PROGRAMS.items()}
+    if named in PROGRAMS:
+        try:
+            commands = {named: getattr(importlib.import_module(f"train.{named}"), named)}
+        except ModuleNotFoundError as error:
+            needs = f"{named} needs {error.name}, which is not installed"
+            print(f"train: {needs}; in the repository's folder: pip install -e '.[train]'", file=sys.stderr)
+            return 1
+    return run_commands("train", "Prepare data and train models.", commands, arguments)
+
+
+def _listed(line: str) -> Callable[[], None]:
+    """Return a command for the list of commands only."""
+
+    def command() -> None:
+        raise AssertionError("a command that is named is loaded instead")
+
+    command.__doc__ = line
+    return command
 
 
 if __name__ == "__main__":
+    from tinymodel_jax.allocator import keep_freed_memory
+
+    keep_freed_memory()  # not in main: it holds for the whole process, and who calls main has one of their own
     sys.exit(main())

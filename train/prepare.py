@@ -3,6 +3,7 @@
     python -m train prepare hub:noanabeshima/TinyStoriesV2 data/stories     # tokenizes 2.7 M stories
     python -m train prepare hub:noanabeshima/TinyModelTokIds data/published # the published rows of ids
     python -m train prepare 'stories/*.jsonl.gz' data/mine --limit 100000
+    python -m train prepare storyworld data/mini --tokenizer mini --row-length 256   # the bundled generator's stories
 
 About 8,000 stories/s on two CPU cores. Rely on: the same source, tokenizer and options give the same bytes, whatever
 the number of workers and however often the work was interrupted; DEST appears when it is complete. The same command
@@ -21,6 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
 from tinymodel_jax.io.hub import cache_folder
 from tinymodel_jax.tokenization import Tokenizer
@@ -61,10 +63,11 @@ def prepare(
     """Turn stories into a folder of token ids to train on.
 
     Args:
-        src: hub:OWNER/NAME, a file (.jsonl, .jsonl.gz, .parquet, .txt, .txt.gz), a glob in quotes, or a folder.
+        src: storyworld, hub:OWNER/NAME, a file (.jsonl, .jsonl.gz, .parquet, .txt, .txt.gz), a glob in quotes, or a
+            folder.
         dest: folder to make; may be gs://….
-        limit: stories read at most from each split of the source.
-        tokenizer: tiny_model, or a folder with a saved tokenizer or GPT-2's files.
+        limit: stories read at most from each split of the source; by default 100,000 of storyworld, else all.
+        tokenizer: tiny_model, mini (the story world's), or a folder with a saved tokenizer or GPT-2's files.
         row_length: tokens a row.
         pack: cut one stream of stories into rows, instead of a story a row.
         valid_fraction: share of stories held out, 0.01 unless the source has a validation split of its own.
@@ -76,6 +79,7 @@ def prepare(
     _require_free(dest)
     found = load_tokenizer(tokenizer)
     source = open_source(src)
+    limit = source.default_limit if limit is None else limit
     if valid_fraction is None and "valid" not in source.splits:
         valid_fraction = DEFAULT_VALID_FRACTION
     if valid_fraction is not None:
@@ -115,11 +119,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "tiny_model":
         found = default_tokenizer()
+    elif name == "mini":
+        found = storyworld.tokenizer()
     elif Path(name).exists():
         found = saved_tokenizer(Path(name)) or Tokenizer.from_gpt2(name)
     else:
         raise FileNotFoundError(
-            f"tokenizer {name!r}: neither tiny_model nor a folder with a saved tokenizer or GPT-2's files."
+            f"tokenizer {name!r}: neither tiny_model nor mini nor a folder with a saved tokenizer or GPT-2's files."
         )
     if found.vocab_size > MAX_VOCAB:
         raise ValueError(f"tokenizer {name!r} has {found.vocab_size} ids; prepared data holds at most {MAX_VOCAB}.")

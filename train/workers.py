@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 from rich.console import Console
@@ -40,7 +41,8 @@ def encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iter
     waiting: deque[Future[Encoded]] = deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
+            with _interrupts_held_back():
+                waiting.append(pool.submit(_encode, batch))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -72,10 +74,19 @@ def with_progress(results: Iterator[Encoded], done: int) -> Iterator[Encoded]:
                 print(f"tokenizing: {shown}", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let processes start that Ctrl-C does not reach, from their first moment on: the parent ends the pool."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

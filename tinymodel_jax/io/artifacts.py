@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from tinymodel_jax.atomic_files import replace_file, replaced
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
-from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.io.state_files import load_state_file, read_safetensors
 from tinymodel_jax.shapes import require_shapes
 from tinymodel_jax.sites import Site
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
+_NO_PLACES = {"x", "y"}
+"""Hook points of a dictionary that was trained on arrays: it may go anywhere."""
 
 
 class ModelFiles(NamedTuple):
@@ -43,7 +45,7 @@ class ModelFiles(NamedTuple):
     dictionaries: dict[str, ConvertedDictionary | Path]
     """Tag -> dictionary that came with the model, read or yet to be read."""
     directory: Path | None
-    """Folder that may hold a tokenizer; None for a `.pt` file."""
+    """Folder that may hold a tokenizer; None for a file."""
 
 
 def save_model(
@@ -53,7 +55,14 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     dictionaries: Mapping[str, ConvertedDictionary] | None = None,
 ) -> None:
-    """Write a model's folder; each file replaces an earlier one only when it is complete."""
+    """Write a model's folder; each file replaces an earlier one only when it is complete.
+
+    Raises:
+        ValueError: the tokenizer has another vocabulary size, or the folder holds what would be lost or taken for the
+            model's.
+    """
+    if tokenizer is not None:
+        require_vocabulary(tokenizer, config)
     folder = _own_folder("model", directory)
     _refuse_leftovers(folder, tokenizer is not None, dictionaries or {})
     _write_tensors(params, folder / MODEL_FILE)
@@ -65,15 +74,15 @@ def save_model(
 
 
 def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
-    """Read a model by published name, folder, training run's folder or reference `.pt` file.
+    """Read a model by published name, folder, training run's folder or file of the reference's names.
 
     Raises:
         FileNotFoundError: there is no such name or path; the message lists what would work.
-        ValueError: what is there is no model.
+        ValueError: what is there is no model, or nothing is named.
     """
-    path = Path(name_or_path)
+    path = _named("model", name_or_path)
     if path.is_file():
-        converted = _about(path, lambda: convert_model(load_torch_file(path), n_heads))
+        converted = _about(path, lambda: convert_model(load_state_file(path), n_heads))
         return ModelFiles(converted.config, converted.params, dict(converted.dictionaries), None)
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
@@ -88,7 +97,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
             "A folder of save_pretrained, a training run's folder or a reference .pt file would work."
         )
     if n_heads is not None:
-        raise ValueError(f"n_heads={n_heads} is for .pt files; {folder / CONFIG_FILE} already says how many there are.")
+        raise ValueError(f"n_heads={n_heads} is for files; {folder / CONFIG_FILE} already says how many there are.")
     return _load_model_folder(folder)
 
 
@@ -99,6 +108,16 @@ def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None
         ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
     """
     require_shapes(params, {tensor.name: tensor.shape for tensor in model_tensors(config)}, "the configuration")
+
+
+def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Check that a tokenizer has as many ids as the model.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tokenizer.vocab_size != config.d_vocab:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
 
 
 def save_dictionary(config: DictionaryConfig, params: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
@@ -113,24 +132,25 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 
     Raises:
         FileNotFoundError: there is no such path or tag; the message lists what would work.
-        ValueError: what is there is no dictionary, or a `.pt` file is given without a site.
+        ValueError: what is there is no dictionary or belongs to another site, or a file is given without a site.
     """
     from tinymodel_jax.dictionary import Dictionary  # needs JAX, which conversion alone does without
 
     place = parse_site(site) if isinstance(site, str) else site
     config, params = read_dictionary(path_or_name, place)
     if place is not None:
+        _require_place(config, place, path_or_name)
         config = config_at(config, place)
     return Dictionary.from_params(config, params)
 
 
 def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> ConvertedDictionary:
     """As `load_dictionary`, but NumPy arrays in the file's number format."""
-    path = Path(path_or_name)
+    path = _named("dictionary", path_or_name)
     if path.is_file():
         if site is None:
-            raise ValueError(f"{path}: a .pt file does not say where its dictionary belongs; give site=, such as 'M2'.")
-        return _about(path, lambda: convert_dictionary(load_torch_file(path), site))
+            raise ValueError(f"{path}: a file does not say where its dictionary belongs; give site=, such as 'M2'.")
+        return _about(path, lambda: convert_dictionary(load_state_file(path), site))
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
 
@@ -138,7 +158,7 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
     config = _read_config("dictionary", DictionaryConfig, path)
-    return ConvertedDictionary(config, _read_tensors(path / DICTIONARY_FILE))
+    return ConvertedDictionary(config, read_safetensors(path / DICTIONARY_FILE))
 
 
 def parse_site(tag: str) -> Site:
@@ -158,9 +178,25 @@ def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
     return DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
 
 
+def _named(kind: str, name_or_path: Any) -> Path:
+    if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
+        raise ValueError(f"a {kind} is named by its path or published name, got {name_or_path!r:.80}.")
+    return Path(name_or_path)
+
+
+def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
+    own, hooks = (config.hook_in, config.hook_out), (place.hook_in, place.hook_out)
+    if own != hooks and not set(own) <= _NO_PLACES:
+        raise ValueError(
+            f"{os.fspath(given)} is a dictionary from {own[0]} to {own[1]}; {place.tag!r} is from {hooks[0]} to "
+            f"{hooks[1]}. Name its own site, or move it on purpose (Python): "
+            f"lm.attach({place.tag!r}, Dictionary.from_pretrained({os.fspath(given)!r}))."
+        )
+
+
 def _load_model_folder(folder: Path) -> ModelFiles:
     config = _read_config("model", ModelConfig, folder)
-    params = _read_tensors(folder / MODEL_FILE)
+    params = read_safetensors(folder / MODEL_FILE)
     _about(folder / MODEL_FILE, lambda: require_model_params(config, params))
     found = sorted(p for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
     return ModelFiles(config, params, {p.name: p for p in found}, folder)
@@ -197,15 +233,11 @@ def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         # np.ascontiguousarray would give a scalar an axis
-        save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, temporary)
+        try:
+            save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, temporary)
+        except safetensors.SafetensorError as error:  # its word for a full disk
+            raise OSError(str(error)) from error
         temporary.chmod(mode)  # save_file makes a file that only its owner may read
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); write or download it again.") from error
 
 
 def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:

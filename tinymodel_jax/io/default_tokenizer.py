@@ -47,8 +47,9 @@ class LazyTokenizer:
         return default_tokenizer()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        # Asking for what no tokenizer has must not load one, which may take the network.
+        if name.startswith("_") or name not in {*dir(Tokenizer), *Tokenizer.__annotations__}:
+            raise AttributeError(f"a Tokenizer has no attribute {name!r}")
         return getattr(default_tokenizer(), name)
 
     def __repr__(self) -> str:

@@ -88,7 +88,10 @@ def model_folder(name: str) -> Path:
         converted = convert_model(load_torch_file(pt_file), PUBLISHED_N_HEADS)
         artifacts.save_model(converted.config, converted.params, folder, dictionaries=converted.dictionaries)
 
-    otherwise = "A local file needs no network: TinyModel('FILE.pt'), or convert it: tinymodel-convert lm FILE.pt DEST."
+    otherwise = (
+        "A local file needs no network: TinyModel('FILE.pt') or --model FILE.pt, or convert it: "
+        "tinymodel-convert lm FILE.pt DEST."
+    )
     return _converted(cache_folder() / "models" / name, [_Source(REPOSITORY, (f"{name}.pt",))], build, otherwise)
 
 
@@ -112,7 +115,7 @@ def dictionary_folder(tag: str) -> Path:
 
     sources = [_Source(REPOSITORY, (f"{file}.pt",)) for file in site.published_files()]
     otherwise = (
-        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt'), or convert it: "
+        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt') or --dictionary FILE.pt, or convert it: "
         f"tinymodel-convert dictionary FILE.pt DEST --site {site.tag}."
     )
     return _converted(cache_folder() / "dictionaries" / site.tag, sources, build, otherwise)
@@ -188,7 +191,8 @@ def _converted(folder: Path, sources: Sequence[_Source], build: Callable[..., No
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
     except OSError as error:
-        raise OSError(f"cannot write to the cache ({error}); let {CACHE_VARIABLE} name another folder.") from error
+        reason = f"cannot write to the cache {folder.parent}: {error.strerror or error}"
+        raise OSError(f"{reason}; let {CACHE_VARIABLE} name another folder.") from error
     # The lock saves the processes of one machine from downloading the same file at once.
     with scratch as path, WeakFileLock(folder.parent / f".{folder.name}.lock"):
         if not _is_complete(folder):
@@ -264,7 +268,7 @@ def _download(repository: str, name: str, endpoint: str, scratch: Path, otherwis
         raise _NotThereError(f"{endpoint} has no repository {repository}, or gives no access to it") from error
     except Exception as error:  # those of its HTTP library come through, and huggingface_hub has changed the library
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise FileNotFoundError(f"{repository}/{name} cannot be had from {endpoint}: {reason}. {otherwise}") from error
+        raise FileNotFoundError(f"{repository}/{name} cannot be had from {endpoint}: {reason}. {otherwise}") from None
     return path, etag if etag is not None and _SHA256.fullmatch(etag) else None
 
 

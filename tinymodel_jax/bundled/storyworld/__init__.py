@@ -1,0 +1,25 @@
+"""The story world: an endless supply of short stories, of every token of which the truth is known.
+
+    told = list(storyworld.stories(seed=0, count=1000))
+    truth = storyworld.labels(told, storyworld.tokenizer())     # (stories, seq, concepts), True or False
+
+Rely on: story i of a seed is always the same; nothing is downloaded. `CONCEPTS` says what the columns mean.
+"""
+
+from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
+from tinymodel_jax.bundled.storyworld.generator import Span, Story, fingerprint, stories, story
+from tinymodel_jax.bundled.storyworld.token_labels import labels
+from tinymodel_jax.bundled.storyworld.vocabulary import entropy, tokenizer, train_tokenizer
+
+__all__ = [
+    "CONCEPTS",
+    "Span",
+    "Story",
+    "entropy",
+    "fingerprint",
+    "labels",
+    "stories",
+    "story",
+    "tokenizer",
+    "train_tokenizer",
+]

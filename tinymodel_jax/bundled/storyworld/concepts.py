@@ -1,0 +1,136 @@
+"""What is known about the words of a story: the names of the concepts, and sets of them as bits of an integer.
+
+Rely on: a concept's place in `CONCEPTS` is its column in `labels`; `mask` and `names` are inverse. What a word or a
+passage means is said in grammar/ (words: grammar/lexicon.txt), not here.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from tinymodel_jax.bundled.storyworld.plots import PLOTS, ROLES
+
+_WORDS = {
+    "color": "a color: red, silver",
+    "size": "a size: tiny, tall",
+    "quality": "what a thing is like: shiny, broken, warm",
+    "trait": "what someone is like: kind, brave",
+    "toy": "a toy or an instrument: kite, drum",
+    "wearable": "something to wear: hat, scarf",
+    "food": "something to eat or drink: cake, milk",
+    "animal": "an animal: fox, snail",
+    "plant": "a plant or a part of one: tree, leaf",
+    "tool": "a tool or a material to mend with: rope, glue",
+    "container": "what holds or hides things: box, shed",
+    "object": "a small thing: key, book",
+    "nature": "something in the open air: hill, mud, stars",
+    "grounds": "a place that people made in the open: park, farm",
+    "building": "a building or a part of one: barn, door",
+    "water": "a body of water: river, pond",
+    "weather": "weather: rain, windy, cloud",
+    "family": "a member of a family: mom, uncle",
+    "job": "someone's work: farmer, baker",
+    "body": "a part of the body: eyes, feet",
+    "time": "a time: morning, week, today",
+    "number": "a number: one, half, hundred",
+    "motion": "going from place to place: ran, climbed",
+    "speech": "saying something: said, whispered",
+    "perception": "seeing, hearing, finding: saw, heard",
+    "thought": "thinking, knowing, wanting: remembered, wished",
+    "making": "making or mending: built, painted",
+    "giving": "giving, bringing, sharing: gave, brought",
+    "helping": "helping: help, helped, saved",
+    "music": "music and dance: song, danced",
+    "negation": "a negation: not, never, nobody",
+    "contrast": "the word but",
+    "reason": "the word because",
+    "and": "the word and",
+    "the": "the definite article",
+    "a": "the indefinite article",
+    "preposition": "where or whereto: under, behind, into",
+    "modal": "can, could, will, must and the like",
+    "polite": "polite words: please, thank, sorry",
+    "question_word": "what, where, why, how",
+    "joy": "a good feeling: happy, proud",
+    "sadness": "sorrow: sad, lonely",
+    "fear": "fear or worry: scared, afraid",
+    "anger": "anger: angry, cross",
+    "smile": "a good feeling that shows: smiled, hugged",
+    "tears": "crying: cried, tears",
+}
+_STRUCTURE = {
+    "name.girl": "the name of a girl or a female animal",
+    "name.boy": "the name of a boy or a male animal",
+    "name.new": "a character's name where it is first told",
+    "name.called": "someone called by name, in speech",
+    "mark.opening_quote": "an opening quotation mark",
+    "mark.closing_quote": "a closing quotation mark",
+    "mark.comma": "a comma",
+    "mark.period": "a period",
+    "mark.exclamation": "an exclamation mark",
+    "mark.question": "a question mark",
+    "mark.newline": "a line break between two phases",
+    "sentence.first_word": "the first word of a sentence or of a quotation",
+    "sentence.question": "inside a question",
+    "dialogue": "between quotation marks",
+    "pronoun.first": "I, me, my in speech",
+    "pronoun.second": "you, your in speech",
+    "pronoun.third": "he, she, it and their forms, for a character or a thing",
+    "pronoun.plural": "we, they and their forms",
+    "pronoun.female": "she, her",
+    "pronoun.male": "he, him, his",
+    "pronoun.neuter": "it, for a thing or an animal",
+    "feeling.good": "a good feeling, named or shown",
+    "feeling.bad": "a bad feeling, named or shown",
+    "mention.thing": "the thing that the story turns on",
+    "mention.creature": "the small animal that the story turns on",
+    "mention.place": "the place where the story happens",
+    "referent.thing": "it, for the thing that the story turns on",
+    "referent.creature": "it, for the small animal that the story turns on",
+    "referent.both": "we or they, for hero and friend or all together",
+    "speaker.other": "said by the small animal or a passer-by",
+    "hero.girl": "the hero is a girl (from the trouble on)",
+    "hero.boy": "the hero is a boy (from the trouble on)",
+    "hero.animal": "the hero is an animal (from the trouble on)",
+}
+_OF_ROLES = {
+    "mention": "the {0}, by name or by what the {0} is",
+    "referent": "a pronoun, of any person, for the {0}",
+    "speaker": "said by the {0}",
+    "listener": "said to the {0}",
+}
+PHASES = {
+    "opening": "who the story is about",
+    "trouble": "what happens, and the cause of the trouble",
+    "attempt": "what is tried, in vain",
+    "turn": "what changes it",
+    "ending": "how it ends, and what is learned",
+}
+"""The parts of every story, in order, a paragraph each."""
+
+CONCEPTS: dict[str, str] = {
+    **{f"word.{name}": text for name, text in _WORDS.items()},
+    **_STRUCTURE,
+    **{f"{kind}.{role}": text.format(role) for kind, text in _OF_ROLES.items() for role in ROLES.values()},
+    **{f"phase.{name}": f"phase of the story: {text}" for name, text in PHASES.items()},
+    **{f"plot.{name}": f"the plot, from the trouble on: {text}" for name, text in PLOTS.items()},
+}
+"""Name of every concept -> what it is true of."""
+
+
+@functools.cache
+def mask(*concepts: str) -> int:
+    """Return the set of the named concepts, as an integer whose bit `i` stands for the i-th of `CONCEPTS`."""
+    return sum(1 << _column(name) for name in set(concepts))
+
+
+@functools.cache
+def names(concepts: int) -> frozenset[str]:
+    """Return the names of the concepts in a set made by `mask`."""
+    return frozenset(name for column, name in enumerate(CONCEPTS) if concepts >> column & 1)
+
+
+def _column(name: str) -> int:
+    if name not in CONCEPTS:
+        raise ValueError(f"there is no concept {name!r}; all are in storyworld.CONCEPTS.")
+    return list(CONCEPTS).index(name)

@@ -1,0 +1,97 @@
+"""What holds of every token of a story: the story world's truth, as a matrix beside the token ids.
+
+Rely on: row r, column t stands for what `tokenizer(texts)` has there, whatever the tokenizer of class `Tokenizer`; a
+token has a concept if any of its characters has, where a space has what the next character has; special tokens have
+none. It deliberately labels only stories of the generator: what a sentence of another text means is not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
+from tinymodel_jax.bundled.storyworld.generator import Story
+from tinymodel_jax.tokenization import Tokenizer
+
+_SPEECH = "said|asked|called|cried|sobbed|shouted|yelled|whispered|thought"
+MARKS = {
+    "mark.opening_quote": re.compile(r'(?<![^\s])"'),
+    "mark.closing_quote": re.compile(r'(?<=\S)"'),
+    "mark.comma": re.compile(","),
+    "mark.period": re.compile(r"\."),
+    "mark.exclamation": re.compile("!"),
+    "mark.question": re.compile(r"\?"),
+    "mark.newline": re.compile(r"\n"),
+    "sentence.question": re.compile(r'[^\s.!?"][^.!?"\n]*\?'),
+    # After `…!"` and `…?"` a capital may also begin who spoke: `"Oh no!" Lily said.`
+    "sentence.first_word": re.compile(
+        rf"""(?:(?<![^\n])|(?<=")(?<=[^\S]")|(?<=[.!?]\ )|(?<=\."\ )"""
+        rf"""|(?<=[!?]"\ )(?!\w+('s)?(\ \w+){{0,2}}\ (?:{_SPEECH})\b))[A-Z][a-z']*""",
+        re.VERBOSE,
+    ),
+}
+"""Concepts that can be read off the characters."""
+_COLUMN = {name: column for column, name in enumerate(CONCEPTS)}
+
+
+def labels(
+    stories: Sequence[Story], tokenizer: Tokenizer, *, width: int | None = None, max_length: int | None = 256
+) -> Bool[np.ndarray, "stories seq n_concepts"]:
+    """Say which concepts hold of which tokens.
+
+    Args:
+        stories: of `story` or `stories`.
+        tokenizer: what the ids are of.
+        width: columns; None: as many as `tokenizer(texts, max_length=max_length)` has.
+        max_length: most tokens of a story, `[BEGIN]` included, as in the tokenizer's call.
+
+    Returns:
+        A value for each story, token and concept, in the order of `CONCEPTS`; column 0 is `[BEGIN]`.
+
+    Raises:
+        ValueError: `width` is too small, or the tokenizer lacks a character of the stories.
+    """
+    lengths = _token_lengths(tokenizer)
+    rows = [tokenizer.encode(story.text, max_length=max_length and max_length - 1) for story in stories]
+    longest = 1 + max(map(len, rows), default=0)
+    if width is not None and width < longest:
+        raise ValueError(f"width {width} is too small: the longest story has {longest} tokens with [BEGIN].")
+    found = np.zeros((len(stories), width or longest, len(CONCEPTS)), dtype=bool)
+    for place, story, ids in zip(found, stories, rows, strict=True):
+        ends = np.cumsum(lengths[ids])
+        if tokenizer.unk_id in ids:
+            raise ValueError(f"the tokenizer lacks a character of the story {story.text[:40]!r}….")
+        of_characters = _label_characters(story)
+        place[1 : len(ids) + 1] = np.logical_or.reduceat(of_characters[: ends[-1]], ends - lengths[ids])
+    return found
+
+
+def _token_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Return the number of characters of each id's text; 0 for the special tokens."""
+    texts = tokenizer.decode(np.arange(tokenizer.vocab_size - 4)[:, None])
+    return np.array([*map(len, texts), 0, 0, 0, 0])
+
+
+def _label_characters(story: Story) -> Bool[np.ndarray, "characters n_concepts"]:
+    found = np.zeros((len(story.text), len(CONCEPTS)), dtype=bool)
+    at = 0
+    for text, concepts in story.pieces():
+        found[at : at + len(text), list(_columns(concepts))] = True
+        at += len(text)
+    for concept, pattern in MARKS.items():
+        for match in pattern.finditer(story.text):
+            found[match.start() : match.end(), _COLUMN[concept]] = True
+    spaces = np.flatnonzero([character == " " for character in story.text])
+    found[spaces] = found[spaces + 1]  # as in the tokens, a space goes with what follows; a story ends in none
+    return found
+
+
+def _columns(concepts: int) -> Iterator[int]:
+    while concepts:
+        lowest = concepts & -concepts
+        yield lowest.bit_length() - 1
+        concepts ^= lowest
