@@ -8,7 +8,7 @@ trained on the same activations. The same command again goes on where the last o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from train.activation_sources import ActivationSource, ArrayActivations, ModelAc
 from train.compile_for import report_step, topology_devices
 from train.dictionary_program import Program, States, build_program, first_statistics
 from train.dictionary_results import write_results
-from train.hosts import ONE_PROCESS, Hosts, join_hosts, say
+from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, stop_requests
 from train.loop import run_steps
 from train.presets import PRESETS
 from train.progress import TrainingProgress
@@ -148,12 +148,25 @@ def dictionaries(
         "save_every": save_every,
     }
     folder = epath.Path(out)
-    open_run_folder(folder, run, may_change=("save_every", "mesh", "held_out_stories"))
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        _train(run, source, program, recipes, members, folder, device_mesh, flops, checkpoints, tracking)
-    finally:
-        checkpoints.close()
+    with stop_requests() as stop_requested:
+        open_run_folder(folder, run, may_change=("save_every", "mesh", "held_out_stories"))
+        checkpoints = Checkpoints(folder / "checkpoints")
+        try:
+            _train(
+                run,
+                source,
+                program,
+                recipes,
+                members,
+                folder,
+                device_mesh,
+                flops,
+                checkpoints,
+                tracking,
+                stop_requested,
+            )
+        finally:
+            checkpoints.close()
 
 
 def _report(program: Program, source: ActivationSource, flops: float, mesh: Mesh) -> None:
@@ -175,6 +188,7 @@ def _train(
     flops: float,
     checkpoints: Checkpoints,
     tracking: Tracking,
+    stop_requested: Callable[[], bool],
 ) -> None:
     steps, batch_size = run["steps"], next(iter(recipes.values())).batch_size
     states = checkpoints.restore(program.abstract)
@@ -201,6 +215,7 @@ def _train(
         log=log,
         checkpoints=checkpoints,
         progress=progress,
+        stop_requested=stop_requested,
     )
     if not finished:
         done = int(next(iter(states.values())).step[0])

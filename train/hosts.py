@@ -8,6 +8,7 @@ work of SLURM, gcloud or a shell: docs/clusters.md.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def settled(arrays: T) -> T:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGTERM and SIGINT at any process ask for a stop; a second one is Python's own again.
+    """While inside, SIGTERM and SIGINT at any process ask for a stop; a second one ends this process at once.
 
     Yields:
         Whether all processes stop now. Each has to ask after every step, and all get the same answer; with several
@@ -130,7 +131,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: Any) -> None:
         del frame
         asked.set()
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step; once more ends at once, without saving", file=sys.stderr, flush=True)
 
     for number in before:
         signal.signal(number, ask)

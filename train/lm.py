@@ -33,7 +33,7 @@ from tinymodel_jax.training.lm_step import (
 from tinymodel_jax.training.sharding import make_mesh, rows_on_devices
 from tinymodel_jax.weights import flatten
 from train.compile_for import report_step, topology_devices
-from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
+from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled, stop_requests
 from train.lm_program import Program, build_program
 from train.loop import run_steps
 from train.presets import PRESETS, PresetName
@@ -128,12 +128,13 @@ def lm(
         "save_every": save_every,
     }
     folder = epath.Path(out)
-    open_run_folder(folder, run, may_change=("save_every", "mesh", "fsdp"))
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        _train(run, config, program, token_data, folder, device_mesh, checkpoints, tracking)
-    finally:
-        checkpoints.close()
+    with stop_requests() as stop_requested:
+        open_run_folder(folder, run, may_change=("save_every", "mesh", "fsdp"))
+        checkpoints = Checkpoints(folder / "checkpoints")
+        try:
+            _train(run, config, program, token_data, folder, device_mesh, checkpoints, tracking, stop_requested)
+        finally:
+            checkpoints.close()
 
 
 def _report(program: Program, config: ModelConfig, batch_size: int, row_length: int, mesh: Mesh) -> None:
@@ -151,6 +152,7 @@ def _train(
     mesh: Mesh,
     checkpoints: Checkpoints,
     tracking: Tracking,
+    stop_requested: Callable[[], bool],
 ) -> None:
     steps, seed, batch_size = run["steps"], run["seed"], run["batch_size"]
     state = checkpoints.restore(program.abstract)
@@ -189,6 +191,7 @@ def _train(
         log=log,
         checkpoints=checkpoints,
         progress=progress,
+        stop_requested=stop_requested,
     )
     if not finished:
         say(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from tinymodel_jax.training.data import prefetch
-from train.hosts import settled, stop_requests
+from train.hosts import settled
 from train.progress import TrainingProgress
 from train.run_folder import Checkpoints, MetricsLog
 
@@ -34,6 +34,7 @@ def run_steps(
     log: MetricsLog,
     checkpoints: Checkpoints,
     progress: TrainingProgress,
+    stop_requested: Callable[[], bool],
 ) -> tuple[State, bool]:
     """Run steps `first_step` … `steps` - 1; return the state, and whether all of them were done.
 
@@ -43,6 +44,8 @@ def run_steps(
         save_every: steps between checkpoints; the last step, done or stopped at, is saved too.
         observe: (steps done, state) -> what is measured beside the step's own metrics, mostly nothing.
         log: closed at the end, as is `progress`.
+        stop_requested: what `stop_requests` gives; entered before anything is compiled, where an exception in a signal
+            handler would crash the compiler.
 
     Raises:
         ValueError: a loss is not finite; the step is named.
@@ -59,20 +62,19 @@ def run_steps(
         pending.clear()
 
     try:
-        with stop_requests() as stop_requested:
-            for number, batch in prefetch(make_batch, first_step, steps):
-                state, metrics = settled(step(state, batch))
-                done = number + 1
-                metrics = {**metrics, **observe(done, state)}
-                write_metrics()  # of the step before, while this one runs
-                pending.append((done, metrics))
-                stops = stop_requested()
-                if stops or done % save_every == 0 or done == steps:
-                    write_metrics()
-                    log.publish()
-                    checkpoints.save(done, state)
-                if stops:
-                    return state, done == steps
+        for number, batch in prefetch(make_batch, first_step, steps):
+            state, metrics = settled(step(state, batch))
+            done = number + 1
+            metrics = {**metrics, **observe(done, state)}
+            write_metrics()  # of the step before, while this one runs
+            pending.append((done, metrics))
+            stops = stop_requested()
+            if stops or done % save_every == 0 or done == steps:
+                write_metrics()
+                log.publish()
+                checkpoints.save(done, state)
+            if stops:
+                return state, done == steps
     finally:
         progress.close()
         log.close()

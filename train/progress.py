@@ -38,7 +38,7 @@ class TrainingProgress:
         """
         self._steps, self._first = steps, first_step
         self._flops_per_token, self._peak, self._words = flops_per_token, peak_flops, describe
-        self._started = self._line_at = time.monotonic()
+        self._started = self._updated = self._line_at = time.monotonic()
         self._timed_tokens = 0.0
         self._seen = 0
         self._bar = None
@@ -48,6 +48,8 @@ class TrainingProgress:
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task("compiling", total=steps, completed=first_step)
+        elif self._shown and first_step < steps:
+            print(f"compiling; then step {first_step + 1}/{steps}", file=sys.stderr, flush=True)
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the state after `step` steps."""
@@ -56,23 +58,23 @@ class TrainingProgress:
             self._started = time.monotonic()
         else:
             self._timed_tokens += metrics["tokens"]
-        now = time.monotonic()
+        self._updated = now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._describe(metrics, now))
+            self._bar.update(self._task, completed=step, description=self._describe(metrics))
         elif self._shown and (now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps):
             self._line_at = now
-            print(f"step {step}/{self._steps}  {self._describe(metrics, now)}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._steps}  {self._describe(metrics)}", file=sys.stderr, flush=True)
 
     def tokens_per_second(self) -> float:
         """Return the mean speed since the first step was done."""
-        return self._timed_tokens / max(time.monotonic() - self._started, 1e-9)
+        return self._timed_tokens / max(self._updated - self._started, 1e-9)
 
     def close(self) -> None:
         """Take the bar down."""
         if self._bar is not None:
             self._bar.stop()
 
-    def _describe(self, metrics: Mapping[str, Any], now: float) -> str:
-        speed = self._timed_tokens / max(now - self._started, 1e-9)
+    def _describe(self, metrics: Mapping[str, Any]) -> str:
+        speed = self.tokens_per_second()
         share = f"  {speed * self._flops_per_token / self._peak:.0%} of peak" if self._peak else ""
         return f"{self._words(metrics)}  {speed:,.0f} tokens/s{share}"

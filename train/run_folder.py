@@ -206,37 +206,60 @@ class Checkpoints:
 
 def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     path = out / "config.json"
+    content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out wants a folder.")
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files but no run of ours (no config.json); choose an empty folder.")
-        content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-        return
+    if path.exists():
+        before = _read(path)
+        changed = _differences(before, content, (*may_change, "format_version", "versions"))
+        if changed and _has_begun(out):
+            raise ValueError(
+                f"{out} holds a run with another configuration: {'; '.join(changed)}. "
+                "Repeat its options to go on, or choose another --out."
+            )
+        if not changed:
+            if before.get("versions") != versions():
+                then = before.get("versions")
+                warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
+            return
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files but no run of ours (no config.json); choose an empty folder.")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        before = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another --out.") from error
-    if not isinstance(before, dict) or before.get("format") != "tinymodel_jax/run":
+    if not isinstance(content, dict) or content.get("format") != "tinymodel_jax/run":
         raise ValueError(f"{path} is no training run's; choose another --out.")
-    now = json.loads(json.dumps(config))
-    fixed = [name for name in {**before, **now} if name not in (*may_change, "format", "format_version", "versions")]
-    changed = [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in fixed if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{out} holds a run with another configuration: {'; '.join(changed)}. "
-            "Repeat its options to go on, or choose another --out."
-        )
-    if before.get("versions") != versions():
-        warn(
-            f"{out} was started with other versions ({before.get('versions')}); "
-            "the numbers may differ in their last bits."
-        )
+    return content
+
+
+def _has_begun(out: epath.Path) -> bool:
+    """Whether a step was done; before that, another configuration loses nothing."""
+    metrics = out / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().length > 0
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], left_out: Sequence[str]) -> list[str]:
+    """Return `name: old -> new` of every setting that differs, with dots between the names of nested ones."""
+    was, new = (
+        _settings({name: value for name, value in one.items() if name not in left_out})
+        for one in (before, json.loads(json.dumps(now)))
+    )
+    names = dict.fromkeys((*was, *new))
+    return [f"{name}: {was.get(name)!r} -> {new.get(name)!r}" for name in names if was.get(name) != new.get(name)]
+
+
+def _settings(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = (_settings(inside, f"{name}.{key}" if name else str(key)) for key, inside in value.items())
+    return {key: inside for part in parts for key, inside in part.items()}
 
 
 class _QuietLibraries:
