@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGES = ("tinymodel-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "tinymodel")
@@ -14,10 +15,10 @@ TUNED_ALLOCATOR = {
 """Settings with which glibc keeps freed memory, so that large arrays are not faulted in anew for every operation."""
 
 
-def describe_machine() -> dict[str, str]:
+def describe_machine(more_packages: Iterable[str] = ()) -> dict[str, str]:
     """Return processor, memory, system, allocator setting and the installed versions."""
     tuned = all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items())
-    versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    versions = {"Python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *more_packages)}
     return {
         "processor": f"{os.cpu_count()} cores of {_processor()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",

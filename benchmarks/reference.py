@@ -34,9 +34,14 @@ def write_weights(folder: Path, seed: int = 0) -> None:
     that predictions depend on the tokens as a trained model's do.
     """
     rng = np.random.default_rng(seed)
-    save_torch_file(_random_state(model_tensors(CONFIG), rng), folder / MODEL_FILE)
+    write_model(CONFIG, folder / MODEL_FILE, rng)
     dictionary = dictionary_tensors(N_FEATURES, CONFIG.d_model, CONFIG.d_model)
     save_torch_file(_random_state(dictionary, rng), folder / DICTIONARY_FILE)
+
+
+def write_model(config: ModelConfig, path: Path, rng: np.random.Generator) -> None:
+    """Write a model's weights, as `write_weights` draws them."""
+    save_torch_file(_random_state(model_tensors(config), rng), path)
 
 
 def load_reference(folder: Path) -> Any:
@@ -45,14 +50,27 @@ def load_reference(folder: Path) -> Any:
     Its `generate` takes and returns a (1, seq) tensor of ids, `[BEGIN]` included in what it takes, and indexing it
     (`lm["T1"]`) reads `folder / dictionary.pt`.
     """
+    lm = load_reference_model(CONFIG, folder / MODEL_FILE)
+    sparse_mlp: Any = importlib.import_module("tiny_model.sparse_mlp")
+    sparse_mlp.hf_hub_download = lambda repo_id, filename: str(folder / DICTIONARY_FILE)
+    return lm
+
+
+def load_reference_model(config: ModelConfig, path: Path) -> Any:
+    """Return the reference's model of any sizes with the weights of a file; d_mlp is 4 d_model there."""
     torch: Any = importlib.import_module("torch")
     torch.set_num_threads(os.cpu_count())
     _stand_in_for_tokenization()
     package: Any = importlib.import_module("tiny_model")
-    sparse_mlp: Any = importlib.import_module("tiny_model.sparse_mlp")
-    sparse_mlp.hf_hub_download = lambda repo_id, filename: str(folder / DICTIONARY_FILE)
-    lm = package.TinyModel(from_pretrained=False)
-    lm.load_state_dict(torch.load(folder / MODEL_FILE))
+    lm = package.TinyModel(
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        max_seq_len=config.n_ctx,
+        vocab_size=config.d_vocab,
+        from_pretrained=False,
+    )
+    lm.load_state_dict(torch.load(path))
     return lm
 
 

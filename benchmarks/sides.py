@@ -4,8 +4,10 @@
 the cores, so that a benchmark can leave out what was measured in bad company. Linux only.
 """
 
+import functools
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -58,6 +60,12 @@ class Side:
         return self._connection.recv()
 
 
+def once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """Return a call that is made when it is first wanted, so that a process holds only what it measures."""
+    made = functools.cache(make)
+    return lambda: made()()
+
+
 def serve(make_calls: Callable[[Path], Calls], folder: Path, connection: Connection) -> None:
     """Answer requests until the other side ends this process."""
     calls = make_calls(folder)
@@ -73,13 +81,19 @@ def serve(make_calls: Callable[[Path], Calls], folder: Path, connection: Connect
 def measured(call: Callable[[], Any]) -> Measured:
     """Time calls for at least half a second; the kernel counts others' use of the cores in steps of 10 ms only."""
     seconds: list[float] = []
-    own, busy, start = time.process_time(), busy_seconds(), time.perf_counter()
+    own, busy, start = own_seconds(), busy_seconds(), time.perf_counter()
     while not seconds or time.perf_counter() - start < SHORTEST_MEASUREMENT:
         before = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - before)
-    own, busy, elapsed = time.process_time() - own, busy_seconds() - busy, time.perf_counter() - start
+    own, busy, elapsed = own_seconds() - own, busy_seconds() - busy, time.perf_counter() - start
     return Measured(median(seconds), max(0.0, busy - own) / elapsed / (os.cpu_count() or 1))
+
+
+def own_seconds() -> float:
+    """Return the core-seconds that this process and the children it has waited for have used."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def busy_seconds() -> float:

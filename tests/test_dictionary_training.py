@@ -81,6 +81,14 @@ def test_training_starts_at_the_mean_with_a_tied_encoder(architecture):
     np.testing.assert_allclose(state.params["b_dec"], state.mean_in, atol=F32)
 
 
+@pytest.mark.parametrize("scale_inputs", [True, False])
+def test_a_state_that_a_step_may_overwrite_holds_no_array_twice(scale_inputs):
+    recipe, x = small_recipe("topk", scale_inputs=scale_inputs), batch()
+    step = jax.jit(functools.partial(train_step, recipe=recipe), donate_argnums=0)
+    after, _ = step(start(recipe, x), recipe.hyper(), x)
+    assert int(after.step) == 1
+
+
 def test_a_jumprelu_dictionary_starts_near_its_target():
     x = jax.random.normal(jax.random.key(0), (2000, 64))
     recipe = recipe_preset("house", "jumprelu", 1000, 10, target_l0=30.0)

@@ -74,9 +74,9 @@ class Attention(nn.Module):
         W_V = self.param("W_V", uniform_fan_in(cfg.d_model), split, cfg.param_dtype)
         W_O = self.param("W_O", uniform_fan_in(cfg.d_model), merged, cfg.param_dtype)
         b_O = self.param("b_O", nn.initializers.zeros, (cfg.d_model,), cfg.param_dtype)
-        q = HookPoint(name="hook_q")(jnp.einsum("bsd,hdk->bshk", x, W_Q.astype(cfg.dtype)))
-        k = HookPoint(name="hook_k")(jnp.einsum("bsd,hdk->bshk", x, W_K.astype(cfg.dtype)))
-        v = HookPoint(name="hook_v")(jnp.einsum("bsd,hdk->bshk", x, W_V.astype(cfg.dtype)))
+        q = HookPoint(name="hook_q")(_heads(x, W_Q.astype(cfg.dtype)))
+        k = HookPoint(name="hook_k")(_heads(x, W_K.astype(cfg.dtype)))
+        v = HookPoint(name="hook_v")(_heads(x, W_V.astype(cfg.dtype)))
         if cache is not None:
             assert positions is not None
             cache = cache.with_token(k[:, 0], v[:, 0], positions)
@@ -87,8 +87,8 @@ class Attention(nn.Module):
         pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
         pattern = HookPoint(name="hook_pattern")(pattern)
         z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
-        out = jnp.einsum("bshk,hkd->bsd", z, W_O.astype(cfg.dtype)) + b_O.astype(cfg.dtype)
-        return out, cache
+        z = z.reshape(*z.shape[:2], cfg.n_heads * cfg.d_head)
+        return _affine(z, W_O.reshape(-1, cfg.d_model).astype(cfg.dtype), b_O.astype(cfg.dtype)), cache
 
 
 class MLP(nn.Module):
@@ -103,9 +103,9 @@ class MLP(nn.Module):
         b_in = self.param("b_in", uniform_fan_in(cfg.d_model), (cfg.d_mlp,), cfg.param_dtype)
         W_out = self.param("W_out", uniform_fan_in(cfg.d_mlp), (cfg.d_mlp, cfg.d_model), cfg.param_dtype)
         b_out = self.param("b_out", uniform_fan_in(cfg.d_mlp), (cfg.d_model,), cfg.param_dtype)
-        pre = HookPoint(name="hook_pre")(x @ W_in.astype(cfg.dtype) + b_in.astype(cfg.dtype))
+        pre = HookPoint(name="hook_pre")(_affine(x, W_in.astype(cfg.dtype), b_in.astype(cfg.dtype)))
         post = HookPoint(name="hook_post")(jax.nn.relu(pre))
-        return post @ W_out.astype(cfg.dtype) + b_out.astype(cfg.dtype)
+        return _affine(post, W_out.astype(cfg.dtype), b_out.astype(cfg.dtype))
 
 
 class Block(nn.Module):
@@ -171,9 +171,7 @@ class Transformer(nn.Module):
 
     def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
         """Return the float32 logits of a final residual stream."""
-        dtype = self.config.dtype
-        logits = jnp.matmul(resid, self.W_U.astype(dtype), preferred_element_type=jnp.float32)
-        return logits + self.b_U.astype(jnp.float32)
+        return _affine(resid, self.W_U.astype(self.config.dtype), self.b_U.astype(jnp.float32))
 
     def _embed(self, tok_ids: Int[Array, "batch seq"], pos_embed: Array) -> Float[Array, "batch seq d_model"]:
         dtype = self.config.dtype
@@ -211,6 +209,26 @@ def run_with_hooks(
 def _query_key_init(config: ModelConfig) -> nn.initializers.Initializer:
     """Normal, standard deviation sqrt(2 / (d_model + d_head))."""
     return nn.initializers.normal(math.sqrt(2 / (config.d_model + config.d_head)))
+
+
+def _affine(x: Float[Array, "*batch d_in"], W: Float[Array, "d_in d_out"], bias: Float[Array, " d_out"]) -> Array:
+    """Return `x @ W + bias` in the bias's type.
+
+    Written so that XLA's CPU backend computes the gradients fast. With the batch axes merged, that of `W` is one plain
+    product; apart, it is one of transposed copies, up to four times slower. The bias is added as a product with ones,
+    which the compiler turns into an addition; its gradient is then a product too, rather than a slow sum over columns.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    ones = jnp.ones((len(rows), 1), bias.dtype)
+    added = jnp.matmul(ones, bias[None], precision=jax.lax.Precision.HIGHEST)  # TPUs would round it to bfloat16
+    out = jnp.matmul(rows, W, preferred_element_type=bias.dtype) + added
+    return out.reshape(*x.shape[:-1], W.shape[1])
+
+
+def _heads(x: Float[Array, "batch seq d_model"], W: Float[Array, "n_heads d_model d_head"]) -> Array:
+    """Return `x` times the matrix of every head, (batch, seq, head, d_head); the batch axes merged as in `_affine`."""
+    rows = jnp.einsum("rd,hdk->rhk", x.reshape(-1, x.shape[-1]), W)
+    return rows.reshape(*x.shape[:-1], *rows.shape[1:])
 
 
 def _causal(scores: Float[Array, "batch n_heads seq key_pos"], positions: Int[Array, " batch"] | None) -> Array:

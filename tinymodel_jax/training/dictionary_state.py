@@ -119,8 +119,9 @@ def init_state(
     if not is_sae and recipe.subtract_b_dec:
         raise ValueError("init_state: subtract_b_dec=True needs an SAE (no targets): b_dec is a target's mean.")
     statistics_out = statistics_in if statistics_out is None else statistics_out
-    one = jnp.ones(())
-    scale_in, scale_out = (statistics_in.scale, statistics_out.scale) if recipe.scale_inputs else (one, one)
+    # two arrays of ones, because donated buffers may not appear twice in a state
+    scale_in = statistics_in.scale if recipe.scale_inputs else jnp.ones(())
+    scale_out = statistics_out.scale if recipe.scale_inputs else jnp.ones(())
     mean_in = statistics_in.mean * scale_in
     params = _init_params(key, recipe, mean_in, statistics_out.mean * scale_out, is_sae)
     return DictionaryTrainState(

@@ -1,0 +1,42 @@
+"""The benchmarks that need no PyTorch run, and every one says what it takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("gpu", "load", "tokenizer", "training", "vs_reference")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_the_options(name: str) -> None:
+    done = run(f"benchmarks/{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--rounds" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_accelerator_s_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = run("benchmarks/gpu.py", "--small", "--rounds", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "x ReLU" in done.stdout
+    seconds = json.loads(out.read_text())["seconds"]
+    assert {*seconds} == {"lm", "relu", "topk", "sweep-1", "sweep-2", "sweep-4", "sweep-8"}
+    assert all(len(times) == 2 and min(times) > 0 for sides in seconds.values() for times in sides.values())
+
+
+def test_without_an_accelerator_it_says_what_to_do() -> None:
+    done = run("benchmarks/gpu.py")
+    assert done.returncode == 1
+    assert "--small" in done.stderr
+    assert "Traceback" not in done.stderr
