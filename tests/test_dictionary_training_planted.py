@@ -147,7 +147,7 @@ def small_state(architecture: Architecture = "topk", transcoder=False, **changes
 @pytest.mark.parametrize("transcoder", [False, True])
 @pytest.mark.parametrize("subtract_b_dec", [False, True])
 @pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu", "gated"])
-def test_a_reinitialised_feature_writes_the_residual_of_its_input(architecture, subtract_b_dec, transcoder):
+def test_a_reinitialised_feature_writes_a_share_of_the_residual_of_its_input(architecture, subtract_b_dec, transcoder):
     recipe, state, x = small_state(architecture, transcoder, subtract_b_dec=subtract_b_dec and not transcoder)
     residual = jax.random.normal(jax.random.key(2), (40, 6))
     assert state.reservoir is not None
@@ -157,13 +157,18 @@ def test_a_reinitialised_feature_writes_the_residual_of_its_input(architecture, 
     before = state._replace(reservoir=reservoir, silent_for=silent, moments=moments)
     after = reinitialise_dead(before, recipe, is_sae=not transcoder)
     params = after.params
+    shares = []
     for turn, feature in enumerate((2, 7)):
         own_x, own_residual = reservoir.x[turn], reservoir.residual[turn]
         read = own_x - params["b_dec"] if recipe.subtract_b_dec else own_x
         bias = params["b_mag" if architecture == "gated" else "b_enc"][feature]
         act = read @ params["W_enc_T"][feature] + bias
-        np.testing.assert_allclose(act * params["W_dec"][feature], own_residual, atol=1e-4)
+        written = act * params["W_dec"][feature]
+        shares.append(written @ own_residual / (own_residual @ own_residual))
+        np.testing.assert_allclose(written, shares[-1] * own_residual, atol=1e-4)
         np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"][feature]), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(shares[0], shares[1], rtol=1e-3)
+    assert 0.05 < shares[0] <= 1
     others = jnp.array([i for i in range(12) if i not in (2, 7)])
     for name in ("W_enc_T", "W_dec"):
         np.testing.assert_array_equal(params[name][others], before.params[name][others])
@@ -173,6 +178,20 @@ def test_a_reinitialised_feature_writes_the_residual_of_its_input(architecture, 
     np.testing.assert_array_equal(after.silent_for, np.zeros(12))
     assert after.reservoir is not None
     assert (after.reservoir.priority == -jnp.inf).all()
+
+
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_many_reinitialised_features_do_not_make_the_reconstruction_worse(transcoder):
+    recipe, state, x = small_state("relu", transcoder, dead_after=1)
+    outlier = 20 * (x[:1] - state.mean_in) + state.mean_in  # where every feature is active that points its way
+    x = jnp.concatenate([x, outlier])
+    residual = x - state.mean_in
+    assert state.reservoir is not None
+    reservoir = update_reservoir(state.reservoir, x, residual, jax.random.key(3))
+    before = state._replace(reservoir=reservoir, silent_for=jnp.ones(12, jnp.int32))
+    params = reinitialise_dead(before, recipe, is_sae=not transcoder).params
+    written = jax.nn.relu(reservoir.x @ params["W_enc_T"].T + params["b_enc"]) @ params["W_dec"]
+    assert jnp.sum((reservoir.residual - written) ** 2) < 1.001 * jnp.sum(reservoir.residual**2)
 
 
 def test_features_beyond_what_the_reservoir_holds_stay_dead():

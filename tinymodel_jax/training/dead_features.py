@@ -80,10 +80,12 @@ def update_reservoir(
 def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_sae: bool) -> DictionaryTrainState:
     """Give every dead feature an input of the reservoir to stand for, zero its moments, and empty the reservoir.
 
-    The new decoder row points along that input's residual, with the mean norm of the living rows; the new encoder makes
-    the feature, on that very input, write exactly the residual. An SAE's encoder reads along the residual too; a
-    transcoder's along the input, reaching zero halfway to the mean input. Dead features beyond the reservoir's size, or
-    beyond what it holds, wait for the next time.
+    The new decoder row points along that input's residual, with the mean norm of the living rows. An SAE's encoder
+    reads along the residual too; a transcoder's along the input, reaching zero halfway to the mean input. On its own
+    input the feature writes a share of the residual, the same for all: the largest, up to 1, at which they together
+    leave no more of the reservoir's residuals than there was. For they are active on each other's inputs too, on far
+    outliers all of them, and hundreds that each wrote everything would drown the reconstruction. Dead features beyond
+    the reservoir's size, or beyond what it holds, wait for the next time.
     """
     assert state.reservoir is not None
     params, reservoir = state.params, state.reservoir
@@ -103,6 +105,10 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
         distance = losses.row_norms(x - state.mean_in)
         reads = (2 * size / (distance * distance))[:, None] * (x - state.mean_in)
     bias = size - jnp.sum(reads * x, axis=-1)
+    share = _bearable_share(
+        reservoir, jnp.where(chosen[:, None], reads, 0), jnp.where(chosen, bias, 0), direction, recipe
+    )
+    size, reads, bias = share * size, share * reads, share * bias
     fresh = {"W_enc_T": reads / norm, "W_dec": direction * norm}
     fresh |= dict.fromkeys(("b_enc", "b_gate", "b_mag"), bias / norm)
     fresh |= {"r_mag": jnp.zeros_like(size), "threshold": size / 2}
@@ -124,6 +130,17 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
         silent_for=jnp.where(chosen, 0, state.silent_for),
         reservoir=empty_reservoir(recipe, reservoir.x.shape[-1], residual.shape[-1]),
     )
+
+
+def _bearable_share(reservoir: Reservoir, reads: Array, bias: Array, rows: Array, recipe: DictionaryRecipe) -> Array:
+    """Return the largest factor up to 1 of features' activations that adds no error on the reservoir's inputs."""
+    held = reservoir.priority > -jnp.inf
+    acts = jax.nn.relu(reservoir.x @ reads.T + bias)
+    if recipe.architecture == "topk":  # which never has more of them active
+        acts = jnp.where(acts >= jax.lax.top_k(acts, recipe.k or 1)[0][:, -1:], acts, 0)
+    together = acts @ rows
+    together, residual = (jnp.where(held[:, None], a, 0) for a in (together, reservoir.residual))
+    return jnp.clip(2 * jnp.sum(together * residual) / (jnp.sum(together * together) + TINY), 0, 1)
 
 
 def _where_rows(chosen: Array, new: Array | int, old: Array) -> Array:
