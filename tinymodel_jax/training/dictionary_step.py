@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.training.dead_features import (
     add_aux_gradient,
@@ -124,8 +124,8 @@ def stack_members(members: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
-def member_of(stacked: Any, index: int) -> Any:
-    """Return one member of stacked trees."""
+def member_of(stacked: Any, index: int | Int[Array, ""]) -> Any:
+    """Return one member of stacked trees; a traced index is compiled once for all members."""
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
