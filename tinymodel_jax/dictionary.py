@@ -95,7 +95,17 @@ def reconstruct(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"]
 ) -> Float[Array, "*batch d_out"]:
     """Return the dictionary's whole prediction, skip connection included."""
-    prediction = decode(params, config, encode(params, config, x))
+    return predict(params, config, x, encode(params, config, x))
+
+
+def predict(
+    params: DictionaryParams,
+    config: DictionaryConfig,
+    x: Float[Array, "*batch d_in"],
+    acts: Float[Array, "*batch n_features"],
+) -> Float[Array, "*batch d_out"]:
+    """Return the whole prediction of an input whose activations are known."""
+    prediction = decode(params, config, acts)
     if config.skip:
         prediction = prediction + x.astype(config.dtype) @ params["W_skip"].astype(config.dtype)
     return prediction

@@ -66,10 +66,16 @@ def mean_next_token_loss(
 ) -> Float[Array, ""]:
     """Return the mean cross-entropy (nats) of each token given those before it, weighted by the token's weight."""
     logits, _ = run_with_hooks(params, config, tok_ids, hooks)
-    targets, weights = tok_ids[:, 1:], weights[:, 1:]
-    predicted = jnp.take_along_axis(logits[:, :-1], targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits[:, :-1], axis=-1) - predicted
-    return jnp.sum(nll * weights) / jnp.sum(weights)
+    weights = weights[:, 1:]
+    return jnp.sum(next_token_losses(logits, tok_ids) * weights) / jnp.sum(weights)
+
+
+def next_token_losses(
+    logits: Float[Array, "batch seq d_vocab"], tok_ids: Int[Array, "batch seq"]
+) -> Float[Array, "batch targets"]:
+    """Return the cross-entropy (nats) of each token but the first, given those before it."""
+    predicted = jnp.take_along_axis(logits[:, :-1], tok_ids[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits[:, :-1], axis=-1) - predicted
 
 
 forward = fast_jit(forward_with_hooks, static_argnames=("config", "keep", "output"))

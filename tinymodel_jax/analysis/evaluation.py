@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.metrics import DictionaryStats, finalize_stats, update_stats, zero_stats
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary, decode, encode
+from tinymodel_jax.dictionary import Dictionary, encode, predict
+from tinymodel_jax.forward import next_token_losses
 from tinymodel_jax.hook_points import Hook
 from tinymodel_jax.interventions import Scale, Splice
 from tinymodel_jax.transformer import run_with_hooks
@@ -139,9 +139,7 @@ def _sum_batch(
 
     def loss(edit: Hook | None, keep: tuple[str, ...] = ()) -> tuple[Array, dict[str, Array]]:
         logits, acts = run_with_hooks(params, config, tok_ids, {} if edit is None else {hook_out: edit}, keep)
-        predicted = jnp.take_along_axis(logits[:, :-1], tok_ids[:, 1:, None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits[:, :-1], axis=-1) - predicted
-        return jnp.sum(jnp.where(real[:, 1:], nll, 0)), acts
+        return jnp.sum(jnp.where(real[:, 1:], next_token_losses(logits, tok_ids), 0)), acts
 
     clean, acts = loss(None, tuple(sorted({hook_out, *(c.hook_in for c in configs)})))
     stats = tuple(
@@ -161,10 +159,7 @@ def _update(
     stats: DictionaryStats, tree: Any, x: Array, y: Array, config: DictionaryConfig, mask: Array | None
 ) -> DictionaryStats:
     acts = encode(tree, config, x)
-    prediction = decode(tree, config, acts)
-    if config.skip:
-        prediction = prediction + x @ tree["W_skip"]
-    return update_stats(stats, y, prediction, acts, mask)
+    return update_stats(stats, y, predict(tree, config, x, acts), acts, mask)
 
 
 def _sum_vectors(stats: DictionaryStats, tree: Any, x: Array, y: Array, *, config: DictionaryConfig) -> DictionaryStats:
