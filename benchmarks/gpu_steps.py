@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from reference import load_reference_model, write_model
 from sides import Calls, once
+from training_inputs import DictionaryCase, activations
 
 from tinymodel_jax.config import ModelConfig
 
@@ -126,7 +127,7 @@ def _our_dictionaries(
 
     knobs: dict[str, Any] = {"k": sizes.k} if architecture == "topk" else {}
     recipe = recipe_preset("house", architecture, n_features, TOTAL_STEPS, batch_size=batch, **knobs)
-    x = jax.numpy.asarray(_vectors(sizes, batch))
+    x = jax.numpy.asarray(activations(DictionaryCase(sizes.width, n_features, batch)))
     statistics = ActivationStatistics.zero(sizes.width).update(x)
     states = [init_state(jax.random.key(seed), recipe, statistics) for seed in range(members)]
     if members == 1:
@@ -173,7 +174,7 @@ def _pytorch_lm(sizes: Sizes, folder: Path) -> Callable[[], float]:
 def _pytorch_dictionary(sizes: Sizes, architecture: str) -> Callable[[], float]:
     torch: Any = importlib.import_module("torch")
     device = _torch_device()
-    x = torch.tensor(_vectors(sizes, sizes.dictionary_batch), device=device)
+    x = torch.tensor(activations(DictionaryCase(sizes.width, sizes.n_features, sizes.dictionary_batch)), device=device)
     rows = torch.nn.functional.normalize(torch.randn(sizes.n_features, sizes.width, device=device), dim=-1) / 10
     first = (rows, rows.clone(), torch.zeros(sizes.n_features, device=device), x.mean(0))
     parameters = encoder, decoder, b_enc, b_dec = [torch.nn.Parameter(array) for array in first]
@@ -219,11 +220,3 @@ def _torch_device() -> str:
 
 def _tokens(sizes: Sizes) -> np.ndarray:
     return np.random.default_rng(1).integers(0, sizes.model.begin_id, sizes.batch)
-
-
-def _vectors(sizes: Sizes, batch: int) -> np.ndarray:
-    """Return sparse sums of directions: noise would have no features to select."""
-    rng = np.random.default_rng(2)
-    directions = rng.standard_normal((256, sizes.width), dtype=np.float32)
-    amounts = rng.standard_exponential((batch, 256), dtype=np.float32)
-    return np.where(rng.random(amounts.shape) < 0.05, amounts, 0).astype(np.float32) @ directions

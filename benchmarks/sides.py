@@ -20,6 +20,8 @@ import numpy as np
 Calls = dict[str, Callable[[], Any]]
 QUIET = 0.05
 """Largest share of the cores that others may use during a measurement that counts."""
+ATTEMPTS = 20
+"""Rounds tried for one that counts."""
 SHORTEST_MEASUREMENT = 0.5
 STAT = Path("/proc/stat")
 
@@ -58,6 +60,31 @@ class Side:
         """Return the result of one call."""
         self._connection.send((name, True))
         return self._connection.recv()
+
+
+def quiet_rounds(
+    name: str, measure: Callable[[], dict[str, Measured]], rounds: int, quiet: float = QUIET
+) -> tuple[dict[str, list[float]], int]:
+    """Return the seconds of `rounds` quiet rounds, by side, and the number of rounds left out as not quiet.
+
+    Args:
+        name: of what is measured, for the error.
+        measure: runs one round of all sides.
+        quiet: largest share of the cores that others may use in a round that counts.
+
+    Raises:
+        SystemExit: others keep the machine busy.
+    """
+    times: dict[str, list[float]] = {}
+    for tried in range(1, rounds * ATTEMPTS + 1):
+        measured = measure()
+        if max(one.others for one in measured.values()) <= quiet:
+            for side, one in measured.items():
+                times.setdefault(side, []).append(one.seconds)
+        done = len(next(iter(times.values()), []))
+        if done == rounds:
+            return times, tried - done
+    raise SystemExit(f"{name}: other processes kept the cores busy in too many rounds; try again later.")
 
 
 def once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:

@@ -29,7 +29,7 @@ from machine import TUNED_ALLOCATOR, describe_machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sides import QUIET, Calls, Side
+from sides import QUIET, Calls, Side, quiet_rounds
 from training_inputs import SWEEP_KS, write_inputs
 from training_ours import our_calls, solo_calls
 from training_peers import dictionary_learning_calls, saelens_calls, sparsify_calls
@@ -61,8 +61,6 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path], Calls]]] = {
 }
 """Contender -> the module it needs, and what makes its calls."""
 PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify")
-ATTEMPTS = 20
-"""Rounds tried for one that counts."""
 WARM_UP, TOLERANCE = 3, 1e-3
 """Untimed steps, and the largest relative difference of their losses."""
 
@@ -147,24 +145,13 @@ def measure(name: str, contenders: list[str], folder: str, rounds: int, quiet: f
     Raises:
         SystemExit: losses differ that should not, or others keep the machine busy.
     """
-    times: Times = {contender: [] for contender in contenders}
-    left_out = 0
     with ExitStack() as stack:
         sides = {label: stack.enter_context(Side(CONTENDERS[label][1], folder)) for label in contenders}
         if name != "sweep":
             losses = {label: [side.ask(name) for _ in range(WARM_UP)] for label, side in sides.items()}
             if WORKLOADS[name].same_losses:
                 require_same_losses(name, losses)
-        for _ in range(rounds * ATTEMPTS):
-            measured = {label: side.measure(name) for label, side in sides.items()}
-            if max(one.others for one in measured.values()) > quiet:
-                left_out += 1
-                continue
-            for label, one in measured.items():
-                times[label].append(one.seconds)
-            if len(times[OURS]) == rounds:
-                return times, left_out
-    raise SystemExit(f"{name}: other processes kept the cores busy in too many rounds; try again later.")
+        return quiet_rounds(name, lambda: {label: side.measure(name) for label, side in sides.items()}, rounds, quiet)
 
 
 def require_same_losses(name: str, losses: dict[str, list[float]]) -> None:

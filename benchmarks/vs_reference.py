@@ -31,7 +31,7 @@ from reference import CONFIG, DICTIONARY_FILE, MODEL_FILE, load_reference, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sides import QUIET, Calls, Side
+from sides import QUIET, Calls, Measured, Side, quiet_rounds
 
 Name = Literal[
     "forward-8x256",
@@ -47,8 +47,6 @@ Times = dict[str, dict[str, list[float]]]
 """Workload -> side -> seconds of every quiet round."""
 N_TOKS, PROMPT_LENGTH, N_PROMPTS, N_PROMPTS_REFERENCE = 50, 13, 32, 4
 TOLERANCE = 1e-4
-ATTEMPTS = 20
-"""Rounds tried for one that counts."""
 
 
 @dataclass(frozen=True)
@@ -217,21 +215,17 @@ def alternate(ours: Side, reference: Side, names: Iterable[str], rounds: int) ->
     Raises:
         SystemExit: others keep the machine busy.
     """
-    times: Times = {name: {"ours": [], "reference": []} for name in names}
+    times: Times = {}
     left_out = 0
-    for name in track(times, description="timing", console=Console(stderr=True)):
+    for name in track(list(names), description="timing", console=Console(stderr=True)):
         workload = WORKLOADS[name]
-        for _ in range(rounds * ATTEMPTS):
-            theirs, mine = reference.measure(workload.reference), ours.measure(name)
-            if max(theirs.others, mine.others) > QUIET:
-                left_out += 1
-                continue
-            times[name]["reference"].append(workload.scale * theirs.seconds)
-            times[name]["ours"].append(mine.seconds)
-            if len(times[name]["ours"]) == rounds:
-                break
-        else:
-            raise SystemExit(f"{name}: other processes kept the cores busy in too many rounds; try again later.")
+
+        def one_round(name: str = name, workload: Workload = workload) -> dict[str, Measured]:
+            return {"reference": reference.measure(workload.reference), "ours": ours.measure(name)}
+
+        times[name], disturbed = quiet_rounds(name, one_round, rounds)
+        times[name]["reference"] = [workload.scale * seconds for seconds in times[name]["reference"]]
+        left_out += disturbed
     return times, left_out
 
 
