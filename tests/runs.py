@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def finish(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     return err
+
+
+def wait_for_lines(out: Path, process: subprocess.Popen[str], count: int) -> None:
+    """Wait until a run has written so many lines of metrics; it has to be running until then."""
+    log = out / "metrics.jsonl"
+    while not log.exists() or log.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
 
 
 def checkpoint_arrays(folder: Path) -> dict[str, np.ndarray]:

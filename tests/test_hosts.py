@@ -12,7 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import VOCAB, finish, metrics_of, start, write_counting_data
+from runs import VOCAB, finish, metrics_of, start, wait_for_lines, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
 from train.hosts import Hosts, all_agree, join_hosts, on_first, settled, stop_requests
@@ -153,12 +153,6 @@ def test_processes_find_each_other_by_what_slurm_says(
         processes.append(start_one(data, tmp_path / "run", "--steps", "2", "--coordinator", "auto"))
     finish_two(processes)
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2]
-
-
-def wait_for_lines(out: Path, process: subprocess.Popen[str], count: int) -> None:
-    while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

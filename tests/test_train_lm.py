@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, write_counting_data
+from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, wait_for_lines, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
 from train.__main__ import main
@@ -104,9 +104,7 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_to_the_same_bits(
 ) -> None:
     out = tmp_path / "stopped"
     process = train(data, out)
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_bytes():
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_for_lines(out, process, 1)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=60)
