@@ -28,6 +28,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.sites import Site
 from tinymodel_jax.training.data import TokenData, batch_indices
+from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.sharding import MESH_AXES, rows_on_devices
 from tinymodel_jax.training.site_activations import Vectors, site_vectors
 
@@ -37,8 +38,6 @@ EVALUATED_TOGETHER = 4
 """Dictionaries measured in one compiled pass: more of them share more, and take longer to compile."""
 EVALUATION_ROWS, EVALUATION_VECTORS = 16, 4096
 """Size of a batch of held-out stories, and of held-out vectors."""
-ROW_LENGTH = 128
-"""Tokens of a story whose data is not there: what `prepare` makes by default."""
 STORIES_MULTIPLE = 8
 """Of which the default number of stories a step is one, so that most meshes divide it."""
 HELD_OUT_SHARE = 0.05
@@ -112,7 +111,7 @@ class ModelActivations:
 
         Args:
             params: of the language model, on every device of the mesh; or what they will be, for compiling only.
-            data: None where nothing is run; stories are then taken to be `ROW_LENGTH` tokens.
+            data: None where nothing is run; stories are then taken to be `DEFAULT_ROW_LENGTH` tokens.
             stories: stories a step, from whose tokens the vectors are drawn; None takes as many as it needs.
             seed: of the order of the stories and of the tokens drawn.
             held_out_stories: stories that finished dictionaries are measured on, at most.
@@ -120,7 +119,7 @@ class ModelActivations:
         Raises:
             ValueError: the data does not fit the model, or holds nothing out.
         """
-        row_length, tokens_a_story = ROW_LENGTH, float(ROW_LENGTH)
+        row_length, tokens_a_story = DEFAULT_ROW_LENGTH, float(DEFAULT_ROW_LENGTH)
         if data is not None:
             _check_data(config, data)
             row_length, tokens_a_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]

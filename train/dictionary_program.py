@@ -20,7 +20,7 @@ from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
 from tinymodel_jax.training.dictionary_step import stack_members, sweep_step
-from tinymodel_jax.training.sharding import DICTIONARY_RULES, shardings
+from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, shardings
 from train.activation_sources import ActivationSource, Place
 from train.sweep import Member, init_members
 
@@ -73,9 +73,7 @@ def build_program(
             compiler_options=fast_compiler_options(mesh.devices.flat[0].platform),
         ),
         init=jax.jit(init, out_shardings=placed),
-        abstract=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, placed
-        ),
+        abstract=abstract_arrays(shapes, placed),
     )
 
 

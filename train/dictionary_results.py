@@ -30,23 +30,20 @@ from tinymodel_jax.training.dictionary_step import member_of
 from train.hosts import is_first, on_first, settled
 from train.run_files import local_folder
 from train.run_folder import versions
-from train.sweep import Member
+from train.sweep import Sweep
 
 if TYPE_CHECKING:
     from train.activation_sources import ActivationSource
+    from train.loop import OpenRun
 
 SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
 
 
 def write_results(
-    out: epath.Path,
-    run: Mapping[str, Any],
-    source: ActivationSource,
-    states: Mapping[str, DictionaryTrainState],
-    recipes: Mapping[str, DictionaryRecipe],
-    members: Sequence[Member],
+    run: OpenRun, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep
 ) -> None:
     """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
+    out, (recipes, members) = run.folder, sweep
     records, written = [], []
     for name, place in source.places.items():
         finished = []
@@ -66,10 +63,15 @@ def write_results(
             written.append((dictionary, record, member.recipe(recipes[name])))
 
     def publish() -> None:
-        content = {"format": "tinymodel_jax/sweep", "format_version": 1, "steps": run["steps"], "dictionaries": records}
+        content = {
+            "format": "tinymodel_jax/sweep",
+            "format_version": 1,
+            "steps": run.settings["steps"],
+            "dictionaries": records,
+        }
         with local_folder(out) as folder:
             for dictionary, record, recipe in written:
-                _write_dictionary(folder / record["folder"], dictionary, run, record, recipe)
+                _write_dictionary(folder / record["folder"], dictionary, run.settings, record, recipe)
             replace_file(folder / "sweep.json", _json(content))
             plot_pareto(records, folder / "pareto.png")
 
@@ -112,10 +114,14 @@ def _one_member(stacked: DictionaryTrainState, index: int) -> DictionaryTrainSta
 
 
 def _write_dictionary(
-    folder: Path, dictionary: Dictionary, run: Mapping[str, Any], record: Mapping[str, Any], recipe: DictionaryRecipe
+    folder: Path,
+    dictionary: Dictionary,
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    recipe: DictionaryRecipe,
 ) -> None:
     dictionary.save_pretrained(folder)
-    origin = {key: run[key] for key in ("model", "arrays", "data", "stories", "data_seed") if key in run}
+    origin = {key: settings[key] for key in ("model", "arrays", "data", "stories", "data_seed") if key in settings}
     content = {
         "format": "tinymodel_jax/dictionary_training",
         "format_version": 1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +24,28 @@ from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
+from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
 from tinymodel_jax.training.lm_step import (
     LMOptimizer,
     LMState,
     summed_loss,
 )
-from tinymodel_jax.training.sharding import make_mesh, rows_on_devices
+from tinymodel_jax.training.sharding import rows_on_devices
 from tinymodel_jax.weights import flatten
-from train.compile_for import report_step, topology_devices
-from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled, stop_requests
+from train.compile_for import report_step
+from train.devices import DType, number_format, open_mesh
+from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
 from train.lm_program import Program, build_program
-from train.loop import run_steps
-from train.presets import PRESETS, PresetName
+from train.loop import OpenRun, open_run, run_steps
+from train.presets import AS_PRESET, PRESETS, OptimizerOptions, PresetName
 from train.progress import TrainingProgress
 from train.run_files import local_folder
-from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_folder import MetricsLog
 from train.trackers import NO_TRACKING, Tracking, open_trackers, require_trackers
 
 HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
-ROW_LENGTH = 128
-"""Of a batch whose data is not there: what `prepare` makes by default."""
 
 
 def lm(
@@ -56,11 +56,8 @@ def lm(
     steps: int | None = None,
     batch_size: int | None = None,
     micro_batches: int = 1,
-    learning_rate: float | None = None,
-    schedule: Literal["wsd", "cosine"] | None = None,
-    warmup_steps: int | None = None,
-    weight_decay: float | None = None,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = AS_PRESET,
+    dtype: DType = "auto",
     seed: int = 0,
     save_every: int = 1000,
     eval_every: int = 500,
@@ -79,10 +76,7 @@ def lm(
         steps: training steps.
         batch_size: rows a step, over all devices.
         micro_batches: parts of a batch that are computed one after the other, to save memory.
-        learning_rate: peak learning rate.
-        schedule: wsd (constant, then linear to zero) or cosine.
-        warmup_steps: steps in which the learning rate rises.
-        weight_decay: decoupled weight decay of the matrices.
+        optimizer: what replaces settings of the preset's optimizer.
         dtype: number format of the computation; auto is bfloat16 on an accelerator, float32 on a CPU.
         seed: of the initial weights and of the order of the rows.
         save_every: steps between checkpoints.
@@ -97,26 +91,23 @@ def lm(
     join_hosts(hosts)
     require_trackers(tracking)
     token_data = None if data is None else open_data(data)
-    device_mesh = make_mesh(mesh, None if compile_for is None else topology_devices(compile_for))
-    if dtype == "auto":
-        dtype = "float32" if device_mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    config, optimizer, batch_size, steps = _resolve(
-        preset, token_data, steps, batch_size, learning_rate, schedule, warmup_steps, weight_decay, dtype
-    )
+    device_mesh = open_mesh(mesh, compile_for)
+    dtype_name = number_format(dtype, device_mesh)
+    config, adamw, batch_size, steps = _resolve(preset, token_data, steps, batch_size, optimizer, dtype_name)
     _check_batch(batch_size, micro_batches, device_mesh)
-    program = build_program(config, optimizer, steps, micro_batches, device_mesh, fsdp)
+    program = build_program(config, adamw, steps, micro_batches, device_mesh, fsdp)
     if compile_for is not None:
-        _report(program, config, batch_size, token_data.row_length if token_data else ROW_LENGTH, device_mesh)
+        _report(program, config, batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH, device_mesh)
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
     if min(save_every, eval_every) < 1:
         raise ValueError(f"--save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
-    run = {
+    settings = {
         "kind": "lm",
         "preset": preset,
         "model": config.to_dict(),
-        "optimizer": dataclasses.asdict(optimizer),
+        "optimizer": dataclasses.asdict(adamw),
         "steps": steps,
         "batch_size": batch_size,
         "micro_batches": micro_batches,
@@ -127,14 +118,8 @@ def lm(
         "fsdp": fsdp,
         "save_every": save_every,
     }
-    folder = epath.Path(out)
-    with stop_requests() as stop_requested:
-        open_run_folder(folder, run, may_change=("save_every", "mesh", "fsdp"))
-        checkpoints = Checkpoints(folder / "checkpoints")
-        try:
-            _train(run, config, program, token_data, folder, device_mesh, checkpoints, tracking, stop_requested)
-        finally:
-            checkpoints.close()
+    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp")) as run:
+        _train(run, config, program, token_data, device_mesh, tracking)
 
 
 def _report(program: Program, config: ModelConfig, batch_size: int, row_length: int, mesh: Mesh) -> None:
@@ -144,23 +129,16 @@ def _report(program: Program, config: ModelConfig, batch_size: int, row_length: 
 
 
 def _train(
-    run: dict[str, Any],
-    config: ModelConfig,
-    program: Program,
-    data: TokenData,
-    out: epath.Path,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    tracking: Tracking,
-    stop_requested: Callable[[], bool],
+    run: OpenRun, config: ModelConfig, program: Program, data: TokenData, mesh: Mesh, tracking: Tracking
 ) -> None:
-    steps, seed, batch_size = run["steps"], run["seed"], run["batch_size"]
-    state = checkpoints.restore(program.abstract)
+    steps, seed, batch_size = (run.settings[name] for name in ("steps", "seed", "batch_size"))
+    state = run.checkpoints.restore(program.abstract)
     if state is None:
         state = program.init(jax.random.key(seed))
     first_step = int(state.step)
-    checkpoints.forget_after(first_step)
-    log = MetricsLog(out / "metrics.jsonl", first_step, open_trackers(tracking, out, run, first_step))
+    run.checkpoints.forget_after(first_step)
+    trackers = open_trackers(tracking, run.folder, run.settings, first_step)
+    log = MetricsLog(run.folder / "metrics.jsonl", first_step, trackers)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, program.abstract.params)
     held_out = _held_out_loss(config, data, placed, mesh, batch_size)
@@ -176,30 +154,27 @@ def _train(
     progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None, _describe)
 
     def observe(done: int, state: LMState) -> dict[str, Any]:
-        if done % run["eval_every"] and done != steps:
+        if done % run.settings["eval_every"] and done != steps:
             return {}
         return {**held_out(state.params), **sample(state.params, done)}
 
     state, finished = run_steps(
+        run,
         program.step,
         state,
         make_batch,
         first_step=first_step,
-        steps=steps,
-        save_every=run["save_every"],
         observe=observe,
         log=log,
-        checkpoints=checkpoints,
         progress=progress,
-        stop_requested=stop_requested,
     )
     if not finished:
         say(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")
         return
     params = gather(state.params)
-    on_first(lambda: _publish(config, params, data, out / "model"))
+    on_first(lambda: _publish(config, params, data, run.folder / "model"))
     speed = f"{progress.tokens_per_second():,.0f} tokens/s" if first_step < steps else "nothing left to do"
-    say(f"{out}: {steps} steps done, {speed}; the model is in {out / 'model'}")
+    say(f"{run.folder}: {steps} steps done, {speed}; the model is in {run.folder / 'model'}")
 
 
 def _resolve(
@@ -207,10 +182,7 @@ def _resolve(
     data: TokenData | None,
     steps: int | None,
     batch_size: int | None,
-    learning_rate: float | None,
-    schedule: Any,
-    warmup_steps: int | None,
-    weight_decay: float | None,
+    optimizer: OptimizerOptions,
     dtype: str,
 ) -> tuple[ModelConfig, LMOptimizer, int, int]:
     """Return the preset with the given options in it, and the data's vocabulary where the preset leaves it open."""
@@ -227,13 +199,7 @@ def _resolve(
             raise ValueError(
                 f"the data has rows of {data.row_length} tokens, --preset {preset} a context of {model.n_ctx}."
             )
-    options = {
-        "learning_rate": learning_rate,
-        "schedule": schedule,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in dataclasses.asdict(optimizer).items() if value is not None}
     steps = chosen.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"--steps {steps} must be 1 or more.")

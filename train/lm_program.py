@@ -24,7 +24,7 @@ from tinymodel_jax.training.lm_step import (
     make_optimizer,
     train_step,
 )
-from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, shardings
+from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, abstract_arrays, shardings
 
 
 class Program(NamedTuple):
@@ -66,8 +66,6 @@ def build_program(
             compiler_options=fast_compiler_options(mesh.devices.flat[0].platform),
         ),
         init=jax.jit(init, out_shardings=placed),
-        abstract=jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, placed
-        ),
+        abstract=abstract_arrays(shapes, placed),
         rows=rows,
     )

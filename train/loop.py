@@ -8,49 +8,76 @@ processes, finish the step, save and return; a loss that is not finite ends the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 
 from tinymodel_jax.training.data import prefetch
-from train.hosts import settled
+from train.hosts import settled, stop_requests
 from train.progress import TrainingProgress
-from train.run_folder import Checkpoints, MetricsLog
+from train.run_folder import Checkpoints, MetricsLog, open_run_folder
 
 State = TypeVar("State")
 
 
+class OpenRun(NamedTuple):
+    """A run whose folder is open."""
+
+    folder: epath.Path
+    settings: Mapping[str, Any]
+    """What its `config.json` says; `steps` and `save_every` are among it."""
+    checkpoints: Checkpoints
+    stop_requested: Callable[[], bool]
+    """What `stop_requests` gives."""
+
+
+@contextmanager
+def open_run(out: str, settings: Mapping[str, Any], may_change: Sequence[str]) -> Iterator[OpenRun]:
+    """Open a run's folder, and hear signals: an exception in a handler would crash a compilation.
+
+    Args:
+        settings, may_change: as `open_run_folder`, whose errors these are.
+    """
+    folder = epath.Path(out)
+    with stop_requests() as stop_requested:
+        open_run_folder(folder, settings, may_change)
+        checkpoints = Checkpoints(folder / "checkpoints")
+        try:
+            yield OpenRun(folder, settings, checkpoints, stop_requested)
+        finally:
+            checkpoints.close()
+
+
 def run_steps(
+    run: OpenRun,
     step: Callable[[State, Any], tuple[State, Mapping[str, Any]]],
     state: State,
     make_batch: Callable[[int], Any],
     *,
     first_step: int,
-    steps: int,
-    save_every: int,
     observe: Callable[[int, State], Mapping[str, Any]],
     log: MetricsLog,
-    checkpoints: Checkpoints,
     progress: TrainingProgress,
-    stop_requested: Callable[[], bool],
 ) -> tuple[State, bool]:
-    """Run steps `first_step` … `steps` - 1; return the state, and whether all of them were done.
+    """Run the steps from `first_step` on; return the state, and whether all of them were done.
+
+    A checkpoint is saved every `save_every` steps, and of the last step, done or stopped at.
 
     Args:
         step: (state, batch) -> (state, metrics), compiled; may reuse the old state's memory.
         make_batch: step -> batch on the devices; called ahead of time.
-        save_every: steps between checkpoints; the last step, done or stopped at, is saved too.
         observe: (steps done, state) -> what is measured beside the step's own metrics, mostly nothing.
         log: closed at the end, as is `progress`.
-        stop_requested: what `stop_requests` gives; entered before anything is compiled, where an exception in a signal
-            handler would crash the compiler.
 
     Raises:
         ValueError: a loss is not finite; the step is named.
         OSError: metrics or a checkpoint cannot be written.
     """
+    steps, save_every = run.settings["steps"], run.settings["save_every"]
     pending: list[tuple[int, dict[str, Any]]] = []
 
     def write_metrics() -> None:
@@ -68,11 +95,11 @@ def run_steps(
             metrics = {**metrics, **observe(done, state)}
             write_metrics()  # of the step before, while this one runs
             pending.append((done, metrics))
-            stops = stop_requested()
+            stops = run.stop_requested()
             if stops or done % save_every == 0 or done == steps:
                 write_metrics()
                 log.publish()
-                checkpoints.save(done, state)
+                run.checkpoints.save(done, state)
             if stops:
                 return state, done == steps
     finally:

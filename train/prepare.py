@@ -28,6 +28,7 @@ from tinymodel_jax.io.hub import cache_folder
 from tinymodel_jax.tokenization import Tokenizer
 from tinymodel_jax.training.data import MAX_SEED
 from tinymodel_jax.training.data_folder import (
+    DEFAULT_ROW_LENGTH,
     DESCRIPTION_FILE,
     ID_DTYPE,
     MAX_VOCAB,
@@ -54,7 +55,7 @@ def prepare(
     *,
     limit: int | None = None,
     tokenizer: str = "tiny_model",
-    row_length: int = 128,
+    row_length: int = DEFAULT_ROW_LENGTH,
     pack: bool = False,
     valid_fraction: float | None = None,
     seed: int = 0,

@@ -25,6 +25,22 @@ class Preset:
     """Whether the data says the vocabulary size, rather than the preset."""
 
 
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What replaces single settings of a preset's optimizer; None: the preset's."""
+
+    learning_rate: float | None = None
+    """peak learning rate"""
+    schedule: Literal["wsd", "cosine"] | None = None
+    """wsd (constant, then linear to zero) or cosine"""
+    warmup_steps: int | None = None
+    """steps in which the learning rate rises"""
+    weight_decay: float | None = None
+    """decoupled weight decay of the matrices"""
+
+
+AS_PRESET = OptimizerOptions()
+
 _TINY_MODEL = Preset(
     ModelConfig(), LMOptimizer(learning_rate=1e-3, warmup_steps=500), batch_size=256, steps=30_100, any_vocabulary=False
 )

@@ -36,7 +36,7 @@ class TrainingProgress:
             peak_flops: of all devices together, FLOP/s; None where it is not known.
             describe: a step's metrics -> the few words that stand before the speed.
         """
-        self._steps, self._first = steps, first_step
+        self._steps = steps
         self._flops_per_token, self._peak, self._words = flops_per_token, peak_flops, describe
         self._started = self._updated = self._line_at = time.monotonic()
         self._timed_tokens = 0.0

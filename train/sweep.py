@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,6 +20,38 @@ from tinymodel_jax.config import Architecture
 from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
 from tinymodel_jax.training.dictionary_step import stack_members
+from train.activation_sources import Place
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What is trained at every place."""
+
+    n_features: int
+    """size of every dictionary"""
+    architecture: Architecture = "batch_topk"
+    """activation function"""
+    recipe: str = "house"
+    """house, reference, or a .json file with fields of DictionaryRecipe"""
+    k: str | None = None
+    """active features a vector, of topk and batch_topk"""
+    l1: str | None = None
+    """coefficient of the sparsity loss, of relu, gated and jumprelu"""
+    target_l0: str | None = None
+    """active features a vector to aim at, of relu, gated and jumprelu"""
+    learning_rate: str | None = None
+    """largest learning rate"""
+    seed: str = "0"
+    """of the initial parameters; the order of the data is that of --data-seed"""
+    skip: bool = False
+    """train a linear skip connection beside the features, of transcoders"""
+    matryoshka: str | None = None
+    """comma list of the sizes of nested dictionaries; the last is n-features"""
+    random_prefixes: int | None = None
+    """number of nested dictionaries whose sizes are drawn anew each step"""
+    dead_after: int | None = None
+    """vectors for which a dead feature was silent"""
+
 
 VARIED: dict[str, tuple[str, Callable[[str], float]]] = {
     "l1": ("sparsity", float),
@@ -50,6 +82,37 @@ class Member:
     def hyper(self, shared: DictionaryRecipe) -> DictionaryHyper:
         """Return the member's numbers for the shared, compiled recipe."""
         return shared.hyper(**{name: value for name, value in self.values.items() if name != "seed"})
+
+
+class Sweep(NamedTuple):
+    """What a run trains."""
+
+    recipes: dict[str, DictionaryRecipe]
+    """Place -> what its members share."""
+    members: list[Member]
+
+
+def make_sweep(options: SweepOptions, places: Mapping[str, Place], steps: int, batch_size: int) -> Sweep:
+    """Return what the options ask for.
+
+    Raises:
+        ValueError: an option is wrong, or they do not go together.
+    """
+    members = parse_members({name: getattr(options, name) for name in VARIED})
+    changes: dict[str, Any] = {"batch_size": batch_size, "skip": options.skip}
+    given = {
+        "prefix_widths": _widths(options.matryoshka),
+        "random_prefixes": options.random_prefixes,
+        "dead_after": options.dead_after,
+    }
+    changes |= {name: value for name, value in given.items() if value is not None}
+    recipes = {
+        name: site_recipe(
+            options.recipe, options.architecture, options.n_features, steps, place.d_in, members, **changes
+        )
+        for name, place in places.items()
+    }
+    return Sweep(recipes, members)
 
 
 def parse_members(lists: Mapping[str, str | None]) -> list[Member]:
@@ -137,6 +200,14 @@ def _numbers(option: str, text: str, number: Callable[[str], float]) -> list[flo
     if option == "seed" and not all(0 <= value < 2**32 for value in values):
         raise ValueError(f"{flag} {text!r}: seeds are 0 to {2**32 - 1}.")
     return values
+
+
+def _widths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise ValueError(f"--matryoshka {text!r} is no comma list of sizes.")
+    return tuple(map(int, text.split(",")))
 
 
 def _fields_of(path: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ FORMAT = "tinymodel_jax/data"
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "data.json"
 SPLITS = ("train", "valid")
+DEFAULT_ROW_LENGTH = 128
+"""Tokens a row of the reference's data set."""
 ID_DTYPE = np.dtype("<u2")
 """Number format of the ids on disk."""
 MAX_VOCAB = 1 << 16

@@ -140,6 +140,15 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
     return placed
 
 
+def abstract_arrays(tree: Any, placed: Any) -> Any:
+    """Return the tree as `jax.ShapeDtypeStruct`s that live where `placed` says: what is to be restored or compiled for.
+
+    Args:
+        placed: the tree's shardings.
+    """
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree, placed)
+
+
 def path_name(path: Any) -> str:
     """Return a tree path as `blocks_0/attn/W_Q`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
