@@ -56,6 +56,10 @@ def open_activations(options: ActivationOptions, mesh: Mesh) -> tuple[Activation
     """
     if min(options.batch_size, options.held_out_stories) < 1:
         raise ValueError("--batch-size and --held-out-stories must be 1 or more.")
+    if options.stories is not None and options.stories < 1:
+        raise ValueError(f"--stories {options.stories} must be 1 or more.")
+    if not 0 <= options.data_seed < 2**32:
+        raise ValueError(f"--data-seed {options.data_seed}: seeds are 0 to {2**32 - 1}.")
     parts = mesh.shape["data"]
     if options.batch_size % parts:
         raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {parts}, the data axis.")
@@ -68,6 +72,8 @@ def _arrays(options: ActivationOptions, mesh: Mesh) -> tuple[ActivationSource, d
     assert options.activations is not None
     if options.sites or options.data is not None:
         raise ValueError("--activations takes the place of --sites and --data; give one or the other.")
+    if options.stories is not None:
+        raise ValueError("--stories belongs to --sites: the rows of --activations come from no stories.")
     found = ArrayActivations(
         options.activations, options.targets, batch_size=options.batch_size, seed=options.data_seed, mesh=mesh
     )
