@@ -193,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         (["--data", "{data}", "--out", "{tmp}/file"], "is a file"),
         (["--data", "{data}", "--out", "{tmp}/out", "--batch-size", "0"], "--batch-size 0"),
         (["--data", "{data}", "--out", "{tmp}/out", "--steps", "0"], "--steps 0"),
+        (["--data", "{data}", "--out", "{tmp}/out", "--seed", "-1"], "--seed -1"),
         (["--data", "{data}", "--out", "{tmp}/out", "--mesh", "data=7"], "data=7"),
         (["--data", "{data}", "--out", "{tmp}/out", "--learning-rate", "-1"], "learning_rate"),
     ],

@@ -101,8 +101,7 @@ def lm(
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
-    if min(save_every, eval_every) < 1:
-        raise ValueError(f"--save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
+    _check_run(save_every, eval_every, seed)
     settings = {
         "kind": "lm",
         "preset": preset,
@@ -218,6 +217,13 @@ def _check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
             f"--batch-size {batch_size} must be a multiple of {parts}: "
             f"{mesh.shape['data']} devices on data x {micro_batches} micro-batches."
         )
+
+
+def _check_run(save_every: int, eval_every: int, seed: int) -> None:
+    if min(save_every, eval_every) < 1:
+        raise ValueError(f"--save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: seeds are 0 to {2**32 - 1}.")
 
 
 def _held_out_loss(
