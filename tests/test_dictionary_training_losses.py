@@ -72,6 +72,12 @@ def test_aux_loss_is_the_share_of_the_residuals_variance_left():
     assert scaled == pytest.approx(1, rel=F32)
 
 
+def test_variance_does_not_depend_on_the_mean():
+    target = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    assert losses.variance(target) == pytest.approx(10 / 4, rel=F32)
+    assert losses.variance(target + 50) == pytest.approx(10 / 4, rel=1e-3)
+
+
 def test_prefix_shares_say_in_how_many_prefixes_a_feature_is():
     np.testing.assert_allclose(losses.prefix_shares(jnp.array([1, 3, 4]), 4), [1, 2 / 3, 2 / 3, 1 / 3], rtol=F32)
 

@@ -12,6 +12,7 @@ from conftest import as_users_run_it
 from tinymodel_jax.config import Architecture
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dead_features import add_aux_gradient, reinitialise_dead, update_reservoir
+from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_losses import aux_loss
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_reservoir, init_state
@@ -217,18 +218,23 @@ def test_the_reservoir_samples_in_proportion_to_squared_error():
 
 
 def test_aux_gradient_is_that_of_the_dead_features_predicting_the_residual():
-    recipe, state, x = small_state(subtract_b_dec=True, aux_k=5)
+    recipe, state, x = small_state(subtract_b_dec=True, aux_features=5, aux_k=2)
     params, residual = state.params, jax.random.normal(jax.random.key(2), (40, 6))
     dead = jnp.isin(jnp.arange(12), jnp.array([1, 4, 9]))
 
     def loss(params):
         acts = jnp.where(dead, jax.nn.relu((x - state.params["b_dec"]) @ params["W_enc_T"].T + params["b_enc"]), 0)
-        return recipe.aux_coefficient * 6 * aux_loss(residual, acts, params["W_dec"])
+        z = acts * jnp.linalg.norm(state.params["W_dec"], axis=1)
+        acts = jnp.where(z >= jnp.sort(z, axis=1)[:, -2:-1], acts, 0)  # the two largest of an input
+        return 3 * aux_loss(residual, acts, params["W_dec"])
 
     zero = jax.tree.map(jnp.zeros_like, params)
-    found, value = add_aux_gradient(zero, params, recipe, dead, x, residual, jax.random.key(0))
+    execution = execution_for(recipe)
+    found, value = add_aux_gradient(
+        zero, params, recipe, execution, dead, x, residual, jnp.float32(3), jax.random.key(0)
+    )
     wanted = jax.grad(loss)(params)
-    assert value * recipe.aux_coefficient * 6 == pytest.approx(float(loss(params)), rel=1e-5)
+    assert 3 * value == pytest.approx(float(loss(params)), rel=1e-5)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-5)
     assert jnp.abs(found["W_enc_T"][4]).max() > 0
@@ -237,7 +243,10 @@ def test_aux_gradient_is_that_of_the_dead_features_predicting_the_residual():
 def test_without_dead_features_there_is_no_aux_loss():
     recipe, state, x = small_state()
     gradient = jax.tree.map(jnp.ones_like, state.params)
-    found, loss = add_aux_gradient(gradient, state.params, recipe, jnp.zeros(12, bool), x, x, jax.random.key(0))
+    none = jnp.zeros(12, bool)
+    found, loss = add_aux_gradient(
+        gradient, state.params, recipe, execution_for(recipe), none, x, x, jnp.float32(1), jax.random.key(0)
+    )
     assert loss == 0
     assert all((leaf == 1).all() for leaf in found.values())
 

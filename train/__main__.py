@@ -1,4 +1,4 @@
-"""`python -m train prepare | lm | dictionaries`: the training programs.
+"""`python -m train prepare | lm | dictionaries | bundle`: the training programs.
 
 Only the program that is named loads, once it runs: `--help` needs none of the extra's packages, and Ctrl-C ends without
 a traceback from the beginning on.
@@ -16,6 +16,7 @@ PROGRAMS = {
     "dictionaries": (
         "Train dictionaries on activations of a language model or of files, or go on with a run that was stopped."
     ),
+    "bundle": "Make the bundled model and its dictionaries, or go on where it was stopped.",
 }
 """Each is the function of that name in the module of that name; the line is the first of its docstring."""
 

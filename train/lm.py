@@ -27,6 +27,7 @@ from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
 from tinymodel_jax.training.lm_step import (
+    Initialization,
     LMOptimizer,
     LMState,
     summed_loss,
@@ -57,6 +58,7 @@ def lm(
     batch_size: int | None = None,
     micro_batches: int = 1,
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = AS_PRESET,
+    initialization: Initialization | None = None,
     dtype: DType = "auto",
     seed: int = 0,
     save_every: int = 1000,
@@ -77,6 +79,8 @@ def lm(
         batch_size: rows a step, over all devices.
         micro_batches: parts of a batch that are computed one after the other, to save memory.
         optimizer: what replaces settings of the preset's optimizer.
+        initialization: of the weights: reference, as published, or wide, with larger embeddings; by default the
+            preset's.
         dtype: number format of the computation; auto is bfloat16 on an accelerator, float32 on a CPU.
         seed: of the initial weights and of the order of the rows.
         save_every: steps between checkpoints.
@@ -95,7 +99,8 @@ def lm(
     dtype_name = number_format(dtype, device_mesh)
     config, adamw, batch_size, steps = _resolve(preset, token_data, steps, batch_size, optimizer, dtype_name)
     _check_batch(batch_size, micro_batches, device_mesh)
-    program = build_program(config, adamw, steps, micro_batches, device_mesh, fsdp)
+    initialization = initialization or PRESETS[preset].initialization
+    program = build_program(config, adamw, steps, micro_batches, device_mesh, fsdp, initialization)
     if compile_for is not None:
         _report(program, config, batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH, device_mesh)
         return
@@ -107,6 +112,7 @@ def lm(
         "preset": preset,
         "model": config.to_dict(),
         "optimizer": dataclasses.asdict(adamw),
+        "initialization": initialization,
         "steps": steps,
         "batch_size": batch_size,
         "micro_batches": micro_batches,

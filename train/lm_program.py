@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.lm_step import (
+    Initialization,
     LMOptimizer,
     LMState,
     init_state,
@@ -41,12 +42,18 @@ class Program(NamedTuple):
 
 
 def build_program(
-    config: ModelConfig, optimizer: LMOptimizer, steps: int, micro_batches: int, mesh: Mesh, fsdp: bool
+    config: ModelConfig,
+    optimizer: LMOptimizer,
+    steps: int,
+    micro_batches: int,
+    mesh: Mesh,
+    fsdp: bool,
+    initialization: Initialization = "reference",
 ) -> Program:
     """Return the run's compiled functions; nothing is computed yet."""
     rows = NamedSharding(mesh, P("data", None))
     transformation = make_optimizer(optimizer, steps)
-    init = functools.partial(init_state, config=config, optimizer=transformation)
+    init = functools.partial(init_state, config=config, optimizer=transformation, initialization=initialization)
     shapes = jax.eval_shape(init, jax.random.key(0))
     placed = shardings(shapes, LM_FSDP_RULES if fsdp else LM_RULES, mesh)
     step = functools.partial(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.training.lm_step import LMOptimizer
+from tinymodel_jax.training.lm_step import Initialization, LMOptimizer
 
 PresetName = Literal["tiny_model", "tiny_model_2L", "mini", "smoke"]
 
@@ -21,6 +21,7 @@ class Preset:
     batch_size: int
     """Rows a step."""
     steps: int
+    initialization: Initialization
     any_vocabulary: bool
     """Whether the data says the vocabulary size, rather than the preset."""
 
@@ -42,7 +43,12 @@ class OptimizerOptions:
 AS_PRESET = OptimizerOptions()
 
 _TINY_MODEL = Preset(
-    ModelConfig(), LMOptimizer(learning_rate=1e-3, warmup_steps=500), batch_size=256, steps=30_100, any_vocabulary=False
+    ModelConfig(),
+    LMOptimizer(learning_rate=1e-3, warmup_steps=500),
+    batch_size=256,
+    steps=30_100,
+    initialization="reference",
+    any_vocabulary=False,
 )
 """The published training: 2.57 M rows of 128, three epochs."""
 
@@ -51,9 +57,10 @@ PRESETS: dict[PresetName, Preset] = {
     "tiny_model_2L": replace(_TINY_MODEL, model=ModelConfig(n_layers=2)),
     "mini": Preset(
         ModelConfig(n_layers=4, d_model=128, n_heads=8, d_mlp=512, n_ctx=256, d_vocab=1024),
-        LMOptimizer(learning_rate=3e-3, warmup_steps=200),
-        batch_size=32,
-        steps=8_000,
+        LMOptimizer(learning_rate=4e-3, warmup_steps=200),
+        batch_size=8,
+        steps=5_000,
+        initialization="wide",
         any_vocabulary=True,
     ),
     "smoke": Preset(
@@ -61,6 +68,7 @@ PRESETS: dict[PresetName, Preset] = {
         LMOptimizer(learning_rate=3e-3, warmup_steps=10),
         batch_size=8,
         steps=60,
+        initialization="wide",
         any_vocabulary=True,
     ),
 }

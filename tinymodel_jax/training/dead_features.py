@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tinymodel_jax.training import dictionary_losses as losses
-from tinymodel_jax.training.dictionary_forward import effective_bias
+from tinymodel_jax.training.dictionary_forward import Execution, effective_bias, largest
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import (
     TINY,
@@ -31,18 +31,22 @@ def add_aux_gradient(
     gradient: TrainParams,
     params: TrainParams,
     recipe: DictionaryRecipe,
+    execution: Execution,
     dead: Bool[Array, " n_features"],
     x: Float[Array, "batch d_in"],
     residual: Float[Array, "batch d_out"],
+    weight: Float[Array, ""],
     key: Array,
 ) -> tuple[TrainParams, Float[Array, ""]]:
-    """Return the gradient with AuxK's added, and AuxK's loss as a share of the residual's variance.
+    """Return the gradient with `weight` times AuxK's added, and AuxK's loss as a share of the residual's variance.
 
-    Takes at most `aux_k` dead features, drawn anew each step when there are more, and lets each act wherever its
-    pre-activation is positive. That is AuxK exactly while no more than `aux_k` features are dead, and costs products of
-    `aux_k` rows rather than a second search over all features. The residual gets no gradient, the encoder does.
+    Takes at most `aux_features` dead features, drawn anew each step when there are more, and lets the `aux_k` largest
+    of them act on each input: products of `aux_features` rows rather than a second search over all features. The
+    residual gets no gradient, the encoder does.
     """
-    size = min(recipe.aux_k or max(1, residual.shape[-1] // 2), recipe.n_features)
+    width = residual.shape[-1]
+    size = min(recipe.aux_features or 2 * width, recipe.n_features)
+    active = min(recipe.aux_k or max(1, width // 8), size)
 
     def with_aux() -> tuple[TrainParams, Array]:
         lots = jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0)
@@ -52,10 +56,11 @@ def add_aux_gradient(
         def loss_of(chosen: TrainParams) -> Array:
             bias = effective_bias(chosen | {"b_dec": params["b_dec"]}, recipe)
             acts = jnp.where(drawn >= 0, jax.nn.relu(x @ chosen["W_enc_T"].T + bias), 0)
+            z = jax.lax.stop_gradient(acts * losses.row_norms(chosen["W_dec"]))
+            acts = jnp.where(z >= largest(z, active, execution)[0][:, -1:], acts, 0)
             return losses.aux_loss(residual, acts, chosen["W_dec"])
 
         loss, extra = jax.value_and_grad(loss_of)(chosen)
-        weight = recipe.aux_coefficient * residual.shape[-1]
         return gradient | {name: gradient[name].at[rows].add(weight * g) for name, g in extra.items()}, loss
 
     return jax.lax.cond(jnp.any(dead), with_aux, lambda: (gradient, jnp.zeros(())))

@@ -109,7 +109,7 @@ def select(
     if recipe.architecture == "batch_topk":
         selection = select_of_batch(z, k, recipe.k)
     else:
-        best, positions = _largest(z, recipe.k, execution)
+        best, positions = largest(z, recipe.k, execution)
         kept = jnp.where(jnp.arange(recipe.k) < k, best, 0)
         inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
         selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
@@ -171,8 +171,9 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
         jumped: Array = losses.jump(z, params["threshold"], recipe.bandwidth)  # type: ignore[assignment]
         acts = jumped / norms
         l0: Array = losses.mean_l0(z, params["threshold"], recipe.bandwidth)  # type: ignore[assignment]
-        unit = y.shape[-1]
-        sparsity = unit * losses.target_l0_loss(l0, hyper.target_l0) if recipe.target_l0 is not None else l0
+        sparsity = l0
+        if recipe.target_l0 is not None:
+            sparsity = losses.variance(y) * losses.target_l0_loss(l0, hyper.target_l0)
     else:
         z = jax.lax.stop_gradient(jax.nn.relu(linear) * norms)
         limit, threshold = _dense_limit(z, recipe, execution, hyper.k)
@@ -190,12 +191,12 @@ def _dense_limit(z, recipe: DictionaryRecipe, execution: Execution, k: Array) ->
     if recipe.architecture == "batch_topk":
         threshold = kth_largest(z, k * z.shape[0])
         return threshold, threshold
-    best, _ = _largest(z, recipe.k or 0, execution)
+    best, _ = largest(z, recipe.k or 0, execution)
     return jnp.take_along_axis(best, jnp.broadcast_to(k - 1, (z.shape[0], 1)), axis=1), jnp.zeros(())
 
 
-def _largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
-    """Return the `k` largest of each row and their positions."""
+def largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
+    """Return the `k` largest of each row and their positions, wherever rows and columns live."""
     if execution.mesh is None:
         return top_k(z, k, execution.on_cpu)
     return top_k_of_shards(z, k, execution.mesh)

@@ -26,6 +26,11 @@ def squared_error(target: Float[Array, "b d"], prediction: Float[Array, "b l d"]
     return jnp.mean(jnp.sum(jnp.square(target[:, None, :] - prediction), axis=-1))
 
 
+def variance(target: Float[Array, "b d"]) -> Float[Array, ""]:
+    """Return the squared distance of targets from their mean, summed over the width, averaged over inputs."""
+    return jnp.mean(jnp.sum(jnp.square(target - jnp.mean(target, axis=0)), axis=-1))
+
+
 def l1_penalty(acts: Float[Array, "b f"], weights: Float[Array, " f"]) -> Float[Array, ""]:
     """Return `sum over f of weights * acts`, averaged over inputs; weights: decoder norms times prefix shares."""
     return jnp.mean(acts, axis=0) @ weights
@@ -93,8 +98,8 @@ def aux_loss(residual: Float[Array, "b d"], acts: Float[Array, "b k"], rows: Flo
 
     No `b_dec` is added: the residual is already without it. Source: Gao et al. 2024, appendix A.2.
     """
-    spread = jnp.sum(jnp.square(residual - jnp.mean(residual, axis=0)))
-    return jnp.sum(jnp.square(residual - acts @ rows)) / (spread + TINY)
+    error = jnp.mean(jnp.sum(jnp.square(residual - acts @ rows), axis=-1))
+    return error / (variance(residual) + TINY)
 
 
 def prefix_shares(widths: Int[Array, " l"], n_features: int) -> Float[Array, " f"]:

@@ -6,7 +6,8 @@ which devices they are. What a sweep varies without compiling again are the numb
 Units. Inputs and targets are scaled once so that their mean norm is the square root of their width (`scale_inputs`).
 The reconstruction loss is the squared error summed over the width and averaged over inputs; sparsity penalties are sums
 over features averaged over inputs, of activations times the norms of their decoder rows. Terms without a unit of their
-own (AuxK, the target-L0 loss) are multiplied by d_out, the mean squared norm of a scaled target.
+own (AuxK, the target-L0 loss) are multiplied by the variance of the scaled targets, summed over the width: they weigh
+the same beside the reconstruction wherever the targets' mean lies.
 """
 
 from __future__ import annotations
@@ -92,8 +93,10 @@ class DictionaryRecipe(_JsonConfig):
     """Inputs a feature stays silent for before it counts as dead."""
     aux_coefficient: float = 0.0
     """Coefficient of AuxK: dead features predict the residual, as a share of its variance. 0 leaves it out."""
+    aux_features: int | None = None
+    """Dead features that take part in AuxK in one step; None is twice the width of the target."""
     aux_k: int | None = None
-    """Dead features that take part in AuxK in one step; None is half the width of the target."""
+    """Of them, features active on an input; None is an eighth of the width of the target."""
     reinit_every: int | None = None
     """Steps between re-initialisations of dead features from high-error inputs; None never does it."""
     reservoir_size: int = 5_000
@@ -157,7 +160,7 @@ class DictionaryRecipe(_JsonConfig):
 
     def _problems_of_numbers(self) -> list[str]:
         names = ("n_features", "steps", "batch_size", "reservoir_size", "dead_after")
-        optional = ("aux_k", "reinit_every", "random_prefixes")
+        optional = ("aux_features", "aux_k", "reinit_every", "random_prefixes")
         names += tuple(name for name in optional if getattr(self, name) is not None)
         problems = [
             f"{n}={getattr(self, n)!r} must be a whole number of 1 or more" for n in names if not _is_whole(self, n)
@@ -213,11 +216,12 @@ def recipe_preset(
 ) -> DictionaryRecipe:
     """Return the recipe of a preset, some of its fields changed.
 
-    `house` is this package's own; in it a feature is dead after 10 million silent inputs, or a tenth of a shorter
-    training. `reference` is what the configurations beside the published dictionaries say: log
-    penalty, Adam with betas 0.5 and 0.9375, a constant learning rate of 2^-10 with a decay at the end, dead features
-    re-initialised every 800 steps from 5,000 high-error inputs. They leave open the penalty's form and units, how
-    long the decay is and when a feature counts as dead: those are chosen here.
+    `house` is this package's own, tuned on activations of small TinyStories models (docs/training_dictionaries.md): its
+    learning rate falls with the square root of the dictionary's size, from 2e-3 at 1,024 features, and a feature is
+    dead after 10 million silent inputs, or a tenth of a shorter training. `reference` is what the configurations beside
+    the published dictionaries say: log penalty, Adam with betas 0.5 and 0.9375, a learning rate of 2^-10 that stays and
+    decays at the end, dead features re-initialised every 800 steps from 5,000 high-error inputs. They leave open the
+    penalty's form and units, how long the decay is and when a feature counts as dead: those are chosen here.
 
     The L1 coefficient of both, 5, suits widths near 768. The loss of scaled inputs grows with their width, the penalty
     with its square root, so narrow activations want a smaller one: in proportion to the square root of the width.
@@ -236,7 +240,8 @@ def recipe_preset(
         fields |= {"sparsity": 5.0, "sparsity_warmup_steps": steps // 20}
     if name == "house":
         inputs = steps * changes.get("batch_size", DictionaryRecipe.batch_size)
-        fields |= {"learning_rate": 2e-4 / (n_features / 16384) ** 0.5, "dead_after": max(1, min(10**7, inputs // 10))}
+        rate = min(2e-3, 5e-4 / (n_features / 16384) ** 0.5)
+        fields |= {"learning_rate": rate, "dead_after": max(1, min(10**7, inputs // 10))}
         revived = {"reinit_every": max(100, min(1000, steps // 20))}
         fields |= revived if architecture in ("relu", "gated") else {"aux_coefficient": 1 / 32}
     else:

@@ -21,7 +21,7 @@ from tinymodel_jax.training.dead_features import (
     update_reservoir,
 )
 from tinymodel_jax.training.dictionary_forward import Execution, Outcome, execution_for, loss_and_gradient
-from tinymodel_jax.training.dictionary_losses import random_widths
+from tinymodel_jax.training.dictionary_losses import random_widths, variance
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import TINY, DictionaryTrainState, TrainParams
 
@@ -66,12 +66,15 @@ def train_step(
     in_force = hyper._replace(sparsity=coefficient)
     outcome, gradient = loss_and_gradient(state.params, recipe, execution, in_force, scaled_x, scaled_y, widths)
     dead, aux = dead_mask(state, recipe), jnp.zeros(())
+    aux_weight = recipe.aux_coefficient * variance(scaled_y)
     if recipe.aux_coefficient:
-        gradient, aux = add_aux_gradient(gradient, state.params, recipe, dead, scaled_x, outcome.residual, keys[1])
+        gradient, aux = add_aux_gradient(
+            gradient, state.params, recipe, execution, dead, scaled_x, outcome.residual, aux_weight, keys[1]
+        )
     rate = hyper.learning_rate * learning_rate_share(state.step, recipe)
     params, moments, gradient_norm = _adam(state, recipe, gradient, rate)
     metrics = {
-        "loss": outcome.loss + recipe.aux_coefficient * scaled_y.shape[-1] * aux,
+        "loss": outcome.loss + aux_weight * aux,
         "reconstruction": outcome.reconstruction,
         "sparsity": outcome.sparsity,
         "sparsity_coefficient": coefficient,

@@ -18,6 +18,9 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.transformer import Transformer
 
+Initialization = Literal["reference", "wide"]
+"""`reference`: as published, embeddings normal(1e-4). `wide`: embeddings normal(0.3), positions normal(0.1)."""
+_WIDE = {"W_E": 0.3, "W_pos": 0.1}
 Schedule = Callable[[Any], Any]
 """Step number to learning rate."""
 
@@ -92,9 +95,21 @@ def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransfor
     )
 
 
-def init_state(key: Array, config: ModelConfig, optimizer: optax.GradientTransformation) -> LMState:
-    """Return the state before the first step."""
-    params = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def init_state(
+    key: Array,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    initialization: Initialization = "reference",
+) -> LMState:
+    """Return the state before the first step.
+
+    Without layer norm, embeddings of 1e-4 leave almost nothing in the residual stream at first: `wide` learns faster.
+    """
+    params: Any = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    if initialization == "wide":
+        for number, (name, scale) in enumerate(_WIDE.items()):
+            leaf = params[name]
+            params[name] = scale * jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
     return LMState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

@@ -48,8 +48,12 @@ def top_k(
 def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
     """Return what `top_k` does, of rows spread over `data` and columns over `model`.
 
-    Every device searches its own part, and only what it found travels.
+    Every device searches its own part, and only what it found travels. Columns that `model` does not divide are on all.
     """
+    rows = P("data", None)
+    if values.shape[1] % mesh.shape["model"]:
+        search_whole = functools.partial(jax.lax.top_k, k=k)
+        return jax.shard_map(search_whole, mesh=mesh, in_specs=rows, out_specs=[rows, rows], check_vma=False)(values)
 
     def search(part: Array) -> tuple[Array, Array]:
         best, positions = jax.lax.top_k(part, min(k, part.shape[-1]))
@@ -58,7 +62,6 @@ def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Fl
         best, slots = jax.lax.top_k(best, k)
         return best, jnp.take_along_axis(positions, slots, axis=1)
 
-    rows = P("data", None)
     run = jax.shard_map(search, mesh=mesh, in_specs=P("data", "model"), out_specs=(rows, rows), check_vma=False)
     return run(values)
 

@@ -1,0 +1,173 @@
+"""Which of the story world's concepts the dictionaries of a language model found.
+
+The truth about every token is known (`bundled.storyworld`), so each concept can be looked for among the features of
+each dictionary. The same search among the neurons of the MLPs and among random directions says what a dictionary adds.
+Stories are split: the first half chooses units and thresholds, the second scores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tinymodel_jax.analysis.concepts import ConceptScores, score_concepts
+from tinymodel_jax.atomic_files import replaced
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.forward import forward
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.sites import Site
+
+BATCH = 16
+"""Stories in one pass of the model."""
+ENCODED_TOGETHER = 4096
+"""Features of a dictionary whose activations are made at once."""
+
+Kind = Literal["dictionary", "neurons", "random directions"]
+
+
+class Recovery(NamedTuple):
+    """How well the units of one place tell the concepts."""
+
+    name: str
+    """`M1`; `neurons 1`; `random M1`."""
+    kind: Kind
+    layer: int
+    n_units: int
+    scores: ConceptScores
+    """In the order of `storyworld.CONCEPTS`."""
+
+
+class _Half(NamedTuple):
+    acts: dict[str, Float[np.ndarray, "positions width"]]
+    truth: Bool[np.ndarray, "positions concepts"]
+
+
+def recover_concepts(
+    lm: TinyModel,
+    stories: Iterable[storyworld.Story],
+    tags: Sequence[str] | None = None,
+    *,
+    baselines: bool = True,
+    seed: int = 0,
+) -> list[Recovery]:
+    """Score the best single feature for each concept, for each dictionary.
+
+    Args:
+        lm: a model whose tokenizer knows the stories' characters, such as `TinyModel("mini")`.
+        stories: of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
+        tags: dictionaries; None is all that the model has.
+        baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
+            input as it has features.
+        seed: of the random directions.
+
+    Raises:
+        ValueError: there are fewer than two stories, a tag has no dictionary, or the tokenizer does not fit.
+    """
+    told = list(stories)
+    if len(told) < 2:
+        raise ValueError(f"recover_concepts takes two stories or more, got {len(told)}: half of them choose the units.")
+    tags = lm.dictionary_tags if tags is None else tags
+    readers = [lm[tag] for tag in tags]
+    layers = sorted({reader.site.layer for reader in readers})
+    neurons = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers if baselines}
+    names = {reader.site.hook_in for reader in readers} | set(neurons.values())
+    middle = len(told) // 2
+    choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
+
+    found = []
+    for reader in readers:
+        site, dictionary = reader.site, reader.dictionary
+        values = [_encoded(dictionary, half.acts[site.hook_in]) for half in (choosing, scoring)]
+        found.append(_scored(site.tag, "dictionary", site, values, choosing, scoring))
+        if baselines:
+            width, n_features = dictionary.config.d_in, dictionary.config.n_features
+            directions = np.random.default_rng(seed).normal(size=(width, n_features)).astype(np.float32)
+            values = [half.acts[site.hook_in] @ directions for half in (choosing, scoring)]
+            found.append(_scored(f"random {site.tag}", "random directions", site, values, choosing, scoring))
+    for layer, name in neurons.items():
+        values = [half.acts[name] for half in (choosing, scoring)]
+        found.append(_scored(f"neurons {layer}", "neurons", Site("M", layer), values, choosing, scoring))
+    return found
+
+
+def n_found(recovery: Recovery, f1: float = 0.8) -> int:
+    """Return how many concepts have a unit with this F1 or more."""
+    return int(np.sum(recovery.scores.f1 >= f1))
+
+
+def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
+    """Return a row for each place and concept, for JSON or a table; NaN (a concept that holds nowhere) is None."""
+    rows: list[dict[str, object]] = []
+    for recovery in recoveries:
+        scores = recovery.scores
+        for column, concept in enumerate(storyworld.CONCEPTS):
+            numbers = {
+                "share": scores.share[column],
+                "f1": scores.f1[column],
+                "chance_f1": scores.chance_f1[column],
+                "auc": scores.auc[column],
+            }
+            rows.append(
+                {
+                    "place": recovery.name,
+                    "kind": recovery.kind,
+                    "layer": recovery.layer,
+                    "concept": concept,
+                    **{key: None if np.isnan(value) else round(float(value), 4) for key, value in numbers.items()},
+                    "f1_unit": int(scores.f1_unit[column]),
+                    "auc_unit": int(scores.auc_unit[column]),
+                }
+            )
+    return rows
+
+
+def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
+    """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
+    from matplotlib.figure import Figure  # not pyplot: nothing global, no display
+
+    table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
+    order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
+    figure = Figure(figsize=(3.2 + 0.32 * table.shape[1], 1.6 + 0.155 * table.shape[0]), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table[order], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_xticks(range(table.shape[1]), [recovery.name for recovery in recoveries], rotation=90, fontsize=7)
+    axes.set_yticks(range(table.shape[0]), [[*storyworld.CONCEPTS][row] for row in order], fontsize=6)
+    axes.set_title("F1 of the best single unit for each concept")
+    figure.colorbar(image, ax=axes, shrink=0.3, label="F1")
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
+    """Return the activations and the truth at every token of the stories that is not special."""
+    config, tokenizer = lm.config, lm.tokenizer
+    tok_ids, _ = tokenizer([story.text for story in told], max_length=config.n_ctx)
+    truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
+    special = np.isin(tok_ids, [config.begin_id, config.end_id, config.pad_id])
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for start in range(0, len(told), BATCH):
+        rows, missing = tok_ids[start : start + BATCH], max(0, start + BATCH - len(told))
+        padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=config.pad_id)
+        _, acts = forward(lm.params, padded, {}, config=config, keep=names, output="none")
+        for name in names:
+            kept = np.asarray(acts[name], np.float32)[: len(rows)]
+            parts[name].append(kept[~special[start : start + BATCH]])
+    return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[~special])
+
+
+def _encoded(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
+    starts = range(0, dictionary.config.n_features, ENCODED_TOGETHER)
+    parts = [np.asarray(dictionary.encode(jnp.asarray(x), slice(start, start + ENCODED_TOGETHER))) for start in starts]
+    return np.concatenate(parts, axis=1)
+
+
+def _scored(name: str, kind: Kind, site: Site, acts: Sequence[np.ndarray], choosing: _Half, scoring: _Half) -> Recovery:
+    chosen_on, scored_on = acts
+    scores = score_concepts(chosen_on, choosing.truth, scored_on, scoring.truth)
+    return Recovery(name, kind, site.layer, chosen_on.shape[1], scores)

@@ -1,0 +1,134 @@
+"""How well single features tell where known concepts hold: the best F1 and AUC for each concept.
+
+Units are columns of activations: features of a dictionary, neurons, projections on directions. A unit says that a
+concept holds where its activation is above a threshold. For each concept the best unit, and for F1 its threshold, are
+chosen on one set of positions and scored on another, so that many units do not win by chance.
+
+    AUC  = P(activation where the concept holds > activation where it does not), ties counting half; chance is 0.5
+    F1   = 2 * hits / (predicted + true); always predicting a concept of share p gives 2 p / (1 + p), the chance level
+
+NumPy: the work is sorting, and products with the matrix of concepts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+LEVELS = np.array([2.0**-power for power in range(1, 13)])
+"""Shares of the positions that a unit's thresholds let through, besides those that are 0 and below everything."""
+CHUNK = 256
+"""Units that are scored together."""
+
+
+class ConceptScores(NamedTuple):
+    """Scores of the best unit of each concept, on positions that it was not chosen on."""
+
+    share: Float[np.ndarray, " concepts"]
+    """Share of the scored positions at which the concept holds."""
+    f1: Float[np.ndarray, " concepts"]
+    """NaN where the concept holds nowhere."""
+    f1_unit: Int[np.ndarray, " concepts"]
+    """Unit with the best F1."""
+    threshold: Float[np.ndarray, " concepts"]
+    """Its threshold; -inf where nothing beats predicting the concept everywhere."""
+    auc: Float[np.ndarray, " concepts"]
+    """NaN where the concept holds nowhere or everywhere."""
+    auc_unit: Int[np.ndarray, " concepts"]
+    """Unit with the best AUC."""
+
+    @property
+    def chance_f1(self) -> Float[np.ndarray, " concepts"]:
+        """F1 of predicting each concept everywhere."""
+        return 2 * self.share / (1 + self.share)
+
+
+class _Best(NamedTuple):
+    """The best of the units seen so far, of each concept."""
+
+    score: np.ndarray
+    unit: np.ndarray
+    threshold: np.ndarray
+
+
+def score_concepts(
+    acts: Float[np.ndarray, "chosen_on units"],
+    truth: Bool[np.ndarray, "chosen_on concepts"],
+    held_out_acts: Float[np.ndarray, "scored_on units"],
+    held_out_truth: Bool[np.ndarray, "scored_on concepts"],
+) -> ConceptScores:
+    """Choose the best unit of each concept on some positions, and score it on held-out ones.
+
+    Raises:
+        ValueError: there is no unit, or no position to choose or score on.
+    """
+    if not acts.shape[1] or not len(acts) or not len(held_out_acts):
+        raise ValueError(
+            f"score_concepts: activations of shapes {acts.shape} and {held_out_acts.shape}; both must hold positions "
+            "and units."
+        )
+    by_auc = by_f1 = _Best(
+        np.full(truth.shape[1], -np.inf), np.zeros(truth.shape[1], int), np.full(truth.shape[1], -np.inf)
+    )
+    for start in range(0, acts.shape[1], CHUNK):
+        part = np.asarray(acts[:, start : start + CHUNK], np.float32)
+        by_auc = _better(by_auc, auc_of_all(part, truth), start)
+        for thresholds in _thresholds(part):
+            by_f1 = _better(by_f1, _f1_of_all(part > thresholds, truth), start, thresholds)
+    chosen = np.asarray(held_out_acts[:, by_auc.unit], np.float32)
+    auc = [auc_of_all(chosen[:, [c]], held_out_truth[:, [c]])[0, 0] for c in range(truth.shape[1])]
+    predicted = held_out_acts[:, by_f1.unit] > by_f1.threshold
+    hits = np.sum(predicted & held_out_truth, axis=0)
+    positives = held_out_truth.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        f1 = np.where(positives > 0, 2 * hits / (predicted.sum(axis=0) + positives), np.nan)
+    return ConceptScores(positives / len(held_out_truth), f1, by_f1.unit, by_f1.threshold, np.array(auc), by_auc.unit)
+
+
+def auc_of_all(
+    acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
+) -> Float[np.ndarray, "units concepts"]:
+    """Return the AUC of every unit for every concept; NaN where a concept holds nowhere or everywhere.
+
+    From the average ranks of the activations (Mann and Whitney 1947): exact, ties included.
+    """
+    above_middle = np.stack([_centred_ranks(column) for column in acts.T]).astype(np.float32)
+    positives = truth.sum(axis=0)
+    pairs = positives * (len(truth) - positives)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, 0.5 + (above_middle @ truth.astype(np.float32)) / pairs, np.nan)
+
+
+def _centred_ranks(column: np.ndarray) -> np.ndarray:
+    """Return average ranks minus their mean; inactive positions, which are most, share one."""
+    ordered = np.sort(column)
+    return (np.searchsorted(ordered, column, "left") + np.searchsorted(ordered, column, "right") - len(column)) / 2
+
+
+def _thresholds(acts: np.ndarray) -> np.ndarray:
+    """Return (levels, units) thresholds: below everything, 0, and what the shares of `LEVELS` exceed."""
+    ordered = np.sort(acts, axis=0)
+    places = np.maximum(len(acts) - np.ceil(len(acts) * LEVELS).astype(int) - 1, 0)
+    fixed = np.stack([np.full(acts.shape[1], -np.inf), np.zeros(acts.shape[1])])
+    return np.concatenate([fixed, ordered[places]]).astype(np.float32)
+
+
+def _f1_of_all(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    hits = predicted.T.astype(np.float32) @ truth.astype(np.float32)
+    sizes = predicted.sum(axis=0)[:, None] + truth.sum(axis=0)
+    return 2 * hits / np.maximum(sizes, 1)
+
+
+def _better(best: _Best, scores: np.ndarray, start: int, thresholds: np.ndarray | None = None) -> _Best:
+    """Return the best with a chunk of units seen; earlier ones win ties."""
+    scores = np.nan_to_num(scores, nan=-np.inf)
+    winner = scores.argmax(axis=0)
+    score = scores[winner, np.arange(scores.shape[1])]
+    wins = score > best.score
+    return _Best(
+        np.where(wins, score, best.score),
+        np.where(wins, winner + start, best.unit),
+        best.threshold if thresholds is None else np.where(wins, thresholds[winner], best.threshold),
+    )

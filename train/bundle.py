@@ -1,0 +1,136 @@
+"""Make the bundled model and its dictionaries from nothing: `python -m train bundle DEST --work WORK`.
+
+What `TinyModel("mini")` loads, as it was made: stories of the story world, a language model of the preset `mini` on
+them, and a dictionary at every site of every layer. The same command again goes on where the last one stopped, to the
+bit. DEST is a model's folder: float16, with a card (README.md) that states how it was made and its numbers.
+
+Two CPU cores take about an hour and a half; the model card says how long it took.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.io.artifacts import save_model
+from tinymodel_jax.io.convert import ConvertedDictionary
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.sites import Site
+from tinymodel_jax.weights import flatten
+from train.activation_options import ActivationOptions
+from train.dictionaries import dictionaries
+from train.hosts import say
+from train.lm import lm
+from train.prepare import prepare
+from train.sweep import SweepOptions
+
+KINDS = ("M", "A", "Ra", "Rm", "Mo")
+N_FEATURES, K = 512, 24
+DICTIONARY_STEPS = 1500
+ROW_LENGTH = 256
+ENTROPY_STORIES = 2000
+
+
+def bundle(dest: Path, *, work: Path) -> None:
+    """Make the bundled model and its dictionaries, or go on where it was stopped.
+
+    Args:
+        dest: folder to make, of the model, its dictionaries and its card.
+        work: folder of the data and the two training runs, which stay.
+    """
+    start = time.monotonic()
+    data, lm_run, dictionary_run = (str(work / name) for name in ("data", "lm", "dictionaries"))
+    prepare("storyworld", data, tokenizer="mini", row_length=ROW_LENGTH)
+    lm("mini", data=data, out=lm_run)
+    if not (work / "lm" / "model").is_dir():
+        return  # stopped by a signal, which said so
+    n_layers = TinyModel(lm_run).config.n_layers
+    sites = ",".join(f"{kind}{layer}" for layer in range(n_layers) for kind in KINDS)
+    dictionaries(
+        steps=DICTIONARY_STEPS,
+        sweep=SweepOptions(N_FEATURES, "batch_topk", k=str(K)),
+        source=ActivationOptions(model=lm_run, sites=sites, data=data),
+        out=dictionary_run,
+    )
+    if not (work / "dictionaries" / "sweep.json").is_file():
+        return
+    _pack(work, dest)
+    say(f"{dest}: {_megabytes(dest):.1f} MB; this command ran for {(time.monotonic() - start) / 60:.0f} minutes")
+
+
+def _pack(work: Path, dest: Path) -> None:
+    """Write the model's folder in float16, and its card."""
+    model = TinyModel(work / "lm")
+    records = json.loads((work / "dictionaries" / "sweep.json").read_text("utf-8"))["dictionaries"]
+    for record in records:
+        model.attach(record["site"], work / "dictionaries" / record["folder"])
+    found = {
+        tag: ConvertedDictionary(model.dictionaries[tag].config, _half(model.dictionaries[tag].params))
+        for tag in model.dictionary_tags
+    }
+    save_model(model.config, _half(flatten(model.params)), dest, model.tokenizer, found)
+    replace_file(dest / "README.md", _card(work, model, records).encode())
+
+
+def _half(params: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array, np.float16) for name, array in params.items()}
+
+
+def _card(work: Path, model: TinyModel, records: list[dict[str, Any]]) -> str:
+    run = json.loads((work / "lm" / "config.json").read_text("utf-8"))
+    lines = (work / "lm" / "metrics.jsonl").read_text("utf-8").splitlines()
+    held_out = [json.loads(line)["held_out_loss"] for line in lines if "held_out_loss" in line][-1]
+    tokens = sum(json.loads(line)["tokens"] for line in lines)
+    entropy = storyworld.entropy(storyworld.stories(1, ENTROPY_STORIES))
+    rows = [
+        f"| `{r['site']}` | {n['l0']:.1f} | {n['explained_variance']:.3f} | {n['ce_recovered']:.3f} | "
+        f"{n['dead_fraction']:.1%} |"
+        for r in sorted(records, key=lambda record: Site.parse(record["site"])[0].order)
+        for n in (r["results"],)
+    ]
+    cfg = model.config
+    return f"""# The bundled model
+
+`TinyModel("mini")`: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads, d_mlp {cfg.d_mlp}, context
+{cfg.n_ctx}, {cfg.d_vocab} ids, {cfg.n_params:,} parameters; trained on the story world (docs/storyworld.md), with a
+dictionary at every site. float16 on disk, float32 in use. Made from nothing by
+
+    python -m train bundle DEST --work WORK
+
+in {_duration(work)} on the machine below.
+
+- Language model: preset `mini`, {run["steps"]:,} steps of {run["batch_size"]} rows, {tokens / 1e6:.1f} M tokens of
+  100,000 stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
+  leaves {held_out - entropy:.3f} nats or more to learn.
+- Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
+  tokens, all in one run. Measured on {records[0]["results"]["tokens"]:,} held-out tokens; `dead` is the share of
+  features active on none of them.
+
+| site | L0 | explained variance | CE recovered | dead |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}; {jax.device_count()} device
+({jax.devices()[0].platform}). Licence: that of this repository; the stories
+are generated, no text of others is in them.
+"""
+
+
+def _duration(work: Path) -> str:
+    """Return how long the two runs trained, by the clock, from the times of their files."""
+    seconds = sum(
+        (work / run / "metrics.jsonl").stat().st_mtime - (work / run / "config.json").stat().st_mtime
+        for run in ("lm", "dictionaries")
+    )
+    return f"{seconds / 60:.0f} minutes of training"
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
