@@ -39,7 +39,8 @@ LAYERS = {
     # 5: what is built on it
     "analysis": 5,
     "training": 5,
-    # 6: commands
+    # 6: what shows it, and commands
+    "quickstart": 6,
     "cli": 6,
     "__main__": 6,
     "convert_torch_weights": 6,
@@ -58,6 +59,10 @@ SIBLINGS = {
     ("tokenizer_files", "atomic_files"),
     # how a command reports errors and progress
     ("convert_torch_weights", "cli"),
+    # where the model is that comes with the package
+    ("io", "bundled"),
+    # what the command runs
+    ("cli", "quickstart"),
     # the command itself
     ("__main__", "cli"),
 }

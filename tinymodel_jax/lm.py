@@ -40,7 +40,8 @@ class TinyModel(WeightViews):
     """A TinyModel language model; calling it gives log-probabilities.
 
     Args:
-        name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`), a
+        name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`),
+            `mini`, which comes with the package and needs no network, a
             folder written by `save_pretrained` or by a training run, or a file with the reference's names, `.pt` or
             `.safetensors`.
         n_heads: attention heads of a file; needed where its width is not the published 768.
@@ -287,6 +288,10 @@ class TinyModel(WeightViews):
         lm._splices = dict(sorted(splices.items(), key=lambda item: Site.parse(item[0])[0].order))
         lm.dictionaries = dict(self.dictionaries)
         return lm
+
+    def splices(self) -> Hooks:
+        """Return the hooks of the spliced dictionaries, for functions that run the model's parameters themselves."""
+        return self._hooks()
 
     @property
     def spliced(self) -> tuple[str, ...]:

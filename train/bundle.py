@@ -4,7 +4,7 @@ What `TinyModel("mini")` loads, as it was made: stories of the story world, a la
 them, and a dictionary at every site of every layer. The same command again goes on where the last one stopped, to the
 bit. DEST is a model's folder: float16, with a card (README.md) that states how it was made and its numbers.
 
-Two CPU cores take about an hour and a half; the model card says how long it took.
+The card says how long that took.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
+import tyro
 
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.bundled import storyworld
@@ -32,13 +33,14 @@ from train.prepare import prepare
 from train.sweep import SweepOptions
 
 KINDS = ("M", "A", "Ra", "Rm", "Mo")
+STORIES = 100_000
 N_FEATURES, K = 512, 24
 DICTIONARY_STEPS = 1500
 ROW_LENGTH = 256
 ENTROPY_STORIES = 2000
 
 
-def bundle(dest: Path, *, work: Path) -> None:
+def bundle(dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")], *, work: Path) -> None:
     """Make the bundled model and its dictionaries, or go on where it was stopped.
 
     Args:
@@ -47,7 +49,7 @@ def bundle(dest: Path, *, work: Path) -> None:
     """
     start = time.monotonic()
     data, lm_run, dictionary_run = (str(work / name) for name in ("data", "lm", "dictionaries"))
-    prepare("storyworld", data, tokenizer="mini", row_length=ROW_LENGTH)
+    prepare("storyworld", data, limit=STORIES, tokenizer="mini", row_length=ROW_LENGTH)
     lm("mini", data=data, out=lm_run)
     if not (work / "lm" / "model").is_dir():
         return  # stopped by a signal, which said so
@@ -107,7 +109,7 @@ dictionary at every site. float16 on disk, float32 in use. Made from nothing by
 in {_duration(work)} on the machine below.
 
 - Language model: preset `mini`, {run["steps"]:,} steps of {run["batch_size"]} rows, {tokens / 1e6:.1f} M tokens of
-  100,000 stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
+  {STORIES:,} stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
   leaves {held_out - entropy:.3f} nats or more to learn.
 - Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
   tokens, all in one run. Measured on {records[0]["results"]["tokens"]:,} held-out tokens; `dead` is the share of

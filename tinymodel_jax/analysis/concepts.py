@@ -87,6 +87,14 @@ def score_concepts(
     return ConceptScores(positives / len(held_out_truth), f1, by_f1.unit, by_f1.threshold, np.array(auc), by_auc.unit)
 
 
+def concepts_of_units(
+    acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
+) -> tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"]]:
+    """Return for each unit the concept that its activity (above 0) tells best, and the F1 of that."""
+    f1 = _f1_of_all(np.asarray(acts) > 0, truth)
+    return f1.argmax(axis=1), f1.max(axis=1)
+
+
 def auc_of_all(
     acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
 ) -> Float[np.ndarray, "units concepts"]:

@@ -1,1 +1,6 @@
-"""Data files that come with the package: the GPT-2 id table of TinyModel's vocabulary."""
+"""What comes with the package: GPT-2's ids of TinyModel's vocabulary, the story world, and a model trained on it."""
+
+from pathlib import Path
+
+MINI = Path(__file__).parent / "mini"
+"""Folder of the model that `TinyModel("mini")` loads; its README.md says how it was made."""

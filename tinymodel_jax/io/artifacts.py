@@ -20,6 +20,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from tinymodel_jax.atomic_files import replace_file, replaced
+from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.state_files import load_state_file, read_safetensors
@@ -80,7 +81,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
         FileNotFoundError: there is no such name or path; the message lists what would work.
         ValueError: what is there is no model, or nothing is named.
     """
-    path = _named("model", name_or_path)
+    path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
         converted = _about(path, lambda: convert_model(load_state_file(path), n_heads))
         return ModelFiles(converted.config, converted.params, dict(converted.dictionaries), None)

@@ -1,0 +1,57 @@
+"""Concept recovery on the bundled model: its dictionaries against random directions and neurons."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import as_users_run_it
+
+from tinymodel_jax.analysis.concept_recovery import concept_records, n_found, plot_concepts, recover_concepts
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.lm import TinyModel
+
+
+@pytest.fixture(scope="module")
+def told() -> list[storyworld.Story]:
+    return list(storyworld.stories(seed=0, count=60, first=3_000_000))
+
+
+@pytest.fixture(scope="module")
+def found(told):
+    return recover_concepts(TinyModel("mini"), told, ["Ra0", "M1"])
+
+
+def test_every_place_is_scored_beside_its_baselines(found):
+    assert [r.name for r in found] == ["Ra0", "random Ra0", "M1", "random M1", "neurons 0", "neurons 1"]
+    assert [r.n_units for r in found] == [512] * 6
+    assert all(r.scores.f1.shape == (len(storyworld.CONCEPTS),) for r in found)
+
+
+def test_dictionaries_find_more_than_random_directions(found):
+    of = {r.name: r for r in found}
+    for tag in ("Ra0", "M1"):
+        assert n_found(of[tag], 0.7) > n_found(of[f"random {tag}"], 0.7)
+
+
+def test_a_word_is_told_by_a_feature_of_the_embedding(found):
+    place = list(storyworld.CONCEPTS).index("mark.comma")
+    assert found[0].scores.f1[place] > 0.95
+
+
+def test_the_records_are_json_and_the_plot_is_a_picture(found, tmp_path):
+    rows = json.loads(json.dumps(concept_records(found)))
+    assert len(rows) == 6 * len(storyworld.CONCEPTS)
+    assert rows[0]["place"] == "Ra0"
+    assert rows[0]["f1"] == pytest.approx(found[0].scores.f1[0], abs=1e-4)
+    plot_concepts(found, tmp_path / "concepts.png")
+    assert (tmp_path / "concepts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_result_does_not_depend_on_what_else_is_scored(found, told):
+    alone = recover_concepts(TinyModel("mini"), told, ["M1"], baselines=False)
+    np.testing.assert_array_equal(alone[0].scores.f1, found[2].scores.f1)
+
+
+def test_one_story_is_too_few(told):
+    with as_users_run_it(), pytest.raises(ValueError, match="two stories or more, got 1"):
+        recover_concepts(TinyModel("mini"), told[:1])

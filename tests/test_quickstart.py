@@ -1,0 +1,156 @@
+"""`tinymodel quickstart`, run whole on the bundled model, and its page in a real browser."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from conftest import as_users_run_it
+from rich.console import Console
+
+from tinymodel_jax import cli, quickstart
+from tinymodel_jax.analysis.report.page import write_page
+from tinymodel_jax.bundled import storyworld
+
+needs_browser = pytest.mark.skipif(
+    shutil.which("chromium") is None or shutil.which("chromedriver") is None,
+    reason="needs chromium and chromedriver (Debian: apt install chromium chromium-driver)",
+)
+SMALL = {"LABELLED": 24, "HELD_OUT": 16, "TRAINED_STORIES": 200, "STEPS": 4, "BATCH": 256, "STORIES_A_STEP": 8}
+
+
+class Run(NamedTuple):
+    """What a run left."""
+
+    page: Path
+    text: str
+    """What was printed."""
+    content: dict[str, Any]
+    """What the page was made from."""
+
+
+def run_small(out: Path, train: bool) -> Run:
+    """Run it whole, with the same steps on fewer stories."""
+    content: dict[str, Any] = {}
+
+    def write(path: Path, template: str, found: Mapping[str, Any]) -> None:
+        content.update(found)
+        write_page(path, template, found)
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch, as_users_run_it(), jax.numpy_dtype_promotion("standard"):
+        for name, value in SMALL.items():
+            patch.setattr(quickstart, name, value)
+        patch.setattr(quickstart, "write_page", write)
+        page = quickstart.run_quickstart(out, 3, train, console, " --seed 3")
+    return Run(page, console.export_text(), content)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_small(tmp_path_factory.mktemp("quickstart"), train=True)
+
+
+def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
+    text = run.text
+    for step in range(1, 7):
+        assert f"{step} · " in text
+    assert str(run.page) in text.replace("\n", "")
+    assert "Once upon a time" in text
+    assert re.search(r"trained just now: L0 \d", text)
+    assert all(command[:40] in text for command in quickstart.COMMANDS)
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(run):
+    html = run.page.read_text("utf-8")
+    links = re.findall(r"""(?:src|href|url\()=?["']?([^"'\s>)]*)""", html)
+    assert {link for link in links if not link.startswith(("#", "data:"))} == set()
+    assert "tinymodel quickstart --seed 3" in html
+
+
+def test_the_page_says_what_the_run_found(run):
+    html = run.page.read_text("utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
+    assert len(data["tokens"]) == html.count('class="token"')
+    for number, features in enumerate(data["tokens"]):
+        for feature, activation in features:
+            known = data["features"][str(feature)]
+            assert known["activity"][str(number)] == pytest.approx(activation, abs=2e-3)
+            assert known["concept"] in storyworld.CONCEPTS
+
+
+def test_text_is_shown_as_text(tmp_path, run):
+    content = run.content | {"tokens": ["<script>alert(1)</script>"]}
+    write_page(tmp_path / "page.html", "quickstart.html.jinja", content)
+    assert "&lt;script&gt;alert(1)" in (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_without_training_the_rest_is_there(tmp_path):
+    without = run_small(tmp_path, train=False)
+    assert "5 · " not in without.text
+    assert "A transcoder trained from scratch" not in without.page.read_text("utf-8")
+    assert "Which concepts were found" in without.page.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1000, 400])
+def test_the_page_works_in_a_browser(run, browser, width):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(width, 900)
+    browser.get(run.page.as_uri())
+    for name in ("story", "edit", "sweep", "training", "concepts", "features", "next"):
+        assert browser.find_element(By.ID, name).is_displayed()
+    assert len(browser.find_elements(By.CSS_SELECTOR, "svg.chart")) == 3
+    tokens, panel = browser.find_elements(By.CSS_SELECTOR, ".token"), browser.find_element(By.ID, "panel")
+
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[5])
+    ActionChains(browser).move_to_element(tokens[5]).perform()  # hover
+    assert tokens[5].text.strip() in panel.text
+    assert "feature " in panel.text
+
+    tokens[2].click()
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()  # the keyboard alone
+    assert browser.switch_to.active_element == tokens[3]
+    assert tokens[3].get_attribute("aria-selected") == "true"
+
+    ActionChains(browser).send_keys(Keys.ENTER).perform()  # the strongest feature colours the story
+    assert panel.find_element(By.CSS_SELECTOR, ".feature").get_attribute("aria-pressed") == "true"
+    strength = browser.execute_script("return arguments[0].style.getPropertyValue('--strength')", tokens[3])
+    assert float(strength) > 0
+
+    fits = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    assert browser.execute_script(fits)
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["--seed", "-1"], "--seed -1: seeds are 0 to"), (["--out", __file__], "is a file; give a folder")],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, problem, capsys):
+    assert cli.main(["quickstart", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1

@@ -1,0 +1,71 @@
+"""Charts for pages: Matplotlib figures as SVG text, without a display and without Matplotlib's global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, ACCENT, SECOND = "#2b2b33", "#3b6fb6", "#c2571a"
+
+
+def training_curve(steps: Sequence[int], explained: Sequence[float], l0: Sequence[float]) -> str:
+    """Draw explained variance and L0 over the steps of a dictionary's training."""
+    figure, axes = _figure(6.4, 2.8)
+    axes.plot(steps, explained, color=ACCENT)
+    axes.set(xlabel="step", ylabel="explained variance", ylim=(0, 1.02))
+    axes.yaxis.label.set_color(ACCENT)
+    other = axes.twinx()
+    other.plot(steps, l0, color=SECOND)
+    other.set(ylabel="L0 (active features a token)", ylim=(0, None))
+    other.yaxis.label.set_color(SECOND)
+    return _svg(figure, "Explained variance and L0 while the transcoder trains")
+
+
+def bars(values: Mapping[str, float], label: str, title: str) -> str:
+    """Draw labelled horizontal bars, the first on top."""
+    figure, axes = _figure(6.4, 0.8 + 0.26 * len(values))
+    numbers = list(values.values())
+    axes.barh(range(len(numbers)), numbers, color=[ACCENT if n >= 0 else SECOND for n in numbers])
+    axes.set_yticks(range(len(numbers)), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_xlabel(label)
+    return _svg(figure, title)
+
+
+def heat_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
+    """Draw values between 0 and 1 as a labelled heat map; NaN stays white."""
+    figure, axes = _figure(2.4 + 0.36 * len(columns), 1.2 + 0.17 * len(rows))
+    image = axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=7)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    figure.colorbar(image, ax=axes, label="F1")
+    return _svg(figure, title)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # loads when something is drawn
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any, title: str) -> str:
+    """Return the figure as an `<svg>` that scales with the page and has a title for screen readers."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("<svg", '<svg role="img" class="chart"', 1)
