@@ -36,20 +36,23 @@ from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_s
 from tinymodel_jax.training.dictionary_step import train_step
 from tinymodel_jax.training.site_activations import site_vectors
 
-SITE = "M2"
+SITE, TRAINED = "Rm2", "M2"
+"""Whose features are shown, an SAE of the residual stream; and where a transcoder is trained."""
+SCORED = ("Rm0", "Rm1", "Rm3", "M2")
+"""What else concepts are looked for in."""
 PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
 LABELLED, HELD_OUT, FIRST_LABELLED = 120, 64, 1_000_000
 """Stories that features are named on, and that dictionaries are measured on; far from those that were trained on."""
-TRAINED_STORIES, STEPS, BATCH, STORIES_A_STEP = 6_000, 400, 4096, 24
+TRAINED_STORIES, STEPS, BATCH, STORIES_A_STEP = 6_000, 260, 4096, 22
 """What the transcoder is trained on, a minute's worth on two CPU cores."""
 TURNED_UP = ("feeling.bad", "word.sadness", "word.fear", "feeling.good", "word.joy")
-"""Concepts of which the best feature is turned up, the first that one tells well."""
-UP_FACTOR = 3.0
-"""Times its largest activation on the labelled stories."""
+"""Concepts, of which the one that a feature tells best is turned up."""
+UP_FACTOR = 2.0
+"""Times its mean activation where it is active on the labelled stories."""
 COMMANDS = (
     'tinymodel generate --model mini "Once upon a time"',
-    'tinymodel features --model mini --site M2 "Once upon a time, a fox was sad"',
+    'tinymodel features --model mini --site Rm2 "Once upon a time, a fox was sad"',
     "python -m train prepare storyworld data/mini --tokenizer mini --row-length 256 && python -m train dictionaries "
     "--sites M0,M1 --k 8,16,32 --n-features 1024 --steps 1000 --data data/mini --out runs/mine",
 )
@@ -95,7 +98,7 @@ def run_quickstart(out: Path, seed: int, train: bool, console: Console, options:
     content = {
         "model": f"{lm!r:.80}, trained on the story world",
         "site": SITE,
-        "site_words": f"a transcoder of {named.acts.shape[2]} features from the input to the output of an MLP",
+        "site_words": f"a sparse autoencoder of {named.acts.shape[2]} features of the residual stream in layer 2",
         "options": options,
         "prompt": PROMPT,
         "concept_stories": LABELLED,
@@ -155,8 +158,15 @@ def _name_features(lm: TinyModel, console: Console) -> Named:
 def _show_features(lm: TinyModel, story: list[int], named: Named, console: Console) -> list[list[tuple[int, float]]]:
     """Return the strongest features of each token of the story."""
     acts = np.asarray(lm[SITE]([[lm.config.begin_id, *story]]))[0, 1:]
-    strongest = [[(int(f), float(row[f])) for f in np.argsort(-row, kind="stable")[:5] if row[f] > 0] for row in acts]
-    console.print(f"The strongest features of {SITE} on the first words, and the concept each tells best (F1):")
+    telling = acts * -np.log(np.clip(named.density, 1e-4, 1))  # features that are active everywhere say little
+    strongest = [
+        [(int(f), float(row[f])) for f in np.argsort(-weight, kind="stable")[:5] if row[f] > 0]
+        for row, weight in zip(acts, telling, strict=True)
+    ]
+    console.print(
+        f"The features of {SITE} that are most active on the first words, weighted by how rare they are, and the "
+        "concept that each tells best (F1):"
+    )
     for token, found in list(zip(story, strongest, strict=True))[:14]:
         texts = [f"{f} {named.concept[f]} ({named.f1[f]:.2f})" for f, _ in found[:3]]
         word = repr(lm.tokenizer.decode([token]))
@@ -197,7 +207,8 @@ def _edit(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Con
     """Continue the prompt as it is, with a feature off, and with one turned up."""
     console.rule("4 · One feature off, one turned up")
     up = _feature_to_turn_up(named, off)
-    value = UP_FACTOR * float(named.acts[..., up][named.real].max())
+    values = named.acts[..., up][named.real]
+    value = UP_FACTOR * float(values[values > 0].mean())
     dictionary = lm[SITE].dictionary
     hooks = {
         "as it is": {},
@@ -207,7 +218,7 @@ def _edit(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Con
     titles = {
         "as it is": "The model as it is",
         f"feature {off} off": f"Feature {off} ({named.concept[off]}) turned off: it mattered most for the next word",
-        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, {UP_FACTOR:g} × its largest",
+        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, {UP_FACTOR:g} × its mean",
     }
     row = np.array([[lm.config.begin_id, *prompt]], np.int32)
     runs, probabilities = [], []
@@ -230,18 +241,16 @@ def _edit(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Con
 
 
 def _feature_to_turn_up(named: Named, other: int) -> int:
-    """Return the best feature of the first concept of `TURNED_UP` that has one, else the best of all."""
-    for concept in TURNED_UP:
-        found = [f for f, name in enumerate(named.concept) if name == concept and f != other and named.f1[f] > 0.3]
-        if found:
-            return max(found, key=lambda f: named.f1[f])
-    return int(np.argmax(np.where(np.arange(len(named.f1)) == other, -1, named.f1)))
+    """Return the feature that tells a concept of `TURNED_UP` best, or any concept where none tells one of them."""
+    wanted = np.isin(named.concept, TURNED_UP)
+    free = np.arange(len(named.f1)) != other
+    return int(np.argmax(np.where(free & (wanted if (free & wanted).any() else True), named.f1, -1)))
 
 
 def _train_transcoder(lm: TinyModel, seed: int, console: Console) -> dict[str, Any]:
     """Train a transcoder at the same site from scratch, and measure it beside the bundled one."""
     console.rule("5 · A transcoder from scratch")
-    site, bundled = lm[SITE].site, lm[SITE].dictionary
+    site, bundled = lm[TRAINED].site, lm[TRAINED].dictionary
     told = storyworld.stories(seed=seed + 1, count=TRAINED_STORIES)
     texts = [s.text for s in track(told, "telling stories", TRAINED_STORIES, console=console, transient=True)]
     data = _pad(lm, lm.tokenizer(texts)[0])
@@ -251,7 +260,7 @@ def _train_transcoder(lm: TinyModel, seed: int, console: Console) -> dict[str, A
 
     def vectors(step: Any, rows: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(seed), step)
-        return site_vectors(lm.params, lm.config, rows, [site], BATCH, key)[SITE]
+        return site_vectors(lm.params, lm.config, rows, [site], BATCH, key)[TRAINED]
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=fast_compiler_options())
     def step(state: Any, rows: Any) -> Any:
@@ -273,7 +282,7 @@ def _train_transcoder(lm: TinyModel, seed: int, console: Console) -> dict[str, A
     trained = Dictionary.from_params(*finalize(state, recipe, site.hook_in, site.hook_out))
     sentence = (
         f"{STEPS} steps of {BATCH:,} tokens took {seconds:.0f} s: a batch_topk transcoder of {recipe.n_features} "
-        f"features at {SITE}, k {recipe.k}, by the recipe house."
+        f"features at {TRAINED}, k {recipe.k}, by the recipe house."
     )
     console.print(sentence)
     held_out = _pad(lm, lm.tokenizer([s.text for s in storyworld.stories(0, HELD_OUT, FIRST_LABELLED + LABELLED)])[0])
@@ -300,18 +309,17 @@ def _pad(lm: TinyModel, tok_ids: np.ndarray) -> np.ndarray:
 
 
 def _recover(lm: TinyModel, training: dict[str, Any] | None, console: Console) -> dict[str, Any]:
-    """Count the concepts that were found, at the sites of the MLPs, by neurons and by random directions."""
+    """Count the concepts that dictionaries, neurons and random directions found."""
     console.rule("6 · How many of the known concepts were found")
     told = list(storyworld.stories(seed=0, count=LABELLED, first=FIRST_LABELLED))
-    tags = [tag for tag in lm.dictionary_tags if tag.startswith("M") and not tag.startswith("Mo")]
     with console.status("scoring every feature, neuron and random direction"):
-        found = [r for r in recover_concepts(lm, told, tags) if r.kind != "random directions" or r.name.endswith(SITE)]
+        found = [*recover_concepts(lm, told, [SITE]), *recover_concepts(lm, told, SCORED, baselines=False)]
         if training is not None:
             other = lm.splice([])
-            other.attach(SITE, training["dictionary"])
-            mine = recover_concepts(other, told, [SITE], baselines=False)[0]._replace(name="trained just now")
+            other.attach(TRAINED, training["dictionary"])
+            mine = recover_concepts(other, told, [TRAINED], baselines=False)[0]._replace(name="trained just now")
             found.append(mine)
-            counts = {"trained just now": n_found(mine), "bundled": n_found(_named(found, SITE))}
+            counts = {"trained just now": n_found(mine), "bundled": n_found(_named(found, TRAINED))}
             for row in training["rows"]:
                 row["concepts"] = counts[row["name"]]
                 console.print(
