@@ -35,7 +35,7 @@ def test_python_snippets_run_in_order(page: Path, checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_run_in_order(page: Path, checkout: Path) -> None:
+def test_commands_run_in_order(page: Path, checkout: Path, standard_promotion: None, no_type_checks: None) -> None:
     programs = {"tinymodel": cli.main, "tinymodel-convert": convert_torch_weights.main}
     for block in blocks(page, "bash"):
         for command in re.split(r"\n|&&", block):
