@@ -13,15 +13,17 @@ import pytest
 from conftest import as_users_run_it
 from rich.console import Console
 
-from tinymodel_jax import cli, quickstart
+from tinymodel_jax import cli
 from tinymodel_jax.analysis.report.page import write_page
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.quickstart import run as run_module
+from tinymodel_jax.quickstart.transcoder import Amounts
 
 needs_browser = pytest.mark.skipif(
     shutil.which("chromium") is None or shutil.which("chromedriver") is None,
     reason="needs chromium and chromedriver (Debian: apt install chromium chromium-driver)",
 )
-SMALL = {"LABELLED": 24, "HELD_OUT": 16, "TRAINED_STORIES": 200, "STEPS": 4, "BATCH": 256, "STORIES_A_STEP": 8}
+SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_a_step=8)
 
 
 class Run(NamedTuple):
@@ -44,10 +46,8 @@ def run_small(out: Path, train: bool) -> Run:
 
     console = Console(record=True, width=100, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch, as_users_run_it(), jax.numpy_dtype_promotion("standard"):
-        for name, value in SMALL.items():
-            patch.setattr(quickstart, name, value)
-        patch.setattr(quickstart, "write_page", write)
-        page = quickstart.run_quickstart(out, 3, train, console, " --seed 3")
+        patch.setattr(run_module, "write_page", write)
+        page = run_module.run_quickstart(out, 3, train, console, " --seed 3", SMALL)
     return Run(page, console.export_text(), content)
 
 
@@ -63,7 +63,7 @@ def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
     assert str(run.page) in text.replace("\n", "")
     assert "Once upon a time" in text
     assert re.search(r"trained just now: L0 \d", text)
-    assert all(command[:40] in text for command in quickstart.COMMANDS)
+    assert all(command[:40] in text for command in run_module.COMMANDS)
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run):

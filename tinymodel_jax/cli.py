@@ -53,7 +53,7 @@ def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: 
     from rich.console import Console
 
     from tinymodel_jax.allocator import keep_freed_memory
-    from tinymodel_jax.quickstart import run_quickstart
+    from tinymodel_jax.quickstart.run import run_quickstart
 
     keep_freed_memory()
     options = f"{f' --seed {seed}' if seed else ''}{' --no-train' if no_train else ''}"

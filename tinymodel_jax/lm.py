@@ -127,10 +127,10 @@ class TinyModel(WeightViews):
         if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
             raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
         if layer == n_layers:
-            name, hooks = f"blocks.{n_layers - 1}.hook_resid_post", self._hooks()
+            name, hooks = f"blocks.{n_layers - 1}.hook_resid_post", self.splice_hooks()
         else:
             site = Site("Ra", layer)
-            name, hooks = site.hook_in, self._hooks(before=site)
+            name, hooks = site.hook_in, self.splice_hooks(before=site)
         return self._run(tok_ids, "none", (name,), hooks)[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
@@ -154,7 +154,7 @@ class TinyModel(WeightViews):
             )
         pad = jnp.pad if is_traced(mask) else np.pad  # outside of a trace, jnp.pad is a program for every length
         weights = pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
-        return mean_loss(self.params, ids, weights, self._hooks(), config=self.config)
+        return mean_loss(self.params, ids, weights, self.splice_hooks(), config=self.config)
 
     def run_with_cache(
         self, tok_ids: Any, names: str | Iterable[str] | None = None
@@ -185,7 +185,7 @@ class TinyModel(WeightViews):
         require_hook_names((*hooks, *keep), self.config)
         require_edits(hooks)
         ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
-        edits = combine(self._hooks(), hooks)
+        edits = combine(self.splice_hooks(), hooks)
         run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
         logprobs, acts = run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
@@ -194,7 +194,7 @@ class TinyModel(WeightViews):
         self, tok_ids: Any, output: Output, keep: tuple[str, ...], hooks: Hooks | None = None
     ) -> tuple[Any, dict[str, Array]]:
         ids, length = self._prepare(tok_ids)
-        hooks = self._hooks() if hooks is None else hooks
+        hooks = self.splice_hooks() if hooks is None else hooks
         value, acts = forward(self.params, ids, hooks, config=self.config, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
@@ -289,17 +289,16 @@ class TinyModel(WeightViews):
         lm.dictionaries = dict(self.dictionaries)
         return lm
 
-    def splices(self) -> Hooks:
-        """Return the hooks of the spliced dictionaries, for functions that run the model's parameters themselves."""
-        return self._hooks()
-
     @property
     def spliced(self) -> tuple[str, ...]:
         """Tags of the dictionaries that the forward pass runs through, in its order."""
         return tuple(self._splices)
 
-    def _hooks(self, before: Site | None = None) -> Hooks:
-        """Return the spliced dictionaries' hooks, or only those that act before a site is read."""
+    def splice_hooks(self, before: Site | None = None) -> Hooks:
+        """Return the spliced dictionaries' hooks, or only those that act before a site is read.
+
+        For functions that run the model's parameters themselves.
+        """
         edits = []
         for tag, (dictionary, switches) in self._splices.items():
             if before is None or Site.parse(tag)[0].order < before.order:
@@ -420,7 +419,7 @@ class TinyModel(WeightViews):
         ids = check_tok_ids(tok_ids, self.config)
         end_id = self.config.end_id if break_on_end else None
         return continue_prompts(
-            self.params, self.config, ids, n_toks, temperature, end_id, top_k, top_p, seed, self._hooks()
+            self.params, self.config, ids, n_toks, temperature, end_id, top_k, top_p, seed, self.splice_hooks()
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -474,7 +473,7 @@ class FeatureReader:
             self.dictionary.params,
             ids,
             chosen,
-            self.lm._hooks(before=self.site),
+            self.lm.splice_hooks(before=self.site),
             config=self.lm.config,
             dictionary_config=config,
         )

@@ -2,9 +2,8 @@
 
 What `TinyModel("mini")` loads, as it was made: stories of the story world, a language model of the preset `mini` on
 them, and a dictionary at every site of every layer. The same command again goes on where the last one stopped, to the
-bit. DEST is a model's folder: float16, with a card (README.md) that states how it was made and its numbers.
-
-The card says how long that took.
+bit. DEST is a model's folder: float16, with a card (README.md) that states how it was made, how long that took, and its
+numbers.
 """
 
 from __future__ import annotations
@@ -47,6 +46,9 @@ def bundle(dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DE
         dest: folder to make, of the model, its dictionaries and its card.
         work: folder of the data and the two training runs, which stay.
     """
+    for option, folder in (("DEST", dest), ("--work", work)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option} {folder} is a file; give a folder, which is made if there is none.")
     start = time.monotonic()
     data, lm_run, dictionary_run = (str(work / name) for name in ("data", "lm", "dictionaries"))
     prepare("storyworld", data, limit=STORIES, tokenizer="mini", row_length=ROW_LENGTH)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tinymodel_jax.analysis.concepts import ConceptScores, score_concepts
+from tinymodel_jax.analysis.report.charts import heat_map_figure
 from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionary import Dictionary
@@ -127,19 +128,19 @@ def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
     return rows
 
 
-def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
-    """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
-    from matplotlib.figure import Figure  # not pyplot: nothing global, no display
-
+def concept_table(
+    recoveries: Sequence[Recovery],
+) -> tuple[Float[np.ndarray, "concepts places"], list[str], list[str]]:
+    """Return the F1 of every concept at every place, best-told concepts first, and the names of both."""
     table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
     order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
-    figure = Figure(figsize=(3.2 + 0.32 * table.shape[1], 1.6 + 0.155 * table.shape[0]), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(table[order], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes.set_xticks(range(table.shape[1]), [recovery.name for recovery in recoveries], rotation=90, fontsize=7)
-    axes.set_yticks(range(table.shape[0]), [[*storyworld.CONCEPTS][row] for row in order], fontsize=6)
-    axes.set_title("F1 of the best single unit for each concept")
-    figure.colorbar(image, ax=axes, shrink=0.3, label="F1")
+    names = list(storyworld.CONCEPTS)
+    return table[order], [names[row] for row in order], [recovery.name for recovery in recoveries]
+
+
+def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
+    """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
+    figure = heat_map_figure(*concept_table(recoveries))
     with replaced(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
 
@@ -149,12 +150,12 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     config, tokenizer = lm.config, lm.tokenizer
     tok_ids, _ = tokenizer([story.text for story in told], max_length=config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
-    special = np.isin(tok_ids, [config.begin_id, config.end_id, config.pad_id])
+    special = tok_ids >= config.begin_id
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, len(told), BATCH):
         rows, missing = tok_ids[start : start + BATCH], max(0, start + BATCH - len(told))
         padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=config.pad_id)
-        _, acts = forward(lm.params, padded, {}, config=config, keep=names, output="none")
+        _, acts = forward(lm.params, padded, lm.splice_hooks(), config=config, keep=names, output="none")
         for name in names:
             kept = np.asarray(acts[name], np.float32)[: len(rows)]
             parts[name].append(kept[~special[start : start + BATCH]])

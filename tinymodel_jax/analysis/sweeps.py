@@ -79,7 +79,7 @@ def ablate(
             jnp.asarray(ids),
             jnp.asarray(last),
             jnp.asarray(padded),
-            lm.splices(),
+            lm.splice_hooks(),
             config=lm.config,
             dictionary_config=config,
         )

@@ -41,13 +41,18 @@ def bars(values: Mapping[str, float], label: str, title: str) -> str:
 
 
 def heat_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
-    """Draw values between 0 and 1 as a labelled heat map; NaN stays white."""
+    """Draw F1 scores as a labelled heat map; NaN stays white."""
+    return _svg(heat_map_figure(table, rows, columns), title)
+
+
+def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Return the figure of `heat_map`."""
     figure, axes = _figure(2.4 + 0.36 * len(columns), 1.2 + 0.17 * len(rows))
     image = axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=7)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
     figure.colorbar(image, ax=axes, label="F1")
-    return _svg(figure, title)
+    return figure
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -1,0 +1,56 @@
+"""What is known of the features of one dictionary: seen on stories whose every token has its truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from tinymodel_jax.analysis.concepts import concepts_of_units
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.lm import TinyModel
+
+SITE = "Rm2"
+"""Whose features are shown: an SAE of the residual stream."""
+
+
+@dataclass
+class Named:
+    """What is known of a dictionary's features from labelled stories."""
+
+    tok_ids: np.ndarray
+    """(stories, seq)."""
+    acts: np.ndarray
+    """(stories, seq, features)."""
+    real: np.ndarray
+    """(stories, seq): whether the token is not special."""
+    concept: list[str]
+    """Of each feature: the concept that its activity tells best."""
+    f1: np.ndarray
+    """How well."""
+    density: np.ndarray
+    """Share of the tokens at which each is active."""
+
+
+def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Console) -> Named:
+    """Look at every feature of `SITE` on stories whose every token has its truth."""
+    console.rule("2 · What the features stand for")
+    tok_ids = full_rows(lm, [story.text for story in told])
+    truth = storyworld.labels(told, lm.tokenizer, width=tok_ids.shape[1])
+    reader = lm[SITE]
+    starts = track(range(0, len(told), 12), description="reading labelled stories", console=console, transient=True)
+    acts = np.concatenate([np.asarray(reader(tok_ids[start : start + 12])) for start in starts])
+    real = tok_ids < lm.config.begin_id
+    best, f1 = concepts_of_units(acts[real], truth[real])
+    names = list(storyworld.CONCEPTS)
+    return Named(tok_ids, acts, real, [names[i] for i in best], f1, (acts[real] > 0).mean(axis=0))
+
+
+def full_rows(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
+    """Return token ids (texts, n_ctx), padded with `[PAD]`."""
+    tok_ids, _ = lm.tokenizer(texts)
+    missing = lm.config.n_ctx - tok_ids.shape[1]
+    return np.pad(tok_ids, ((0, 0), (0, missing)), constant_values=lm.config.pad_id)

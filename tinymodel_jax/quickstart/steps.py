@@ -1,0 +1,138 @@
+"""The first four steps: a story, the features behind its words, a sweep over them, and one turned off and one up.
+
+Each shows a screen of text and returns what the page shows of it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.report.charts import bars
+from tinymodel_jax.analysis.report.page import token_text
+from tinymodel_jax.generate import continue_prompts
+from tinymodel_jax.interventions import ablate, clamp
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.quickstart.named_features import SITE, Named
+
+PROMPT = "Once upon a time"
+STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
+TURNED_UP = ("feeling.bad", "word.sadness", "word.fear", "feeling.good", "word.joy")
+"""Concepts, of which the one that a feature tells best is turned up."""
+UP_FACTOR = 2.0
+"""Times its mean activation where it is active on the labelled stories."""
+
+
+def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
+    """Return the ids of a story without special tokens."""
+    console.rule("1 · The bundled model tells a story")
+    begin = [lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]
+    row = lm.generate_ids([begin], STORY_TOKENS, 0.6, seed=seed)[0]
+    story = [int(i) for i in row if i < lm.config.begin_id]
+    console.print(lm.tokenizer.decode(story), markup=False, highlight=False)
+    return story
+
+
+def open_place(lm: TinyModel, story: list[int]) -> int:
+    """Return the place in the first half of the story, after its beginning, where the next word is the most open."""
+    logprobs = np.asarray(lm([[lm.config.begin_id, *story]]))[0, 1:]
+    entropy = -np.sum(np.exp(logprobs) * logprobs, axis=-1)
+    first = min(30, len(story) // 4)
+    return first + int(entropy[first - 1 : max(first, len(story) // 2)].argmax())
+
+
+def show_features(
+    lm: TinyModel, story: list[int], acts: np.ndarray, named: Named, console: Console
+) -> list[list[tuple[int, float]]]:
+    """Return the strongest features of each token of the story, whose activations are `acts`."""
+    telling = acts * -np.log(np.clip(named.density, 1e-4, 1))  # features that are active everywhere say little
+    strongest = [
+        [(int(f), float(row[f])) for f in np.argsort(-weight, kind="stable")[:5] if row[f] > 0]
+        for row, weight in zip(acts, telling, strict=True)
+    ]
+    console.print(
+        f"The features of {SITE} that are most active on the first words, weighted by how rare they are, and the "
+        "concept that each tells best (F1):"
+    )
+    for token, found in list(zip(story, strongest, strict=True))[:14]:
+        texts = [f"{f} {named.concept[f]} ({named.f1[f]:.2f})" for f, _ in found[:3]]
+        word = repr(lm.tokenizer.decode([token]))
+        console.print(f"  {word:<12} {' · '.join(texts)}", markup=False, highlight=False, soft_wrap=True)
+    return strongest
+
+
+def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> dict[str, Any]:
+    """Turn off every active feature on the prompt, one at a time, and chart what that does to the next word."""
+    console.rule("3 · Which features matter for the next word")
+    row = [lm.config.begin_id, *prompt]
+    start = time.monotonic()
+    token = int(np.asarray(lm([row]))[0, -1].argmax())
+    effects = sweeps.ablate(lm, SITE, [row], next_ids=[token])
+    seconds = time.monotonic() - start
+    order = np.argsort(effects.next_logprob)
+    chosen = [*order[:9], *order[-3:]]
+    text = token_text(lm.tokenizer.decode([token]))
+    values = {
+        f"{effects.features[i]}: {named.concept[effects.features[i]]}": float(effects.next_logprob[i]) for i in chosen
+    }
+    console.print(f"…{lm.tokenizer.decode(prompt)[-90:]!r} goes on with {text!r}.", markup=False)
+    console.print(f"{len(order)} active features turned off one at a time, in one compiled call, {seconds:.1f} s:")
+    for name, value in values.items():
+        console.print(f"  {value:+.3f} nats  {name}", markup=False, highlight=False)
+    return {
+        "n_active": len(order),
+        "seconds": seconds,
+        "token": text,
+        "strongest": effects.features[order[0]],
+        "chart": bars(
+            values, f"change of the log-probability of {text!r} (nats)", "What turning each feature off does"
+        ),
+    }
+
+
+def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Console) -> dict[str, Any]:
+    """Continue the prompt as it is, with a feature off, and with one turned up."""
+    console.rule("4 · One feature off, one turned up")
+    up = _feature_to_turn_up(named, off)
+    values = named.acts[..., up][named.real]
+    value = UP_FACTOR * float(values[values > 0].mean())
+    dictionary = lm[SITE].dictionary
+    hooks = {
+        "as it is": {},
+        f"feature {off} off": ablate(dictionary, off),
+        f"feature {up} up": clamp(dictionary, up, value),
+    }
+    titles = {
+        "as it is": "The model as it is",
+        f"feature {off} off": f"Feature {off} ({named.concept[off]}) turned off: it mattered most for the next word",
+        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, {UP_FACTOR:g} × its mean",
+    }
+    row = np.array([[lm.config.begin_id, *prompt]], np.int32)
+    runs, probabilities = [], []
+    for short, edit in hooks.items():
+        out = continue_prompts(lm.params, lm.config, row, CONTINUATION_TOKENS, 0.0, end_id=lm.config.end_id, hooks=edit)
+        text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if i < lm.config.begin_id])
+        runs.append({"short": short, "title": titles[short], "text": text.replace("\n", " ↵ ").strip()})
+        probabilities.append(np.exp(np.asarray(lm.run_with_hooks(row, edit)[0])[0, -1]))
+        console.print(f"[bold]{titles[short]}[/bold]")
+        console.print(f"  {runs[-1]['text']}", markup=False, highlight=False)
+    likely = np.argsort(-np.max(probabilities, axis=0))[:6]
+    return {
+        "prompt_end": lm.tokenizer.decode(prompt)[-90:],
+        "runs": runs,
+        "next": [
+            {"token": token_text(lm.tokenizer.decode([int(i)])), "probabilities": [float(p[i]) for p in probabilities]}
+            for i in likely
+        ],
+    }
+
+
+def _feature_to_turn_up(named: Named, other: int) -> int:
+    """Return the feature that tells a concept of `TURNED_UP` best, or any concept where none tells one of them."""
+    wanted = np.isin(named.concept, TURNED_UP)
+    free = np.arange(len(named.f1)) != other
+    return int(np.argmax(np.where(free & (wanted if (free & wanted).any() else True), named.f1, -1)))
