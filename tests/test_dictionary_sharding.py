@@ -50,7 +50,7 @@ def run(axes, architecture, devices=None):
         config, params, sites, data, batch_size=VECTORS, stories=None, seed=1, held_out_stories=1, mesh=mesh
     )
     changes = dict(batch_size=VECTORS, dead_after=100, learning_rate=1e-3)
-    changes |= {{"reservoir_size": 16}} if architecture in ("relu", "gated") else {{"aux_k": 16}}
+    changes |= {{"reservoir_size": 16}} if architecture in ("relu", "gated") else {{"aux_features": 16}}
     recipes = {{n: site_recipe("house", architecture, FEATURES, 20, WIDTH, members, **changes) for n in source.places}}
     program = build_program(source, recipes, members, mesh)
     states, losses = program.init(first_statistics(source)), []
