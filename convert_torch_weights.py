@@ -18,7 +18,7 @@ from typing import Annotated
 
 import tyro
 
-from tinymodel_jax.cli import print_json, run_commands
+from tinymodel_jax.commands.frame import print_json, run_commands
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]

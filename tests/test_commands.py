@@ -15,6 +15,7 @@ import pytest
 import convert_torch_weights
 import tinymodel_jax
 from tinymodel_jax import cli
+from tinymodel_jax.commands.prompts import read_stories
 from tinymodel_jax.io.artifacts import load_model
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.lm import TinyModel
@@ -124,9 +125,9 @@ def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) 
     (tmp_path / "b.txt").write_text("One.\nTwo.\n")
     with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
         file.write('{"text": "One."}\n')
-    assert cli.read_stories(tmp_path / "a.jsonl", 2) == ["One.", "Two."]
-    assert cli.read_stories(tmp_path / "b.txt", 9) == ["One.", "Two."]
-    assert cli.read_stories(tmp_path / "c.jsonl.gz", 9) == ["One."]
+    assert read_stories(tmp_path / "a.jsonl", 2) == ["One.", "Two."]
+    assert read_stories(tmp_path / "b.txt", 9) == ["One.", "Two."]
+    assert read_stories(tmp_path / "c.jsonl.gz", 9) == ["One."]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) 
 def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, name: str, says: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(says)):
-        cli.read_stories(tmp_path / name, 5)
+        read_stories(tmp_path / name, 5)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
 def test_what_is_wrong_whatever_the_model_is_found_before_one_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("tinymodel_jax.lm.TinyModel.__init__", lambda *_, **__: pytest.fail("a model is loaded"))
     assert cli.main(arguments) == 1
     assert says in error_line(capsys)
 

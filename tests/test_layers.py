@@ -41,6 +41,7 @@ LAYERS = {
     "training": 5,
     # 6: what shows it, and commands
     "quickstart": 6,
+    "commands": 6,
     "cli": 6,
     "__main__": 6,
     "convert_torch_weights": 6,
@@ -58,11 +59,12 @@ SIBLINGS = {
     # how a file is written
     ("tokenizer_files", "atomic_files"),
     # how a command reports errors and progress
-    ("convert_torch_weights", "cli"),
+    ("convert_torch_weights", "commands"),
     # where the model is that comes with the package
     ("io", "bundled"),
     # what the command runs
-    ("cli", "quickstart"),
+    ("commands", "quickstart"),
+    ("cli", "commands"),
     # the command itself
     ("__main__", "cli"),
 }

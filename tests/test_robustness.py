@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymodel_jax import cli
+from tinymodel_jax.commands.prompts import read_stories
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.generate import strip_padding
@@ -131,7 +131,7 @@ def test_a_damaged_gzip_file_is_one_line(tmp_path: Path, cut: int) -> None:
     whole = gzip.compress(b'{"text": "Once upon a time, there was a bear."}\n' * 400, 1)
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:cut])
     with pytest.raises(ValueError, match=re.escape("a.jsonl.gz is damaged")):
-        cli.read_stories(tmp_path / "a.jsonl.gz", 500)
+        read_stories(tmp_path / "a.jsonl.gz", 500)
 
 
 def test_a_vocabulary_without_room_for_the_special_tokens_is_refused() -> None:

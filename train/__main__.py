@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from tinymodel_jax.cli import run_commands
+    from tinymodel_jax.commands.frame import run_commands
 
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     commands = {name: _listed(line) for name, line in PROGRAMS.items()}

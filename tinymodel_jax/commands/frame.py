@@ -1,0 +1,87 @@
+"""The frame of every command of the project: what it prints, how it fails.
+
+Exit status 0, 1 (failed) or 2 (bad usage); an error is one line on stderr, with `--debug` its traceback. Heavy parts
+load when a command uses them, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from tinymodel_jax import __version__
+
+
+def run_commands(
+    program: str,
+    description: str,
+    commands: Mapping[str, Callable[..., None]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run one of several commands, as the command line says; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _let_every_character_print()
+    if arguments == ["--version"]:
+        print(f"{program} {__version__}")
+        return 0
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            dict(commands),
+            prog=program,
+            description=f"{description} Any command takes --debug, which shows the traceback of an error; "
+            "--version alone says which release this is.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:  # tyro's own, after --help or bad usage
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, LookupError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"{program}: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON, in ASCII, so that every terminal and file can hold it."""
+    print(json.dumps(value))
+
+
+def with_progress(rows: list[Any], what: str) -> Iterator[Any]:
+    """Yield rows; on a terminal, a bar on stderr shows how many are done."""
+    if len(rows) < 2 or not sys.stderr.isatty():
+        yield from rows
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(rows, description=what, console=Console(stderr=True), transient=True)
+
+
+def _let_every_character_print() -> None:
+    """Show a character that the terminal's encoding lacks as `?`, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # without the number that str() puts in front
+    return " ".join(str(error).split()) or type(error).__name__

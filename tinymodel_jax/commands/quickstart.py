@@ -1,0 +1,29 @@
+"""`tinymodel quickstart`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: bool = False) -> None:
+    """Show the bundled model at work, train a dictionary before your eyes, and write a page about both.
+
+    Offline; under three minutes on two CPU cores.
+
+    Args:
+        out: folder for the page, quickstart.html.
+        seed: of the story and of the trained dictionary.
+        no_train: leave the training out.
+    """
+    if not 0 <= seed < 2**32 - 1:
+        raise ValueError(f"--seed {seed}: seeds are 0 to {2**32 - 2}.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder, which is made if there is none.")
+    from rich.console import Console
+
+    from tinymodel_jax.allocator import keep_freed_memory
+    from tinymodel_jax.quickstart.run import run_quickstart
+
+    keep_freed_memory()
+    options = f"{f' --seed {seed}' if seed else ''}{' --no-train' if no_train else ''}"
+    run_quickstart(out, seed, not no_train, Console(), options)
