@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tinymodel_jax.lm import TinyModel
 
 Prompts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT…")]
+STORY_FILES = (".jsonl", ".txt")
+"""Endings of files of stories; each also with .gz."""
 
 
 def load_lm(model: str, n_heads: int | None = None) -> TinyModel:
@@ -44,7 +46,7 @@ def read_stories(path: Path, limit: int) -> list[str]:
         ValueError: a line holds no story, or the file has none.
     """
     kind = path.name.removesuffix(".gz")
-    if not kind.endswith((".jsonl", ".txt")):
+    if not kind.endswith(STORY_FILES):
         raise ValueError(f"{path}: expected a .jsonl or .txt file, or one of them with .gz.")
     if limit < 1:
         raise ValueError(f"--limit {limit} must be 1 or more.")

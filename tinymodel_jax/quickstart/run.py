@@ -14,7 +14,7 @@ from tinymodel_jax.quickstart.named_features import SITE, name_features
 from tinymodel_jax.quickstart.page_content import describe_feature, interesting_features, script_data
 from tinymodel_jax.quickstart.recovery import count_concepts
 from tinymodel_jax.quickstart.steps import PROMPT, edit_features, open_place, show_features, sweep, tell
-from tinymodel_jax.quickstart.transcoder import FIRST_LABELLED, Amounts, train_transcoder
+from tinymodel_jax.quickstart.transcoder import Amounts, train_transcoder
 
 FULL = Amounts()
 COMMANDS = (
@@ -40,7 +40,7 @@ def run_quickstart(
     """
     lm = TinyModel("mini")
     story = tell(lm, seed, console)
-    told = list(storyworld.stories(seed=0, count=amounts.labelled, first=FIRST_LABELLED))
+    told = list(storyworld.stories(seed=0, count=amounts.labelled, first=storyworld.FIRST_UNSEEN))
     named = name_features(lm, told, console)
     acts = np.asarray(lm[SITE]([[lm.config.begin_id, *story]]))[0, 1:]
     tokens = show_features(lm, story, acts, named, console)

@@ -27,8 +27,6 @@ from tinymodel_jax.training.site_activations import site_vectors
 
 TRAINED = "M2"
 """Where the transcoder is trained."""
-FIRST_LABELLED = 1_000_000
-"""Number of the first story that features are named on; far from those that were trained on."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     )
     console.print(sentence)
     held_out = full_rows(
-        lm, [s.text for s in storyworld.stories(0, amounts.held_out, FIRST_LABELLED + amounts.labelled)]
+        lm, [s.text for s in storyworld.stories(0, amounts.held_out, storyworld.FIRST_UNSEEN + amounts.labelled)]
     )
     batches = [jax.device_put(held_out[i : i + 16]) for i in range(0, amounts.held_out, 16)]
     evaluations = evaluate_at_site(lm.params, lm.config, [trained, bundled], batches)

@@ -7,12 +7,13 @@ Rely on: story i of a seed is always the same; nothing is downloaded. `CONCEPTS`
 """
 
 from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
-from tinymodel_jax.bundled.storyworld.generator import Span, Story, fingerprint, stories, story
+from tinymodel_jax.bundled.storyworld.generator import FIRST_UNSEEN, Span, Story, fingerprint, stories, story
 from tinymodel_jax.bundled.storyworld.token_labels import labels
 from tinymodel_jax.bundled.storyworld.vocabulary import entropy, tokenizer, train_tokenizer
 
 __all__ = [
     "CONCEPTS",
+    "FIRST_UNSEEN",
     "Span",
     "Story",
     "entropy",

@@ -23,6 +23,8 @@ from tinymodel_jax.bundled.storyworld.plots import PLOTS
 
 MAX_LENGTH = 175
 """Most spaces and punctuation marks of a story; one with more is told anew."""
+FIRST_UNSEEN = 1_000_000
+"""Number of the story from which on, with seed 0, nothing that comes with the package was trained on."""
 _LIMIT = 1 << 63
 """Seeds and indices are below it."""
 _PLOT_NAMES = tuple(PLOTS)

@@ -1,0 +1,74 @@
+"""The rows of tokens that a command measures on: prepared data, a file of stories, or the story world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinymodel_jax.commands.prompts import STORY_FILES, read_stories
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.bundled.storyworld import Story
+    from tinymodel_jax.lm import TinyModel
+
+STORY_WORLD = "storyworld"
+
+
+def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
+    """Return rows of token ids (rows, seq), `[BEGIN]` first and padded with `[PAD]`.
+
+    Args:
+        data: folder of `python -m train prepare`, whose held-out rows are read; a file of stories (.jsonl, .txt, also
+            .gz); or `storyworld`, whose unseen stories are told.
+        limit: rows at most.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: it holds nothing to read, or does not fit the model's vocabulary and context.
+    """
+    if limit < 1:
+        raise ValueError(f"--limit {limit} must be 1 or more.")
+    if data == STORY_WORLD:
+        return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit)])
+    path = Path(data)
+    if data.removesuffix(".gz").endswith(STORY_FILES):
+        return _rows_of_stories(lm, read_stories(path, limit))
+    from tinymodel_jax.training.data_folder import open_data
+
+    prepared = open_data(data)
+    if prepared.vocab_size > lm.config.d_vocab or prepared.row_length > lm.config.n_ctx:
+        raise ValueError(
+            f"--data {data} has {prepared.vocab_size} ids in rows of {prepared.row_length}; the model takes "
+            f"{lm.config.d_vocab} ids in rows of {lm.config.n_ctx} at most. Prepare it with the model's tokenizer."
+        )
+    if not len(prepared.valid):
+        raise ValueError(f"--data {data} has no held-out rows; prepare more stories.")
+    return prepared.valid[:limit]
+
+
+def unseen_stories(lm: TinyModel, count: int) -> Sequence[Story]:
+    """Return stories of the story world that no bundled model was trained on.
+
+    Raises:
+        ValueError: the model's vocabulary is another.
+    """
+    from tinymodel_jax.bundled import storyworld
+
+    vocab_size = storyworld.tokenizer().vocab_size
+    if lm.config.d_vocab != vocab_size:
+        raise ValueError(
+            f"--data storyworld: its stories take {vocab_size} ids, the model has {lm.config.d_vocab}; give a folder "
+            "of python -m train prepare, or a file of stories."
+        )
+    return list(storyworld.stories(seed=0, count=count, first=storyworld.FIRST_UNSEEN))
+
+
+def _rows_of_stories(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
+    import numpy as np
+
+    tok_ids, _ = lm.tokenizer(list(texts), max_length=lm.config.n_ctx)
+    missing = lm.config.n_ctx - tok_ids.shape[1]
+    return np.pad(tok_ids, ((0, 0), (0, missing)), constant_values=lm.config.pad_id)
