@@ -10,19 +10,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums, contexts_named, named_contexts
+from tinymodel_jax.analysis.coactivation import partners_of_all
 from tinymodel_jax.analysis.contexts import Contexts
+from tinymodel_jax.analysis.feature_statistics import BINS, FIRST_EXPONENT
+from tinymodel_jax.analysis.resumable import Progress, fingerprint
 from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.lm import FeatureReader, TinyModel
 
-BINS = 32
-EDGES = 2.0 ** (np.arange(BINS + 1) / 2 - 8)
-"""Edges of the histogram's bins, half octaves from 2^-8 to 2^8; the first bin also has all below, the last all above."""
+EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
+"""Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
+SAVE_EVERY = 60.0
+"""Seconds between two states of the work file."""
+COACTIVATION_TOKENS = 8192
+"""Tokens, about, that co-activation is counted on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +92,7 @@ class TopActivations:
     def quantile(self, share: float) -> Float[np.ndarray, " n_features"]:
         """Return the activation that `share` of a feature's active tokens lie below; 0 for a feature that has none.
 
-        From the histogram, evenly spread on the logarithmic scale in a bin, so within half an octave of the truth.
+        From the histogram, evenly spread in a bin: off by less than a factor of 1.5 from 2^-8 to 2^8.
 
         Raises:
             ValueError: `share` is outside 0..1.
@@ -93,7 +105,8 @@ class TopActivations:
         inside = np.take_along_axis(self.histogram, bin_of[:, None], axis=1)[:, 0]
         before = np.take_along_axis(below, bin_of[:, None], axis=1)[:, 0] - inside
         part = (wanted[:, 0] - before) / np.maximum(inside, 1)
-        return np.where(self.active > 0, np.minimum(EDGES[bin_of] * 2 ** (part / 2), self.largest), 0)
+        value = EDGES[bin_of] + part * (EDGES[bin_of + 1] - EDGES[bin_of])
+        return np.where(self.active > 0, np.minimum(value, self.largest), 0)
 
     def bands(self, feature: int, n: int = 5) -> list[Contexts]:
         """Return the sampled contexts of a feature in `n` bands of equal size, that of the largest peaks first.
@@ -115,6 +128,57 @@ class TopActivations:
         replace_file(Path(path), save(arrays, {"top_activations": json.dumps(facts)}))
 
 
+def top_activations(
+    lm: TinyModel,
+    tag: str,
+    rows: Any,
+    *,
+    k: int = 20,
+    n_sampled: int = 40,
+    n_partners: int = 10,
+    seed: int = 0,
+    batch: int = 8,
+    work: Path | None = None,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> TopActivations:
+    """Search rows of tokens for what the features of a dictionary react to.
+
+    Args:
+        tag: dictionary's site, such as M2; what `lm[tag]` reads.
+        rows: integers (rows, seq), padded with `[PAD]`; may map a file, of which a batch is read at a time.
+        k: top contexts of each feature.
+        n_sampled: contexts of each feature that are sampled from all rows at which it is active.
+        n_partners: co-active features of each.
+        seed: of the samples.
+        batch: rows of a device in one pass; the devices of this process share the rows.
+        work: file that holds the state of the work, so that the same call goes on; deleted at the end. None: no file.
+        progress: wraps the batches' numbers, to show how many are done.
+
+    Raises:
+        ValueError: the site has no dictionary, the tag names a feature, no token counts, a count is below 1, rows are
+            no valid input, or `work` is of another search.
+    """
+    rows = np.asanyarray(rows)
+    reader = lm[tag]
+    _check(reader, tag, rows, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
+    n_tokens = _count_tokens(rows, lm.config.begin_id)
+    if not n_tokens:
+        raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
+    sums, first, data = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0, fingerprint(rows)
+    saved = None
+    if work is not None:
+        options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
+        saved = Progress(work, {"site": reader.site.tag, "data": data, **options, **_fingerprints(reader)})
+        if (before := saved.load()) is not None:
+            sums, first = Sums.of_arrays(before.arrays), before.done
+    measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, seed=seed)
+    _run(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
+    found = _result(reader.site.tag, data, rows, n_tokens, sums, n_partners)
+    if saved is not None:
+        saved.finish()
+    return found
+
+
 def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
     """Read what `TopActivations.save` wrote.
 
@@ -126,17 +190,67 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
         with safe_open(path, "numpy") as file:
             facts = json.loads((file.metadata() or {})["top_activations"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        contexts = {
-            name: Contexts(*(arrays.pop(f"{name}.{field}") for field in Contexts._fields))
-            for name in ("top", "sampled")
-        }
-        return TopActivations(**facts, **contexts, **arrays)
+        contexts = {name: contexts_named(name, arrays) for name in ("top", "sampled")}
+        plain = {name: array for name, array in arrays.items() if "." not in name}
+        return TopActivations(**facts, **contexts, **plain)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no file of tinymodel top ({error}); make it anew.") from error
 
 
 def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
     plain = {name: getattr(found, name) for name in ("histogram", "total", "partners", "correlation")}
-    for name in ("top", "sampled"):
-        plain |= {f"{name}.{field}": array for field, array in getattr(found, name)._asdict().items()}
-    return plain
+    return plain | named_contexts("top", found.top) | named_contexts("sampled", found.sampled)
+
+
+def _check(reader: FeatureReader, tag: str, rows: np.ndarray, **counts: int) -> None:
+    if reader.feature is not None:
+        raise ValueError(f"top_activations: {tag!r} names a feature; all are searched, {reader.site.tag!r}.")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"top_activations: {name}={count} must be 1 or more.")
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"top_activations: rows have shape {rows.shape}; give token ids (rows, seq), one row or more.")
+
+
+def _count_tokens(rows: np.ndarray, begin_id: int) -> int:
+    """Return how many tokens are not special, reading a part of the rows at a time."""
+    return sum(int(np.sum(rows[start : start + 4096] < begin_id)) for start in range(0, len(rows), 4096))
+
+
+def _fingerprints(reader: FeatureReader) -> dict[str, str]:
+    """Return what the activations depend on, for a work file's key."""
+    leaves, structure = jax.tree.flatten((reader.lm.params, reader.lm.splice_hooks(before=reader.site)))
+    words = np.frombuffer(str(structure).encode(), np.uint8)  # a splice's switches are part of it
+    return {
+        "model": f"{reader.lm.config.dtype} {fingerprint(words, *leaves)}",
+        "dictionary": f"{reader.dictionary.config.architecture} {fingerprint(*reader.dictionary.params.values())}",
+    }
+
+
+def _run(
+    measuring: ActivationPass,
+    sums: Sums,
+    starts: Sequence[int],
+    saved: Progress | None,
+    progress: Callable[[Sequence[int]], Iterable[int]],
+) -> None:
+    """Measure the batches; each is taken in while the next one is computed."""
+    measured, when = None, time.monotonic()
+    for start in progress(starts):
+        ahead = measuring.measure(start)
+        if measured is not None:
+            sums.take_in(measured, measuring.seed)
+        measured = ahead
+        if saved is not None and time.monotonic() - when > SAVE_EVERY:
+            saved.save(sums.arrays(), start)  # without the batch that is being computed
+            when = time.monotonic()
+    if measured is not None:
+        sums.take_in(measured, measuring.seed)
+
+
+def _result(tag: str, data: str, rows: np.ndarray, n_tokens: int, sums: Sums, n_partners: int) -> TopActivations:
+    order = np.argsort(-sums.sampled.value, axis=1, kind="stable")
+    sampled = Contexts(*(np.take_along_axis(field, order, axis=1) for field in sums.sampled))
+    partners = partners_of_all(sums.active, len(sums.total), n_partners)
+    histogram = np.ascontiguousarray(sums.histogram.T)
+    return TopActivations(tag, data, len(rows), n_tokens, histogram, sums.total, sums.top, sampled, *partners)

@@ -1,0 +1,92 @@
+"""The search over all features beside the encoder's matrix products alone, in one process, alternating.
+
+Activations of a full-size model are drawn at random, not computed: the language model's own pass is not part of either
+time. `sweeps.py` calls `measure`.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums
+from tinymodel_jax.analysis.coactivation import partners_of_all
+from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS
+from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.sites import Site
+from tinymodel_jax.transformer import Transformer
+
+WHOLE_PASS = 600_000
+"""Tokens of the pass that the sample for co-activation is sized for; a shorter measurement takes the same share."""
+SITE = Site("M", 2)
+BATCHES_AT_ONCE = 4
+"""Batches of the search between two of the products alone, so that both see the same company."""
+
+
+def measure(n_tokens: int, n_features: int) -> tuple[float, float]:
+    """Return the seconds of a search over `n_tokens`, and of its encoder's products alone.
+
+    The products are one a batch, `x @ W_enc`, with the package's compiler options. The search is all of it: peaks,
+    positions, sums, histograms, contexts, co-activation and its partners at the end.
+    """
+    model = TinyModel.from_params(*_model())
+    reader = FeatureReader(model, SITE, _dictionary(n_features), None)
+    n_rows = -(-n_tokens // 256)
+    rows = np.random.default_rng(0).integers(0, model.config.begin_id, (n_rows, 256))
+    search = _Search(reader, rows, batch=8, share=COACTIVATION_TOKENS / WHOLE_PASS, seed=0)
+    product = fast_jit(lambda x, W: x @ W)
+    W = reader.dictionary.params["W_enc"]
+    jax.block_until_ready(product(search.inputs(rows[: search.batch]), W))
+    Sums.zero(n_features, 20, 40).take_in(search.measure(0), 0)  # compiles
+
+    sums, searching, multiplying = Sums.zero(n_features, 20, 40), 0.0, 0.0
+    starts = range(0, n_rows, search.batch)
+    for first in range(0, len(starts), BATCHES_AT_ONCE):
+        part = starts[first : first + BATCHES_AT_ONCE]
+        before = time.perf_counter()
+        _search(search, sums, part)
+        middle = time.perf_counter()
+        for start in part:
+            jax.block_until_ready(product(search.inputs(rows[start : start + search.batch]), W))
+        searching, multiplying = searching + middle - before, multiplying + time.perf_counter() - middle
+    before = time.perf_counter()
+    partners_of_all(sums.active, n_features, 10)
+    return searching + time.perf_counter() - before, multiplying
+
+
+def _model() -> tuple[ModelConfig, Any]:
+    config = ModelConfig(n_layers=3, d_model=768, n_heads=16, d_mlp=16, d_vocab=100)  # its own pass does not run
+    return config, Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _dictionary(n_features: int) -> Dictionary:
+    """Return a transcoder of which a feature in 500 is active at a token, as in a trained one."""
+    config = DictionaryConfig(SITE.hook_in, SITE.hook_out, d_in=768, d_out=768, n_features=n_features)
+    W = jax.random.normal(jax.random.key(1), (768, n_features)) / 768**0.5
+    params = {"W_enc": W, "b_enc": jnp.full(n_features, -2.9), "W_dec": W.T, "b_dec": jnp.zeros(768)}
+    return Dictionary.from_params(config, params)
+
+
+class _Search(ActivationPass):
+    """A pass whose inputs are drawn beforehand, one batch for all."""
+
+    def inputs(self, tok_ids: np.ndarray) -> jax.Array:
+        if not hasattr(self, "drawn"):
+            self.drawn = jax.random.normal(jax.random.key(0), (self.batch, 256, 768))
+        return self.drawn
+
+
+def _search(search: ActivationPass, sums: Sums, starts: range) -> None:
+    measured = None
+    for start in starts:
+        ahead = search.measure(start)
+        if measured is not None:
+            sums.take_in(measured, 0)
+        measured = ahead
+    if measured is not None:
+        sums.take_in(measured, 0)

@@ -1,0 +1,143 @@
+"""One pass over rows of tokens: what is kept of a dictionary's activations, and how a batch is added to it.
+
+`ActivationPass` measures batches on the devices, `Sums` takes them in on the host. Rows are spread over the devices of
+this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from tinymodel_jax.analysis.coactivation import STRONGEST, active_features, sampled_places
+from tinymodel_jax.analysis.contexts import Contexts, at_random, by_value, keep_first, no_contexts
+from tinymodel_jax.analysis.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
+from tinymodel_jax.forward import forward
+from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.padding import check_tok_ids
+
+
+class MeasuredBatch(NamedTuple):
+    """A batch's numbers; arrays may still be computed."""
+
+    first: int
+    """Number of its first row."""
+    n_rows: int
+    chunks: list[BatchStatistics]
+    """Of all features, in order; rows beyond `n_rows` are padding."""
+    active: list[Array]
+    """Strongest features of the sampled tokens."""
+    n_sampled: int
+
+
+class ActivationPass:
+    """Measures batches of rows.
+
+    Args:
+        batch: rows of a device in one pass of the model.
+        share: probability of a token to be in the sample for co-activation.
+    """
+
+    def __init__(self, reader: FeatureReader, rows: np.ndarray, *, batch: int, share: float, seed: int):
+        devices = jax.local_devices()
+        mesh = Mesh(np.array(devices), ("data",))
+        self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self.lm, self.rows, self.share, self.seed = reader.lm, rows, share, seed
+        self.config = reader.dictionary.config
+        self.batch = batch * len(devices)
+        self.hooks = jax.device_put(self.lm.splice_hooks(before=reader.site), everywhere)
+        self.params = jax.device_put(self.lm.params, everywhere)
+        self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
+        self.chunks = feature_chunks(self.dictionary, self.config)
+
+    def measure(self, first: int) -> MeasuredBatch:
+        """Start to measure the batch whose first row is `first`.
+
+        Raises:
+            ValueError: its ids are not valid for the model.
+        """
+        tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config)
+        n_rows = len(tok_ids)
+        padding = ((0, self.batch - n_rows), (0, 0))
+        tok_ids = np.pad(tok_ids, padding, constant_values=self.lm.config.pad_id)
+        real = tok_ids < self.lm.config.begin_id
+        x = self.inputs(tok_ids)
+        counted = jax.device_put(real, self.spread)
+        found = [statistics(chunk, x, counted, config=self.config) for chunk in self.chunks]
+        places = sampled_places(real, first, self.share, self.seed)
+        active = active_features(self.dictionary, self.config, x, places)
+        return MeasuredBatch(first, n_rows, found, active, len(places))
+
+    def inputs(self, tok_ids: Int[np.ndarray, "rows seq"]) -> Array:
+        """Return what the dictionary reads, (rows, seq, d_in)."""
+        name = self.config.hook_in
+        ids = jax.device_put(tok_ids, self.spread)
+        _, acts = forward(self.params, ids, self.hooks, config=self.lm.config, keep=(name,), output="none")
+        return acts[name]
+
+
+@dataclasses.dataclass
+class Sums:
+    """What is kept of all rows so far."""
+
+    histogram: Int[np.ndarray, "32 n_features"]
+    total: np.ndarray
+    """(n_features,) float64."""
+    top: Contexts
+    sampled: Contexts
+    active: np.ndarray
+    """(sampled tokens, strongest) features for co-activation; -1 where there are fewer."""
+
+    @staticmethod
+    def zero(n_features: int, k: int, n_sampled: int) -> Sums:
+        """Return the sums over no rows."""
+        return Sums(
+            np.zeros((BINS, n_features), np.int64),
+            np.zeros(n_features),
+            no_contexts(n_features, k),
+            no_contexts(n_features, n_sampled),
+            np.zeros((0, min(STRONGEST, n_features)), np.int32),
+        )
+
+    def take_in(self, batch: MeasuredBatch, seed: int) -> None:
+        """Add a batch; batches come in the order of their rows."""
+        peak, position, total = (
+            np.concatenate([np.asarray(chunk[field]) for chunk in batch.chunks], axis=1)[: batch.n_rows]
+            for field in range(3)
+        )
+        self.histogram += np.concatenate([np.asarray(chunk.histogram) for chunk in batch.chunks], axis=1)
+        for row in total:
+            self.total += row  # row by row, so that the rounding does not depend on the batch
+        rows = np.arange(batch.first, batch.first + batch.n_rows)
+        keep_first(self.top, peak, position, rows, by_value)
+        keep_first(self.sampled, peak, position, rows, at_random(seed))
+        if batch.n_sampled:
+            active = np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled]
+            self.active = np.concatenate([self.active, active])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything by name, for a work file."""
+        found = {"histogram": self.histogram, "total": self.total, "active": self.active}
+        return found | named_contexts("top", self.top) | named_contexts("sampled", self.sampled)
+
+    @staticmethod
+    def of_arrays(arrays: dict[str, np.ndarray]) -> Sums:
+        """Return the sums that `arrays` named."""
+        top, sampled = contexts_named("top", arrays), contexts_named("sampled", arrays)
+        return Sums(arrays["histogram"], arrays["total"], top, sampled, arrays["active"])
+
+
+def named_contexts(name: str, contexts: Contexts) -> dict[str, np.ndarray]:
+    """Return the fields of contexts as `{"top.value": array, …}`."""
+    return {f"{name}.{field}": array for field, array in contexts._asdict().items()}
+
+
+def contexts_named(name: str, arrays: dict[str, np.ndarray]) -> Contexts:
+    """Return the contexts that `named_contexts` named."""
+    return Contexts(*(arrays[f"{name}.{field}"] for field in Contexts._fields))
