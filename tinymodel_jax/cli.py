@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tinymodel_jax.commands.concepts import concepts
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands
 from tinymodel_jax.commands.generate import generate
 from tinymodel_jax.commands.quickstart import quickstart
+from tinymodel_jax.commands.top import top
 
-COMMANDS = {"quickstart": quickstart, "generate": generate, "features": features}
+COMMANDS = {"quickstart": quickstart, "generate": generate, "features": features, "top": top, "concepts": concepts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

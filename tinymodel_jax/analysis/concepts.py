@@ -95,6 +95,20 @@ def concepts_of_units(
     return f1.argmax(axis=1), f1.max(axis=1)
 
 
+def best_f1_of_all(
+    acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
+) -> Float[np.ndarray, "units concepts"]:
+    """Return the F1 of every unit for every concept, each at its best threshold on these positions.
+
+    Predicting a concept everywhere is no threshold here. Nothing is held out: the best of many units is flattered.
+    """
+    found = []
+    for start in range(0, acts.shape[1], CHUNK):
+        part = np.asarray(acts[:, start : start + CHUNK], np.float32)
+        found.append(np.max([_f1_of_all(part > t, truth) for t in _thresholds(part)[1:]], axis=0))
+    return np.concatenate(found)
+
+
 def auc_of_all(
     acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
 ) -> Float[np.ndarray, "units concepts"]:

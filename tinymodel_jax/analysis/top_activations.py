@@ -48,6 +48,10 @@ class TopActivations:
     """The dictionary's site."""
     data: str
     """`resumable.fingerprint` of the rows."""
+    model: str
+    """Fingerprint of what computes the dictionary's input."""
+    dictionary: str
+    """Fingerprint of the dictionary."""
     n_rows: int
     n_tokens: int
     """Tokens that counted."""
@@ -124,7 +128,7 @@ class TopActivations:
             OSError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
-        facts = {"tag": self.tag, "data": self.data, "n_rows": self.n_rows, "n_tokens": self.n_tokens}
+        facts = {name: getattr(self, name) for name in ("tag", "data", "model", "dictionary", "n_rows", "n_tokens")}
         replace_file(Path(path), save(arrays, {"top_activations": json.dumps(facts)}))
 
 
@@ -164,19 +168,35 @@ def top_activations(
     n_tokens = _count_tokens(rows, lm.config.begin_id)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
-    sums, first, data = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0, fingerprint(rows)
+    sums, first, prints = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0, fingerprints(reader, rows)
     saved = None
     if work is not None:
         options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
-        saved = Progress(work, {"site": reader.site.tag, "data": data, **options, **_fingerprints(reader)})
+        saved = Progress(work, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
     measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, seed=seed)
     _run(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
-    found = _result(reader.site.tag, data, rows, n_tokens, sums, n_partners)
+    facts = {"tag": reader.site.tag, "n_rows": len(rows), "n_tokens": n_tokens, **prints}
+    found = _result(facts, sums, n_partners)
     if saved is not None:
         saved.finish()
     return found
+
+
+def fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, str]:
+    """Return what a search's result depends on besides its options: the fields `data`, `model` and `dictionary`.
+
+    Args:
+        reader: `lm[tag]`.
+    """
+    leaves, structure = jax.tree.flatten((reader.lm.params, reader.lm.splice_hooks(before=reader.site)))
+    words = np.frombuffer(str(structure).encode(), np.uint8)  # a splice's switches are part of it
+    return {
+        "data": fingerprint(rows),
+        "model": f"{reader.lm.config.dtype} {fingerprint(words, *leaves)}",
+        "dictionary": f"{reader.dictionary.config.architecture} {fingerprint(*reader.dictionary.params.values())}",
+    }
 
 
 def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
@@ -217,16 +237,6 @@ def _count_tokens(rows: np.ndarray, begin_id: int) -> int:
     return sum(int(np.sum(rows[start : start + 4096] < begin_id)) for start in range(0, len(rows), 4096))
 
 
-def _fingerprints(reader: FeatureReader) -> dict[str, str]:
-    """Return what the activations depend on, for a work file's key."""
-    leaves, structure = jax.tree.flatten((reader.lm.params, reader.lm.splice_hooks(before=reader.site)))
-    words = np.frombuffer(str(structure).encode(), np.uint8)  # a splice's switches are part of it
-    return {
-        "model": f"{reader.lm.config.dtype} {fingerprint(words, *leaves)}",
-        "dictionary": f"{reader.dictionary.config.architecture} {fingerprint(*reader.dictionary.params.values())}",
-    }
-
-
 def _run(
     measuring: ActivationPass,
     sums: Sums,
@@ -248,9 +258,16 @@ def _run(
         sums.take_in(measured, measuring.seed)
 
 
-def _result(tag: str, data: str, rows: np.ndarray, n_tokens: int, sums: Sums, n_partners: int) -> TopActivations:
+def _result(facts: dict[str, Any], sums: Sums, n_partners: int) -> TopActivations:
     order = np.argsort(-sums.sampled.value, axis=1, kind="stable")
     sampled = Contexts(*(np.take_along_axis(field, order, axis=1) for field in sums.sampled))
-    partners = partners_of_all(sums.active, len(sums.total), n_partners)
-    histogram = np.ascontiguousarray(sums.histogram.T)
-    return TopActivations(tag, data, len(rows), n_tokens, histogram, sums.total, sums.top, sampled, *partners)
+    partners, correlation = partners_of_all(sums.active, len(sums.total), n_partners)
+    return TopActivations(
+        **facts,
+        histogram=np.ascontiguousarray(sums.histogram.T),
+        total=sums.total,
+        top=sums.top,
+        sampled=sampled,
+        partners=partners,
+        correlation=correlation,
+    )

@@ -1,0 +1,74 @@
+"""Direct logit effects: which next tokens a feature's decoder direction speaks for and against.
+
+    effect = W_dec @ W_U, minus its mean over the vocabulary (which the softmax ignores)
+
+Direct means by the path from the dictionary's output straight to the unembedding, past all later layers. There is no
+layer norm, so it is exact and the same on every input: one unit of activation adds this to the logits. It is defined
+where `hook_out` is the residual stream or is added to it; all sites of `sites.KINDS` are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.dictionary import resolve_indices
+from tinymodel_jax.lm import TinyModel
+
+TOGETHER = 512
+"""Features whose effects on all logits are in memory at once."""
+
+
+class LogitEffects(NamedTuple):
+    """The tokens that each feature promotes and suppresses most, strongest first."""
+
+    features: Int[np.ndarray, " n"]
+    promoted: Int[np.ndarray, "n top"]
+    promoted_effect: Float[np.ndarray, "n top"]
+    """Logits for one unit of activation."""
+    suppressed: Int[np.ndarray, "n top"]
+    suppressed_effect: Float[np.ndarray, "n top"]
+
+
+def logit_effects(
+    lm: TinyModel, tag: str, top: int = 10, features: Int[np.ndarray, " n"] | None = None
+) -> LogitEffects:
+    """Return the direct effect of features on the logits.
+
+    Args:
+        tag: dictionary's site, such as M2.
+        top: tokens in each direction.
+        features: indices; None is all.
+
+    Raises:
+        ValueError: the tag has no dictionary, a feature is out of range, or `top` is outside 1..d_vocab.
+    """
+    dictionary = lm[tag].dictionary
+    if not 1 <= top <= lm.config.d_vocab:
+        raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
+    chosen = resolve_indices(slice(None) if features is None else features, dictionary.config.n_features)
+    W_dec = dictionary.params["W_dec"]
+    starts = range(0, len(chosen), TOGETHER)
+    parts = (_strongest(W_dec[chosen[start : start + TOGETHER]], lm.params["W_U"], top=top) for start in starts)
+    up, promoted, down, suppressed = np.concatenate([np.zeros((4, 0, top)), *map(np.stack, parts)], axis=1)
+    return LogitEffects(
+        chosen, promoted.astype(np.int32), up.astype(np.float32), suppressed.astype(np.int32), down.astype(np.float32)
+    )
+
+
+def _strongest_effects(
+    W_dec: Float[Array, "n d_model"], W_U: Float[Array, "d_model d_vocab"], *, top: int
+) -> tuple[Array, Array, Array, Array]:
+    effects = W_dec.astype(jnp.float32) @ W_U.astype(jnp.float32)
+    effects = effects - jnp.mean(effects, axis=-1, keepdims=True)
+    up, promoted = jax.lax.top_k(effects, top)
+    down, suppressed = jax.lax.top_k(-effects, top)
+    return up, promoted, -down, suppressed
+
+
+_strongest = fast_jit(_strongest_effects, static_argnames=("top",))

@@ -1,0 +1,78 @@
+"""`tinymodel concepts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.prompts import load_lm
+from tinymodel_jax.commands.rows import unseen_stories
+
+if TYPE_CHECKING:
+    from tinymodel_jax.analysis.concept_recovery import Recovery
+
+
+def concepts(
+    *,
+    model: str = "mini",
+    sites: str = "",
+    stories: int = 100,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Say which concepts of the story world the dictionaries found, beside neurons and random directions.
+
+    Args:
+        model: one that was trained on the story world.
+        sites: dictionaries' tags, as M0,Rm2; all of the model's if left out.
+        stories: unseen stories to read; half of them choose the features, half score them.
+        out: JSON file for the score of every concept at every place.
+        plot: PNG file for a heat map of them.
+        json: print a JSON object a line: a place and a concept.
+    """
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+    if stories < 2:
+        raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
+    import json as json_format
+
+    from tinymodel_jax.analysis.concept_recovery import concept_records, plot_concepts, recover_concepts
+    from tinymodel_jax.atomic_files import replace_file
+
+    lm = load_lm(model)
+    tags = [tag.strip() for tag in sites.split(",") if tag.strip()] or None
+    recoveries = recover_concepts(lm, unseen_stories(lm, stories), tags)
+    records = concept_records(recoveries)
+    if out is not None:
+        replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())
+    if plot is not None:
+        plot_concepts(recoveries, plot)
+    if json:
+        for record in records:
+            print_json(record)
+    else:
+        _print_table(recoveries, stories)
+
+
+def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from tinymodel_jax.analysis.concept_recovery import n_found
+    from tinymodel_jax.bundled.storyworld import CONCEPTS
+
+    title = f"{len(CONCEPTS)} concepts, {stories} unseen stories: the best unit of each"
+    table = Table(title=title, title_justify="left")
+    for column in ("place", "units", "found (F1 ≥ 0.8)", "F1 ≥ 0.5", "mean F1", "mean AUC"):
+        table.add_column(column, justify="left" if column == "place" else "right")
+    for one in recoveries:
+        f1, auc = (f"{np.nanmean(values):.3f}" for values in (one.scores.f1, one.scores.auc))
+        table.add_row(one.name, str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
+    Console().print(table)

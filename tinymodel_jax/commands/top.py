@@ -1,0 +1,130 @@
+"""`tinymodel top`: what the features of a dictionary react to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.prompts import load_lm
+from tinymodel_jax.commands.rows import STORY_WORLD, open_rows, unseen_stories
+from tinymodel_jax.sites import Site
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.analysis.top_activations import TopActivations
+    from tinymodel_jax.lm import FeatureReader
+
+
+def top(
+    *,
+    site: str,
+    model: str = "tiny_model",
+    data: str = STORY_WORLD,
+    limit: int = 200,
+    feature: int | None = None,
+    contains: str | None = None,
+    concept: str | None = None,
+    top: int = 10,
+    dictionary: Path | None = None,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    json: bool = False,
+) -> None:
+    """Search tokens for what every feature of a dictionary reacts to, and show features or one of them.
+
+    Args:
+        site: dictionary's tag, such as M2; M2N123 is --site M2 --feature 123.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
+        limit: rows to read at most.
+        feature: show this one: contexts, quantiles, histogram, logit effects, partners.
+        contains: list features whose top contexts peak on this text, the largest share first.
+        concept: list features by how well they tell this concept of the story world (F1 at the best threshold).
+        top: features, or contexts of the one, that are shown.
+        dictionary: folder or file to use at the site, instead of the model's own or published one.
+        out: file of the search's result: read if it is there, else written; a stopped search goes on.
+        json: print a JSON object a line.
+    """
+    place, of_tag = Site.parse(site)
+    chosen = of_tag if feature is None else feature
+    _check_options(top, (chosen, contains, concept), data, concept)
+    if dictionary is not None and not dictionary.exists():
+        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    from tinymodel_jax.allocator import keep_freed_memory
+    from tinymodel_jax.commands import top_views as views
+
+    keep_freed_memory()
+    lm = load_lm(model)
+    if dictionary is not None:
+        lm.attach(place.tag, dictionary)
+    reader = lm[place.tag if chosen is None else f"{place.tag}N{chosen}"]
+    rows = open_rows(lm, data, limit)
+    found = _search(reader, rows, out)
+    f1 = _concepts(reader, rows, limit) if data == STORY_WORLD else None
+    if chosen is None:
+        order, why = views.ranked(lm, found, rows, f1, contains, concept)
+        records = views.feature_records(lm, found, rows, f1, order[:top], why)
+        show: Any = views.print_features
+    else:
+        records = [views.feature_record(lm, found, rows, f1, chosen, top)]
+        show = views.print_feature
+    if json:
+        for record in records:
+            print_json(record)
+    else:
+        show(found, records)
+
+
+def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str | None) -> None:
+    if top < 1:
+        raise ValueError(f"--top {top} must be 1 or more.")
+    if sum(question is not None for question in questions) > 1:
+        raise ValueError("--feature, --contains and --concept do not go together; give one of them.")
+    if questions[1] == "":
+        raise ValueError('--contains "": give a text, such as " happy".')
+    if concept is None:
+        return
+    from tinymodel_jax.bundled.storyworld import CONCEPTS
+
+    if concept not in CONCEPTS:
+        import difflib
+
+        close = ", ".join(difflib.get_close_matches(concept, CONCEPTS, cutoff=0.3)) or "none"
+        raise ValueError(
+            f"--concept {concept}: no concept of the story world. Closest: {close}. All: docs/storyworld.md."
+        )
+    if data != STORY_WORLD:
+        raise ValueError(f"--concept {concept}: only the story world's tokens have known concepts; leave --data out.")
+
+
+def _search(reader: FeatureReader, rows: np.ndarray, out: Path | None) -> TopActivations:
+    """Return the result in a file, or search and write it."""
+    from tinymodel_jax.analysis.top_activations import fingerprints, load_top_activations, top_activations
+
+    if out is not None and out.exists():
+        found = load_top_activations(out)
+        now = {"tag": reader.site.tag, **fingerprints(reader, rows)}
+        changed = [name for name, value in now.items() if getattr(found, name) != value]
+        if changed:
+            raise ValueError(f"--out {out} holds a search with another {', '.join(changed)}; name another file.")
+        return found
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first.")
+    work = None if out is None else out.with_name(f"{out.name}.work")
+    found = top_activations(
+        reader.lm, reader.site.tag, rows, work=work, progress=lambda starts: with_progress(list(starts), "searching")
+    )
+    if out is not None:
+        found.save(out)
+    return found
+
+
+def _concepts(reader: FeatureReader, rows: np.ndarray, limit: int) -> np.ndarray:
+    from tinymodel_jax.analysis.feature_queries import concept_f1
+    from tinymodel_jax.bundled.storyworld import labels
+
+    truth = labels(unseen_stories(reader.lm, limit), reader.lm.tokenizer, width=rows.shape[1], max_length=rows.shape[1])
+    return concept_f1(reader, rows, truth)

@@ -1,0 +1,180 @@
+"""What `tinymodel top` shows: a record for each feature, as JSON or printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tinymodel_jax.analysis.contexts import Contexts
+from tinymodel_jax.analysis.feature_queries import context_window, share_on_text, token_texts
+from tinymodel_jax.analysis.logit_effects import logit_effects
+from tinymodel_jax.analysis.report.page import token_text
+from tinymodel_jax.analysis.top_activations import EDGES, TopActivations
+from tinymodel_jax.bundled.storyworld import CONCEPTS
+from tinymodel_jax.lm import TinyModel
+
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+BANDS, OF_A_BAND = 5, 2
+"""Bands of the sampled contexts, and how many are shown of each."""
+BAR = 40
+"""Characters of the longest bar."""
+
+
+def ranked(
+    lm: TinyModel,
+    found: TopActivations,
+    rows: np.ndarray,
+    f1: np.ndarray | None,
+    contains: str | None,
+    concept: str | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return features in the order of what was asked for, and the number they are ordered by; by density if nothing."""
+    if concept is not None:
+        assert f1 is not None
+        score = f1[:, list(CONCEPTS).index(concept)]
+    elif contains is not None:
+        score = share_on_text(found, rows, token_texts(lm), contains)
+        order = np.lexsort((-found.density, -score))
+        order = order[score[order] > 0]
+        if not len(order):
+            raise ValueError(
+                f"--contains {contains!r}: no feature's top contexts peak on it; read more rows (--limit)."
+            )
+        return order, score
+    else:
+        return np.argsort(-found.density, kind="stable"), None
+    return np.argsort(-score, kind="stable"), score
+
+
+def feature_records(
+    lm: TinyModel,
+    found: TopActivations,
+    rows: np.ndarray,
+    f1: np.ndarray | None,
+    features: np.ndarray,
+    score: np.ndarray | None,
+) -> list[dict[str, Any]]:
+    """Return what is known of features, in a line each."""
+    effects = logit_effects(lm, found.tag, min(5, lm.config.d_vocab), features)
+    records = []
+    for place, feature in enumerate(features):
+        record = _numbers(found, f1, int(feature))
+        if score is not None:
+            record["score"] = round(float(score[feature]), 4)
+        record["top_token"] = _usual_token(lm, found, rows, int(feature))
+        record["promoted"] = [_word(lm, token) for token in effects.promoted[place]]
+        records.append(record)
+    return records
+
+
+def feature_record(
+    lm: TinyModel, found: TopActivations, rows: np.ndarray, f1: np.ndarray | None, feature: int, top: int
+) -> dict[str, Any]:
+    """Return all that is known of one feature."""
+    effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), np.array([feature]))
+    words = {
+        kind: [
+            {"token": _word(lm, token), "effect": round(float(effect), 4)}
+            for token, effect in zip(getattr(effects, kind)[0], getattr(effects, f"{kind}_effect")[0], strict=True)
+        ]
+        for kind in ("promoted", "suppressed")
+    }
+    shown = found.histogram[feature]
+    partners = zip(found.partners[feature], found.correlation[feature], strict=True)
+    return {
+        **_numbers(found, f1, feature),
+        "quantiles": {str(share): round(float(found.quantile(share)[feature]), 4) for share in QUANTILES},
+        "histogram": [{"from": float(EDGES[i]), "tokens": int(shown[i])} for i in np.flatnonzero(shown)],
+        "contexts": _contexts(lm, rows, found.top, feature, top),
+        "bands": [_contexts(lm, rows, band, 0, OF_A_BAND) for band in found.bands(feature, BANDS)],
+        **words,
+        "partners": [{"feature": int(f), "correlation": round(float(c), 4)} for f, c in partners if f >= 0],
+    }
+
+
+def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
+    """Print a table of features."""
+    table = Table(title=f"{found.tag}, {found.n_tokens:,} tokens of {found.n_rows:,} rows", title_justify="left")
+    with_score, with_concept = "score" in records[0], "concept" in records[0]
+    names = ["feature", *(["score"] if with_score else []), "density", "largest", "top token"]
+    for name in [*names, *(["concept (F1)"] if with_concept else []), "promotes"]:
+        table.add_column(name, justify="right" if name in ("feature", "score", "density", "largest") else "left")
+    for record in records:
+        cells = [str(record["feature"]), *([f"{record['score']:.2f}"] if with_score else [])]
+        cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", escape(record["top_token"])]
+        cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
+        table.add_row(*cells, escape(" ".join(record["promoted"])))
+    Console().print(table, highlight=False)
+
+
+def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
+    """Print a page about one feature."""
+    record, console = records[0], Console(highlight=False)
+    concept = f", {record['concept']} (F1 {record['f1']:.2f})" if "concept" in record else ""
+    console.print(
+        f"[bold]{found.tag}N{record['feature']}[/bold]{concept}: active on {record['density']:.3%} of "
+        f"{found.n_tokens:,} tokens, mean {record['mean']:.3f}, largest {record['largest']:.3f}"
+    )
+    console.print("quantiles: " + ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in record["quantiles"].items()))
+    most = max((one["tokens"] for one in record["histogram"]), default=1)
+    for one in record["histogram"]:
+        console.print(f"  from {one['from']:8.4f} {'█' * -(-BAR * one['tokens'] // most)} {one['tokens']:,}")
+    _print_contexts(console, "top contexts", record["contexts"])
+    for number, band in enumerate(record["bands"]):
+        high, low = 1 - number / BANDS, 1 - (number + 1) / BANDS
+        _print_contexts(console, f"contexts from quantile {low:.1f} to {high:.1f}", band)
+    for kind in ("promoted", "suppressed"):
+        words = "  ".join(f"{escape(one['token'])} {one['effect']:+.3f}" for one in record[kind])
+        console.print(f"{kind} next tokens: {words}")
+    partners = "  ".join(f"{one['feature']} ({one['correlation']:.2f})" for one in record["partners"]) or "none"
+    console.print(f"active together with: {partners}")
+
+
+def _print_contexts(console: Console, title: str, contexts: Sequence[dict[str, Any]]) -> None:
+    if contexts:
+        console.print(f"{title}:")
+    for one in contexts:
+        before, peak, after = (escape(one[part]) for part in ("before", "peak", "after"))
+        console.print(f"  {one['activation']:7.3f}  {before}[reverse bold]«{peak}»[/]{after}", soft_wrap=True)
+
+
+def _numbers(found: TopActivations, f1: np.ndarray | None, feature: int) -> dict[str, Any]:
+    record: dict[str, Any] = {"site": found.tag, "feature": feature}
+    for name in ("density", "mean", "largest"):
+        record[name] = round(float(getattr(found, name)[feature]), 6)
+    if f1 is not None:
+        best = int(f1[feature].argmax())
+        record |= {"concept": list(CONCEPTS)[best], "f1": round(float(f1[feature, best]), 4)}
+    return record
+
+
+def _contexts(lm: TinyModel, rows: np.ndarray, contexts: Contexts, feature: int, n: int) -> list[dict[str, Any]]:
+    found = []
+    for number in np.flatnonzero(contexts.row[feature] >= 0)[:n]:
+        ids, peak = context_window(rows, contexts, (feature, int(number)))
+        before, word, after = (_text(lm, part) for part in (ids[:peak], ids[peak : peak + 1], ids[peak + 1 :]))
+        activation = round(float(contexts.value[feature, number]), 4)
+        row = int(contexts.row[feature, number])
+        found.append({"activation": activation, "row": row, "before": before, "peak": word, "after": after})
+    return found
+
+
+def _usual_token(lm: TinyModel, found: TopActivations, rows: np.ndarray, feature: int) -> str:
+    """Return the token that most of the top contexts peak on; the strongest of several."""
+    present = found.top.row[feature] >= 0
+    peaks = rows[found.top.row[feature][present], found.top.position[feature][present]]
+    return _word(lm, Counter(peaks.tolist()).most_common(1)[0][0]) if len(peaks) else "–"
+
+
+def _text(lm: TinyModel, ids: list[int]) -> str:
+    return token_text(lm.tokenizer.decode([token for token in ids if token < lm.config.begin_id]))
+
+
+def _word(lm: TinyModel, token: int) -> str:
+    return repr(token_text(lm.tokenizer.decode([int(token)])))
