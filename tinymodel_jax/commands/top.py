@@ -55,12 +55,15 @@ def top(
         raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.commands import top_views as views
+    from tinymodel_jax.dictionary import resolve_indices
 
     keep_freed_memory()
     lm = load_lm(model)
     if dictionary is not None:
         lm.attach(place.tag, dictionary)
-    reader = lm[place.tag if chosen is None else f"{place.tag}N{chosen}"]
+    reader = lm[place.tag]
+    if chosen is not None:
+        chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))
     rows = open_rows(lm, data, limit)
     found = _search(reader, rows, out)
     f1 = _concepts(reader, rows, limit) if data == STORY_WORLD else None

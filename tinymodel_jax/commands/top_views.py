@@ -68,7 +68,7 @@ def feature_records(
         if score is not None:
             record["score"] = round(float(score[feature]), 4)
         record["top_token"] = _usual_token(lm, found, rows, int(feature))
-        record["promoted"] = [_word(lm, token) for token in effects.promoted[place]]
+        record["promoted"] = [_word(lm, token) for token in effects.promoted[place].tolist()]
         records.append(record)
     return records
 
@@ -80,8 +80,10 @@ def feature_record(
     effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), np.array([feature]))
     words = {
         kind: [
-            {"token": _word(lm, token), "effect": round(float(effect), 4)}
-            for token, effect in zip(getattr(effects, kind)[0], getattr(effects, f"{kind}_effect")[0], strict=True)
+            {"token": _word(lm, token), "effect": round(effect, 4)}
+            for token, effect in zip(
+                getattr(effects, kind)[0].tolist(), getattr(effects, f"{kind}_effect")[0].tolist(), strict=True
+            )
         ]
         for kind in ("promoted", "suppressed")
     }
@@ -109,7 +111,7 @@ def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> 
         cells = [str(record["feature"]), *([f"{record['score']:.2f}"] if with_score else [])]
         cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", escape(record["top_token"])]
         cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
-        table.add_row(*cells, escape(" ".join(record["promoted"])))
+        table.add_row(*cells, escape(" ".join(record["promoted"][:3])))
     Console().print(table, highlight=False)
 
 
@@ -177,4 +179,4 @@ def _text(lm: TinyModel, ids: list[int]) -> str:
 
 
 def _word(lm: TinyModel, token: int) -> str:
-    return repr(token_text(lm.tokenizer.decode([int(token)])))
+    return repr(token_text(lm.tokenizer.decode([token])))

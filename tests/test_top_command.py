@@ -1,0 +1,176 @@
+"""`tinymodel top` and `tinymodel concepts`, run as a user runs them."""
+
+import json
+
+import numpy as np
+import pytest
+from test_commands import error_line
+
+from tinymodel_jax import cli
+from tinymodel_jax.analysis.concepts import best_f1_of_all
+from tinymodel_jax.analysis.feature_queries import concept_f1
+from tinymodel_jax.analysis.top_activations import load_top_activations
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.rows import open_rows, unseen_stories
+from tinymodel_jax.lm import TinyModel
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A file of a search of M2, which the commands read."""
+    path = tmp_path_factory.mktemp("top") / "m2.top"
+    assert cli.main(["top", "--model", "mini", "--site", "M2", "--limit", str(LIMIT), "-o", str(path), "--json"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return TinyModel("mini")
+
+
+@pytest.fixture(scope="module")
+def rows(lm):
+    return open_rows(lm, "storyworld", LIMIT)
+
+
+def records(capsys, searched, *options):
+    capsys.readouterr()
+    common = ["top", "--model", "mini", "--site", "M2", "--limit", str(LIMIT), "-o", str(searched), "--json"]
+    assert cli.main([*common, *options]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_without_a_question_the_densest_features_come_first(capsys, searched):
+    found, shown = load_top_activations(searched), records(capsys, searched, "--top", "4")
+    order = np.argsort(-found.density, kind="stable")[:4]
+    assert [one["feature"] for one in shown] == order.tolist()
+    assert [one["density"] for one in shown] == pytest.approx(found.density[order], abs=1e-6)
+
+
+def test_one_feature_shows_the_tokens_at_its_peaks(capsys, searched, lm, rows):
+    found = load_top_activations(searched)
+    feature = int(found.largest.argmax())
+    (one,) = records(capsys, searched, "--feature", str(feature), "--top", "3")
+    assert [c["row"] for c in one["contexts"]] == found.top.row[feature, :3].tolist()
+    for number, context in enumerate(one["contexts"]):
+        row, position = found.top.row[feature, number], found.top.position[feature, number]
+        assert context["peak"] == lm.tokenizer.decode([int(rows[row, position])]).replace("\n", "↵")
+        story = lm.tokenizer.decode([int(i) for i in rows[row] if i < lm.config.begin_id]).replace("\n", "↵")
+        assert context["before"] + context["peak"] + context["after"] in story
+    assert sum(part["tokens"] for part in one["histogram"]) == found.active[feature]
+    assert len(one["bands"]) == 5
+
+
+def test_contains_lists_features_that_peak_on_the_text(capsys, searched, lm, rows):
+    found = load_top_activations(searched)
+    shown = records(capsys, searched, "--contains", ".", "--top", "5")
+    pieces = np.array([lm.tokenizer.decode([token]) for token in range(lm.config.d_vocab)])
+    for one in shown:
+        kept = found.top.row[one["feature"]] >= 0
+        peaks = rows[found.top.row[one["feature"]][kept], found.top.position[one["feature"]][kept]]
+        assert one["score"] == pytest.approx(np.mean(["." in pieces[token] for token in peaks]), abs=1e-4)
+    assert [one["score"] for one in shown] == sorted((one["score"] for one in shown), reverse=True)
+    assert shown[0]["score"] > 0.9
+
+
+def test_a_text_of_several_tokens_is_found_too(capsys, searched):
+    shown = records(capsys, searched, "--contains", "Once upon a time", "--top", "1")
+    assert shown[0]["score"] > 0
+
+
+def test_a_concept_lists_features_by_their_best_f1(capsys, searched, lm, rows):
+    shown = records(capsys, searched, "--concept", "mark.period", "--top", "3")
+    truth = storyworld.labels(unseen_stories(lm, LIMIT), lm.tokenizer, width=rows.shape[1])
+    f1 = concept_f1(lm["M2"], rows, truth)[:, list(storyworld.CONCEPTS).index("mark.period")]
+    assert shown[0]["feature"] == int(f1.argmax())
+    assert shown[0]["score"] == pytest.approx(f1.max(), abs=1e-4)
+    assert shown[0]["score"] > 0.8
+
+
+def test_the_best_f1_takes_a_threshold_where_a_dense_unit_needs_one():
+    truth = np.arange(1024)[:, None] >= 1024 - 128
+    acts = np.stack([1 + np.arange(1024), np.ones(1024)], axis=1)  # a unit that is always active, and says it by size
+    f1 = best_f1_of_all(acts.astype(np.float32), truth)[:, 0]
+    assert f1[0] == 1
+    assert f1[1] == pytest.approx(2 * 128 / (1024 + 128))
+
+
+def test_people_get_a_table_and_a_page(capsys, searched):
+    common = ["top", "--model", "mini", "--limit", str(LIMIT), "-o", str(searched)]
+    assert cli.main([*common, "--site", "M2", "--top", "3"]) == 0
+    assert "promotes" in capsys.readouterr().out
+    assert cli.main([*common, "--site", "M2N358", "--top", "2"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("M2N358, ")
+    for part in (
+        "quantiles: 10%",
+        "top contexts:",
+        "from quantile 0.8 to 1.0",
+        "«",
+        "promoted next tokens",
+        "together",
+    ):
+        assert part in page
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--site", "M2", "--feature", "512"], "feature 512 is out of range; the dictionary has features 0..511"),
+        (["--site", "M2N512"], "feature 512 is out of range"),
+        (["--site", "M7"], "layer 7 does not exist"),
+        (["--site", "X"], "no dictionary tag"),
+        (["--site", "M2", "--top", "0"], "--top 0 must be 1 or more"),
+        (["--site", "M2", "--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--site", "M2", "--contains", "a", "--feature", "1"], "do not go together"),
+        (["--site", "M2", "--contains", ""], "give a text"),
+        (["--site", "M2", "--contains", "qqqq", "--limit", "2"], "no feature's top contexts peak on it"),
+        (["--site", "M2", "--concept", "feeling.badd"], "Closest: feeling.bad"),
+        (["--site", "M2", "--concept", "feeling.bad", "--data", "x.txt"], "leave --data out"),
+        (["--site", "M2", "--data", "nothing.txt"], "nothing.txt"),
+        (["--site", "M2", "-o", "no/where"], "there is no folder no"),
+        (["--site", "M2", "--dictionary", "none"], "there is no such folder or file"),
+    ],
+)
+def test_bad_input_is_one_line(options, says, capsys):
+    assert cli.main(["top", "--model", "mini", *options]) == 1
+    assert says in error_line(capsys)
+
+
+def test_an_empty_file_of_stories_is_one_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n")
+    assert cli.main(["top", "--model", "mini", "--site", "M2", "--data", str(tmp_path / "a.txt")]) == 1
+    assert "no story found" in error_line(capsys)
+
+
+def test_the_file_of_another_search_is_refused(searched, capsys):
+    assert cli.main(["top", "--model", "mini", "--site", "M2", "--limit", "5", "-o", str(searched)]) == 1
+    assert "holds a search with another data; name another file" in error_line(capsys)
+
+
+def test_concepts_prints_writes_and_plots(tmp_path, capsys):
+    out, plot = tmp_path / "concepts.json", tmp_path / "concepts.png"
+    options = ["--sites", "Ra0", "--stories", "8", "-o", str(out), "--plot", str(plot)]
+    assert cli.main(["concepts", *options]) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    assert len(rows) == 3 * len(storyworld.CONCEPTS)
+    found = sum(row["place"] == "Ra0" and row["f1"] is not None and row["f1"] >= 0.8 for row in rows)
+    line = next(line for line in shown.splitlines() if line.startswith("│ Ra0"))
+    assert line.split("│")[3].strip() == str(found)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--stories", "1"], "--stories 1 must be 2 or more"),
+        (["--plot", "no/where.png"], "there is no folder no"),
+        (["--sites", "M9"], "layer 9 does not exist"),
+    ],
+)
+def test_bad_input_of_concepts_is_one_line(options, says, capsys):
+    assert cli.main(["concepts", *options]) == 1
+    assert says in error_line(capsys)
