@@ -75,7 +75,7 @@ def uniform(seed: int, *numbers: np.ndarray) -> Float[np.ndarray, "..."]:
     with np.errstate(over="ignore"):
         for number in numbers:
             state = _mix(state ^ (np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
-    return (state >> np.uint64(11)) * 2.0**-53
+    return np.asarray((state >> np.uint64(11)) * 2.0**-53)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
