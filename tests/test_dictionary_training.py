@@ -173,7 +173,9 @@ def test_every_member_of_a_sweep_equals_its_solo_run_and_order_does_not_matter(a
     changes = [{"learning_rate": rate} | {name: v[i] for name, v in own.items()} for i, rate in enumerate((1e-3, 3e-3))]
     hypers, x = [recipe.hyper(**change) for change in changes], batch()
     states = [start(recipe, x, seed=seed) for seed in (0, 1)]
-    execution = execution_for(recipe)._replace(map_members=mapping == "map", on_cpu=mapping == "map")
+    mapped = mapping == "map"
+    execution = execution_for(recipe, ks=own.get("k", ()))
+    execution = execution if mapped else execution._replace(map_members=False, on_cpu=False, slots=())
     together, backwards = stack_members(states), stack_members(states[::-1])
     step = compiled(sweep_step, recipe, execution)
     metrics = {}
@@ -192,6 +194,20 @@ def test_the_backend_chooses_the_mapping_and_the_products(backend):
     execution = execution_for(small_recipe("topk"), backend)
     assert execution == Execution(sparse=backend != "tpu", on_cpu=backend == "cpu", map_members=backend == "cpu")
     assert not execution_for(small_recipe("relu"), backend).sparse
+
+
+def test_a_mapped_sweep_selects_only_as_many_features_as_each_member_has():
+    recipe, x = small_recipe("topk", k=6), batch()
+    hypers = stack_members([recipe.hyper(k=k) for k in (1, 4, 6)])
+    states = stack_members([start(recipe, x)] * 3)
+    execution = execution_for(recipe, "cpu", ks=(6, 1, 4, 4))
+    assert execution.slots == (1, 4, 6)
+    assert execution_for(recipe, "gpu", ks=(1, 4, 6)).slots == ()
+    own, own_metrics = compiled(sweep_step, recipe, execution)(states, hypers, x)
+    largest, metrics = compiled(sweep_step, recipe, execution._replace(slots=()))(states, hypers, x)
+    np.testing.assert_allclose(own_metrics["l0"], [1, 4, 6], rtol=F32)
+    assert_trees_close(own.params, largest.params, F32)
+    assert_trees_close(own_metrics, metrics, F32)
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def build_program(
     source: ActivationSource, recipes: Mapping[str, DictionaryRecipe], members: list[Member], mesh: Mesh
 ) -> Program:
     """Return the run's compiled functions; nothing is computed yet."""
+    ks = {int(member.values["k"]) for member in members if "k" in member.values}
     hypers = {name: stack_members([m.hyper(shared) for m in members]) for name, shared in recipes.items()}
     init = functools.partial(_init, recipes=recipes, members=members)
     statistics = jax.eval_shape(lambda: _no_statistics(source.places))
@@ -58,7 +59,7 @@ def build_program(
         done = next(iter(states.values())).step[0]
         after, metrics = {}, {}
         for name, vectors in source.vectors(context, batch, done).items():
-            execution = execution_for(recipes[name], mesh=mesh)
+            execution = execution_for(recipes[name], mesh=mesh, ks=ks)
             after[name], found = sweep_step(
                 states[name], hypers[name], vectors.x, vectors.y, recipe=recipes[name], execution=execution
             )

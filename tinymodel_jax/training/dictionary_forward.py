@@ -11,6 +11,8 @@ activation stays unweighted: it is multiplied with its unnormalised decoder row.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -39,6 +41,9 @@ class Execution(NamedTuple):
     """Whether a sweep runs its members one after the other in the compiled step, rather than batched."""
     mesh: Mesh | None = None
     """Devices that inputs, features and members are spread over; None for one device."""
+    slots: tuple[int, ...] = ()
+    """Rising numbers of features that a step may select, of which it takes the least that holds its `k`: so a member of
+    a sweep that is mapped over does not pay for the largest `k`. Empty: the recipe's k alone."""
 
 
 class Outcome(NamedTuple):
@@ -55,21 +60,28 @@ class Outcome(NamedTuple):
     """Smallest weighted activation that was kept (batch_topk; else 0)."""
 
 
-def execution_for(recipe: DictionaryRecipe, backend: str | None = None, mesh: Mesh | None = None) -> Execution:
+def execution_for(
+    recipe: DictionaryRecipe, backend: str | None = None, mesh: Mesh | None = None, ks: Iterable[int] = ()
+) -> Execution:
     """Choose how to compute a step on a backend (default: JAX's default backend, or the mesh's).
 
     On CPUs and GPUs topk and batch_topk decode by gathering rows; TPUs, whose gathers are slow, use dense products, and
     so does everyone whose features are spread over devices, or for whom batch_topk compares inputs of several. One CPU
     maps over the members of a sweep: batching them measured slower there. Only the CPU choices are measured.
+
+    Args:
+        ks: of the members of a sweep. Only topk on one CPU gains by them: batch_topk's loops end early by themselves.
     """
     backend = backend or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
     alone = mesh is None or mesh.size == 1
     near = mesh is None or (mesh.shape["model"] == 1 and (recipe.architecture == "topk" or mesh.shape["data"] == 1))
+    on_one_cpu = backend == "cpu" and alone
     return Execution(
         sparse=recipe.takes_k and backend != "tpu" and near,
-        on_cpu=backend == "cpu" and alone,
-        map_members=backend == "cpu" and alone,
+        on_cpu=on_one_cpu,
+        map_members=on_one_cpu,
         mesh=None if alone else mesh,
+        slots=tuple(sorted(set(ks))) if on_one_cpu and recipe.architecture == "topk" else (),
     )
 
 
@@ -87,12 +99,19 @@ def loss_and_gradient(
     `hyper.sparsity` is the coefficient in force at this step, after warm-up and controller.
     """
 
-    if recipe.takes_k and execution.sparse:
-        selection = select(params, recipe, execution, hyper.k, x)
-        gradient, outcome = jax.grad(_sparse_outcome, has_aux=True)(params, recipe, execution, selection, x, y, widths)
-    else:
+    if not (recipe.takes_k and execution.sparse):
         gradient, outcome = jax.grad(_dense_outcome, has_aux=True)(params, recipe, execution, hyper, x, y, widths)
-    return outcome, gradient
+        return outcome, gradient
+
+    def sparse(slots: int) -> tuple[Outcome, TrainParams]:
+        selection = select(params, recipe, execution, hyper.k, x, slots)
+        gradient, outcome = jax.grad(_sparse_outcome, has_aux=True)(params, recipe, execution, selection, x, y, widths)
+        return outcome, gradient
+
+    assert recipe.k is not None
+    slots = execution.slots or (recipe.k,)
+    fewest = jnp.searchsorted(jnp.asarray(slots), hyper.k)
+    return jax.lax.switch(fewest, [functools.partial(sparse, n) for n in slots])
 
 
 def select(
@@ -101,16 +120,16 @@ def select(
     execution: Execution,
     k: Int[Array, ""],
     x: Float[Array, "batch d_in"],
+    slots: int,
 ) -> BatchSelection:
-    """Choose the active features of topk or batch_topk, for a `k` up to the recipe's. Carries no gradient."""
-    assert recipe.k is not None
+    """Choose the active features of topk or batch_topk, for a `k` up to `slots`. Carries no gradient."""
     norms = losses.row_norms(params["W_dec"])
     z = jax.nn.relu(x @ params["W_enc_T"].T + effective_bias(params, recipe)) * norms
     if recipe.architecture == "batch_topk":
-        selection = select_of_batch(z, k, recipe.k)
+        selection = select_of_batch(z, k, slots)
     else:
-        best, positions = largest(z, recipe.k, execution)
-        kept = jnp.where(jnp.arange(recipe.k) < k, best, 0)
+        best, positions = largest(z, slots, execution)
+        kept = jnp.where(jnp.arange(slots) < k, best, 0)
         inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
         selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
     return selection._replace(values=selection.values / norms[selection.positions])
