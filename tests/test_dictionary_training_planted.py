@@ -1,5 +1,6 @@
 """Training on data whose features are known: they are found, dead features come back, every knob moves L0."""
 
+import dataclasses
 import functools
 
 import jax
@@ -193,6 +194,17 @@ def test_many_reinitialised_features_do_not_make_the_reconstruction_worse(transc
     params = reinitialise_dead(before, recipe, is_sae=not transcoder).params
     written = jax.nn.relu(reservoir.x @ params["W_enc_T"].T + params["b_enc"]) @ params["W_dec"]
     assert jnp.sum((reservoir.residual - written) ** 2) < 1.001 * jnp.sum(reservoir.residual**2)
+
+
+@pytest.mark.parametrize(("done", "revived"), [(69, True), (79, True), (89, False), (99, False)])
+def test_no_feature_is_reinitialised_when_the_learning_rate_decays(done, revived):
+    recipe, state, x = small_state("relu", dead_after=1000)
+    recipe = dataclasses.replace(recipe, steps=100, decay_fraction=0.2, warmup_steps=0)
+    never = state.params | {"b_enc": state.params["b_enc"].at[3].set(-1e6)}
+    state = state._replace(params=never, silent_for=state.silent_for.at[3].set(1000), step=jnp.int32(done))
+    after, _ = train_step(state, recipe.hyper(), x / state.scale_in, recipe=recipe)
+    assert (int(after.silent_for[3]) == 0) == revived
+    assert (float(after.params["b_enc"][3]) > -1e5) == revived
 
 
 def test_features_beyond_what_the_reservoir_holds_stay_dead():

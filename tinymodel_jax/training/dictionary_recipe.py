@@ -98,7 +98,8 @@ class DictionaryRecipe(_JsonConfig):
     aux_k: int | None = None
     """Of them, features active on an input; None is an eighth of the width of the target."""
     reinit_every: int | None = None
-    """Steps between re-initialisations of dead features from high-error inputs; None never does it."""
+    """Steps between re-initialisations of dead features from high-error inputs, until the learning rate decays; None
+    never does it."""
     reservoir_size: int = 5_000
     """High-error inputs kept for re-initialisation."""
     prefix_widths: tuple[int, ...] | None = None

@@ -182,7 +182,9 @@ def _offer_and_reinitialise(
     assert state.reservoir is not None
     assert recipe.reinit_every is not None
     state = state._replace(reservoir=update_reservoir(state.reservoir, x, residual, key))
-    due = (state.step + 1) % recipe.reinit_every == 0
+    done = state.step + 1
+    early_enough = done <= (1 - recipe.decay_fraction) * recipe.steps  # later, a new feature could not learn any more
+    due = (done % recipe.reinit_every == 0) & early_enough
     return jax.lax.cond(due, lambda s: reinitialise_dead(s, recipe, is_sae), lambda s: s, state)
 
 
