@@ -1,5 +1,6 @@
 """Several processes that train together: the options, the stop, and real pairs of processes on loopback."""
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from runs import VOCAB, finish, metrics_of, start, wait_for_lines, write_counting_data
 
+from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from train.hosts import Hosts, all_agree, join_hosts, on_first, settled, stop_requests
 
@@ -85,10 +87,15 @@ def start_one(data: Path, out: Path, *options: str, devices: int = 1) -> subproc
 
 
 def start_two(data: Path, out: Path, *options: str, devices: int = 1) -> list[subprocess.Popen[str]]:
+    return [start_one(data, out, *who, *options, devices=devices) for who in two_processes()]
+
+
+def two_processes() -> list[tuple[str, ...]]:
+    """Return the options of each of two processes that meet on loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--n-processes", "2")
-    return [start_one(data, out, *where, "--process-id", str(i), *options, devices=devices) for i in range(2)]
+    return [(*where, "--process-id", str(i)) for i in range(2)]
 
 
 def said(text: str) -> list[str]:
@@ -196,6 +203,69 @@ def test_two_processes_go_on_from_one_ones_checkpoint_and_skip_a_damaged_one(
     assert second == []
     assert_same_curve(out, alone)
     assert TinyModel(out).config.d_vocab == VOCAB
+
+
+DICTIONARY_STEPS = 10
+
+
+def start_dictionaries(data: Path, lm: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    run = ("--steps", str(DICTIONARY_STEPS), "--save-every", "5", "--batch-size", "64", "--n-features", "32")
+    sweep = ("--sites", "M0,A1", "--architecture", "topk", "--k", "2,4")
+    return start("dictionaries", "--model", lm, "--data", data, "--out", out, *run, *sweep, *options)
+
+
+@pytest.fixture(scope="session")
+def dictionaries_alone(data: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dictionaries of one process on one device."""
+    out = tmp_path_factory.mktemp("hosts") / "dictionaries"
+    finish(start_dictionaries(data, alone, out))
+    return out
+
+
+def assert_same_dictionaries(out: Path, expected: Path) -> None:
+    got, wanted = metrics_of(out), metrics_of(expected)
+    assert [line["step"] for line in got] == list(range(1, DICTIONARY_STEPS + 1))
+    for site in ("M0", "A1"):
+        losses = [np.array([line[site]["loss"] for line in lines]) for lines in (got, wanted)]
+        assert losses[0].shape == (DICTIONARY_STEPS, 2)
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    results = [json.loads((run / "sweep.json").read_text())["dictionaries"] for run in (out, expected)]
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine["site"], mine["settings"]) == (theirs["site"], theirs["settings"])
+        np.testing.assert_allclose(mine["results"]["ce_spliced"], theirs["results"]["ce_spliced"], rtol=1e-4)
+        assert Dictionary.from_pretrained(out / mine["folder"]).config.n_features == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2", "model=2", "sweep=2"])
+def test_two_processes_train_dictionaries_as_one_does(
+    data: Path, alone: Path, dictionaries_alone: Path, tmp_path: Path, mesh: str
+) -> None:
+    out = tmp_path / "pair"
+    options = [(*who, "--mesh", mesh) for who in two_processes()]
+    _, second = finish_two([start_dictionaries(data, alone, out, *option) for option in options])
+    assert second == []
+    assert_same_dictionaries(out, dictionaries_alone)
+
+
+@pytest.mark.slow
+def test_processes_of_another_number_go_on_with_dictionaries(
+    data: Path, alone: Path, dictionaries_alone: Path, tmp_path: Path
+) -> None:
+    def without_the_end(run: Path, name: str) -> Path:
+        out = tmp_path / name
+        shutil.copytree(run, out)
+        for result in (out / "checkpoints" / str(DICTIONARY_STEPS), out / "dictionaries"):
+            shutil.rmtree(result)
+        (out / "sweep.json").unlink()
+        return out
+
+    pair = without_the_end(dictionaries_alone, "pair")
+    finish_two([start_dictionaries(data, alone, pair, *who) for who in two_processes()])
+    assert_same_dictionaries(pair, dictionaries_alone)
+    one = without_the_end(pair, "one")
+    finish(start_dictionaries(data, alone, one))
+    assert_same_dictionaries(one, dictionaries_alone)
 
 
 @pytest.mark.slow
