@@ -13,7 +13,7 @@ import numpy as np
 
 from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums
 from tinymodel_jax.analysis.coactivation import partners_of_all
-from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS
+from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionary import Dictionary
@@ -22,7 +22,7 @@ from tinymodel_jax.sites import Site
 from tinymodel_jax.transformer import Transformer
 
 WHOLE_PASS = 600_000
-"""Tokens of the pass that the sample for co-activation is sized for; a shorter measurement takes the same share."""
+"""Tokens of the pass that the samples are sized for; a shorter measurement takes the same shares."""
 SITE = Site("M", 2)
 BATCHES_AT_ONCE = 4
 """Batches of the search between two of the products alone, so that both see the same company."""
@@ -38,7 +38,7 @@ def measure(n_tokens: int, n_features: int) -> tuple[float, float]:
     reader = FeatureReader(model, SITE, _dictionary(n_features), None)
     n_rows = -(-n_tokens // 256)
     rows = np.random.default_rng(0).integers(0, model.config.begin_id, (n_rows, 256))
-    search = _Search(reader, rows, batch=8, share=COACTIVATION_TOKENS / WHOLE_PASS, seed=0)
+    search = _Search(reader, rows, batch=8, seed=0, **_shares())
     product = fast_jit(lambda x, W: x @ W)
     W = reader.dictionary.params["W_enc"]
     jax.block_until_ready(product(search.inputs(rows[: search.batch]), W))
@@ -55,8 +55,12 @@ def measure(n_tokens: int, n_features: int) -> tuple[float, float]:
             jax.block_until_ready(product(search.inputs(rows[start : start + search.batch]), W))
         searching, multiplying = searching + middle - before, multiplying + time.perf_counter() - middle
     before = time.perf_counter()
-    partners_of_all(sums.active, n_features, 10)
+    partners_of_all(sums.together, n_features, 10)
     return searching + time.perf_counter() - before, multiplying
+
+
+def _shares() -> dict[str, Any]:
+    return {"share": COACTIVATION_TOKENS / WHOLE_PASS, "every": WHOLE_PASS // HISTOGRAM_TOKENS}
 
 
 def _model() -> tuple[ModelConfig, Any]:

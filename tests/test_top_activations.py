@@ -50,9 +50,9 @@ def found(lm: TinyModel, rows: np.ndarray) -> TopActivations:
 
 def assert_equal(one: TopActivations, other: TopActivations) -> None:
     """Compare results: whole numbers exactly, activations up to float32 rounding of another batch's products."""
-    for name in ("tag", "data", "n_rows", "n_tokens"):
+    for name in ("tag", "data", "n_rows", "n_tokens", "histogram_every"):
         assert getattr(one, name) == getattr(other, name)
-    for name in ("histogram", "partners", "correlation"):
+    for name in ("histogram", "active", "partners", "correlation"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     np.testing.assert_allclose(one.total, other.total, rtol=1e-5)
     for name in ("top", "sampled"):
@@ -88,6 +88,20 @@ def test_counts_sums_and_histograms_are_those_of_all_tokens(found, activations, 
         for share in (0.0, 0.3, 0.5, 0.9, 1.0):
             true = np.quantile(values, share, method="inverted_cdf") if len(values) else 0
             assert true / 1.5 <= found.quantile(share)[feature] <= true * 1.5
+
+
+def test_the_histogram_of_many_tokens_is_of_every_nth_position(lm, rows, activations, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.analysis.top_activations.HISTOGRAM_TOKENS", int(np.sum(rows < 19)) // 3)
+    found = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
+    assert found.histogram_every == 3
+    assert_equal(found, top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4))
+    first = (3 * uniform(0, np.arange(30))).astype(int)
+    assert set(first) == {0, 1, 2}
+    counted = np.arange(11) % 3 == first[:, None]
+    np.testing.assert_array_equal(found.histogram.sum(axis=1), (activations[counted] > 0).sum(axis=0))
+    np.testing.assert_array_equal(found.active, (activations > 0).sum(axis=(0, 1)))
+    unseen = (found.active > 0) & (found.histogram.sum(axis=1) == 0)
+    np.testing.assert_array_equal(found.quantile(0.5)[unseen], found.mean[unseen])
 
 
 def test_the_sample_is_of_the_rows_at_which_a_feature_is_active(found, activations):
@@ -141,11 +155,14 @@ def test_chunks_of_features_do_not_change_the_activations(architecture, monkeypa
     acts = np.asarray(encode(dictionary.params, dictionary.config, x))
     chunks = feature_chunks(dictionary.params, dictionary.config)
     assert len(chunks) == (1 if architecture == "topk" else 3)
-    parts = [statistics(chunk, x, np.ones((3, 9), bool), config=dictionary.config) for chunk in chunks]
+    real, first = np.ones((3, 9), bool), np.zeros(3, np.int32)
+    parts = [statistics(chunk, x, real, first, config=dictionary.config, every=1) for chunk in chunks]
     np.testing.assert_allclose(np.concatenate([p.peak for p in parts], axis=1), acts.max(axis=1), rtol=1e-5)
     np.testing.assert_allclose(np.concatenate([p.total for p in parts], axis=1), acts.sum(axis=1), rtol=1e-5)
+    active = np.concatenate([p.active for p in parts], axis=1)
+    np.testing.assert_array_equal(active, (acts > 0).sum(axis=1))
     counted = np.concatenate([p.histogram for p in parts], axis=1).sum(axis=0)
-    np.testing.assert_array_equal(counted, (acts > 0).sum(axis=(0, 1)))
+    np.testing.assert_array_equal(counted, active.sum(axis=0))
 
 
 def test_a_planted_feature_finds_its_token(lm, rows):

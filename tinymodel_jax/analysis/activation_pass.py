@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from tinymodel_jax.analysis.coactivation import STRONGEST, active_features, sampled_places
-from tinymodel_jax.analysis.contexts import Contexts, at_random, by_value, keep_first, no_contexts
+from tinymodel_jax.analysis.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
 from tinymodel_jax.analysis.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.forward import forward
 from tinymodel_jax.lm import FeatureReader
@@ -42,13 +42,14 @@ class ActivationPass:
     Args:
         batch: rows of a device in one pass of the model.
         share: probability of a token to be in the sample for co-activation.
+        every: the histogram counts one in so many positions.
     """
 
-    def __init__(self, reader: FeatureReader, rows: np.ndarray, *, batch: int, share: float, seed: int):
+    def __init__(self, reader: FeatureReader, rows: np.ndarray, *, batch: int, share: float, every: int, seed: int):
         devices = jax.local_devices()
         mesh = Mesh(np.array(devices), ("data",))
         self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        self.lm, self.rows, self.share, self.seed = reader.lm, rows, share, seed
+        self.lm, self.rows, self.share, self.every, self.seed = reader.lm, rows, share, every, seed
         self.config = reader.dictionary.config
         self.batch = batch * len(devices)
         self.hooks = jax.device_put(self.lm.splice_hooks(before=reader.site), everywhere)
@@ -68,8 +69,9 @@ class ActivationPass:
         tok_ids = np.pad(tok_ids, padding, constant_values=self.lm.config.pad_id)
         real = tok_ids < self.lm.config.begin_id
         x = self.inputs(tok_ids)
-        counted = jax.device_put(real, self.spread)
-        found = [statistics(chunk, x, counted, config=self.config) for chunk in self.chunks]
+        drawn = (uniform(self.seed, np.arange(first, first + self.batch)) * self.every).astype(np.int32)
+        counted, drawn = jax.device_put((real, drawn), self.spread)
+        found = [statistics(chunk, x, counted, drawn, config=self.config, every=self.every) for chunk in self.chunks]
         places = sampled_places(real, first, self.share, self.seed)
         active = active_features(self.dictionary, self.config, x, places)
         return MeasuredBatch(first, n_rows, found, active, len(places))
@@ -87,11 +89,12 @@ class Sums:
     """What is kept of all rows so far."""
 
     histogram: Int[np.ndarray, "32 n_features"]
+    active: Int[np.ndarray, " n_features"]
     total: np.ndarray
     """(n_features,) float64."""
     top: Contexts
     sampled: Contexts
-    active: np.ndarray
+    together: np.ndarray
     """(sampled tokens, strongest) features for co-activation; -1 where there are fewer."""
 
     @staticmethod
@@ -99,6 +102,7 @@ class Sums:
         """Return the sums over no rows."""
         return Sums(
             np.zeros((BINS, n_features), np.int64),
+            np.zeros(n_features, np.int64),
             np.zeros(n_features),
             no_contexts(n_features, k),
             no_contexts(n_features, n_sampled),
@@ -107,30 +111,32 @@ class Sums:
 
     def take_in(self, batch: MeasuredBatch, seed: int) -> None:
         """Add a batch; batches come in the order of their rows."""
-        peak, position, total = (
+        peak, position, total, active = (
             np.concatenate([np.asarray(chunk[field]) for chunk in batch.chunks], axis=1)[: batch.n_rows]
-            for field in range(3)
+            for field in range(4)
         )
         self.histogram += np.concatenate([np.asarray(chunk.histogram) for chunk in batch.chunks], axis=1)
+        self.active += active.sum(axis=0)
         for row in total:
             self.total += row  # row by row, so that the rounding does not depend on the batch
         rows = np.arange(batch.first, batch.first + batch.n_rows)
         keep_first(self.top, peak, position, rows, by_value)
         keep_first(self.sampled, peak, position, rows, at_random(seed))
         if batch.n_sampled:
-            active = np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled]
-            self.active = np.concatenate([self.active, active])
+            strongest = np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled]
+            self.together = np.concatenate([self.together, strongest])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return everything by name, for a work file."""
-        found = {"histogram": self.histogram, "total": self.total, "active": self.active}
+        plain = ("histogram", "active", "total", "together")
+        found = {name: getattr(self, name) for name in plain}
         return found | named_contexts("top", self.top) | named_contexts("sampled", self.sampled)
 
     @staticmethod
     def of_arrays(arrays: dict[str, np.ndarray]) -> Sums:
         """Return the sums that `arrays` named."""
         top, sampled = contexts_named("top", arrays), contexts_named("sampled", arrays)
-        return Sums(arrays["histogram"], arrays["total"], top, sampled, arrays["active"])
+        return Sums(arrays["histogram"], arrays["active"], arrays["total"], top, sampled, arrays["together"])
 
 
 def named_contexts(name: str, contexts: Contexts) -> dict[str, np.ndarray]:

@@ -35,6 +35,8 @@ SAVE_EVERY = 60.0
 """Seconds between two states of the work file."""
 COACTIVATION_TOKENS = 8192
 """Tokens, about, that co-activation is counted on."""
+HISTOGRAM_TOKENS = 1 << 16
+"""Tokens, about, that the histogram is of where there are more than twice as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,10 @@ class TopActivations:
     n_tokens: int
     """Tokens that counted."""
     histogram: Int[np.ndarray, "n_features 32"]
-    """Tokens with an activation above 0, by its size; `EDGES` are the bins'."""
+    """Tokens with an activation above 0, by its size; `EDGES` are the bins'. Of one token in `histogram_every`."""
+    histogram_every: int
+    active: Int[np.ndarray, " n_features"]
+    """Tokens at which each feature is active."""
     total: Float[np.ndarray, " n_features"]
     """Sum of the activations."""
     top: Contexts
@@ -72,11 +77,6 @@ class TopActivations:
     def n_features(self) -> int:
         """Features of the dictionary."""
         return len(self.total)
-
-    @property
-    def active(self) -> Int[np.ndarray, " n_features"]:
-        """Tokens at which each feature is active."""
-        return self.histogram.sum(axis=1)
 
     @property
     def density(self) -> Float[np.ndarray, " n_features"]:
@@ -96,7 +96,8 @@ class TopActivations:
     def quantile(self, share: float) -> Float[np.ndarray, " n_features"]:
         """Return the activation that `share` of a feature's active tokens lie below; 0 for a feature that has none.
 
-        From the histogram, evenly spread in a bin: off by less than a factor of 1.5 from 2^-8 to 2^8.
+        From the histogram, evenly spread in a bin: off by less than a factor of 1.5 from 2^-8 to 2^8, besides what
+        sampling adds. The mean for a feature that is active, but at none of the histogram's tokens.
 
         Raises:
             ValueError: `share` is outside 0..1.
@@ -110,7 +111,7 @@ class TopActivations:
         before = np.take_along_axis(below, bin_of[:, None], axis=1)[:, 0] - inside
         part = (wanted[:, 0] - before) / np.maximum(inside, 1)
         value = EDGES[bin_of] + part * (EDGES[bin_of + 1] - EDGES[bin_of])
-        return np.where(self.active > 0, np.minimum(value, self.largest), 0)
+        return np.where(below[:, -1] > 0, np.minimum(value, self.largest), self.mean)
 
     def bands(self, feature: int, n: int = 5) -> list[Contexts]:
         """Return the sampled contexts of a feature in `n` bands of equal size, that of the largest peaks first.
@@ -128,7 +129,8 @@ class TopActivations:
             OSError: it cannot be written.
         """
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
-        facts = {name: getattr(self, name) for name in ("tag", "data", "model", "dictionary", "n_rows", "n_tokens")}
+        names = ("tag", "data", "model", "dictionary", "n_rows", "n_tokens", "histogram_every")
+        facts = {name: getattr(self, name) for name in names}
         replace_file(Path(path), save(arrays, {"top_activations": json.dumps(facts)}))
 
 
@@ -175,9 +177,11 @@ def top_activations(
         saved = Progress(work, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
-    measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, seed=seed)
+    every = max(1, n_tokens // HISTOGRAM_TOKENS)
+    measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
     _run(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
-    facts = {"tag": reader.site.tag, "n_rows": len(rows), "n_tokens": n_tokens, **prints}
+    counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
+    facts = {"tag": reader.site.tag, **counts, **prints}
     found = _result(facts, sums, n_partners)
     if saved is not None:
         saved.finish()
@@ -218,7 +222,7 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
 
 
 def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
-    plain = {name: getattr(found, name) for name in ("histogram", "total", "partners", "correlation")}
+    plain = {name: getattr(found, name) for name in ("histogram", "active", "total", "partners", "correlation")}
     return plain | named_contexts("top", found.top) | named_contexts("sampled", found.sampled)
 
 
@@ -261,10 +265,11 @@ def _run(
 def _result(facts: dict[str, Any], sums: Sums, n_partners: int) -> TopActivations:
     order = np.argsort(-sums.sampled.value, axis=1, kind="stable")
     sampled = Contexts(*(np.take_along_axis(field, order, axis=1) for field in sums.sampled))
-    partners, correlation = partners_of_all(sums.active, len(sums.total), n_partners)
+    partners, correlation = partners_of_all(sums.together, len(sums.total), n_partners)
     return TopActivations(
         **facts,
         histogram=np.ascontiguousarray(sums.histogram.T),
+        active=sums.active,
         total=sums.total,
         top=sums.top,
         sampled=sampled,
