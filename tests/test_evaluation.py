@@ -4,14 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_users_run_it, random_params
+from conftest import param_shapes as model_shapes
 
-from tinymodel_jax.analysis.evaluation import evaluate_at_site, evaluate_reconstruction
+from tinymodel_jax.analysis import model_passes
+from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate
+from tinymodel_jax.analysis.metrics import evaluate_reconstruction
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionary import Dictionary, param_shapes
+from tinymodel_jax.interventions import Scale
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
 from tinymodel_jax.training.site_activations import draw_tokens, site_vectors
-from tinymodel_jax.transformer import Transformer, run_with_hooks
+from tinymodel_jax.transformer import run_with_hooks
 
 WIDTH, VOCAB, F32 = 8, 20, 1e-4
 CONFIG = ModelConfig(n_layers=2, d_model=WIDTH, n_heads=2, d_mlp=16, n_ctx=12, d_vocab=VOCAB)
@@ -20,15 +25,15 @@ PAD = CONFIG.pad_id
 
 @pytest.fixture(scope="module")
 def params():
-    tree = Transformer(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: 3 * leaf, tree)
+    return random_params(model_shapes(CONFIG), 0, scale=0.35)
 
 
 @pytest.fixture(scope="module")
 def tok_ids():
     ids = np.random.default_rng(0).integers(0, VOCAB - 4, (6, 12)).astype(np.int32)
     ids[::2, 7:] = PAD
-    return jnp.asarray(ids)
+    ids[:, 0] = CONFIG.begin_id
+    return ids
 
 
 def sae(tag: str, W_enc, W_dec, b_dec) -> Dictionary:
@@ -50,49 +55,117 @@ def nothing(tag: str) -> Dictionary:
     return sae(tag, jnp.zeros((WIDTH, 3)), jnp.zeros((3, WIDTH)), jnp.zeros(WIDTH))
 
 
-@pytest.mark.parametrize("tag", ["A0", "Ra1", "Rm0", "Mo1"])
-def test_a_perfect_dictionary_recovers_everything_and_an_empty_one_nothing(params, tok_ids, tag):
-    perfect, empty = evaluate_at_site(params, CONFIG, [identity(tag), nothing(tag)], [tok_ids])
-    assert perfect.ce_recovered == pytest.approx(1, abs=F32)
-    assert perfect.explained_variance == pytest.approx(1, abs=F32)
-    assert perfect.ce_spliced == pytest.approx(perfect.ce_clean, abs=F32)
-    assert perfect.l0 == pytest.approx(WIDTH)
-    assert empty.ce_recovered == pytest.approx(0, abs=F32)
-    assert empty.ce_spliced == pytest.approx(empty.ce_zero_ablated, abs=F32)
-    assert (empty.l0, empty.dead_fraction) == (0, 1)
-    assert perfect.tokens == empty.tokens == (tok_ids != PAD).sum()
+def transcoder(tag: str, n_features: int, seed: int, **options) -> Dictionary:
+    site = Site.parse(tag)[0]
+    config = DictionaryConfig(site.hook_in, site.hook_out, WIDTH, WIDTH, n_features, **options)
+    return Dictionary.from_params(config, random_params(param_shapes(config), seed))
 
 
-def test_the_numbers_are_those_of_the_facade(params, tok_ids):
-    lm = TinyModel.from_params(CONFIG, params)
-    dictionary = sae(
-        "Rm0", jax.random.normal(jax.random.key(1), (WIDTH, 30)), 0.1 * jnp.ones((30, WIDTH)), jnp.ones(WIDTH)
-    )
-    (found,) = evaluate_at_site(params, CONFIG, [dictionary], [tok_ids])
-    mask = (tok_ids != PAD).astype(np.float32)
-    lm.attach("Rm0", dictionary)
-    assert found.ce_clean == pytest.approx(float(lm.loss(tok_ids, mask)), abs=F32)
-    assert found.ce_spliced == pytest.approx(float(lm.splice("Rm0").loss(tok_ids, mask)), abs=F32)
-    acts = np.asarray(lm["Rm0"](tok_ids))[mask > 0]
-    assert found.l0 == pytest.approx((acts > 0).sum(axis=1).mean(), abs=F32)
-    assert found.dead_fraction == pytest.approx((acts == 0).all(axis=0).mean(), abs=F32)
+@pytest.fixture(scope="module")
+def model(params) -> TinyModel:
+    return TinyModel.from_params(CONFIG, params)
 
 
-def test_how_the_stories_are_batched_and_what_padding_holds_change_nothing(params, tok_ids):
-    dictionary = identity("A1")
-    (whole,) = evaluate_at_site(params, CONFIG, [dictionary], [tok_ids])
-    more_padding = jnp.full((2, 12), PAD, jnp.int32)
-    (parts,) = evaluate_at_site(
-        params, CONFIG, [dictionary], [tok_ids[:2], tok_ids[2:4], jnp.concatenate([tok_ids[4:], more_padding])]
-    )
-    assert parts == pytest.approx(whole, abs=F32)
+def mean_of_counted(lm: TinyModel, tok_ids, name: str) -> np.ndarray:
+    values = np.asarray(lm.run_with_cache(tok_ids, name)[1][name], np.float64)
+    return values[(tok_ids != PAD) & (tok_ids != CONFIG.begin_id)].mean(axis=0)
 
 
-def test_dictionaries_of_two_sites_and_no_tokens_are_refused(params, tok_ids):
-    with pytest.raises(ValueError, match="not one"):
-        evaluate_at_site(params, CONFIG, [identity("A0"), identity("A1")], [tok_ids])
-    with pytest.raises(ValueError, match="no token to predict"):
-        evaluate_at_site(params, CONFIG, [identity("A0")], [jnp.full((1, 5), PAD, jnp.int32)])
+def assert_equal_evaluations(found, expected, tolerance=F32):
+    for name in DictionaryEvaluation._fields:
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=tolerance), name
+
+
+def test_a_perfect_dictionary_recovers_everything_and_an_empty_one_nothing(model, tok_ids):
+    tags = ("A0", "Ra1", "Rm0", "Mo1")
+    found = evaluate(model, [make(tag) for tag in tags for make in (identity, nothing)], tok_ids)
+    for perfect, empty in zip(found[::2], found[1::2], strict=True):
+        assert perfect.ce_recovered == pytest.approx(1, abs=F32)
+        assert perfect.explained_variance == pytest.approx(1, abs=F32)
+        assert (perfect.cosine, perfect.mse, perfect.kl) == pytest.approx((1, 0, 0), abs=F32)
+        assert perfect.ce_spliced == pytest.approx(perfect.ce_clean, abs=F32)
+        assert perfect.l0 == pytest.approx(WIDTH)
+        assert empty.ce_recovered == pytest.approx(0, abs=F32)
+        assert empty.ce_spliced == pytest.approx(empty.ce_zero_ablated, abs=F32)
+        assert (empty.l0, empty.dead_fraction, empty.cosine) == (0, 1, 0)
+        assert perfect.tokens == empty.tokens == ((tok_ids != PAD) & (tok_ids != CONFIG.begin_id)).sum()
+
+
+def test_the_mean_explains_nothing_and_is_what_mean_ablation_puts_in_place(model, tok_ids):
+    tags = ("A1", "Rm0")
+    means = [mean_of_counted(model, tok_ids, Site.parse(tag)[0].hook_out) for tag in tags]
+    predictors = [
+        sae(tag, jnp.zeros((WIDTH, 3)), jnp.zeros((3, WIDTH)), jnp.asarray(mean, jnp.float32))
+        for tag, mean in zip(tags, means, strict=True)
+    ]
+    for found in evaluate(model, predictors, tok_ids):
+        assert found.explained_variance == pytest.approx(0, abs=F32)
+        assert found.ce_spliced == pytest.approx(found.ce_mean_ablated, abs=F32)
+        assert found.kl > 0.01
+
+
+@pytest.mark.parametrize("count_begin", [False, True])
+def test_the_numbers_are_those_of_the_facade(model, tok_ids, count_begin):
+    lm = model.splice([])
+    dictionary = transcoder("M0", 30, 1)
+    (found,) = evaluate(lm, [dictionary], tok_ids, count_begin=count_begin)
+    real = tok_ids != PAD
+    counted = real if count_begin else real & (tok_ids != CONFIG.begin_id)
+    lm.attach("M0", dictionary)
+    spliced = lm.splice("M0")
+    assert found.ce_clean == pytest.approx(float(lm.loss(tok_ids, real)), abs=F32)
+    assert found.ce_spliced == pytest.approx(float(spliced.loss(tok_ids, real)), abs=F32)
+    clean, through = np.asarray(lm(tok_ids)), np.asarray(spliced(tok_ids))
+    kl = (np.exp(clean) * (clean - through)).sum(axis=-1)[:, :-1]
+    assert found.kl == pytest.approx(kl[real[:, 1:]].mean(), abs=F32)
+    _, acts = lm.run_with_cache(tok_ids, [dictionary.config.hook_in, dictionary.config.hook_out])
+    x, y = (acts[name][counted] for name in (dictionary.config.hook_in, dictionary.config.hook_out))
+    features, prediction, y = np.asarray(dictionary.encode(x)), np.asarray(dictionary(x)), np.asarray(y)
+    assert found.tokens == len(x)
+    assert found.l0 == pytest.approx((features > 0).sum(axis=1).mean(), abs=F32)
+    assert found.dead_fraction == pytest.approx((features == 0).all(axis=0).mean(), abs=F32)
+    np.testing.assert_allclose(found.frequency, (features > 0).mean(axis=0), atol=F32)
+    assert found.mse == pytest.approx(((y - prediction) ** 2).mean(), rel=F32)
+    explained = 1 - ((y - prediction) ** 2).sum() / ((y - y.mean(axis=0)) ** 2).sum()
+    assert found.explained_variance == pytest.approx(explained, rel=F32)
+    cosine = (y * prediction).sum(axis=1) / np.linalg.norm(y, axis=1) / np.linalg.norm(prediction, axis=1)
+    assert found.cosine == pytest.approx(cosine.mean(), abs=F32)
+
+
+def test_dictionaries_of_all_sites_together_measure_as_each_alone(model, tok_ids):
+    dictionaries = [identity("Ra0"), transcoder("M0", 9, 2), nothing("Mo0"), transcoder("M0", 9, 3), identity("A1")]
+    together = evaluate(model, dictionaries, tok_ids)
+    for dictionary, found in zip(dictionaries, together, strict=True):
+        assert_equal_evaluations(found, *evaluate(model, [dictionary], tok_ids), tolerance=1e-6)
+
+
+def test_how_the_stories_are_batched_and_what_padding_holds_change_nothing(model, tok_ids, monkeypatch):
+    dictionary = transcoder("M1", 20, 4)
+    (whole,) = evaluate(model, [dictionary], tok_ids)
+    monkeypatch.setattr(model_passes, "BATCH_ROWS", 4)
+    padded = np.concatenate([tok_ids[:3], np.full((2, 12), PAD), tok_ids[3:]])
+    assert_equal_evaluations(evaluate(model, [dictionary], padded)[0], whole)
+
+
+def test_a_spliced_model_is_measured_as_it_is(model, tok_ids):
+    lm = model.splice([])
+    lm.attach("M0", transcoder("M0", 20, 5))
+    spliced = lm.splice("M0")
+    (found,) = evaluate(spliced, [identity("A1")], tok_ids)
+    assert found.ce_clean == pytest.approx(float(spliced.loss(tok_ids, tok_ids != PAD)), abs=F32)
+    assert found.ce_recovered == pytest.approx(1, abs=F32)
+    below = evaluate(spliced, [nothing("Ra0")], tok_ids)[0]  # the splice comes after it
+    zero, _ = spliced.run_with_hooks(tok_ids, {"blocks.0.hook_resid_pre": Scale(0.0)})
+    losses = -np.take_along_axis(np.asarray(zero)[:, :-1], tok_ids[:, 1:, None], axis=-1)[..., 0]
+    assert below.ce_zero_ablated == pytest.approx(losses[tok_ids[:, 1:] != PAD].mean(), abs=F32)
+
+
+def test_rows_without_a_token_to_predict_and_unknown_places_are_refused(model):
+    with as_users_run_it():
+        with pytest.raises(ValueError, match="no token to predict"):
+            evaluate(model, [identity("A0")], np.full((1, 5), PAD))
+        with pytest.raises(ValueError, match=r"no such hook point in a 2-layer model: 'blocks\.7"):
+            evaluate(model, [identity("A7")], np.ones((1, 5), np.int32))
 
 
 def test_reconstruction_alone_needs_no_model():
@@ -104,21 +177,21 @@ def test_reconstruction_alone_needs_no_model():
 
 def test_tokens_are_drawn_once_each_never_padding_and_come_again_when_there_are_too_few(tok_ids):
     real = np.flatnonzero(np.asarray(tok_ids).reshape(-1) != PAD)
-    drawn = np.asarray(draw_tokens(tok_ids, PAD, 20, jax.random.key(0)))
+    drawn = np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 20, jax.random.key(0)))
     assert len(set(drawn.tolist())) == 20
     assert set(drawn.tolist()) <= set(real.tolist())
-    assert drawn.tolist() != np.asarray(draw_tokens(tok_ids, PAD, 20, jax.random.key(1))).tolist()
-    many = np.asarray(draw_tokens(tok_ids, PAD, 2 * len(real), jax.random.key(0)))
+    assert drawn.tolist() != np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 20, jax.random.key(1))).tolist()
+    many = np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 2 * len(real), jax.random.key(0)))
     np.testing.assert_array_equal(np.sort(many), np.repeat(real, 2))
 
 
 def test_the_vectors_of_all_sites_are_the_activations_at_the_same_tokens(params, tok_ids):
     sites = [Site("M", 0), Site("A", 1)]
     key = jax.random.key(3)
-    found = site_vectors(params, CONFIG, tok_ids, sites, 10, key)
-    places = draw_tokens(tok_ids, PAD, 10, key)
+    found = site_vectors(params, CONFIG, jnp.asarray(tok_ids), sites, 10, key)
+    places = draw_tokens(jnp.asarray(tok_ids), PAD, 10, key)
     names = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out")
-    _, acts = run_with_hooks(params, CONFIG, tok_ids, keep=names)
+    _, acts = run_with_hooks(params, CONFIG, jnp.asarray(tok_ids), keep=names)
     flat = {name: acts[name].reshape(-1, WIDTH)[places] for name in names}
     np.testing.assert_allclose(found["M0"].x, flat[names[0]], atol=1e-6)
     np.testing.assert_allclose(np.asarray(found["M0"].y), flat[names[1]], atol=1e-6)

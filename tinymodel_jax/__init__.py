@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinymodel_jax import interventions as interventions
+    from tinymodel_jax.analysis.evaluation import evaluate as evaluate
     from tinymodel_jax.config import DictionaryConfig as DictionaryConfig
     from tinymodel_jax.config import ModelConfig as ModelConfig
     from tinymodel_jax.dictionary import Dictionary as Dictionary
@@ -45,6 +46,7 @@ _HOMES = {
     "Dictionary": "dictionary",
     "DictionaryConfig": "config",
     "Site": "sites",
+    "evaluate": "analysis.evaluation",
     # Files
     "load_torch_file": "io.torch_files",
 }

@@ -18,14 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.analysis.evaluation import (
-    DictionaryEvaluation,
-    ReconstructionEvaluation,
-    evaluate_at_site,
-    evaluate_reconstruction,
-)
+from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate
+from tinymodel_jax.analysis.metrics import ReconstructionEvaluation, evaluate_reconstruction
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
 from tinymodel_jax.training.data import TokenData, batch_indices
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
@@ -34,10 +31,8 @@ from tinymodel_jax.training.site_activations import Vectors, site_vectors
 
 MARGIN = 1.05
 """Tokens of an average batch of stories for each one that is drawn from it."""
-EVALUATED_TOGETHER = 4
-"""Dictionaries measured in one compiled pass: more of them share more, and take longer to compile."""
-EVALUATION_ROWS, EVALUATION_VECTORS = 16, 4096
-"""Size of a batch of held-out stories, and of held-out vectors."""
+EVALUATION_VECTORS = 4096
+"""Size of a batch of held-out vectors."""
 STORIES_MULTIPLE = 8
 """Of which the default number of stories a step is one, so that most meshes divide it."""
 HELD_OUT_SHARE = 0.05
@@ -153,21 +148,10 @@ class ModelActivations:
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
         """Measure dictionaries of one site on the held-out stories, in float32."""
-        config = dataclasses.replace(self._config, dtype="float32")
-        found: list[Evaluation] = []
-        for start in range(0, len(dictionaries), EVALUATED_TOGETHER):
-            together = dictionaries[start : start + EVALUATED_TOGETHER]
-            found += evaluate_at_site(self.context, config, together, self._held_out_batches())
-        return found
-
-    def _held_out_batches(self) -> Iterator[jax.Array]:
         assert self._data is not None
-        rows = np.asarray(self._data.valid[: self._held_out], np.int32)
-        missing = -len(rows) % EVALUATION_ROWS  # stories of nothing but [PAD] count nowhere
-        rows = np.pad(rows, ((0, missing), (0, 0)), constant_values=self._config.pad_id)
-        everywhere = NamedSharding(self._mesh, P())
-        for part in rows.reshape(-1, EVALUATION_ROWS, rows.shape[1]):
-            yield jax.device_put(part, everywhere)
+        config = dataclasses.replace(self._config, dtype="float32")
+        lm = TinyModel.from_params(config, self.context)
+        return [*evaluate(lm, dictionaries, np.asarray(self._data.valid[: self._held_out], np.int32))]
 
 
 class ArrayActivations:

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from tinymodel_jax.analysis.evaluation import numbers_of
+from tinymodel_jax.analysis.report.dictionary_charts import draw_pareto
 from tinymodel_jax.atomic_files import replace_file, replaced
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
@@ -57,7 +59,7 @@ def write_results(
                 "folder": f"dictionaries/{folder}",
                 "site": name,
                 "settings": dict(member.values),
-                "results": {key: _json_number(value) for key, value in evaluation._asdict().items()},
+                "results": {key: _json_number(value) for key, value in numbers_of(evaluation).items()},
             }
             records.append(record)
             written.append((dictionary, record, member.recipe(recipes[name])))
@@ -83,25 +85,12 @@ def write_results(
 def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw L0 against explained variance and, where it is known, CE recovered: a line a site."""
     from matplotlib.figure import Figure  # not pyplot: nothing global, no display
-    from matplotlib.ticker import LogFormatter
 
     qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
     qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
     figure = Figure(figsize=(5.2 * len(qualities), 4.2), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
-        for site in dict.fromkeys(record["site"] for record in records):
-            found = [record["results"] for record in records if record["site"] == site]
-            points = sorted((r["l0"], r[key]) for r in found if r["l0"] and r[key] is not None)
-            if points:  # a dictionary without active features has no place on a logarithmic axis
-                axes.plot(*zip(*points, strict=True), marker="o", label=site)
-        axes.set_xlabel("L0 (active features a token)")
-        axes.set_ylabel(label)
-        if axes.lines:
-            axes.set_xscale("log")
-            axes.legend()
-        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, few where the axis is long
-        axes.grid(alpha=0.3, which="both")
+        draw_pareto(axes, records, key, label)
     with replaced(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 

@@ -1,39 +1,53 @@
 """How good dictionaries are: reconstruction, sparsity, and what the language model loses when it runs through them.
 
-Sums over held-out tokens, added batch by batch and divided once. All dictionaries given together are measured in one
-compiled pass; XLA shares the layers below their site between them. `[PAD]` counts nowhere.
+Dictionaries of any sites are measured together. One pass of the model gives the clean activations; each dictionary then
+costs its own encoding and the layers above its site, which start from the clean values below it. Sums over rows are
+added batch by batch and divided once, with intervals over rows (`row_sums.py`).
 
-    CE recovered = (CE zero-ablated - CE spliced) / (CE zero-ablated - CE clean)
+    explained variance = 1 - Σ |y - prediction|² / Σ |y - mean y|²
+    CE recovered       = (CE zero-ablated - CE spliced) / (CE zero-ablated - CE clean)
 
-Each of the three is the mean next-token cross-entropy of the model: with the value at `hook_out` set to zero, with the
-dictionary's prediction in its place, and untouched.
+Two passes over the rows: the first takes the mean of y, which explained variance and mean-ablation need. `[PAD]` counts
+nowhere. `[BEGIN]`, which has the same vector in every story, counts in no measure of reconstruction unless asked for;
+cross-entropy and KL are over the positions whose next token is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from tinymodel_jax.analysis.metrics import DictionaryStats, finalize_stats, update_stats, zero_stats
+from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_with_value, resume_point, sum_values
+from tinymodel_jax.analysis.row_sums import RowSums
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary, encode, predict
-from tinymodel_jax.forward import next_token_losses
-from tinymodel_jax.hook_points import Hook
-from tinymodel_jax.interventions import Scale, Splice
-from tinymodel_jax.transformer import run_with_hooks
+from tinymodel_jax.dictionary import Dictionary, DictionaryParams, encode, predict
+from tinymodel_jax.hook_points import require_hook_names
+from tinymodel_jax.interventions import Hooks
+from tinymodel_jax.lm import TinyModel
+
+Progress = Callable[[list[Any], str], Iterable[Any]]
+"""Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
+
+DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
+"""Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
 
 
 class DictionaryEvaluation(NamedTuple):
-    """One dictionary's numbers; plain floats."""
+    """One dictionary's numbers; plain floats, and two arrays at the end."""
 
     l0: float
     """Active features a token."""
     explained_variance: float
     """1 - squared error / squared distance from the mean."""
+    mse: float
+    """Squared error of one coordinate, on average."""
+    cosine: float
+    """Cosine between prediction and value, averaged over tokens; 0 where one of them is 0."""
     dead_fraction: float
     """Share of the features that were active on none of the tokens; on few tokens, rare features count as dead."""
     ce_clean: float
@@ -42,129 +56,173 @@ class DictionaryEvaluation(NamedTuple):
     """Cross-entropy with the dictionary's prediction in place, nats."""
     ce_zero_ablated: float
     """Cross-entropy with zeros in place, nats."""
+    ce_mean_ablated: float
+    """Cross-entropy with the mean over the counted tokens in place, nats."""
     ce_recovered: float
     """Share of what zero-ablation loses that the dictionary keeps."""
+    kl: float
+    """KL divergence of the spliced model's next-token distribution from the clean one's, nats."""
     tokens: int
-    """Tokens that were counted."""
+    """Tokens that the measures of reconstruction are over."""
+    margins: dict[str, float]
+    """Name of a number above -> half-width of its 95 % confidence interval over rows; NaN for a single row."""
+    frequency: Float[np.ndarray, " n_features"]
+    """Share of the tokens on which each feature was active."""
 
 
-class ReconstructionEvaluation(NamedTuple):
-    """The numbers that need no language model; plain floats, as in `DictionaryEvaluation`."""
-
-    l0: float
-    explained_variance: float
-    dead_fraction: float
-    tokens: int
-
-
-class _Sums(NamedTuple):
-    stats: tuple[DictionaryStats, ...]
-    spliced: tuple[Float[Array, ""], ...]
-    clean: Float[Array, ""]
-    zeroed: Float[Array, ""]
-    targets: Float[Array, ""]
+_RECONSTRUCTION = ("tokens", "l0", "error", "variance", "cosine")
+_MODEL = ("targets", "clean", "spliced", "kl", "zeroed", "averaged")
+_RATIOS = {
+    "l0": ("l0", "tokens"),
+    "cosine": ("cosine", "tokens"),
+    "ce_clean": ("clean", "targets"),
+    "ce_spliced": ("spliced", "targets"),
+    "ce_zero_ablated": ("zeroed", "targets"),
+    "ce_mean_ablated": ("averaged", "targets"),
+    "ce_recovered": ("zeroed - spliced", "zeroed - clean"),
+    "kl": ("kl", "targets"),
+}
 
 
-def evaluate_at_site(
-    params: Any,
-    config: ModelConfig,
+def evaluate(
+    lm: TinyModel,
     dictionaries: Sequence[Dictionary],
-    batches: Iterable[Int[Array, "_ _"]],
+    rows: Int[np.ndarray, "rows seq"],
+    *,
+    count_begin: bool = False,
+    progress: Progress = lambda batches, _: batches,
 ) -> list[DictionaryEvaluation]:
-    """Measure dictionaries of one site (equal `hook_out`) on the same tokens.
+    """Measure each dictionary, alone in the model, on the same tokens; several sites may be mixed.
 
     Args:
-        params, config: of the language model.
-        batches: token ids (batch, seq), best all of one shape, which is compiled once.
+        lm: the model; its splices, if any, are part of what "clean" means.
+        rows: token ids, right-padded with `[PAD]`; a row is what the confidence intervals take as independent.
+        count_begin: let `[BEGIN]` count in L0, explained variance, MSE, cosine and frequencies.
+        progress: shows the progress over batches.
 
     Raises:
-        ValueError: the dictionaries predict different hook points, or there is no token to predict.
+        ValueError: a dictionary's hook points are not the model's, the ids are no valid input, or there is no token to
+            predict.
     """
-    configs = tuple(dictionary.config for dictionary in dictionaries)
-    if len({c.hook_out for c in configs}) != 1:
-        raise ValueError(
-            f"evaluate_at_site: the dictionaries predict {sorted({c.hook_out for c in configs})}, not one."
-        )
-    stats = tuple(zero_stats(c.n_features, c.d_out) for c in configs)
-    zero = jnp.zeros(())
-    sums = _Sums(stats, (zero,) * len(configs), zero, zero, zero)
-    trees = tuple(dictionary.params for dictionary in dictionaries)
-    for tok_ids in batches:
-        sums = _add_batch(sums, params, trees, tok_ids, config=config, configs=configs)
-    if not float(sums.targets):
-        raise ValueError("evaluate_at_site: the batches hold no token to predict; give held-out rows.")
-    return [_divide(sums, i) for i in range(len(configs))]
+    places = tuple(dict.fromkeys(d.config.hook_out for d in dictionaries))
+    require_hook_names([name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)], lm.config)
+    batches = batches_of(rows, lm.config)
+    hooks = lm.splice_hooks()
+    means = _means(lm, hooks, batches, places, count_begin, progress)
+    sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in dictionaries]
+    active = [np.zeros(d.config.n_features) for d in dictionaries]
+    for ids in progress(batches, "measuring"):
+        has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
+        for i, (totals, found) in enumerate(_measure_batch(lm, hooks, dictionaries, means, ids, count_begin)):
+            sums[i].add(np.stack(totals, axis=1)[has_targets])
+            active[i] += np.asarray(found)
+    return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, dictionaries, strict=True)]
 
 
-def evaluate_reconstruction(
-    dictionary: Dictionary, batches: Iterable[tuple[Float[Array, "_ d_in"], Float[Array, "_ d_out"]]]
-) -> ReconstructionEvaluation:
-    """Measure a dictionary on (input, target) vectors alone."""
-    config = dictionary.config
-    stats = zero_stats(config.n_features, config.d_out)
-    for x, y in batches:
-        stats = _add_vectors(stats, dictionary.params, x, y, config=config)
-    found = finalize_stats(stats)
-    return ReconstructionEvaluation(
-        float(found.l0), float(found.explained_variance), float(found.dead_fraction), int(stats.positions)
-    )
+def density_histogram(frequency: Float[np.ndarray, " n_features"]) -> tuple[list[int], int]:
+    """Return the number of features in each bin of `DENSITY_EDGES`, those below the first in it, and the dead ones."""
+    alive = frequency[frequency > 0]
+    logs = np.clip(np.log10(alive), DENSITY_EDGES[0], 0)
+    return np.histogram(logs, DENSITY_EDGES)[0].tolist(), int(len(frequency) - len(alive))
 
 
-def _divide(sums: _Sums, index: int) -> DictionaryEvaluation:
-    found = finalize_stats(sums.stats[index])
-    clean, spliced, zeroed = (float(s / sums.targets) for s in (sums.clean, sums.spliced[index], sums.zeroed))
+def numbers_of(evaluation: Any) -> dict[str, float]:
+    """Return the single numbers of an evaluation, by name."""
+    return {name: value for name, value in evaluation._asdict().items() if isinstance(value, int | float)}
+
+
+def _means(
+    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, progress: Progress
+) -> dict[str, Float[np.ndarray, " d_out"]]:
+    """Return the mean over the counted tokens of the value at each place."""
+    sums: dict[str, Any] = dict.fromkeys(places, 0.0)
+    tokens = 0
+    for ids in progress(batches, "taking means"):
+        counted = _counted(ids, lm.config, begin)
+        found = sum_values(lm.params, ids, counted, hooks, config=lm.config, places=places)
+        sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}
+        tokens += int(counted.sum())
+    return {place: (total / max(tokens, 1)).astype(np.float32) for place, total in sums.items()}
+
+
+def _measure_batch(
+    lm: TinyModel,
+    hooks: Hooks,
+    dictionaries: Sequence[Dictionary],
+    means: Mapping[str, np.ndarray],
+    ids: Int[np.ndarray, "batch seq"],
+    begin: bool,
+) -> Iterator[tuple[list[np.ndarray], Array]]:
+    """Yield, for each dictionary, each quantity's totals of the rows and the tokens that each feature was active on."""
+    config, counted = lm.config, _counted(ids, lm.config, begin)
+    needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
+    keep = tuple(sorted(needed | {resume_point(place) for place in means}))
+    clean = clean_pass(lm.params, ids, hooks, config=config, keep=keep)
+
+    def with_value(place: str, value: Any) -> Array:
+        start = clean.acts[resume_point(place)]
+        return losses_with_value(lm.params, ids, hooks, start, value, clean.logprobs, config=config, place=place)
+
+    def with_vector(place: str, vector: np.ndarray) -> np.ndarray:
+        shape = (*ids.shape, len(vector))
+        return np.asarray(with_value(place, np.broadcast_to(vector, shape)))[0]
+
+    ablated = {place: [with_vector(place, v) for v in (np.zeros_like(mean), mean)] for place, mean in means.items()}
+    targets = np.sum(ids[:, 1:] != config.pad_id, axis=1)
+    for dictionary in dictionaries:
+        place, x = dictionary.config.hook_out, clean.acts[dictionary.config.hook_in]
+        y, mean = clean.acts[place], means[place]
+        prediction, totals, active = _reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
+        spliced = with_value(place, prediction)
+        found = [*np.asarray(totals), targets, np.asarray(clean.nats), *np.asarray(spliced), *ablated[place]]
+        yield found, active
+
+
+def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluation:
+    found = {name: sums.ratio(*pair) for name, pair in _RATIOS.items()}
+    unexplained, error, tokens = sums.ratio("error", "variance"), sums.ratio("error", "tokens"), sums.total("tokens")
+    margins = {name: estimate.margin for name, estimate in found.items()}
     return DictionaryEvaluation(
-        l0=float(found.l0),
-        explained_variance=float(found.explained_variance),
-        dead_fraction=float(found.dead_fraction),
-        ce_clean=clean,
-        ce_spliced=spliced,
-        ce_zero_ablated=zeroed,
-        ce_recovered=(zeroed - spliced) / (zeroed - clean),
-        tokens=int(sums.stats[index].positions),
+        **{name: estimate.value for name, estimate in found.items()},
+        explained_variance=1 - unexplained.value,
+        mse=error.value / width,
+        dead_fraction=float(np.mean(active == 0)),
+        tokens=int(tokens),
+        margins=margins | {"explained_variance": unexplained.margin, "mse": error.margin / width},
+        frequency=active / max(tokens, 1),
     )
 
 
-def _sum_batch(
-    sums: _Sums,
-    params: Any,
-    trees: tuple[Any, ...],
-    tok_ids: Int[Array, "batch seq"],
+def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarray, "batch seq"]:
+    real = ids != config.pad_id
+    return real if begin else real & (ids != config.begin_id)
+
+
+def _totals_of_rows(
+    tree: DictionaryParams,
+    x: Float[Array, "batch seq d_in"],
+    y: Float[Array, "batch seq d_out"],
+    mean: Float[Array, " d_out"],
+    counted: Bool[Array, "batch seq"],
     *,
-    config: ModelConfig,
-    configs: tuple[DictionaryConfig, ...],
-) -> _Sums:
-    real = tok_ids != config.pad_id
-    hook_out = configs[0].hook_out
-
-    def loss(edit: Hook | None, keep: tuple[str, ...] = ()) -> tuple[Array, dict[str, Array]]:
-        logits, acts = run_with_hooks(params, config, tok_ids, {} if edit is None else {hook_out: edit}, keep)
-        return jnp.sum(jnp.where(real[:, 1:], next_token_losses(logits, tok_ids), 0)), acts
-
-    clean, acts = loss(None, tuple(sorted({hook_out, *(c.hook_in for c in configs)})))
-    stats = tuple(
-        _update(one, tree, acts[c.hook_in], acts[hook_out], c, real)
-        for one, tree, c in zip(sums.stats, trees, configs, strict=True)
-    )
-    spliced = tuple(
-        before + loss(Splice(tree, config=c))[0] for before, tree, c in zip(sums.spliced, trees, configs, strict=True)
-    )
-    zeroed = loss(Scale(0.0))[0]
-    return _Sums(
-        stats, spliced, sums.clean + clean, sums.zeroed + zeroed, sums.targets + jnp.sum(real[:, 1:], dtype=jnp.float32)
-    )
-
-
-def _update(
-    stats: DictionaryStats, tree: Any, x: Array, y: Array, config: DictionaryConfig, mask: Array | None
-) -> DictionaryStats:
+    config: DictionaryConfig,
+) -> tuple[Float[Array, "batch seq d_out"], Float[Array, "5 batch"], Float[Array, " n_features"]]:
+    """Return the prediction, the totals of `_RECONSTRUCTION`, and the tokens that each feature was active on."""
     acts = encode(tree, config, x)
-    return update_stats(stats, y, predict(tree, config, x, acts), acts, mask)
+    prediction, y = predict(tree, config, x, acts).astype(jnp.float32), y.astype(jnp.float32)
+    lengths = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(prediction, axis=-1)
+    product = jnp.sum(y * prediction, axis=-1)
+    measures = jnp.stack(
+        [
+            jnp.ones(counted.shape),
+            jnp.sum(acts > 0, axis=-1, dtype=jnp.float32),
+            jnp.sum(jnp.square(y - prediction), axis=-1),
+            jnp.sum(jnp.square(y - mean), axis=-1),
+            jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1), 0),
+        ]
+    )
+    active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
+    return prediction, jnp.sum(jnp.where(counted, measures, 0), axis=-1), active
 
 
-def _sum_vectors(stats: DictionaryStats, tree: Any, x: Array, y: Array, *, config: DictionaryConfig) -> DictionaryStats:
-    return _update(stats, tree, x, y, config, None)
-
-
-_add_batch = fast_jit(_sum_batch, static_argnames=("config", "configs"))
-_add_vectors = fast_jit(_sum_vectors, static_argnames=("config",))
+_reconstruct = fast_jit(_totals_of_rows, static_argnames=("config",))

@@ -11,10 +11,15 @@ difference of two large sums would lose it where the mean is far from 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionary import Dictionary, DictionaryParams, encode, predict
 
 
 class DictionaryStats(NamedTuple):
@@ -40,6 +45,15 @@ class DictionaryMetrics(NamedTuple):
     dead_fraction: Float[Array, ""]
     frequency: Float[Array, " n_features"]
     """Share of the positions at which each feature was active."""
+
+
+class ReconstructionEvaluation(NamedTuple):
+    """The numbers that need no language model; plain floats, as in `evaluation.DictionaryEvaluation`."""
+
+    l0: float
+    explained_variance: float
+    dead_fraction: float
+    tokens: int
 
 
 def zero_stats(n_features: int, d_out: int) -> DictionaryStats:
@@ -80,3 +94,32 @@ def finalize_stats(stats: DictionaryStats) -> DictionaryMetrics:
         dead_fraction=jnp.where(stats.positions > 0, jnp.mean(stats.active == 0, dtype=jnp.float32), jnp.nan),
         frequency=stats.active / stats.positions,
     )
+
+
+def evaluate_reconstruction(
+    dictionary: Dictionary, batches: Iterable[tuple[Float[Array, "_ d_in"], Float[Array, "_ d_out"]]]
+) -> ReconstructionEvaluation:
+    """Measure a dictionary on (input, target) vectors alone, in one pass."""
+    config = dictionary.config
+    stats = zero_stats(config.n_features, config.d_out)
+    for x, y in batches:
+        stats = _add_vectors(stats, dictionary.params, x, y, config=config)
+    found = finalize_stats(stats)
+    return ReconstructionEvaluation(
+        float(found.l0), float(found.explained_variance), float(found.dead_fraction), int(stats.positions)
+    )
+
+
+def _sum_vectors(
+    stats: DictionaryStats,
+    tree: DictionaryParams,
+    x: Float[Array, "batch d_in"],
+    y: Float[Array, "batch d_out"],
+    *,
+    config: DictionaryConfig,
+) -> DictionaryStats:
+    acts = encode(tree, config, x)
+    return update_stats(stats, y, predict(tree, config, x, acts), acts)
+
+
+_add_vectors = fast_jit(_sum_vectors, static_argnames=("config",))

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, track
 
-from tinymodel_jax.analysis.evaluation import evaluate_at_site
+from tinymodel_jax.analysis.evaluation import evaluate
 from tinymodel_jax.analysis.report.charts import training_curve
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.compilation import fast_compiler_options
@@ -88,8 +88,7 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     held_out = full_rows(
         lm, [s.text for s in storyworld.stories(0, amounts.held_out, storyworld.FIRST_UNSEEN + amounts.labelled)]
     )
-    batches = [jax.device_put(held_out[i : i + 16]) for i in range(0, amounts.held_out, 16)]
-    evaluations = evaluate_at_site(lm.params, lm.config, [trained, bundled], batches)
+    evaluations = evaluate(lm, [trained, bundled], held_out)
     curve = training_curve(
         range(1, amounts.steps + 1), [h["explained_variance"] for h in history], [h["l0"] for h in history]
     )

@@ -1,0 +1,64 @@
+"""Charts of measured dictionaries: sparsity against quality, and how often features are active.
+
+A dictionary is a mapping with `site` and `results` (number by name; None where it is not defined), as `sweep.json` and
+`tinymodel eval` hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinymodel_jax.atomic_files import replaced
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw_pareto(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
+    """Draw L0, on a logarithmic axis, against one of the results: a line a site."""
+    from matplotlib.ticker import LogFormatter
+
+    for site in dict.fromkeys(record["site"] for record in records):
+        found = [record["results"] for record in records if record["site"] == site]
+        points = sorted((r["l0"], r[key]) for r in found if r["l0"] and r[key] is not None)
+        if points:  # a dictionary without active features has no place on a logarithmic axis
+            axes.plot(*zip(*points, strict=True), marker="o", label=site)
+    axes.set_xlabel("L0 (active features a token)")
+    axes.set_ylabel(label)
+    if axes.lines:
+        axes.set_xscale("log")
+        axes.legend(fontsize="small", ncols=1 + len(axes.lines) // 9)
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, few where the axis is long
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
+    """Draw how many features are active on which share of the tokens: a line a dictionary, dead ones on the left."""
+    for record in records:
+        density = record["density"]
+        edges = np.array(density["log10_edges"])
+        (line,) = axes.step(edges, [density["features"][0], *density["features"]], label=record["name"])
+        axes.plot([edges[0] - 0.75], [density["dead"]], "x", color=line.get_color())
+    first, *rest = records[0]["density"]["log10_edges"][::2]
+    axes.set_xticks([first - 0.75, first, *rest], ["dead", *(f"$10^{{{edge:.0f}}}$" for edge in (first, *rest))])
+    axes.set(xlabel="share of the tokens on which a feature is active", ylabel="features", ylim=(0, None))
+    axes.legend(fontsize="small", ncols=1 + len(records) // 9)
+    axes.grid(alpha=0.3)
+
+
+def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG: L0 against explained variance and against CE recovered, and the densities."""
+    from matplotlib.figure import Figure  # not pyplot: nothing global, no display
+
+    figure = Figure(figsize=(15.6, 4.4), layout="constrained")
+    explained, recovered, densities = figure.subplots(1, 3)
+    draw_pareto(explained, records, "explained_variance", "explained variance")
+    draw_pareto(recovered, records, "ce_recovered", "CE recovered")
+    draw_densities(densities, records)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
