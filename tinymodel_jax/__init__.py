@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tinymodel_jax import interventions as interventions
     from tinymodel_jax.analysis.evaluation import evaluate as evaluate
+    from tinymodel_jax.analysis.sparse_lm import export_sparse_lm as export_sparse_lm
     from tinymodel_jax.config import DictionaryConfig as DictionaryConfig
     from tinymodel_jax.config import ModelConfig as ModelConfig
     from tinymodel_jax.dictionary import Dictionary as Dictionary
@@ -47,6 +48,7 @@ _HOMES = {
     "DictionaryConfig": "config",
     "Site": "sites",
     "evaluate": "analysis.evaluation",
+    "export_sparse_lm": "analysis.sparse_lm",
     # Files
     "load_torch_file": "io.torch_files",
 }

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
+MLPActivation = Literal["relu", "jumprelu"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -71,10 +72,17 @@ class ModelConfig(_JsonConfig):
     """Number format of the computation; log-probabilities and losses are float32 whatever it is."""
     param_dtype: str = "float32"
     """Number format of the stored parameters."""
+    mlp_activation: MLPActivation = "relu"
+    """Activation function of the neurons; with `jumprelu`, as of features, each has a threshold of its own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
+        if self.mlp_activation not in get_args(MLPActivation):
+            raise ValueError(
+                f"ModelConfig: mlp_activation {self.mlp_activation!r} is unknown; "
+                f"choose one of {', '.join(get_args(MLPActivation))}."
+            )
         for name in ("n_layers", "d_model", "n_heads", "d_mlp", "n_ctx", "d_vocab"):
             _require_positive("ModelConfig", name, getattr(self, name))
         if self.d_vocab < 5:
@@ -117,6 +125,7 @@ class ModelConfig(_JsonConfig):
         """Number of parameters; 43,896,592 for the published model."""
         attention = 4 * self.d_model**2 + self.d_model
         mlp = 2 * self.d_model * self.d_mlp + self.d_mlp + self.d_model
+        mlp += self.d_mlp if self.mlp_activation == "jumprelu" else 0
         embeddings = (self.d_vocab + self.n_ctx) * self.d_model
         return embeddings + self.n_layers * (attention + mlp) + self.d_vocab * (self.d_model + 1)
 

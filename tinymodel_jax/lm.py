@@ -87,6 +87,16 @@ class TinyModel(WeightViews):
         lm._set(config, params, tokenizer)
         return lm
 
+    def with_params(self, config: ModelConfig, params: Mapping[str, Any]) -> TinyModel:
+        """Return a model of other parameters with this one's tokenizer, and without dictionaries.
+
+        Raises:
+            ValueError: as `from_params`.
+        """
+        lm = type(self).from_params(config, params, self._tokenizer)
+        lm._tokenizer_folder = self._tokenizer_folder
+        return lm
+
     def _set(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
         if tokenizer is not None:
             artifacts.require_vocabulary(tokenizer, config)

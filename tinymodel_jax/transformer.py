@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with a ReLU between them."""
+    """Two linear maps with a ReLU between them; of `jumprelu`, neurons at or below their threshold are silent too."""
 
     config: ModelConfig
 
@@ -104,7 +104,11 @@ class MLP(nn.Module):
         W_out = self.param("W_out", uniform_fan_in(cfg.d_mlp), (cfg.d_mlp, cfg.d_model), cfg.param_dtype)
         b_out = self.param("b_out", uniform_fan_in(cfg.d_mlp), (cfg.d_model,), cfg.param_dtype)
         pre = HookPoint(name="hook_pre")(_affine(x, W_in.astype(cfg.dtype), b_in.astype(cfg.dtype)))
-        post = HookPoint(name="hook_post")(jax.nn.relu(pre))
+        acts = jax.nn.relu(pre)
+        if cfg.mlp_activation == "jumprelu":
+            threshold = self.param("threshold", nn.initializers.zeros, (cfg.d_mlp,), cfg.param_dtype)
+            acts = jnp.where(pre > threshold.astype(cfg.dtype), acts, 0)
+        post = HookPoint(name="hook_post")(acts)
         return _affine(post, W_out.astype(cfg.dtype), b_out.astype(cfg.dtype))
 
 

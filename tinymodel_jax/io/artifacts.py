@@ -108,7 +108,10 @@ def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None
     Raises:
         ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
     """
-    require_shapes(params, {tensor.name: tensor.shape for tensor in model_tensors(config)}, "the configuration")
+    shapes: dict[str, tuple[int, ...]] = {tensor.name: tensor.shape for tensor in model_tensors(config)}
+    if config.mlp_activation == "jumprelu":  # which the reference's files cannot hold
+        shapes |= {f"blocks.{layer}.mlp.threshold": (config.d_mlp,) for layer in range(config.n_layers)}
+    require_shapes(params, shapes, "the configuration")
 
 
 def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

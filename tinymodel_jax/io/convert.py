@@ -71,7 +71,7 @@ class ConvertedModel(NamedTuple):
 
 
 def model_tensors(config: ModelConfig) -> list[TensorMap]:
-    """Return every tensor of a model, in the order of the reference's state dict."""
+    """Return every tensor of a ReLU model, in the order of the reference's state dict."""
     d, h, k, m = config.d_model, config.n_heads, config.d_head, config.d_mlp
     tensors = [
         TensorMap("W_pos", "pos_embed", (1, config.n_ctx, d), (config.n_ctx, d), (0, 1)),
@@ -147,8 +147,10 @@ def export_model(config: ModelConfig, params: Mapping[str, np.ndarray]) -> dict[
     """Return the reference's state dict of a model, in the reference's order of keys.
 
     Raises:
-        ValueError: the reference cannot hold the model: it builds every MLP four times as wide as the stream.
+        ValueError: the reference cannot hold the model: it builds ReLU MLPs four times as wide as the stream.
     """
+    if config.mlp_activation != "relu":
+        raise ValueError(f"export: mlp_activation={config.mlp_activation!r}; the reference's neurons are ReLU only.")
     if config.d_mlp != 4 * config.d_model:
         raise ValueError(
             f"export: d_mlp={config.d_mlp} is not 4 * d_model = {4 * config.d_model}, "
