@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinymodel_jax.commands.concepts import concepts
+from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands
 from tinymodel_jax.commands.generate import generate
 from tinymodel_jax.commands.quickstart import quickstart
 from tinymodel_jax.commands.top import top
 
-COMMANDS = {"quickstart": quickstart, "generate": generate, "features": features, "top": top, "concepts": concepts}
+COMMANDS = {
+    "quickstart": quickstart,
+    "generate": generate,
+    "features": features,
+    "eval": evaluate,
+    "top": top,
+    "concepts": concepts,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tinymodel`; return its exit status."""
-    return run_commands("tinymodel", "TinyModel in JAX: generate stories, read features.", COMMANDS, argv)
+    return run_commands(
+        "tinymodel", "TinyModel in JAX: generate stories, read features, measure dictionaries.", COMMANDS, argv
+    )

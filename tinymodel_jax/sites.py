@@ -75,6 +75,22 @@ class Site:
         site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
         return site, None if feature is None else int(feature)
 
+    @staticmethod
+    def at(hook_in: str, hook_out: str) -> Site:
+        """Return the site of a dictionary that reads and predicts these hook points; `M` where `T` is the same.
+
+        Raises:
+            ValueError: no kind of site does.
+        """
+        for kind in sorted(KINDS, key="T".__eq__):
+            match = re.fullmatch(r"blocks\.([0-9]{1,9})\..*", hook_in)
+            site = Site(kind, int(match[1])) if match else None
+            if site is not None and (site.hook_in, site.hook_out) == (hook_in, hook_out):
+                return site
+        raise ValueError(
+            f"a dictionary from {hook_in!r} to {hook_out!r} belongs to no site; the kinds are {', '.join(KINDS)}."
+        )
+
     @property
     def tag(self) -> str:
         """The site's tag, without a feature."""

@@ -1,0 +1,190 @@
+"""`tinymodel eval`."""
+
+from __future__ import annotations
+
+import json as json_format
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.prompts import load_lm
+from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.sites import Site
+
+if TYPE_CHECKING:
+    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.lm import TinyModel
+
+COLUMNS = {
+    "l0": "L0",
+    "explained_variance": "explained variance",
+    "ce_recovered": "CE recovered",
+    "kl": "KL",
+    "dead_fraction": "dead",
+}
+"""What the table shows of the results, with its heading; the file has all of them."""
+WITH_MARGIN = ("explained_variance", "ce_recovered")
+
+
+def evaluate(
+    *,
+    data: str,
+    sites: str = "",
+    dictionaries: tuple[Path, ...] = (),
+    sparse_model: bool = False,
+    model: str = "tiny_model",
+    limit: int = 256,
+    count_begin: bool = False,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    n_heads: int | None = None,
+    json: bool = False,
+) -> None:
+    """Measure dictionaries: sparsity, reconstruction, and what the model loses when it runs through them.
+
+    Args:
+        data: held-out text: a folder of `python -m train prepare`, a file of stories (.jsonl, .txt, also .gz), or
+            `storyworld`.
+        sites: tags, as M0,A1, of the model's own or published dictionaries to measure.
+        dictionaries: folders of dictionaries to measure, or folders that hold such folders; each knows its site.
+        sparse_model: measure the model with all MLPs replaced by their transcoders at once, too.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        limit: rows (stories) to read at most.
+        count_begin: let [BEGIN], the same in every story, count in L0, explained variance, MSE, cosine and densities.
+        out: JSON file to write; a PNG of the same name with the plots is written beside it.
+        n_heads: attention heads of a file whose width is not the published 768.
+        json: print the JSON instead of a table.
+    """
+    tags = [tag for tag in sites.split(",") if tag]
+    if not (tags or dictionaries or sparse_model):
+        raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
+    if out is not None and out.suffix != ".json":
+        raise ValueError(f"--out {out}: give the name of a .json file; the plots get the same name with .png.")
+    folders = [found for folder in dictionaries for found in _dictionary_folders(folder)]
+    lm = load_lm(model, n_heads)
+    named = _named_dictionaries(lm, tags, folders)
+    rows = open_rows(lm, data, limit)
+    content = {
+        "format": "tinymodel_jax/evaluation",
+        "format_version": 1,
+        "model": model,
+        "data": data,
+        "rows": len(rows),
+        "count_begin": count_begin,
+        "dictionaries": _measure(lm, named, rows, count_begin) if named else [],
+        "sparse_model": _measure_sparse_model(lm, rows) if sparse_model else None,
+    }
+    if out is not None:
+        _write(content, out)
+    if json:
+        print_json(content)
+    else:
+        _print_tables(content)
+
+
+def _dictionary_folders(folder: Path) -> list[Path]:
+    """Return the folder if it holds a dictionary, else those in it that do."""
+    from tinymodel_jax.io.artifacts import DICTIONARY_FILE
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--dictionaries {folder}: there is no such folder.")
+    found = [f for f in (folder, *sorted(folder.iterdir())) if (f / DICTIONARY_FILE).is_file()]
+    if not found:
+        raise FileNotFoundError(f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
+    return [folder] if found[0] == folder else found
+
+
+def _named_dictionaries(lm: TinyModel, tags: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, Dictionary]]:
+    """Return the dictionaries to measure; those of folders are named by their folder, by its path if two agree."""
+    from tinymodel_jax.dictionary import Dictionary
+
+    named = [(lm[tag].site.tag, lm[tag].dictionary) for tag in tags]
+    names = [*tags, *(folder.name for folder in folders)]
+    for folder in folders:
+        loaded = Dictionary.from_pretrained(folder)
+        place = Site.at(loaded.config.hook_in, loaded.config.hook_out)
+        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
+        holder.attach(place.tag, loaded)
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        named.append((name, holder.dictionaries[place.tag]))
+    return named
+
+
+def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, begin: bool) -> list[dict[str, Any]]:
+    from tinymodel_jax.analysis import evaluation
+
+    dictionaries = [dictionary for _, dictionary in named]
+    found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, progress=with_progress)
+    records = []
+    for (name, dictionary), one in zip(named, found, strict=True):
+        features, dead = evaluation.density_histogram(one.frequency)
+        edges = evaluation.DENSITY_EDGES.tolist()
+        record = {
+            "name": name,
+            "site": Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag,
+            "architecture": dictionary.config.architecture,
+            "n_features": dictionary.config.n_features,
+            "results": _finite(evaluation.numbers_of(one)),
+            "margins": _finite(one.margins),
+            "density": {"log10_edges": edges, "features": features, "dead": dead},
+        }
+        records.append(record)
+    return records
+
+
+def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
+    from tinymodel_jax.analysis.evaluation import numbers_of
+    from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model, mlp_tags
+
+    found = evaluate_sparse_model(lm, rows, progress=with_progress)
+    return {
+        "sites": list(mlp_tags(lm)),
+        "results": _finite(numbers_of(found)),
+        "margins": _finite(found.margins),
+    }
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def _write(content: Mapping[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, (json_format.dumps(content, indent=2) + "\n").encode())
+    if content["dictionaries"]:
+        from tinymodel_jax.analysis.report.dictionary_charts import plot_evaluations
+
+        plot_evaluations(content["dictionaries"], out.with_suffix(".png"))
+
+
+def _print_tables(content: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if content["dictionaries"]:
+        first = content["dictionaries"][0]["results"]
+        title = f"{first['tokens']:,} tokens of {content['rows']:,} rows; CE clean {first['ce_clean']:.4f} nats"
+        table = Table("dictionary", *COLUMNS.values(), title=title, title_justify="left")
+        for record in content["dictionaries"]:
+            table.add_row(record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
+        console.print(table)
+    sparse = content["sparse_model"]
+    if sparse is not None:
+        table = Table(f"{', '.join(sparse['sites'])} at once", "")
+        for name in sparse["results"]:
+            table.add_row(name.replace("_", " ").replace("ce ", "CE ").replace("kl", "KL"), _cell(sparse, name, True))
+        console.print(table)
+    console.print("CE and KL are in nats; ± is half of a 95 % confidence interval over rows.", highlight=False)
+
+
+def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:
+    value, margin = record["results"][name], record["margins"].get(name)
+    digits = 1 if name == "l0" else 4
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + (f" ± {margin:.{digits}f}" if with_margin and margin is not None else "")
