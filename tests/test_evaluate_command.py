@@ -1,0 +1,83 @@
+"""`tinymodel eval`: what it writes and prints, and how it fails."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import as_users_run_it, make_dictionary
+
+from tinymodel_jax import TinyModel, cli, evaluate
+from tinymodel_jax.analysis.evaluation import density_histogram, numbers_of
+from tinymodel_jax.commands.rows import open_rows
+
+STORIES = ["Once upon a time there was a dog.", "Mia went to the lake.", "Leo was happy."]
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> str:
+    path = tmp_path / "stories.txt"
+    path.write_text("\n".join(STORIES) + "\n")
+    return str(path)
+
+
+def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail; return its one line."""
+    with as_users_run_it():
+        assert cli.main(["eval", "--model", "mini", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_the_file_holds_what_the_function_measures_and_the_table_shows_it(stories, tmp_path, capsys):
+    lm, out = TinyModel("mini"), tmp_path / "runs" / "eval.json"
+    lm["M3"].dictionary.save_pretrained(tmp_path / "kept" / "M3_k=24")
+    folders = ["--dictionaries", str(tmp_path / "kept")]
+    assert cli.main(["eval", "--model", "mini", "--sites", "A3", *folders, "--data", stories, "-o", str(out)]) == 0
+    content = json.loads(out.read_text())
+    assert [(d["name"], d["site"]) for d in content["dictionaries"]] == [("A3", "A3"), ("M3_k=24", "M3")]
+    assert content["rows"] == 3
+    rows = np.asarray(open_rows(lm, stories, 256))
+    expected = evaluate(lm, [lm["A3"].dictionary, lm["M3"].dictionary], rows)
+    for record, found in zip(content["dictionaries"], expected, strict=True):
+        assert record["results"] == pytest.approx(numbers_of(found), rel=1e-6)
+        assert record["margins"] == pytest.approx(found.margins, rel=1e-6)
+        assert sum(record["density"]["features"]) + record["density"]["dead"] == 512
+    assert (tmp_path / "runs" / "eval.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "M3_k=24" in shown
+    assert f"{content['dictionaries'][0]['results']['explained_variance']:.4f} ±" in shown
+
+
+def test_json_is_one_line_also_of_the_sparse_model_alone(stories, capsys):
+    assert cli.main(["eval", "--model", "mini", "--sparse-model", "--data", stories, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    sparse = content["sparse_model"]
+    assert content["dictionaries"] == []
+    assert sparse["sites"] == ["M0", "M1", "M2", "M3"]
+    assert sparse["results"]["ce_with_errors"] == pytest.approx(sparse["results"]["ce_clean"], abs=1e-4)
+    assert sparse["results"]["ce_sparse"] > sparse["results"]["ce_clean"]
+
+
+def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
+    make_dictionary("blocks.0.hook_attn_out", "blocks.0.hook_attn_out").save_pretrained(tmp_path / "narrow")
+    make_dictionary("x", "x").save_pretrained(tmp_path / "arrays")
+    (tmp_path / "empty").mkdir()
+    data = ["--data", stories]
+    assert "nothing to measure" in failing(capsys, *data)
+    assert "layer 9 does not exist" in failing(capsys, "--sites", "A9", *data)
+    assert "'Q1' is no dictionary tag" in failing(capsys, "--sites", "Q1", *data)
+    assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
+    assert "there is no such folder" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
+    assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
+    assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)
+    assert "belongs to no site" in failing(capsys, "--dictionaries", str(tmp_path / "arrays"), *data)
+    (tmp_path / "blank.txt").write_text("\n")
+    assert "no story found" in failing(capsys, "--sites", "A0", "--data", str(tmp_path / "blank.txt"))
+
+
+def test_densities_count_every_feature_once():
+    features, dead = density_histogram(np.array([0, 0, 1e-9, 0.02, 0.5, 1.0]))
+    assert (sum(features), dead) == (4, 2)
+    assert (features[0], features[-1]) == (1, 2)
