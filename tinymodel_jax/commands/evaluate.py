@@ -187,4 +187,5 @@ def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:
     digits = 1 if name == "l0" else 4
     if value is None:
         return "–"
-    return f"{value:.{digits}f}" + (f" ± {margin:.{digits}f}" if with_margin and margin is not None else "")
+    rounded = round(value, digits) + 0.0  # not -0.0
+    return f"{rounded:.{digits}f}" + (f" ± {margin:.{digits}f}" if with_margin and margin is not None else "")
