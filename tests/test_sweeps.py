@@ -3,10 +3,17 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_users_run_it
+from conftest import as_users_run_it, make_dictionary
+from eight_devices import on_eight_devices
 
 from tinymodel_jax import interventions
 from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.interventions import Hooks
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.sites import Site
+
+TAGS = ("Ra1", "A1", "Rm1", "M1", "Mo1", "M0", "Ra0")
+F32 = 1e-5
 
 
 @pytest.fixture
@@ -14,49 +21,162 @@ def row(tok_ids) -> np.ndarray:
     return tok_ids[:1]
 
 
-@pytest.mark.parametrize("tag", ["M1", "Rm1", "A1"])
-def test_each_row_is_the_single_ablation(lm, row, tag):
+@pytest.fixture
+def lm(lm: TinyModel) -> TinyModel:
+    site = Site.parse("Ra0")[0]
+    lm.attach("Ra0", make_dictionary(site.hook_in, site.hook_out, 9))
+    return lm
+
+
+def by_hand(lm: TinyModel, ids: np.ndarray, hooks: Hooks, next_ids: list[int]) -> list[float]:
+    """Return KL and the changes of loss and of the next tokens' log-probability of one edit, from whole passes."""
+    clean = lm(ids)
+    edited, _ = lm.run_with_hooks(ids, hooks)
+    kl = jnp.mean(jnp.sum(jnp.exp(clean) * (clean - edited), axis=-1))
+    loss = -jnp.mean(jnp.take_along_axis(edited[:, :-1] - clean[:, :-1], ids[:, 1:, None], axis=-1))
+    chosen = jnp.mean((edited - clean)[jnp.arange(len(ids)), -1, jnp.asarray(next_ids)])
+    return [float(kl), float(loss), float(chosen)]
+
+
+def measured(effects: sweeps.FeatureEffects, place: int) -> list[float]:
+    return [float(x[place]) for x in (effects.kl, effects.loss, effects.next_logprob)]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_each_ablation_is_the_single_one(lm, row, tag):
     effects = sweeps.ablate(lm, tag, row, next_ids=[3])
-    clean = lm(row)
     assert len(effects.features) > 3
     for place, feature in enumerate(effects.features):
-        edited, _ = lm.run_with_hooks(row, interventions.ablate(lm[tag].dictionary, int(feature)))
-        kl = jnp.mean(jnp.sum(jnp.exp(clean) * (clean - edited), axis=-1))
-        loss = -jnp.mean(jnp.take_along_axis(edited[:, :-1] - clean[:, :-1], row[:, 1:, None], axis=-1))
-        assert effects.kl[place] == pytest.approx(float(kl), abs=1e-5)
-        assert effects.loss[place] == pytest.approx(float(loss), abs=1e-5)
-        assert effects.next_logprob[place] == pytest.approx(float((edited - clean)[0, -1, 3]), abs=1e-5)
+        hooks = interventions.ablate(lm[tag].dictionary, int(feature))
+        assert measured(effects, place) == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
 
 
-def test_the_size_of_chunks_does_not_change_the_result(lm, row, monkeypatch):
-    whole = sweeps.ablate(lm, "M1", row)
-    monkeypatch.setattr(sweeps, "MEMORY", 5 * np.asarray(lm(row)).nbytes)
-    for one, other in zip(whole, sweeps.ablate(lm, "M1", row), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
+@pytest.mark.parametrize("tag", TAGS)
+def test_each_clamp_at_chosen_positions_of_several_rows_is_the_single_one(lm, tok_ids, tag):
+    positions = np.isin(np.arange(11), [4, 7])
+    next_ids = [3, 1, 2]
+    effects = sweeps.clamp(lm, tag, tok_ids, 0.7, range(12), positions=positions, next_ids=next_ids)
+    for place in (0, 5, 11):
+        hooks = interventions.clamp(lm[tag].dictionary, place, 0.7, positions)
+        assert measured(effects, place) == pytest.approx(by_hand(lm, tok_ids, hooks, next_ids), abs=F32)
 
 
-def test_inactive_features_are_exactly_zero_and_not_run(lm, row):
+def test_each_strength_of_steering_is_the_single_one(lm, row):
+    effects = sweeps.steer(lm, "M1", row, [-1.0, 0.0, 2.0], [2, 5], next_ids=[3])
+    assert effects.kl.shape == (2, 3)
+    assert not effects.kl[:, 1].any()
+    directions = lm["M1"].dictionary.params["W_dec"]
+    for place, feature in enumerate([2, 5]):
+        hooks = interventions.steer("blocks.1.hook_mlp_out", 2.0 * directions[feature])
+        found = [float(x[place, 2]) for x in (effects.kl, effects.loss, effects.next_logprob)]
+        assert found == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
+
+
+def test_vectors_steer_where_no_dictionary_is(lm, row):
+    vectors = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    effects = sweeps.steer(lm, "A0", row, 0.5, vectors=vectors, next_ids=[3])
+    for place, vector in enumerate(vectors):
+        hooks = interventions.steer("blocks.0.hook_attn_out", 0.5 * vector)
+        assert measured(effects, place) == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
+
+
+@pytest.mark.parametrize(("tag", "spliced"), [("M0", ("Ra1", "M1", "Rm1")), ("A1", ("M0", "Rm1")), ("Ra1", ("Ra1",))])
+def test_a_spliced_model_is_swept_as_it_is(lm, row, tag, spliced):
+    through = lm.splice(spliced)
+    effects = sweeps.ablate(through, tag, row, [1, 2, 3], next_ids=[3])
+    for place, feature in enumerate([1, 2, 3]):
+        hooks = interventions.ablate(lm[tag].dictionary, feature)
+        assert measured(effects, place) == pytest.approx(by_hand(through, row, hooks, [3]), abs=F32)
+    assert not np.allclose(effects.kl, sweeps.ablate(lm, tag, row, [1, 2, 3], next_ids=[3]).kl)
+
+
+@pytest.mark.parametrize(("tag", "readout"), [("M0", "M1"), ("M0", "Ra1"), ("A1", "M1"), ("Ra1", "Rm1"), ("Rm1", "M1")])
+def test_the_readout_is_the_mean_change_of_the_other_dictionary(lm, row, tag, readout):
+    effects = sweeps.clamp(lm, tag, row, 1.5, [4], readout=readout)
+    reader = lm[readout].dictionary
+    hooks = interventions.clamp(lm[tag].dictionary, 4, 1.5)
+    values = [lm.run_with_hooks(row, edit, [reader.config.hook_in])[1] for edit in (hooks, {})]
+    after, before = (np.asarray(reader.encode(acts[reader.config.hook_in])) for acts in values)
+    change = (after - before).mean(axis=(0, 1))
+    np.testing.assert_allclose(change[effects.readout_features[0]], effects.readout_changes[0], atol=F32)
+    assert np.all(np.diff(np.abs(effects.readout_changes[0])) <= 0)
+    assert np.abs(change).max() > 1e-3
+
+
+def test_neither_the_size_of_chunks_nor_the_positions_they_leave_out_change_the_result(lm, row, monkeypatch):
+    positions = np.arange(11) >= 3  # so that some features start late
+    whole = sweeps.ablate(lm, "M0", row, positions=positions)
+    for features in (1, 3):
+        monkeypatch.setattr(sweeps, "MEMORY", features * 11 * 23 * 4)
+        parts = sweeps.ablate(lm, "M0", row, positions=positions)
+        for one, other in zip(whole[:4], parts[:4], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_late_changes_run_on_the_late_positions_only(lm, row):
+    amounts = np.zeros((3, 1, 64), np.float32)
+    amounts[0, 0, 60], amounts[2, 0, 10] = 1, 1
+    (both,) = sweeps._chunks(amounts, 23)
+    assert (both[0].tolist(), both[1:]) == ([2, 0], (2, 56))
+    (late,) = sweeps._chunks(amounts[:2], 23)
+    assert (late[0].tolist(), late[1:]) == ([0], (1, 8))
+
+
+def test_inactive_features_are_exactly_zero_and_not_run(lm, row, compilations, monkeypatch):
     acts = np.asarray(lm["M1"](row))
     inactive = np.flatnonzero((acts == 0).all(axis=(0, 1)))
     assert len(inactive)
+    monkeypatch.setattr(sweeps, "effects_of_changes", None)
     effects = sweeps.ablate(lm, "M1", row, inactive)
     assert not np.any([effects.kl, effects.loss, effects.next_logprob])
     np.testing.assert_array_equal(effects.features, inactive)
 
 
-def test_a_spliced_model_is_swept_as_it_is(lm, row):
-    spliced = lm.splice("M0")
-    plain, through = sweeps.ablate(lm, "M1", row, [0, 1, 2]), sweeps.ablate(spliced, "M1", row, [0, 1, 2])
-    edited, _ = spliced.run_with_hooks(row, interventions.ablate(lm["M1"].dictionary, 1))
-    clean = spliced(row)
-    token = int(jnp.argmax(clean[0, -1]))
-    assert through.next_logprob[1] == pytest.approx(float((edited - clean)[0, -1, token]), abs=1e-5)
-    assert not np.allclose(plain.kl, through.kl)
+def test_padding_counts_nowhere(lm, row):
+    padded = np.pad(row, ((0, 0), (0, 4)), constant_values=lm.config.pad_id)
+    for one, other in zip(sweeps.ablate(lm, "M1", row)[:4], sweeps.ablate(lm, "M1", padded)[:4], strict=True):
+        np.testing.assert_allclose(one, other, atol=F32)
 
 
-def test_features_out_of_range_and_tokens_for_other_rows_are_refused(lm, row):
+@pytest.mark.slow
+def test_spreading_features_over_devices_does_not_change_the_result():
+    code = """
+import json, sys
+sys.path.insert(0, "tests")
+import jax, numpy as np
+from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.lm import TinyModel
+lm = TinyModel("mini")
+ids = np.arange(20)[None]
+spread = sweeps.ablate(lm, "M2", ids)
+sweeps._over_devices = lambda: None
+alone = sweeps.ablate(lm, "M2", ids)
+apart = max(float(np.abs(a - b).max()) for a, b in zip(spread[:4], alone[:4]))
+print(json.dumps([len(jax.devices()), len(alone.features), apart, float(alone.kl.max())]))
+"""
+    devices, features, apart, largest = on_eight_devices(code)
+    assert devices == 8
+    assert features > 8
+    assert apart < F32 < largest
+
+
+def test_what_does_not_fit_is_refused_in_one_line(lm, row):
+    bad = {
+        r"feature 12 is out of range; the dictionary has features 0\.\.11": lambda: sweeps.ablate(lm, "M1", row, [12]),
+        "one token for each of 1 rows": lambda: sweeps.ablate(lm, "M1", row, next_ids=[1, 2]),
+        "must be token ids, 0..22": lambda: sweeps.ablate(lm, "M1", row, next_ids=[23]),
+        "has no dictionary there": lambda: sweeps.ablate(lm, "A0", row),
+        "names a feature": lambda: sweeps.ablate(lm, "M1N3", row),
+        "strengths=.*finite": lambda: sweeps.steer(lm, "M1", row, [1.0, np.inf]),
+        "value=nan; expected a finite number": lambda: sweeps.clamp(lm, "M1", row, np.nan),
+        "boolean mask of shape": lambda: sweeps.ablate(lm, "M1", row, positions=[1, 2]),
+        "a row has no token": lambda: sweeps.ablate(lm, "M1", [[lm.config.pad_id] * 3]),
+        "does not change": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
+        r"vectors has shape \(16,\)": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=np.ones(16)),
+        "features and vectors": lambda: sweeps.steer(lm, "M1", row, 1.0, [1], vectors=np.ones((1, 16))),
+    }
     with as_users_run_it():
-        with pytest.raises(ValueError, match=r"feature 12 is out of range; the dictionary has features 0\.\.11"):
-            sweeps.ablate(lm, "M1", row, [12])
-        with pytest.raises(ValueError, match="one token for each of 1 rows"):
-            sweeps.ablate(lm, "M1", row, next_ids=[1, 2])
+        for message, call in bad.items():
+            with pytest.raises(ValueError, match=message) as caught:
+                call()
+            assert "\n" not in str(caught.value)

@@ -46,6 +46,11 @@ class LayerCache(NamedTuple):
         rows = jnp.arange(key.shape[0])
         return LayerCache(self.keys.at[rows, :, positions].set(key), self.values.at[rows, :, positions].set(value))
 
+    def followed_by(self, keys: Array, values: Array) -> LayerCache:
+        """Put the (batch, pos, head, d_head) keys and values of the positions that come next behind these."""
+        new = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
+        return LayerCache(*(jnp.concatenate(both, axis=2) for both in zip(self, new, strict=True)))
+
 
 KVCache = tuple[LayerCache, ...]
 """One `LayerCache` a layer. Slots at or after a row's current position may hold anything: attention masks them."""
@@ -65,7 +70,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
         """Return what the heads write, and the cache with the new token's key and value in it.
 
-        With a cache, `x` is one token a row, standing at `positions`.
+        With a cache, `x` is one token a row, standing at `positions`; without those, the tokens after the cached ones.
         """
         cfg = self.config
         split, merged = (cfg.n_heads, cfg.d_model, cfg.d_head), (cfg.n_heads, cfg.d_head, cfg.d_model)
@@ -78,8 +83,7 @@ class Attention(nn.Module):
         k = HookPoint(name="hook_k")(_heads(x, W_K.astype(cfg.dtype)))
         v = HookPoint(name="hook_v")(_heads(x, W_V.astype(cfg.dtype)))
         if cache is not None:
-            assert positions is not None
-            cache = cache.with_token(k[:, 0], v[:, 0], positions)
+            cache = cache.followed_by(k, v) if positions is None else cache.with_token(k[:, 0], v[:, 0], positions)
             k, v = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
         scores = HookPoint(name="hook_attn_scores")(_causal(scores, positions))
@@ -121,20 +125,27 @@ class Block(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        self.attn, self.mlp = Attention(self.config), MLP(self.config)
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
+        self.hook_attn_in, self.hook_mlp_in = HookPoint(), HookPoint()
+        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
         cache: LayerCache | None = None,
         positions: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
-        x = HookPoint(name="hook_resid_pre")(x)
-        attn_in = HookPoint(name="hook_attn_in")(x)
-        attn_out, layer_cache = Attention(self.config, name="attn")(attn_in, cache, positions)
-        x = HookPoint(name="hook_resid_mid")(x + HookPoint(name="hook_attn_out")(attn_out))
-        mlp_in = HookPoint(name="hook_mlp_in")(x)
-        mlp_out = HookPoint(name="hook_mlp_out")(MLP(self.config, name="mlp")(mlp_in))
-        return HookPoint(name="hook_resid_post")(x + mlp_out), layer_cache
+        x = self.hook_resid_pre(x)
+        attn_out, layer_cache = self.attn(self.hook_attn_in(x), cache, positions)
+        return self.after_attention(x + self.hook_attn_out(attn_out)), layer_cache
+
+    def after_attention(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+        """Return the stream after the block, given the one after its attention."""
+        x = self.hook_resid_mid(x)
+        mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(x)))
+        return self.hook_resid_post(x + mlp_out)
 
 
 class Transformer(nn.Module):
@@ -172,6 +183,24 @@ class Transformer(nn.Module):
             x, extended = block(x, layer_cache, positions)
             layers.append(extended)
         return self.unembed(x)[:, 0], tuple(layers)
+
+    def resume(
+        self, resid: Float[Array, "batch seq d_model"], layer: int, at_mlp: bool = False, before: KVCache = ()
+    ) -> Float[Array, "batch seq d_model"]:
+        """Return the final residual stream, given the one in front of a block, or of its MLP.
+
+        Args:
+            layer: block to start with; n_layers runs none.
+            at_mlp: `resid` is the stream in front of that block's MLP.
+            before: keys and values of earlier positions, for each block whose attention runs; () where `resid` starts
+                at the first position. What comes back is for the positions of `resid` only.
+        """
+        if at_mlp:
+            resid, layer = self.blocks[layer].after_attention(resid), layer + 1
+        blocks = self.blocks[layer:]
+        for block, cache in zip(blocks, before or (None,) * len(blocks), strict=True):
+            resid, _ = block(resid, cache)
+        return resid
 
     def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
         """Return the float32 logits of a final residual stream."""
@@ -236,9 +265,11 @@ def _heads(x: Float[Array, "batch seq d_model"], W: Float[Array, "n_heads d_mode
 
 
 def _causal(scores: Float[Array, "batch n_heads seq key_pos"], positions: Int[Array, " batch"] | None) -> Array:
-    key_pos = jnp.arange(scores.shape[-1])
+    """Mask later keys; without `positions`, the queries stand at the last of the keys' positions."""
+    n_queries, n_keys = scores.shape[-2:]
+    key_pos = jnp.arange(n_keys)
     if positions is None:
-        allowed = key_pos <= jnp.arange(scores.shape[-2])[:, None]
+        allowed = key_pos <= jnp.arange(n_keys)[n_keys - n_queries :, None]
     else:
         allowed = (key_pos <= positions[:, None])[:, None, None]
     return jnp.where(allowed, scores, -jnp.inf)

@@ -1,0 +1,80 @@
+"""Causal importance: means over rows of single sweeps, the same when the work was stopped."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinymodel_jax.analysis import causal_importance as module
+from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.causal_importance import causal_importance
+from tinymodel_jax.dictionary import Dictionary
+
+
+@pytest.fixture
+def rows(lm, tok_ids):
+    padded = np.array(tok_ids)
+    padded[1, 7:] = lm.config.pad_id
+    return padded
+
+
+def test_means_and_intervals_are_those_of_the_rows(lm, rows):
+    found = causal_importance(lm, "M1", rows)
+    kl = np.full((3, 12), np.nan)
+    for row, ids in enumerate((rows[0], rows[1, :7], rows[2])):
+        effects = sweeps.ablate(lm, "M1", ids)
+        kl[row, effects.features] = effects.kl
+    active = np.isfinite(kl)
+    np.testing.assert_array_equal(found.active_rows, active.sum(axis=0))
+    often = found.active_rows > 1
+    assert often.sum() > 3
+    np.testing.assert_allclose(found.kl.mean[often], np.nanmean(kl[:, often], axis=0), atol=1e-5)
+    spread = np.nanstd(kl[:, often], axis=0, ddof=1) / np.sqrt(found.active_rows[often])
+    np.testing.assert_allclose(found.kl.half_width[often], 1.96 * spread, atol=1e-5)
+    np.testing.assert_allclose(found.kl_all.mean, np.where(active, kl, 0).mean(axis=0), atol=1e-5)
+    once = found.active_rows == 1
+    assert np.isnan(found.kl.half_width[once]).all()
+
+
+def test_a_planted_feature_comes_first(lm, rows):
+    reader = lm["M1"].dictionary
+    params = dict(reader.params)
+    params["W_dec"] = params["W_dec"].at[:].multiply(1e-3).at[4].set(jnp.arange(16.0))
+    params["b_enc"] = params["b_enc"].at[4].set(5.0)
+    lm.attach("M1", Dictionary.from_params(reader.config, params))
+    assert causal_importance(lm, "M1", rows).order()[0] == 4
+
+
+def test_stopped_work_goes_on_and_gives_the_same_table(lm, rows, tmp_path, monkeypatch):
+    whole = causal_importance(lm, "M1", rows)
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    file, seen = tmp_path / "work", []
+
+    def stop_after_two(left):
+        for row in left:
+            if row == 2:
+                raise KeyboardInterrupt
+            yield row
+
+    with pytest.raises(KeyboardInterrupt):
+        causal_importance(lm, "M1", rows, work_file=file, track=stop_after_two)
+    resumed = causal_importance(lm, "M1", rows, work_file=file, track=lambda left: seen.extend(left) or left)
+    assert seen == [2]
+    assert not file.exists()
+    np.testing.assert_array_equal(resumed.active_rows, whole.active_rows)
+    for name in ("kl", "loss", "kl_all", "loss_all"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def test_a_work_file_of_another_site_and_empty_data_are_refused(lm, rows, tmp_path, monkeypatch, no_type_checks):
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+
+    def stop_at_once(left):
+        yield left[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        causal_importance(lm, "M1", rows, work_file=tmp_path / "work", track=stop_at_once)
+    with pytest.raises(ValueError, match=r"changed: dictionary .*site"):
+        causal_importance(lm, "A1", rows, work_file=tmp_path / "work")
+    with pytest.raises(ValueError, match="no rows"):
+        causal_importance(lm, "M1", np.zeros((0, 5), np.int32))

@@ -1,0 +1,135 @@
+"""How much each feature of a dictionary matters to the model: the effect of turning it off, over a data set.
+
+Every feature is ablated on every row where it is active (`sweeps.ablate`); where it is not, its effect is exactly 0.
+Sums over rows, so the work can be stopped and go on. Confidence intervals are of the mean over rows, which stand for
+stories: 1.96 standard errors to either side, which is rough where a feature was active on few rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from tinymodel_jax.analysis.resumable import Progress, fingerprint
+from tinymodel_jax.analysis.sweeps import ablate
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.padding import bucket, check_tok_ids
+
+SAVE_SECONDS = 20.0
+_MEASURES = ("kl", "loss")
+
+
+class MeanEffect(NamedTuple):
+    """A mean for each feature, and its 95 % confidence interval: `mean - half_width` to `mean + half_width`."""
+
+    mean: Float[np.ndarray, " n_features"]
+    """NaN where there is nothing to average."""
+    half_width: Float[np.ndarray, " n_features"]
+    """NaN where there are fewer than two rows."""
+
+
+class CausalImportance(NamedTuple):
+    """What turning off each feature of a dictionary does, nats."""
+
+    n_rows: int
+    active_rows: Int[np.ndarray, " n_features"]
+    """Rows on which the feature is active."""
+    kl: MeanEffect
+    """KL divergence a position, averaged over the rows where the feature is active."""
+    loss: MeanEffect
+    """Change of the loss, averaged over the rows where the feature is active: positive where the feature helps."""
+    kl_all: MeanEffect
+    """KL divergence averaged over all rows: frequent features weigh more."""
+    loss_all: MeanEffect
+    """Change of the loss averaged over all rows."""
+
+    def order(self) -> Int[np.ndarray, " n_features"]:
+        """Return the features by their KL over all rows, the most important first."""
+        return np.argsort(-self.kl_all.mean, kind="stable")
+
+
+def causal_importance(
+    lm: TinyModel,
+    tag: str,
+    rows: Any,
+    *,
+    work_file: Path | None = None,
+    track: Callable[[list[int]], Iterable[int]] = iter,
+) -> CausalImportance:
+    """Ablate every feature on every row.
+
+    Args:
+        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere.
+        work_file: where to save what is done; there, the work goes on. It is deleted when all is done.
+        track: sees the rows left to do pass by, to show a progress bar.
+
+    Raises:
+        ValueError: there are no rows, they do not fit the model, the tag has no dictionary, or the file is of other
+            work.
+    """
+    ids = check_tok_ids(rows, lm.config)
+    if not ids.size:
+        raise ValueError("causal_importance: there are no rows to measure on; give at least one.")
+    dictionary = lm[tag].dictionary
+    progress = None if work_file is None else Progress(work_file, _key(lm, tag, ids))
+    saved = None if progress is None else progress.load()
+    sums = _zeros(dictionary.config.n_features) if saved is None else saved.arrays
+    written = time.monotonic()
+    for row in track(list(range(0 if saved is None else saved.done, len(ids)))):
+        _add_row(sums, lm, tag, ids[row])
+        if progress is not None and time.monotonic() - written > SAVE_SECONDS:
+            progress.save(sums, row + 1)
+            written = time.monotonic()
+    if progress is not None:
+        progress.finish()
+    return _finish(sums, len(ids))
+
+
+def _zeros(n_features: int) -> dict[str, np.ndarray]:
+    sums = {f"{name}_{power}": np.zeros(n_features) for name in _MEASURES for power in ("sum", "squares")}
+    return {"active_rows": np.zeros(n_features, np.int64), **sums}
+
+
+def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, tag: str, row: np.ndarray) -> None:
+    real = np.flatnonzero(row != lm.config.pad_id)
+    width = bucket(int(real[-1]) + 1 if len(real) else 1, lm.config.n_ctx)
+    effects = ablate(lm, tag, row[None, :width])
+    sums["active_rows"][effects.features] += 1
+    for name in _MEASURES:
+        values = getattr(effects, name).astype(np.float64)
+        sums[f"{name}_sum"][effects.features] += values
+        sums[f"{name}_squares"][effects.features] += values**2
+
+
+def _finish(sums: dict[str, np.ndarray], n_rows: int) -> CausalImportance:
+    active = sums["active_rows"]
+    everywhere = np.full_like(active, n_rows)
+    over = {
+        suffix: {name: _mean(sums[f"{name}_sum"], sums[f"{name}_squares"], count) for name in _MEASURES}
+        for suffix, count in (("", active), ("_all", everywhere))
+    }
+    named = {f"{name}{suffix}": effect for suffix, found in over.items() for name, effect in found.items()}
+    return CausalImportance(n_rows, active, **named)
+
+
+def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffect:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = total / count
+        variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
+        return MeanEffect(mean, np.where(count > 1, 1.96 * np.sqrt(variance / count), np.nan))
+
+
+def _key(lm: TinyModel, tag: str, ids: np.ndarray) -> dict[str, Any]:
+    weights = fingerprint(*jax.tree.leaves((lm.params, lm.splice_hooks())))
+    return {
+        "site": tag,
+        "model": weights,
+        "dictionary": fingerprint(*lm[tag].dictionary.params.values()),
+        "rows": fingerprint(ids),
+    }

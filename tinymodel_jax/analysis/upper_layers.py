@@ -1,0 +1,263 @@
+"""What many changes at one site do to the logits: the layers above are run once a change, all else once.
+
+One clean pass gives everything that the changes share. A change is sparse: it adds `amount x direction` to the value at
+a hook point, at a few positions. Those positions alone go through the rest of the block and through the next block's
+queries, keys and values; from there on all positions count that attention may reach, those from a change's first one
+on, with the clean keys and values of the ones before. Nothing is approximated: attention is causal, and all else acts
+on each position by itself.
+
+There is no layer norm, so the change of the logits is the change of the final residual stream times W_U:
+
+    KL of a position = log E[exp(change)] - E[change],  E over the model's own next-token distribution
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.dictionary import DictionaryParams, encode
+from tinymodel_jax.hook_points import Hook, apply_with_hooks, hook_names
+from tinymodel_jax.interventions import Hooks, Replace, combine
+from tinymodel_jax.transformer import LayerCache, Params, Transformer, run_with_hooks
+
+_STREAM_AT = {
+    "hook_resid_pre": ("hook_resid_pre",),
+    "hook_attn_out": ("hook_resid_pre", "hook_attn_out"),
+    "hook_resid_mid": ("hook_resid_mid",),
+    "hook_mlp_out": ("hook_resid_post",),
+}
+"""Hook points of a block where changes may be made, and those whose values add up to the stream that they change."""
+
+
+class Entry(NamedTuple):
+    """Where changes at a hook point enter the residual stream."""
+
+    edited: str
+    """Hook point of the changes."""
+    terms: tuple[str, ...]
+    """Hook points whose values add up to the stream at the entry."""
+    layer: int
+    """Block in front of which, or of whose MLP, that is."""
+    at_mlp: bool
+    joined: str
+    """First hook point of the whole stream in front of a block's attention: from there on positions act together."""
+
+    @property
+    def first_block(self) -> int:
+        """The first block whose attention the changes reach."""
+        return self.layer + self.at_mlp
+
+    def attention_hooks(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return the queries, keys and values of the first block; () where no block is left."""
+        left = self.first_block < config.n_layers
+        return tuple(f"blocks.{self.first_block}.attn.hook_{kind}" for kind in "qkv") if left else ()
+
+
+class Clean(NamedTuple):
+    """What the pass without a change leaves behind."""
+
+    entry: Float[Array, "batch seq d_model"]
+    joined: Float[Array, "batch seq d_model"]
+    attention: tuple[Array, ...]
+    """Queries, keys and values of the first block."""
+    keys_values: tuple[tuple[Array, Array], ...]
+    """Of each block whose attention the changes reach, (batch, seq, head, d_head)."""
+    final: Float[Array, "batch seq d_model"]
+    logprobs: Float[Array, "batch seq d_vocab"]
+    expected: Float[Array, "batch seq d_model"]
+    """Mean column of W_U under the next-token distribution."""
+    sources: tuple[Array, ...]
+    """Values at the hook points that were asked for."""
+
+
+class Weights(NamedTuple):
+    """How the positions count, and the tokens whose log-probabilities do."""
+
+    real: Float[Array, "batch seq"]
+    """Sums to 1."""
+    loss: Float[Array, "batch seq"]
+    """Of the prediction made at each position; sums to 1."""
+    last: Float[Array, "batch seq"]
+    """Of the last position of each row; sums to 1."""
+    targets: Int[Array, "batch seq"]
+    next_ids: Int[Array, " batch"]
+
+
+class Changes(NamedTuple):
+    """Some changes, as the positions at which they are not zero."""
+
+    directions: Float[Array, "n d_model"]
+    places: Int[Array, "3 places"]
+    """Change, row and position of each; a change of n or more fills up the array."""
+    amounts: Float[Array, " places"]
+
+
+def entry_of(hook_name: str) -> Entry:
+    """Return where changes at a site's hook point enter the stream."""
+    block, name = hook_name.rsplit(".", 1)
+    layer = int(block.split(".")[1])
+    at_mlp = name in ("hook_attn_out", "hook_resid_mid")
+    joined = name if name == "hook_resid_pre" else "hook_resid_post"
+    terms = tuple(f"{block}.{term}" for term in _STREAM_AT[name])
+    return Entry(hook_name, terms, layer + (name == "hook_mlp_out"), at_mlp, f"{block}.{joined}")
+
+
+def hooks_after(hooks: Mapping[str, Hook], name: str, config: ModelConfig) -> Hooks:
+    """Return the hooks at later points than one."""
+    return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name, config)}
+
+
+def comes_after(name: str, other: str, config: ModelConfig) -> bool:
+    """Return whether the forward pass meets a hook point after another."""
+    names = hook_names(config)
+    return names.index(name) > names.index(other)
+
+
+def _clean_pass(
+    params: Params,
+    tok_ids: Int[Array, "batch seq"],
+    hooks: Hooks,
+    *,
+    config: ModelConfig,
+    entry: Entry,
+    sources: tuple[str, ...],
+) -> Clean:
+    attention = entry.attention_hooks(config)
+    blocks = range(entry.first_block, config.n_layers)
+    keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
+    final = f"blocks.{config.n_layers - 1}.hook_resid_post"
+    keep = {*entry.terms, entry.joined, *attention, *(name for pair in keys_values for name in pair), final, *sources}
+    logits, acts = run_with_hooks(params, config, tok_ids, hooks, sorted(keep))
+    logprobs = jax.nn.log_softmax(logits)
+    return Clean(
+        entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),
+        joined=acts[entry.joined],
+        attention=tuple(acts[name] for name in attention),
+        keys_values=tuple((acts[k], acts[v]) for k, v in keys_values),
+        final=acts[final],
+        logprobs=logprobs,
+        expected=jnp.exp(logprobs) @ params["W_U"].T.astype(logprobs.dtype),
+        sources=tuple(acts[name] for name in sources),
+    )
+
+
+def _effects(
+    params: Params,
+    clean: Clean,
+    weights: Weights,
+    changes: Changes,
+    hooks: Hooks,
+    readout: DictionaryParams | None,
+    *,
+    config: ModelConfig,
+    entry: Entry,
+    length: int,
+    readout_config: DictionaryConfig | None = None,
+    sharding: NamedSharding | None = None,
+) -> tuple[Float[Array, "3 n"], Float[Array, "n n_read"] | None]:
+    """Return KL, change of the loss and of the log-probability of `next_ids`, and of a dictionary's mean activations.
+
+    Args:
+        length: positions at the end of the rows that the changes may reach.
+        readout: dictionary whose activations are compared; its input is the last of the clean pass's `sources`.
+        sharding: spreads the changes over devices.
+    """
+    keep = () if readout_config is None else (readout_config.hook_in,)
+    final, values = _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
+    upper = jax.tree.map(lambda x: x[:, -length:], (clean, weights._replace(next_ids=weights.next_ids[:, None])))
+    effects = _compare(params, *upper, final.reshape(len(changes.directions), -1, *final.shape[1:]))
+    if readout_config is None:
+        return effects, None
+    assert readout is not None
+    before = encode(readout, readout_config, upper[0].sources[-1])
+    after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
+    return effects, jnp.einsum("nbsf,bs->nf", after - before, upper[1].real.astype(before.dtype))
+
+
+def _changed_pass(
+    params: Params,
+    clean: Clean,
+    changes: Changes,
+    hooks: Hooks,
+    config: ModelConfig,
+    entry: Entry,
+    length: int,
+    keep: tuple[str, ...],
+    sharding: NamedSharding | None,
+) -> tuple[Float[Array, "rows length d_model"], list[Array]]:
+    """Return the final stream and kept values of the last positions; the rows of one change after those of another."""
+    change, row, position = changes.places
+    start = clean.joined.shape[1] - length
+
+    def run(*resume: Any, hooks: Hooks, keep: list[str]) -> tuple[Array, dict[str, Array]]:
+        return apply_with_hooks(
+            Transformer(config), {"params": params}, *resume, hooks=hooks, keep=keep, method="resume"
+        )
+
+    def spread(changed: Array, clean: Array) -> Array:
+        """Put the changed positions in place of the clean ones."""
+        whole = jnp.broadcast_to(clean[:, start:], (len(changes.directions), len(clean), length, *clean.shape[2:]))
+        whole = whole.at[change, row, position - start].set(changed, mode="drop")
+        whole = whole.reshape(-1, *whole.shape[2:])
+        return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
+
+    added = changes.amounts[:, None] * changes.directions[change]
+    alone = clean.entry[row, position] + added.astype(clean.entry.dtype)
+    attention = entry.attention_hooks(config)
+    early = [name for name in keep if not comes_after(name, entry.joined, config)]
+    # positions of several changes in one row: what attention makes of them is not used, so it is not computed
+    _, single = run(
+        alone[None],
+        entry.layer,
+        entry.at_mlp,
+        hooks=hooks_after(hooks, entry.edited, config),
+        keep=[*attention, *early, *([entry.joined] if entry.at_mlp else [])],
+    )
+    single = {name: value[0] for name, value in single.items()}
+    stream = spread(single.get(entry.joined, alone), clean.joined)
+    known = {n: Replace(spread(single[n], value)) for n, value in zip(attention, clean.attention, strict=True)}
+    before = tuple(
+        LayerCache.of_prompt(*(jnp.tile(x[:, :start], (len(changes.directions), 1, 1, 1)) for x in pair), start)
+        for pair in clean.keys_values
+    )
+    later = combine(hooks_after(hooks, entry.joined, config), known)
+    late = [name for name in keep if name not in early]
+    final, whole = run(stream, entry.first_block, False, before, hooks=later, keep=late)
+    return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
+
+
+def _compare(
+    params: Params, clean: Clean, weights: Weights, final: Float[Array, "n batch length d_model"]
+) -> Float[Array, "3 n"]:
+    """Return the three effects; everything is of the last `length` positions."""
+    W_U = params["W_U"]
+    moved = final - clean.final
+    rows = moved.reshape(-1, moved.shape[-1])
+    logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
+    total = jax.nn.logsumexp(logits.reshape(*moved.shape[:-1], -1) + clean.logprobs, axis=-1)  # log E[exp(change)]
+    moved = moved.astype(jnp.float32)
+
+    def token_change(ids: Int[Array, "batch positions"]) -> Array:
+        columns = W_U.T[ids].astype(jnp.float32)
+        return jnp.einsum("nbsd,bsd->nbs", moved, jnp.broadcast_to(columns, moved.shape[1:])) - total
+
+    kl = total - jnp.einsum("nbsd,bsd->nbs", moved, clean.expected)
+    measured = (
+        (kl, weights.real),
+        (-token_change(weights.targets), weights.loss),
+        (token_change(weights.next_ids), weights.last),
+    )
+    return jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
+
+
+_STATIC = ("config", "entry", "length", "readout_config", "sharding")
+clean_pass = fast_jit(_clean_pass, static_argnames=("config", "entry", "sources"))
+effects_of_changes = fast_jit(_effects, static_argnames=_STATIC)
