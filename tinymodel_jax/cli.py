@@ -9,7 +9,9 @@ from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands
 from tinymodel_jax.commands.generate import generate
+from tinymodel_jax.commands.patch import patch
 from tinymodel_jax.commands.quickstart import quickstart
+from tinymodel_jax.commands.sweep import sweep
 from tinymodel_jax.commands.top import top
 
 COMMANDS = {
@@ -19,11 +21,12 @@ COMMANDS = {
     "eval": evaluate,
     "top": top,
     "concepts": concepts,
+    "sweep": sweep,
+    "patch": patch,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tinymodel`; return its exit status."""
-    return run_commands(
-        "tinymodel", "TinyModel in JAX: generate stories, read features, measure dictionaries.", COMMANDS, argv
-    )
+    description = "TinyModel in JAX: generate stories; read, measure, search and change features."
+    return run_commands("tinymodel", description, COMMANDS, argv)

@@ -88,7 +88,7 @@ class Weights(NamedTuple):
     last: Float[Array, "batch seq"]
     """Of the last position of each row; sums to 1."""
     targets: Int[Array, "batch seq"]
-    next_ids: Int[Array, " batch"]
+    next_ids: Int[Array, "batch 1"]
 
 
 class Changes(NamedTuple):
@@ -172,14 +172,14 @@ def _effects(
     """
     keep = () if readout_config is None else (readout_config.hook_in,)
     final, values = _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
-    upper = jax.tree.map(lambda x: x[:, -length:], (clean, weights._replace(next_ids=weights.next_ids[:, None])))
-    effects = _compare(params, *upper, final.reshape(len(changes.directions), -1, *final.shape[1:]))
+    upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
+    effects = _compare(params, upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:]))
     if readout_config is None:
         return effects, None
     assert readout is not None
-    before = encode(readout, readout_config, upper[0].sources[-1])
+    before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
-    return effects, jnp.einsum("nbsf,bs->nf", after - before, upper[1].real.astype(before.dtype))
+    return effects, jnp.einsum("nbsf,bs->nf", after - before, counted.real.astype(before.dtype))
 
 
 def _changed_pass(
@@ -224,9 +224,10 @@ def _changed_pass(
     single = {name: value[0] for name, value in single.items()}
     stream = spread(single.get(entry.joined, alone), clean.joined)
     known = {n: Replace(spread(single[n], value)) for n, value in zip(attention, clean.attention, strict=True)}
+    repeats = (len(changes.directions), 1, 1, 1)
     before = tuple(
-        LayerCache.of_prompt(*(jnp.tile(x[:, :start], (len(changes.directions), 1, 1, 1)) for x in pair), start)
-        for pair in clean.keys_values
+        LayerCache.of_prompt(jnp.tile(keys[:, :start], repeats), jnp.tile(values[:, :start], repeats), start)
+        for keys, values in clean.keys_values
     )
     later = combine(hooks_after(hooks, entry.joined, config), known)
     late = [name for name in keep if name not in early]

@@ -55,14 +55,41 @@ def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[st
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # loads when something is drawn
+def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]], title: str) -> Figure:
+    """Return heat maps under each other, a layer a row: 0 white, 1 blue, -1 orange, larger ones as those.
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    Args:
+        tables: name of each map, and its numbers (layers, places).
+        columns: labels of the places of each map.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    widest = max(table.shape[1] for table in tables.values())
+    figure = _empty_figure(2.2 + 0.26 * max(widest, 12), 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
+    colours = LinearSegmentedColormap.from_list("effects", [SECOND, "white", ACCENT])
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        image = axes.imshow(table, aspect="auto", vmin=-1, vmax=1, cmap=colours, interpolation="nearest")
+        axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7)
+        axes.set_yticks(range(len(table)), [f"layer {layer}" for layer in range(len(table))], fontsize=7)
+        axes.set_title(name, fontsize=9, loc="left")
+    figure.colorbar(image, ax=list(panels), label="effect", aspect=40)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _empty_figure(width, height)
     axes = figure.subplots()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def _empty_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # loads when something is drawn
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Any, title: str) -> str:

@@ -1,0 +1,49 @@
+"""Attributions are the derivative of what turning a feature off does."""
+
+import numpy as np
+import pytest
+from conftest import as_users_run_it
+
+from tinymodel_jax import interventions
+from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.attribution import attribute, rank_correlation
+
+
+@pytest.mark.parametrize(("tag", "measure"), [("Ra1", "loss"), ("A1", "next_logprob"), ("M0", "loss")])
+def test_they_are_finite_differences(lm, tok_ids, tag, measure):
+    lm = lm.splice(["Rm1"])
+    found = attribute(lm, tag, tok_ids, measure=measure, next_ids=[1, 2, 3])
+    step = 1e-2
+    for place in np.argsort(-np.abs(found.change))[:3]:
+        feature = int(found.features[place])
+
+        def value(factor: float, feature: int = feature) -> float:
+            hooks = interventions.scale_features(lm[tag].dictionary, feature, factor)
+            logprobs = np.asarray(lm.run_with_hooks(tok_ids, hooks)[0], np.float64)
+            if measure == "next_logprob":
+                return float(logprobs[[0, 1, 2], -1, [1, 2, 3]].mean())
+            return -float(np.take_along_axis(logprobs[:, :-1], tok_ids[:, 1:, None], axis=-1).mean())
+
+        slope = (value(1 - step) - value(1 + step)) / (2 * step)
+        assert found.change[place] == pytest.approx(slope, rel=2e-2, abs=1e-4)
+
+
+def test_at_the_last_layer_s_output_the_rank_of_the_estimate_is_that_of_the_effect(lm, tok_ids):
+    estimate = attribute(lm, "M1", tok_ids, measure="next_logprob")
+    effect = sweeps.ablate(lm, "M1", tok_ids)
+    np.testing.assert_array_equal(estimate.features, effect.features)
+    assert rank_correlation(estimate.change, effect.next_logprob) > 0.8
+
+
+def test_rank_correlation_sees_order_only_and_shares_the_ranks_of_ties():
+    values = np.array([3.0, 1.0, 2.0, 5.0])
+    assert rank_correlation(values, np.exp(values)) == pytest.approx(1)
+    assert rank_correlation(values, -values) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
+    assert rank_correlation(np.array([0.0, 1, 1, 2]), np.arange(4.0)) == pytest.approx(4.5 / 22.5**0.5)
+    assert np.isnan(rank_correlation(np.ones(3), np.arange(3.0)))
+
+
+def test_an_unknown_measure_is_refused(lm, tok_ids):
+    with as_users_run_it(), pytest.raises(ValueError, match="it is 'loss' or 'next_logprob'"):
+        attribute(lm, "M1", tok_ids, measure="kl")

@@ -1,0 +1,79 @@
+"""Patching every place at once equals patching each by hand."""
+
+import numpy as np
+import pytest
+from conftest import as_users_run_it
+
+from tinymodel_jax import interventions
+from tinymodel_jax.analysis.patching import patch
+from tinymodel_jax.hook_points import BLOCK_HOOKS
+
+
+@pytest.fixture
+def prompts(tok_ids):
+    corrupted = tok_ids[:1].copy()
+    corrupted[0, 4] = (corrupted[0, 4] + 1) % 19
+    return tok_ids[:1], corrupted
+
+
+def by_hand(lm, prompts, name: str, index: tuple, answer: int, wrong: int) -> float:
+    """Return the change of the logit difference."""
+    clean, corrupted = prompts
+    good, bad = (np.asarray(lm.run_with_cache(ids, [name])[1][name]) for ids in (clean, corrupted))
+    value = bad.copy()
+    value[index] = good[index]
+    patched, _ = lm.run_with_hooks(corrupted, interventions.patch(name, value))
+    metric = [float(x[0, -1, answer] - x[0, -1, wrong]) for x in (patched, lm(corrupted))]
+    return metric[0] - metric[1]
+
+
+@pytest.mark.parametrize("spliced", [(), ("M0",)])
+def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced):
+    lm = lm.splice(spliced)
+    found = patch(
+        lm, *prompts, ["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_pattern"], answer=3, wrong=5
+    )
+    places = {
+        "hook_resid_pre": (0, 6),
+        "hook_mlp_out": (0, 5),
+        "attn.hook_z": (0, slice(None), 1),
+        "attn.hook_pattern": (0, 1),
+    }
+    for table in found.tables:
+        index = places[table.kind]
+        assert table.effects.shape == (2, 2 if table.axis == "head" else 11)
+        for layer in range(2):
+            expected = by_hand(lm, prompts, f"blocks.{layer}.{table.kind}", index, 3, 5)
+            change = table.effects[layer, index[-1]] * (found.clean - found.corrupted)
+            assert change == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm, prompts):
+    found = patch(lm, *prompts, ["hook_resid_pre"], answer=3)
+    effects = found.tables[0].effects
+    assert effects[0, 4] == pytest.approx(1, abs=1e-4)
+    np.testing.assert_allclose(effects[:, :4], 0, atol=1e-4)
+    np.testing.assert_allclose(effects[0, 5:], 0, atol=1e-4)
+    assert found.clean == pytest.approx(float(lm(prompts[0])[0, -1, 3]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_kind_of_hook_point_can_be_patched_in_one_program_each(lm, prompts, compilations):
+    found = patch(lm, *prompts, BLOCK_HOOKS, answer=1)
+    assert [table.kind for table in found.tables] == list(BLOCK_HOOKS)
+    with compilations() as count:
+        patch(lm, *prompts[::-1], BLOCK_HOOKS, answer=2)
+    assert count.value == 0
+
+
+def test_what_does_not_fit_is_refused(lm, prompts):
+    clean, corrupted = prompts
+    with as_users_run_it():
+        with pytest.raises(ValueError, match="equal length"):
+            patch(lm, clean, corrupted[:, :5], answer=1)
+        with pytest.raises(ValueError, match="hook_zz is no hook point of a block: hook_resid_pre"):
+            patch(lm, clean, corrupted, ["hook_zz"], answer=1)
+        with pytest.raises(ValueError, match="nothing to restore"):
+            patch(lm, clean, clean, answer=1)
+        with pytest.raises(ValueError, match=r"token ids, 0\.\.22"):
+            patch(lm, clean, corrupted, answer=23)

@@ -1,0 +1,112 @@
+"""`tinymodel patch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
+
+if TYPE_CHECKING:
+    from tinymodel_jax.analysis.patching import Patching
+    from tinymodel_jax.lm import TinyModel
+
+
+def patch(
+    clean: Annotated[str, tyro.conf.Positional],
+    corrupted: Annotated[str, tyro.conf.Positional],
+    *,
+    answer: str | None = None,
+    wrong: str | None = None,
+    hooks: tuple[str, ...] = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"),
+    model: str = "tiny_model",
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    json: bool = False,
+) -> None:
+    """Put values of a clean prompt's run into a corrupted prompt's, and show which bring the clean answer back.
+
+    The effect is 0 where patching changes nothing and 1 where it restores the clean run.
+
+    Args:
+        clean: text that leads to the answer.
+        corrupted: text of as many tokens that does not.
+        answer: next token after the clean text; by default the model's most likely one.
+        wrong: next token to compare with; by default the most likely one after the corrupted text.
+        hooks: hook points of a block to patch, by position or, where there are heads, by head.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        out: picture of the effects, .png or .svg.
+        json: print a JSON object.
+    """
+    if out is not None and (out.suffix not in (".png", ".svg") or not out.parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a .png or .svg file in a folder that exists.")
+    lm = load_lm(model)
+    rows = token_rows(lm, [clean, corrupted], [], lm.config.n_ctx)
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(
+            f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; choose words of as many tokens, so that "
+            "positions correspond."
+        )
+    from tinymodel_jax.analysis import patching
+
+    tokens = [_token(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
+    found = patching.patch(lm, *rows, hooks, answer=tokens[0], wrong=None if tokens[0] == tokens[1] else tokens[1])
+    words = [shown(lm, [token], False) for token in rows[0]]
+    title = f"logit of {shown(lm, tokens[:1], False)!r} minus {shown(lm, tokens[1:], False)!r}"
+    title += f": clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
+    labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
+    if out is not None:
+        from tinymodel_jax.analysis.report.charts import effects_figure
+
+        effects_figure({table.kind: table.effects for table in found.tables}, labels, title).savefig(out, dpi=110)
+    if json:
+        print_json(_as_json(lm, found, labels, tokens))
+    else:
+        print(title)
+        _print_strongest(found, labels)
+
+
+def _token(lm: TinyModel, text: str | None, row: list[int]) -> int:
+    """Return the id of a token, or the most likely next one."""
+    import numpy as np
+
+    if text is None:
+        return int(np.asarray(lm([row]))[0, -1].argmax())
+    ids = lm.tokenizer.encode(text, max_length=None)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
+        raise ValueError(f"{text!r} is {len(ids)} tokens ({pieces}); name one, as ' dog' with its space.")
+    return ids[0]
+
+
+def _labels(axis: str, n: int, words: list[str]) -> list[str]:
+    if axis == "head":
+        return [f"head {head}" for head in range(n)]
+    return [f"{place} {word}".replace("\n", "↵") for place, word in enumerate(words)]
+
+
+def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], tokens: list[int]) -> dict[str, Any]:
+    tables = [
+        {"hook": t.kind, "axis": t.axis, "labels": labels[t.kind], "effects": t.effects.round(6).tolist()}
+        for t in found.tables
+    ]
+    answer, wrong = (shown(lm, [token], False) for token in tokens)
+    return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
+
+
+def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("hook point")
+    table.add_column("largest effects")
+    for one in found.tables:
+        order = (-abs(one.effects)).ravel().argsort(kind="stable")[:count]
+        places = [divmod(int(place), one.effects.shape[1]) for place in order]
+        texts = [f"layer {layer}, {labels[one.kind][n]}: {one.effects[layer, n]:+.2f}" for layer, n in places]
+        table.add_row(one.kind, escape("\n".join(texts)))
+    Console().print(table)

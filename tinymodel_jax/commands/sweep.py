@@ -1,0 +1,239 @@
+"""`tinymodel sweep`."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
+from tinymodel_jax.sites import Site
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.analysis.causal_importance import CausalImportance
+    from tinymodel_jax.analysis.sweeps import FeatureEffects
+    from tinymodel_jax.lm import TinyModel
+
+Kind = Literal["ablate", "clamp", "steer"]
+
+
+def sweep(
+    prompts: Prompts = (),
+    *,
+    site: str,
+    kind: Kind = "ablate",
+    amount: float | None = None,
+    features: tuple[int, ...] = (),
+    readout: str | None = None,
+    top: int = 10,
+    model: str = "tiny_model",
+    dictionary: Path | None = None,
+    data: str | None = None,
+    limit: int = 64,
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    ids: bool = False,
+    json: bool = False,
+) -> None:
+    """Change every feature of a dictionary, one at a time, and show what that does to the model's predictions.
+
+    On a prompt: all active features, or the named ones. Over a data set (--data): every feature turned off on every
+    row, as a table of causal importance; started again with the same --out, it goes on where it was stopped.
+
+    Args:
+        prompts: texts; each is swept by itself.
+        site: dictionary's tag, such as M2.
+        kind: turn features off, hold them at --amount, or add --amount times their decoder direction.
+        amount: activation for clamp, strength for steer.
+        features: indices; by default all that are active on the prompt.
+        readout: tag of a later dictionary, whose most changed features are shown.
+        top: features shown, those that change the predictions most.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        dictionary: folder or file to use at the site, instead of the model's own or published one.
+        data: prepared folder, file of stories, or storyworld: measure over its rows instead of prompts.
+        limit: rows of --data at most.
+        out: JSON file for the whole table of --data.
+        ids: prompts are token ids, as "9996 51 56".
+        json: print a JSON object for each prompt, or one for --data.
+    """
+    _check(prompts, kind, amount, features, readout, top, data, out)
+    place, _ = Site.parse(site)
+    if dictionary is not None and not dictionary.exists():
+        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
+    lm = load_lm(model)
+    if dictionary is not None:
+        lm.attach(place.tag, dictionary)
+    if data is not None:
+        _over_data(lm, site, data, limit, top, out, json)
+        return
+    for row in token_rows(lm, given, [], lm.config.n_ctx):
+        effects = _effects(lm, site, row, kind, amount, features, readout)
+        report = _report(lm, site, row, effects, kind, ids)
+        if json:
+            print_json(report | {"features": _entries(effects, len(effects.features))})
+        else:
+            _print_effects(report, _entries(effects, top), len(effects.features))
+
+
+def _check(
+    prompts: Prompts,
+    kind: Kind,
+    amount: float | None,
+    features: tuple[int, ...],
+    readout: str | None,
+    top: int,
+    data: str | None,
+    out: Path | None,
+) -> None:
+    if top < 1:
+        raise ValueError(f"--top {top} must be 1 or more.")
+    if (amount is None) != (kind == "ablate"):
+        raise ValueError(f"--kind {kind} {'takes no --amount' if kind == 'ablate' else 'needs --amount NUMBER'}.")
+    if data is None:
+        if out is not None:
+            raise ValueError("--out holds the table of --data; for prompts there is --json.")
+        return
+    if prompts or features or readout or kind != "ablate":
+        raise ValueError(
+            "--data measures every feature turned off: it takes no prompt, --features, --readout or --kind."
+        )
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}.")
+
+
+def _effects(
+    lm: TinyModel,
+    site: str,
+    row: list[int],
+    kind: Kind,
+    amount: float | None,
+    features: tuple[int, ...],
+    readout: str | None,
+) -> FeatureEffects:
+    from tinymodel_jax.analysis import sweeps
+
+    chosen = list(features) or None
+    if amount is None:
+        return sweeps.ablate(lm, site, [row], chosen, readout=readout)
+    return {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind](lm, site, [row], amount, chosen, readout=readout)
+
+
+def _report(lm: TinyModel, site: str, row: list[int], effects: FeatureEffects, kind: Kind, ids: bool) -> dict[str, Any]:
+    """Return what there is to say besides the features; for ablations with the quality of the gradient's estimate."""
+    import numpy as np
+
+    token = int(np.asarray(lm([row]))[0, -1].argmax())
+    report: dict[str, Any] = {"site": site, "kind": kind, "text": shown(lm, row, ids), "next": shown(lm, [token], ids)}
+    if kind == "ablate" and len(effects.features) > 1:
+        from tinymodel_jax.analysis.attribution import attribute, rank_correlation
+
+        for measure in ("loss", "next_logprob"):
+            estimate = attribute(lm, site, [row], effects.features, measure=measure)
+            correlation = rank_correlation(estimate.change, getattr(effects, measure))
+            report[f"{measure}_rank_correlation"] = round(correlation, 4) if np.isfinite(correlation) else None
+    return report
+
+
+def _entries(effects: FeatureEffects, top: int) -> list[dict[str, Any]]:
+    """Return the features that change the predictions most, the most important first."""
+    entries = []
+    for place in (-effects.kl).argsort(kind="stable")[:top]:
+        numbers = {name: round(float(getattr(effects, name)[place]), 6) for name in ("kl", "loss", "next_logprob")}
+        entry: dict[str, Any] = {"feature": int(effects.features[place]), **numbers}
+        if effects.readout_features is not None and effects.readout_changes is not None:
+            changed = zip(effects.readout_features[place], effects.readout_changes[place], strict=True)
+            entry["readout"] = [{"feature": int(f), "change": round(float(change), 6)} for f, change in changed]
+        entries.append(entry)
+    return entries
+
+
+def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int) -> None:
+    columns = ["feature", "KL", "loss", f"log p({report['next']!r})"]
+    has_readout = any("readout" in entry for entry in entries)
+    rows = []
+    for entry in entries:
+        row = [str(entry["feature"]), f"{entry['kl']:.4f}", f"{entry['loss']:+.4f}", f"{entry['next_logprob']:+.4f}"]
+        if has_readout:
+            row.append("  ".join(f"{x['feature']} {x['change']:+.3f}" for x in entry["readout"][:4]))
+        rows.append(row)
+    title = f"{report['kind']} each of {n} features of {report['site']} on {report['text'][-60:]!r}: changes, nats"
+    _print_table(title, columns + ["readout: mean change"] * has_readout, rows)
+    if report.get("loss_rank_correlation") is not None:
+        print(
+            "activation x gradient ranks the features like this (Spearman): loss "
+            f"{report['loss_rank_correlation']}, next token {report['next_logprob_rank_correlation']}"
+        )
+
+
+def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: Path | None, json: bool) -> None:
+    from tinymodel_jax.analysis.causal_importance import causal_importance
+    from tinymodel_jax.atomic_files import replace_file
+    from tinymodel_jax.commands.rows import open_rows
+
+    def track(left: list[int]) -> Iterable[int]:
+        return with_progress(left, "ablating")
+
+    rows = open_rows(lm, data, limit)
+    work_file = None if out is None else out.with_name(f".{out.name}.work")
+    found = causal_importance(lm, site, rows, work_file=work_file, track=track)
+    table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(found)}
+    if out is not None:
+        replace_file(out, json_format.dumps(table, indent=1).encode() + b"\n")
+    if json:
+        print_json(table)
+        return
+    columns = ["feature", "rows", "KL, all rows", "KL, where active", "loss, where active"]
+    numbers = [
+        [
+            str(entry["feature"]),
+            str(entry["active_rows"]),
+            *(_interval(entry[name]) for name in ("kl_all", "kl", "loss")),
+        ]
+        for entry in table["features"][:top]
+    ]
+    n_active = int((found.active_rows > 0).sum())
+    print_title = (
+        f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
+    )
+    _print_table(print_title, columns, numbers)
+
+
+def _importance(found: CausalImportance) -> list[dict[str, Any]]:
+    """Return the features that were active, the most important first; what is not known is None."""
+
+    def number(value: np.ndarray) -> float | None:
+        return None if value != value else round(float(value), 8)
+
+    return [
+        {"feature": int(feature), "active_rows": int(found.active_rows[feature])}
+        | {
+            name: [number(part[feature]) for part in getattr(found, name)]
+            for name in ("kl", "loss", "kl_all", "loss_all")
+        }
+        for feature in found.order()
+        if found.active_rows[feature]
+    ]
+
+
+def _interval(effect: list[float | None]) -> str:
+    mean, half_width = effect
+    return f"{mean:+.5f}" + ("" if half_width is None else f" ± {half_width:.5f}")
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left")
+    for column in columns:
+        table.add_column(escape(column), justify="left" if column.startswith("readout") else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
