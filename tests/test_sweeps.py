@@ -106,20 +106,31 @@ def test_the_readout_is_the_mean_change_of_the_other_dictionary(lm, row, tag, re
 def test_neither_the_size_of_chunks_nor_the_positions_they_leave_out_change_the_result(lm, row, monkeypatch):
     positions = np.arange(11) >= 3  # so that some features start late
     whole = sweeps.ablate(lm, "M0", row, positions=positions)
-    for features in (1, 3):
-        monkeypatch.setattr(sweeps, "MEMORY", features * 11 * 23 * 4)
+    monkeypatch.setattr(sweeps, "SMALL", 0)
+    for chunks in (4, 100):
+        monkeypatch.setattr(sweeps, "CHUNKS", chunks)
         parts = sweeps.ablate(lm, "M0", row, positions=positions)
         for one, other in zip(whole[:4], parts[:4], strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_late_changes_run_on_the_late_positions_only(lm, row):
+def test_late_changes_run_on_the_late_positions_only(monkeypatch):
     amounts = np.zeros((3, 1, 64), np.float32)
     amounts[0, 0, 60], amounts[2, 0, 10] = 1, 1
     (both,) = sweeps._chunks(amounts, 23)
     assert (both[0].tolist(), both[1:]) == ([2, 0], (2, 56))
-    (late,) = sweeps._chunks(amounts[:2], 23)
-    assert (late[0].tolist(), late[1:]) == ([0], (1, 8))
+    monkeypatch.setattr(sweeps, "SMALL", 0)
+    assert [(items.tolist(), size, length) for items, size, length in sweeps._chunks(amounts, 23)] == [
+        ([2], 1, 56),
+        ([0], 1, 8),
+    ]
+
+
+def test_chunks_hold_what_memory_allows():
+    # full size: 4 bytes x 10,000 ids x 256 positions
+    assert sweeps._chunk_size(25_000, 10_240_000, 1) == sweeps.MEMORY // 10_240_000
+    assert sweeps._chunk_size(256, 2_560_000, 1) == 32
+    assert sweeps._chunk_size(3, 10_000, 8) == 8
 
 
 def test_inactive_features_are_exactly_zero_and_not_run(lm, row, compilations, monkeypatch):

@@ -64,7 +64,7 @@ def prepare(
 def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence[int] | None) -> Weights:
     last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)
     rows = np.arange(len(ids))
-    chosen = np.asarray(clean.logprobs[rows, last].argmax(axis=-1) if next_ids is None else next_ids)
+    chosen = np.asarray(np.asarray(clean.logprobs)[rows, last].argmax(axis=-1) if next_ids is None else next_ids)
     vocabulary = clean.logprobs.shape[-1]
     if chosen.shape != (len(ids),):
         raise ValueError(f"sweep: next_ids has shape {chosen.shape}; it names one token for each of {len(ids)} rows.")

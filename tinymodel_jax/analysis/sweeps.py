@@ -23,8 +23,10 @@ from tinymodel_jax.analysis.sweep_input import SweepInput, activations, as_vecto
 from tinymodel_jax.analysis.upper_layers import Changes, effects_of_changes
 from tinymodel_jax.lm import TinyModel
 
-MEMORY, ACCELERATOR_MEMORY = 2**24, 2**30
-"""Bytes that the logits of a chunk may take; on two cores 2**23 to 2**27 take the same core-seconds."""
+MEMORY, SMALL = 2**28, 2**24
+"""Bytes that the logits of a chunk may take, and those below which dividing it further gains nothing."""
+CHUNKS = 8
+"""Chunks that interventions are divided into, so that each runs on the positions it needs, where that gains."""
 LENGTHS = 8
 """Numbers of last positions that a row length is compiled for, at most."""
 READOUT_TOP = 20
@@ -164,15 +166,24 @@ def _chunks(amounts: Float[np.ndarray, "n batch seq"], d_vocab: int) -> Iterator
     first = np.where(somewhere.any(axis=1), somewhere.argmax(axis=1), -1)
     left = np.argsort(first, kind="stable")[np.count_nonzero(first < 0) :]
     batch, seq = amounts.shape[1:]
-    step, devices = -(-seq // LENGTHS), len(jax.devices())
-    memory = MEMORY if jax.default_backend() == "cpu" else ACCELERATOR_MEMORY * devices
-    while len(left):
-        length = min(seq, -(-(seq - int(first[left[0]])) // step) * step)
-        most = max(1, memory // (4 * d_vocab * batch * length))
-        size = min(most, 1 << (len(left) - 1).bit_length())
-        size = -(-size // devices) * devices
-        yield left[:size], size, length
-        left = left[size:]
+    step = -(-seq // LENGTHS)
+    size = _chunk_size(len(left), 4 * d_vocab * batch * seq, len(jax.devices()))
+    for start in range(0, len(left), size):
+        items = left[start : start + size]
+        yield items, size, min(seq, -(-(seq - int(first[items[0]])) // step) * step)
+
+
+def _chunk_size(n: int, nbytes: int, devices: int) -> int:
+    """Return how many of `n` interventions, each with logits of `nbytes`, make a chunk; a multiple of the devices."""
+    wanted = max(-(-n // CHUNKS), min(n, SMALL // nbytes))
+    allowed = max(1, MEMORY * (1 if jax.default_backend() == "cpu" else devices) // nbytes)
+    size = min(_power_of_two(wanted), allowed)
+    return -(-size // devices) * devices
+
+
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two that is `n` or more."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], size: int, length: int) -> Changes:

@@ -84,7 +84,7 @@ def _token(lm: TinyModel, text: str | None, row: list[int]) -> int:
 def _labels(axis: str, n: int, words: list[str]) -> list[str]:
     if axis == "head":
         return [f"head {head}" for head in range(n)]
-    return [f"{place} {word}".replace("\n", "↵") for place, word in enumerate(words)]
+    return [f"{place} {word.strip(' ')}".replace("\n", "↵") for place, word in enumerate(words)]
 
 
 def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], tokens: list[int]) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     found = causal_importance(lm, site, rows, work_file=work_file, track=track)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(found)}
     if out is not None:
-        replace_file(out, json_format.dumps(table, indent=1).encode() + b"\n")
+        replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
     if json:
         print_json(table)
         return

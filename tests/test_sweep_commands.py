@@ -1,0 +1,83 @@
+"""`tinymodel sweep` and `tinymodel patch` on the bundled model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinymodel_jax import TinyModel, interventions
+from tinymodel_jax.cli import main
+
+MINI = ("--model", "mini")
+PROMPT = "Once upon a time, there was a girl named Lily. One day,"
+OTHER = PROMPT.replace("girl named Lily", "boy named Tim")
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the one line that a command fails with."""
+    assert main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_prompt_is_swept(capsys, no_type_checks):
+    assert main(["sweep", PROMPT, "--site", "M3", *MINI, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["next"] == " Lily"
+    assert found["next_logprob_rank_correlation"] > 0.5
+    first = found["features"][0]
+    lm = TinyModel("mini")
+    row = [[lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]]
+    edited, _ = lm.run_with_hooks(row, interventions.ablate(lm["M3"].dictionary, first["feature"]))
+    token = lm.tokenizer.encode(" Lily")[0]
+    assert first["next_logprob"] == pytest.approx(float((edited - lm(row))[0, -1, token]), abs=1e-4)
+
+
+def test_features_are_steered_and_read_out(capsys, no_type_checks):
+    options = ("--kind", "steer", "--amount", "2", "--features", "3", "4", "--readout", "M3")
+    assert main(["sweep", "One day,", "--site", "M2", *MINI, *options]) == 0
+    out = capsys.readouterr().out
+    assert "steer each of 2 features of M2" in out
+    assert "readout" in out
+
+
+def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
+    stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
+    stories.write_text(f"{PROMPT}\n{OTHER}\n")
+    assert main(["sweep", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--top", "3"]) == 0
+    table = json.loads(out.read_text())
+    assert (table["rows"], table["site"]) == (2, "M3")
+    kl = [entry["kl_all"][0] for entry in table["features"]]
+    assert kl == sorted(kl, reverse=True)
+    assert "95 % intervals" in " ".join(capsys.readouterr().out.split())
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == []
+
+
+def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path):
+    picture = tmp_path / "patching.png"
+    options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
+    assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["answer"], found["wrong"]) == (" Lily", " Tim")
+    stream, heads = found["tables"]
+    assert "Lily" in stream["labels"][int(np.argmax(stream["effects"][0]))]
+    assert heads["axis"] == "head"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
+    sweep = ("sweep", "One day,", "--site", "M3", *MINI)
+    assert "needs --amount" in failure(capsys, *sweep, "--kind", "clamp")
+    assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
+    assert "out of range" in failure(capsys, *sweep, "--features", "512")
+    assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
+    assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
+    assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
+    assert "there is no folder" in failure(
+        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "no" / "x.json")
+    )
+    assert "17 and 15 tokens" in failure(capsys, "patch", PROMPT, "Once upon a time, there was a girl. One day,", *MINI)
+    assert "name one" in failure(capsys, "patch", PROMPT, OTHER, *MINI, "--answer", "two words")
+    assert ".png or .svg" in failure(capsys, "patch", PROMPT, OTHER, *MINI, "-o", str(tmp_path / "x.txt"))
