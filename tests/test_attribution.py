@@ -46,4 +46,4 @@ def test_rank_correlation_sees_order_only_and_shares_the_ranks_of_ties():
 
 def test_an_unknown_measure_is_refused(lm, tok_ids):
     with as_users_run_it(), pytest.raises(ValueError, match="it is 'loss' or 'next_logprob'"):
-        attribute(lm, "M1", tok_ids, measure="kl")
+        attribute(lm, "M1", tok_ids, measure="kl")  # pyright: ignore[reportArgumentType]

@@ -31,7 +31,12 @@ def by_hand(lm, prompts, name: str, index: tuple, answer: int, wrong: int) -> fl
 def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced):
     lm = lm.splice(spliced)
     found = patch(
-        lm, *prompts, ["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_pattern"], answer=3, wrong=5
+        lm,
+        prompts[0],
+        prompts[1],
+        ["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_pattern"],
+        answer=3,
+        wrong=5,
     )
     places = {
         "hook_resid_pre": (0, 6),
@@ -49,7 +54,7 @@ def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced):
 
 
 def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm, prompts):
-    found = patch(lm, *prompts, ["hook_resid_pre"], answer=3)
+    found = patch(lm, prompts[0], prompts[1], ["hook_resid_pre"], answer=3)
     effects = found.tables[0].effects
     assert effects[0, 4] == pytest.approx(1, abs=1e-4)
     np.testing.assert_allclose(effects[:, :4], 0, atol=1e-4)
@@ -59,10 +64,10 @@ def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm,
 
 @pytest.mark.slow
 def test_every_kind_of_hook_point_can_be_patched_in_one_program_each(lm, prompts, compilations):
-    found = patch(lm, *prompts, BLOCK_HOOKS, answer=1)
+    found = patch(lm, prompts[0], prompts[1], BLOCK_HOOKS, answer=1)
     assert [table.kind for table in found.tables] == list(BLOCK_HOOKS)
     with compilations() as count:
-        patch(lm, *prompts[::-1], BLOCK_HOOKS, answer=2)
+        patch(lm, prompts[1], prompts[0], BLOCK_HOOKS, answer=2)
     assert count.value == 0
 
 

@@ -98,6 +98,8 @@ def test_the_readout_is_the_mean_change_of_the_other_dictionary(lm, row, tag, re
     values = [lm.run_with_hooks(row, edit, [reader.config.hook_in])[1] for edit in (hooks, {})]
     after, before = (np.asarray(reader.encode(acts[reader.config.hook_in])) for acts in values)
     change = (after - before).mean(axis=(0, 1))
+    assert effects.readout_features is not None
+    assert effects.readout_changes is not None
     np.testing.assert_allclose(change[effects.readout_features[0]], effects.readout_changes[0], atol=F32)
     assert np.all(np.diff(np.abs(effects.readout_changes[0])) <= 0)
     assert np.abs(change).max() > 1e-3

@@ -52,7 +52,9 @@ def patch(
     from tinymodel_jax.analysis import patching
 
     tokens = [_token(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
-    found = patching.patch(lm, *rows, hooks, answer=tokens[0], wrong=None if tokens[0] == tokens[1] else tokens[1])
+    found = patching.patch(
+        lm, rows[0], rows[1], hooks, answer=tokens[0], wrong=None if tokens[0] == tokens[1] else tokens[1]
+    )
     words = [shown(lm, [token], False) for token in rows[0]]
     title = f"logit of {shown(lm, tokens[:1], False)!r} minus {shown(lm, tokens[1:], False)!r}"
     title += f": clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"

@@ -68,12 +68,13 @@ def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Seque
     figure = _empty_figure(2.2 + 0.26 * max(widest, 12), 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
     colours = LinearSegmentedColormap.from_list("effects", [SECOND, "white", ACCENT])
     panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
+    images = []
     for axes, (name, table) in zip(panels, tables.items(), strict=True):
-        image = axes.imshow(table, aspect="auto", vmin=-1, vmax=1, cmap=colours, interpolation="nearest")
+        images.append(axes.imshow(table, aspect="auto", vmin=-1, vmax=1, cmap=colours, interpolation="nearest"))
         axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7)
         axes.set_yticks(range(len(table)), [f"layer {layer}" for layer in range(len(table))], fontsize=7)
         axes.set_title(name, fontsize=9, loc="left")
-    figure.colorbar(image, ax=list(panels), label="effect", aspect=40)
+    figure.colorbar(images[0], ax=list(panels), label="effect", aspect=40)
     figure.suptitle(title, fontsize=9)
     return figure
 
