@@ -174,7 +174,7 @@ def test_every_member_of_a_sweep_equals_its_solo_run_and_order_does_not_matter(a
     hypers, x = [recipe.hyper(**change) for change in changes], batch()
     states = [start(recipe, x, seed=seed) for seed in (0, 1)]
     mapped = mapping == "map"
-    execution = execution_for(recipe, ks=own.get("k", ()))
+    execution = execution_for(recipe, ks=[int(k) for k in own.get("k", ())])
     execution = execution if mapped else execution._replace(map_members=False, on_cpu=False, slots=())
     together, backwards = stack_members(states), stack_members(states[::-1])
     step = compiled(sweep_step, recipe, execution)
