@@ -1,10 +1,10 @@
-"""The search over all features beside the encoder's matrix products alone, in one process, alternating.
+"""The search over all features, and the encoder's matrix products alone.
 
 Activations of a full-size model are drawn at random, not computed: the language model's own pass is not part of either
-time. `sweeps.py` calls `measure`.
+time. `sweeps.py` measures both.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums
 from tinymodel_jax.analysis.coactivation import partners_of_all
-from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS
+from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionary import Dictionary
@@ -24,39 +24,36 @@ from tinymodel_jax.transformer import Transformer
 WHOLE_PASS = 600_000
 """Tokens of the pass that the samples are sized for; a shorter measurement takes the same shares."""
 SITE = Site("M", 2)
-BATCHES_AT_ONCE = 4
-"""Batches of the search between two of the products alone, so that both see the same company."""
+ROW = 256
+"""Tokens of a row."""
 
 
-def measure(n_tokens: int, n_features: int) -> tuple[float, float]:
-    """Return the seconds of a search over `n_tokens`, and of its encoder's products alone.
+def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a search over `n_tokens`, and its encoder's products alone, as calls; what they compile is compiled.
 
     The products are one a batch, `x @ W_enc`, with the package's compiler options. The search is all of it: peaks,
     positions, sums, histograms, contexts, co-activation and its partners at the end.
     """
     model = TinyModel.from_params(*_model())
     reader = FeatureReader(model, SITE, _dictionary(n_features), None)
-    n_rows = -(-n_tokens // 256)
-    rows = np.random.default_rng(0).integers(0, model.config.begin_id, (n_rows, 256))
-    search = _Search(reader, rows, batch=8, seed=0, **_shares())
+    n_rows = -(-n_tokens // ROW)
+    rows = np.random.default_rng(0).integers(0, model.config.begin_id, (n_rows, ROW))
+    searching = _Search(reader, rows, batch=8, seed=0, **_shares())
     product = fast_jit(lambda x, W: x @ W)
     W = reader.dictionary.params["W_enc"]
-    jax.block_until_ready(product(search.inputs(rows[: search.batch]), W))
-    Sums.zero(n_features, 20, 40).take_in(search.measure(0), 0)  # compiles
 
-    sums, searching, multiplying = Sums.zero(n_features, 20, 40), 0.0, 0.0
-    starts = range(0, n_rows, search.batch)
-    for first in range(0, len(starts), BATCHES_AT_ONCE):
-        part = starts[first : first + BATCHES_AT_ONCE]
-        before = time.perf_counter()
-        _search(search, sums, part)
-        middle = time.perf_counter()
-        for start in part:
-            jax.block_until_ready(product(search.inputs(rows[start : start + search.batch]), W))
-        searching, multiplying = searching + middle - before, multiplying + time.perf_counter() - middle
-    before = time.perf_counter()
-    partners_of_all(sums.together, n_features, 10)
-    return searching + time.perf_counter() - before, multiplying
+    def search() -> None:
+        sums = Sums.zero(n_features, 20, 40)
+        run_pass(searching, sums, range(0, n_rows, searching.batch), None, iter)
+        partners_of_all(sums.together, n_features, 10)
+
+    def products() -> None:
+        for _ in range(0, n_rows, searching.batch):
+            jax.block_until_ready(product(searching.drawn, W))
+
+    Sums.zero(n_features, 20, 40).take_in(searching.measure(0), 0)
+    jax.block_until_ready(product(searching.drawn, W))
+    return search, products
 
 
 def _shares() -> dict[str, Any]:
@@ -79,18 +76,11 @@ def _dictionary(n_features: int) -> Dictionary:
 class _Search(ActivationPass):
     """A pass whose inputs are drawn beforehand, one batch for all."""
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.drawn = jax.random.normal(jax.random.key(0), (self.batch, ROW, 768))
+
     def inputs(self, tok_ids: np.ndarray) -> jax.Array:
-        if not hasattr(self, "drawn"):
-            self.drawn = jax.random.normal(jax.random.key(0), (self.batch, 256, 768))
+        """Return the same vectors for every batch."""
+        del tok_ids
         return self.drawn
-
-
-def _search(search: ActivationPass, sums: Sums, starts: range) -> None:
-    measured = None
-    for start in starts:
-        ahead = search.measure(start)
-        if measured is not None:
-            sums.take_in(measured, 0)
-        measured = ahead
-    if measured is not None:
-        sums.take_in(measured, 0)

@@ -179,7 +179,7 @@ def top_activations(
             sums, first = Sums.of_arrays(before.arrays), before.done
     every = max(1, n_tokens // HISTOGRAM_TOKENS)
     measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
-    _run(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
+    run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
     facts = {"tag": reader.site.tag, **counts, **prints}
     found = _result(facts, sums, n_partners)
@@ -241,7 +241,7 @@ def _count_tokens(rows: np.ndarray, begin_id: int) -> int:
     return sum(int(np.sum(rows[start : start + 4096] < begin_id)) for start in range(0, len(rows), 4096))
 
 
-def _run(
+def run_pass(
     measuring: ActivationPass,
     sums: Sums,
     starts: Sequence[int],
