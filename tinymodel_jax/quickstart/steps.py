@@ -22,9 +22,7 @@ from tinymodel_jax.quickstart.named_features import SITE, Named
 PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
 TURNED_UP = ("feeling.bad", "word.sadness", "word.fear", "feeling.good", "word.joy")
-"""Concepts, of which the one that a feature tells best is turned up."""
-UP_FACTOR = 2.0
-"""Times its mean activation where it is active on the labelled stories."""
+"""Concepts, of whose features the one is turned up that changes the next word most."""
 
 
 def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
@@ -97,9 +95,8 @@ def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> d
 def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Console) -> dict[str, Any]:
     """Continue the prompt as it is, with a feature off, and with one turned up."""
     console.rule("4 · One feature off, one turned up")
-    up = _feature_to_turn_up(named, off)
-    values = named.acts[..., up][named.real]
-    value = UP_FACTOR * float(values[values > 0].mean())
+    row = np.array([[lm.config.begin_id, *prompt]], np.int32)
+    up, value = _feature_to_turn_up(lm, row, named, off)
     dictionary = lm[SITE].dictionary
     hooks = {
         "as it is": {},
@@ -109,9 +106,8 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     titles = {
         "as it is": "The model as it is",
         f"feature {off} off": f"Feature {off} ({named.concept[off]}) turned off: it mattered most for the next word",
-        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, {UP_FACTOR:g} × its mean",
+        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, its mean where it is active",
     }
-    row = np.array([[lm.config.begin_id, *prompt]], np.int32)
     runs, probabilities = [], []
     for short, edit in hooks.items():
         out = continue_prompts(lm.params, lm.config, row, CONTINUATION_TOKENS, 0.0, end_id=lm.config.end_id, hooks=edit)
@@ -131,8 +127,15 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     }
 
 
-def _feature_to_turn_up(named: Named, other: int) -> int:
-    """Return the feature that tells a concept of `TURNED_UP` best, or any concept where none tells one of them."""
-    wanted = np.isin(named.concept, TURNED_UP)
-    free = np.arange(len(named.f1)) != other
-    return int(np.argmax(np.where(free & (wanted if (free & wanted).any() else True), named.f1, -1)))
+def _feature_to_turn_up(lm: TinyModel, row: np.ndarray, named: Named, other: int) -> tuple[int, float]:
+    """Return a feature and its mean activation where it is active: of those that tell a concept of `TURNED_UP` best.
+
+    It is the one that, held there, changes the next word most. Held at twice its mean, few let the story go on well.
+    """
+    scores = np.where(np.arange(len(named.f1)) == other, -1, named.f1)
+    wanted = [np.where(np.array(named.concept) == concept, scores, -1) for concept in TURNED_UP]
+    candidates = sorted({int(score.argmax()) for score in wanted if score.max() > 0}) or [int(scores.argmax())]
+    means = [float(acts[acts > 0].mean()) for acts in (named.acts[..., f][named.real] for f in candidates)]
+    held = [float(sweeps.clamp(lm, SITE, row, mean, f).kl[0]) for f, mean in zip(candidates, means, strict=True)]
+    most = int(np.argmax(held))
+    return candidates[most], means[most]
