@@ -55,6 +55,23 @@ def test_indices_give_the_columns_of_the_whole(architecture, indices):
     assert_close(dictionary.encode(x, indices=indices), np.asarray(dictionary.encode(x))[..., indices], F32)
 
 
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "topk"])
+def test_some_features_alone_encode_and_write_as_they_did_among_all(architecture):
+    dictionary, x, chosen = make(architecture, TRANSCODER, skip=True), inputs(), [4, 0, 7]
+    part = dictionary.with_features(chosen)
+    assert part.config.n_features == 3
+    acts = dictionary.encode(x)
+    assert_close(part.encode(x), acts[..., jnp.array(chosen)], F32)
+    others = acts.at[..., jnp.array(chosen)].set(0)
+    assert_close(part(x), dictionary(x) - others @ dictionary.params["W_dec"], F32)
+
+
+@pytest.mark.parametrize(("features", "says"), [([], r"got \[\]"), ([1, 1], "each once"), ([99], "out of range")])
+def test_a_dictionary_of_no_feature_or_of_one_twice_is_refused(features, says):
+    with pytest.raises(ValueError, match=says):
+        make("relu").with_features(features)
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_top_k_keeps_exactly_the_k_largest_and_lower_indices_of_equals(data):

@@ -13,6 +13,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,8 @@ from tinymodel_jax.initializers import uniform_fan_in
 from tinymodel_jax.shapes import require_shapes
 
 DictionaryParams = Mapping[str, Any]
+_PER_FEATURE = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
+"""Parameters whose last axis is the features'."""
 Indices = Any
 """Features to compute: None for all, an int (drops the feature axis), or a slice, list or array of ints."""
 
@@ -177,6 +180,22 @@ class Dictionary(nn.Module):
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above
 
         return load_dictionary(path_or_name, site)
+
+    @nn.nowrap  # a method of a bound module may make no other module
+    def with_features(self, indices: Indices) -> Dictionary:
+        """Return a dictionary of some features only, in the given order; what the others wrote is missing from it.
+
+        Raises:
+            ValueError: no feature is named, one is out of range or named twice, or there are fewer than topk's k.
+        """
+        chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
+        if not chosen.size or len(np.unique(chosen)) < len(chosen):
+            raise ValueError(f"with_features: got {indices!r:.80}; name one feature or more, each once.")
+        kept = {name: array[..., chosen] if name in _PER_FEATURE else array for name, array in self.params.items()}
+        kept["W_dec"] = self.params["W_dec"][chosen]
+        if self.config.architecture == "jumprelu":
+            kept["threshold"] = self.params["threshold"][chosen]
+        return Dictionary.from_params(dataclasses.replace(self.config, n_features=len(chosen)), kept)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads."""
