@@ -3,13 +3,13 @@
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import pytest
+from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 from rich.console import Console
 
@@ -19,10 +19,6 @@ from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.quickstart import run as run_module
 from tinymodel_jax.quickstart.transcoder import Amounts
 
-needs_browser = pytest.mark.skipif(
-    shutil.which("chromium") is None or shutil.which("chromedriver") is None,
-    reason="needs chromium and chromedriver (Debian: apt install chromium chromium-driver)",
-)
 SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_a_step=8)
 
 
@@ -99,16 +95,8 @@ def test_without_training_the_rest_is_there(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1000,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 @needs_browser
@@ -142,7 +130,7 @@ def test_the_page_works_in_a_browser(run, browser, width):
 
     fits = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     assert browser.execute_script(fits)
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert problems(browser) == []
 
 
 @pytest.mark.parametrize(

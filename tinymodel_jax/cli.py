@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinymodel_jax.commands.concepts import concepts
+from tinymodel_jax.commands.dashboard import dashboard
 from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands
@@ -23,6 +24,7 @@ COMMANDS = {
     "concepts": concepts,
     "sweep": sweep,
     "patch": patch,
+    "dashboard": dashboard,
 }
 
 

@@ -30,8 +30,6 @@ from tinymodel_jax.initializers import uniform_fan_in
 from tinymodel_jax.shapes import require_shapes
 
 DictionaryParams = Mapping[str, Any]
-_PER_FEATURE = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
-"""Parameters whose last axis is the features'."""
 Indices = Any
 """Features to compute: None for all, an int (drops the feature axis), or a slice, list or array of ints."""
 
@@ -49,6 +47,12 @@ def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
     if config.skip:
         shapes["W_skip"] = (d_in, d_out)
     return shapes
+
+
+def per_feature(config: DictionaryConfig) -> tuple[str, ...]:
+    """Name the encoder's parameters that each feature has its own of, on the last axis."""
+    own = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
+    return (*own, "threshold") if config.architecture == "jumprelu" else own
 
 
 def pre_activations(
@@ -191,10 +195,9 @@ class Dictionary(nn.Module):
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"with_features: got {indices!r:.80}; name one feature or more, each once.")
-        kept = {name: array[..., chosen] if name in _PER_FEATURE else array for name, array in self.params.items()}
+        own = per_feature(self.config)
+        kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
         kept["W_dec"] = self.params["W_dec"][chosen]
-        if self.config.architecture == "jumprelu":
-            kept["threshold"] = self.params["threshold"][chosen]
         return Dictionary.from_params(dataclasses.replace(self.config, n_features=len(chosen)), kept)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionary import DictionaryParams, encode
+from tinymodel_jax.dictionary import DictionaryParams, encode, per_feature
 
 TOGETHER = 1024
 """Features of a chunk."""
@@ -26,7 +26,6 @@ FIRST_EXPONENT = -8
 
 _GROUP, _FIELDS, _FIELD_BITS = 8, 8, 4
 """Tokens counted in one word, counters of a word, bits of a counter; 8 tokens do not overflow 4 bits."""
-_PER_FEATURE = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
 
 
 class BatchStatistics(NamedTuple):
@@ -44,13 +43,18 @@ class BatchStatistics(NamedTuple):
     """Those of them that are counted, by the size of the activation."""
 
 
+def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
+    """Return what `encode` reads."""
+    return {name: array for name, array in params.items() if name not in ("W_dec", "W_skip")}
+
+
 def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
     """Return the encoder's parameters in chunks of features; `topk` compares all features, and stays whole."""
-    per_feature = {*_PER_FEATURE, "threshold"} if config.architecture == "jumprelu" else set(_PER_FEATURE)
-    encoder = {name: array for name, array in params.items() if name not in ("W_dec", "W_skip")}
+    own = per_feature(config)
+    encoder = encoder_parameters(params)
     size = config.n_features if config.architecture == "topk" else TOGETHER
     return [
-        {name: a[..., start : start + size] if name in per_feature else a for name, a in encoder.items()}
+        {name: a[..., start : start + size] if name in own else a for name, a in encoder.items()}
         for start in range(0, config.n_features, size)
     ]
 

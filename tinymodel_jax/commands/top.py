@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.prompts import load_lm
-from tinymodel_jax.commands.rows import STORY_WORLD, open_rows, unseen_stories
+from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
+from tinymodel_jax.commands.searches import search, storyworld_f1
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tinymodel_jax.analysis.top_activations import TopActivations
-    from tinymodel_jax.lm import FeatureReader
+    pass
 
 
 def top(
@@ -65,8 +63,8 @@ def top(
     if chosen is not None:
         chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))
     rows = open_rows(lm, data, limit)
-    found = _search(reader, rows, out)
-    f1 = _concepts(reader, rows, limit) if data == STORY_WORLD else None
+    found = search(reader, rows, out)
+    f1 = storyworld_f1(reader, rows, limit) if data == STORY_WORLD else None
     if chosen is None:
         order, why = views.ranked(lm, found, rows, f1, contains, concept)
         records = views.feature_records(lm, found, rows, f1, order[:top], why)
@@ -101,33 +99,3 @@ def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str
         )
     if data != STORY_WORLD:
         raise ValueError(f"--concept {concept}: only the story world's tokens have known concepts; leave --data out.")
-
-
-def _search(reader: FeatureReader, rows: np.ndarray, out: Path | None) -> TopActivations:
-    """Return the result in a file, or search and write it."""
-    from tinymodel_jax.analysis.top_activations import fingerprints, load_top_activations, top_activations
-
-    if out is not None and out.exists():
-        found = load_top_activations(out)
-        now = {"tag": reader.site.tag, **fingerprints(reader, rows)}
-        changed = [name for name, value in now.items() if getattr(found, name) != value]
-        if changed:
-            raise ValueError(f"--out {out} holds a search with another {', '.join(changed)}; name another file.")
-        return found
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first.")
-    work = None if out is None else out.with_name(f"{out.name}.work")
-    found = top_activations(
-        reader.lm, reader.site.tag, rows, work=work, progress=lambda starts: with_progress(list(starts), "searching")
-    )
-    if out is not None:
-        found.save(out)
-    return found
-
-
-def _concepts(reader: FeatureReader, rows: np.ndarray, limit: int) -> np.ndarray:
-    from tinymodel_jax.analysis.feature_queries import concept_f1
-    from tinymodel_jax.bundled.storyworld import labels
-
-    truth = labels(unseen_stories(reader.lm, limit), reader.lm.tokenizer, width=rows.shape[1], max_length=rows.shape[1])
-    return concept_f1(reader, rows, truth)

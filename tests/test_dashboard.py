@@ -1,0 +1,287 @@
+"""What a dashboard says equals what NumPy finds, and its folder appears whole or not at all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import as_users_run_it, make_dictionary
+
+from tinymodel_jax import cli
+from tinymodel_jax.analysis.causal_importance import causal_importance
+from tinymodel_jax.analysis.dashboard import build, windows
+from tinymodel_jax.analysis.dashboard.build import Heading, gather, text_records, write_dashboard
+from tinymodel_jax.analysis.dashboard.records import Facts, feature_records, text_record
+from tinymodel_jax.analysis.dashboard.shards import read_data, rounded, write_data
+from tinymodel_jax.analysis.dashboard.weights_graph import neighbours, strongest_products, weights_graph
+from tinymodel_jax.analysis.dashboard.windows import BEFORE, TOP, shown_contexts, window_activations
+from tinymodel_jax.analysis.top_activations import top_activations
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import TinyModel
+
+SPECIAL = 19
+MINI = ["dashboard", "--site", "M2", "--model", "mini", "--limit", "6"]
+
+
+def silent(things, what):
+    del what
+    return things
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    """Thirty rows of the tiny model: begin, ordinary ids, end, padding."""
+    rng = np.random.default_rng(5)
+    ids = rng.integers(0, SPECIAL, (30, 16))
+    for row, length in zip(ids, rng.integers(2, 16, 30), strict=True):
+        row[0], row[length], row[length + 1 :] = 19, 20, 22
+    return ids.astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def facts(shared_lm: TinyModel, rows: np.ndarray) -> Facts:
+    found = top_activations(shared_lm, "M1", rows)
+    importance = causal_importance(shared_lm, "M1", rows[:3])
+    f1 = np.random.default_rng(0).random((12, 5))
+    measured = gather(shared_lm["M1"], rows, found, shared_lm.dictionary_tags[:-1], silent)
+    return dataclasses.replace(measured, f1=f1, importance=importance)
+
+
+@pytest.mark.parametrize(
+    ("tag", "upstream", "downstream"),
+    [
+        ("M0", [], ["Ra1", "Rm1", "M1"]),
+        ("Ra1", ["M0"], ["Rm1", "M1"]),
+        ("A1", [], ["Rm1", "M1"]),
+        ("Rm1", ["M0", "A1"], ["M1"]),
+        ("M1", ["M0", "A1"], []),
+        ("Mo1", [], []),
+    ],
+)
+def test_the_forward_pass_decides_who_can_speak_to_whom(lm, tag, upstream, downstream):
+    graph = weights_graph(lm, tag, [other for other in lm.dictionary_tags if other != tag], top=3)
+    assert (list(graph.upstream), list(graph.downstream)) == (upstream, downstream)
+    own = lm[tag].dictionary.params
+    for other, links in [*graph.upstream.items(), *graph.downstream.items()]:
+        theirs = lm[other].dictionary.params
+        up = other in upstream
+        weights = np.asarray(theirs["W_dec"] @ own["W_enc"]).T if up else np.asarray(own["W_dec"] @ theirs["W_enc"])
+        order = np.argsort(-np.abs(weights), axis=1)[:, :3]
+        np.testing.assert_array_equal(links.features, order)
+        np.testing.assert_allclose(links.values, np.take_along_axis(weights, order, axis=1), rtol=1e-5)
+
+
+def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids):
+    """With what lies between held fixed, steering a feature of M0 moves M1's pre-activations by the weights."""
+    links = weights_graph(lm, "M1", ["M0"], top=12).upstream["M0"]
+    read, between = "blocks.1.hook_mlp_in", "blocks.1.hook_attn_out"
+    direction = lm["M0"].dictionary.params["W_dec"][5]
+    _, clean = lm.run_with_cache(tok_ids, [read, between])
+    hooks = {"blocks.0.hook_mlp_out": lambda x, acts: x + 0.5 * direction, between: lambda x, acts: clean[between]}
+    _, steered = lm.run_with_hooks(tok_ids, hooks, keep=[read])
+    moved = np.asarray((steered[read] - clean[read]) @ lm["M1"].dictionary.params["W_enc"])
+    weight = links.values[links.features == 5]
+    np.testing.assert_allclose(moved, np.broadcast_to(0.5 * weight, moved.shape), atol=1e-5)
+
+
+def test_neighbours_are_the_largest_cosines_whatever_the_chunks(monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.analysis.dashboard.weights_graph.TOGETHER", 5)
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(13, 6)).astype(np.float32)
+    W[4] = 2 * W[9]
+    W[7] = 0
+    units = W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-9)
+    cosine = units @ units.T
+    np.fill_diagonal(cosine, -2)
+    found = neighbours(jnp.asarray(W), 4)
+    assert found.features[4, 0] == 9
+    np.testing.assert_allclose(found.values, -np.sort(-cosine, axis=1)[:, :4], atol=1e-6)
+    assert np.all(found.features != np.arange(13)[:, None])
+    products = strongest_products(jnp.asarray(W), jnp.asarray(W[:7]), 7)
+    np.testing.assert_allclose(np.take_along_axis(W @ W[:7].T, products.features, axis=1), products.values, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("relu", {}), ("topk", {"k": 3}), ("batch_topk", {"k": 3}), ("jumprelu", {}), ("gated", {})],
+)
+def test_windows_hold_the_activations_of_the_whole_dictionary(lm, rows, architecture, options, monkeypatch):
+    monkeypatch.setattr(windows, "TOGETHER", 7)
+    site = "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"
+    lm.attach("M1", make_dictionary(*site, architecture=architecture, subtract_b_dec=True, **options))
+    spliced = lm.splice("M0")
+    contexts = shown_contexts(top_activations(spliced, "M1", rows))
+    acts = window_activations(spliced["M1"], rows, contexts, batch=4)
+    dense = np.array(spliced["M1"](rows))
+    dense[rows >= SPECIAL] = 0
+    assert np.any(contexts.row >= 0)
+    for (feature, number), row in np.ndenumerate(contexts.row):
+        expected = np.zeros(acts.shape[2])
+        for i in range(acts.shape[2]):
+            place = contexts.position[feature, number] - BEFORE + i
+            if row >= 0 and 0 <= place < rows.shape[1]:
+                expected[i] = dense[row, place, feature]
+        np.testing.assert_allclose(acts[feature, number], expected, atol=1e-5)
+    present = contexts.row >= 0
+    np.testing.assert_allclose(acts[..., BEFORE][present], contexts.value[present], rtol=1e-4)
+
+
+def test_a_band_shows_contexts_from_its_whole_width(facts):
+    for feature in range(12):
+        for band, kept in enumerate(facts.found.bands(feature, windows.BANDS)):
+            first = TOP + band * windows.OF_A_BAND
+            shown = facts.contexts.row[feature, first : first + windows.OF_A_BAND]
+            shown = shown[shown >= 0]
+            size = kept.row.shape[1]
+            assert len(shown) == min(size, windows.OF_A_BAND)
+            assert not size or (shown[0], shown[-1] if size > 1 else shown[0]) == (kept.row[0, 0], kept.row[0, -1])
+
+
+def test_a_record_says_what_was_found(facts, rows):
+    records = feature_records(facts, rows, SPECIAL, 3, 9)
+    assert len(records) == 6
+    found = facts.found
+    for feature, record in enumerate(records, 3):
+        assert record["histogram"] == found.histogram[feature].tolist()
+        assert record["mean"] == pytest.approx(found.mean[feature], rel=1e-3)
+        assert [f for f, _ in record["partners"]] == [f for f in found.partners[feature] if f >= 0]
+        assert [token for token, _ in record["promoted"]] == facts.logits.promoted[feature].tolist()
+        assert [f for f, _, _ in record["upstream"]["M0"]] == facts.graph.upstream["M0"].features[feature].tolist()
+        assert record["concepts"][0] == [facts.f1[feature].argmax(), pytest.approx(facts.f1[feature].max(), rel=1e-3)]
+        assert record["effects"]["kl_all"][0] == pytest.approx(facts.importance.kl_all.mean[feature], rel=1e-3)
+        shown = [context for context in record["contexts"] if context]
+        assert len(shown) == np.sum(found.top.row[feature, :TOP] >= 0)
+        at = (facts.contexts.row[feature], facts.contexts.position[feature], facts.contexts.value[feature])
+        for (row, peak, ids, acts), own_row, position, value in zip(shown, *at, strict=False):
+            assert row == own_row
+            assert ids == [token for token in rows[row, max(0, position - 12) : position + 7] if token < SPECIAL]
+            assert ids[peak] == rows[row, position]
+            assert acts[peak] == pytest.approx(value, rel=1e-3)
+            assert len(acts) == len(ids)
+
+
+def test_a_text_lists_the_strongest_features_of_each_token():
+    acts = np.zeros((4, 20), np.float32)
+    acts[1, 2:15] = np.arange(13) + 1
+    acts[2, 3] = 0.5
+    record = text_record(np.array([19, 4, 5, 6]), acts, SPECIAL)
+    assert record["tokens"] == [4, 5, 6]
+    assert record["strongest"] == [[14, 13, 12, 11, 10, 9, 8, 7], [3], []]
+    assert record["activity"]["3"] == [[0, 1], [2, 0.5]]
+    assert set(record["activity"]) == {"3", *map(str, range(7, 15))}
+
+
+def test_numbers_keep_four_digits():
+    assert rounded([0.0, -0.0, 1.23456, -0.000123456, 98765.4]) == [0, 0, 1.235, -0.0001235, 98770]
+    assert rounded(np.array([[1 / 3], [0]]), 2) == [[0.33], [0]]
+    assert rounded(np.zeros((2, 0))) == [[], []]
+
+
+def test_what_is_written_is_read_and_is_never_code(tmp_path):
+    (tmp_path / "data").mkdir()
+    value = {"text": '</script><script>alert("1")', "é": [1, None]}
+    write_data(tmp_path, "index", value)
+    assert read_data(tmp_path, "index") == value
+    assert "<" not in (tmp_path / "data/index.js").read_text()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_data(tmp_path, "index", [float("nan")])
+
+
+def test_the_shards_hold_every_feature_once(facts, rows, tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(build, "A_SHARD", 5)
+    texts = text_records(lm["M1"], [[19, 4, 5]], silent)
+    words, concepts = [f"w{i}" for i in range(23)], {f"c{i}": "what it means" for i in range(5)}
+    write_dashboard(tmp_path, Heading("lm", "M1", "about"), facts, rows, words, SPECIAL, concepts, texts, silent)
+    shards = [read_data(tmp_path, f"shard-000{i}") for i in range(3)]
+    assert [len(shard) for shard in shards] == [5, 5, 2]
+    assert [*shards[0], *shards[1], *shards[2]] == json.loads(json.dumps(feature_records(facts, rows, SPECIAL, 0, 12)))
+    index = read_data(tmp_path, "index")
+    assert index["columns"]["active"] == facts.found.active.tolist()
+    assert index["columns"]["concept"] == facts.f1.argmax(axis=1).tolist()
+    assert index["columns"]["effect"] == pytest.approx(facts.importance.kl_all.mean, rel=1e-3)
+    for feature, peaks in enumerate(index["columns"]["peaks"]):
+        at = facts.found.top
+        tokens = [int(rows[r, p]) for r, p in zip(at.row[feature], at.position[feature], strict=True) if r >= 0]
+        assert peaks == sorted(set(tokens), key=lambda t: (-tokens.count(t), tokens.index(t)))[:3]
+    assert read_data(tmp_path, "vocabulary") == words
+    assert read_data(tmp_path, "text-1")["tokens"] == [4, 5]
+
+
+def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
+    dictionary = make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=1)
+    lm.attach("M1", Dictionary.from_params(dictionary.config, dictionary.params | {"b_enc": jnp.full(1, -1e6)}))
+    alone = gather(lm["M1"], rows, top_activations(lm, "M1", rows), [], silent)
+    write_dashboard(tmp_path, Heading("lm", "M1", ""), alone, rows, [""] * 23, SPECIAL, {}, [], silent)
+    [record] = read_data(tmp_path, "shard-0000")
+    assert record["neighbours"] == record["partners"] == []
+    assert record["contexts"] == [None] * TOP
+    assert read_data(tmp_path, "index")["columns"]["active"] == [0]
+
+
+def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "pages"
+
+    def stop(*given, **options):
+        raise KeyboardInterrupt
+
+    with as_users_run_it(), monkeypatch.context() as patch:
+        patch.setattr(build, "write_page", stop)
+        assert cli.main([*MINI, "-o", str(out)]) == 130
+    assert not out.exists()
+    assert {path.name for path in (tmp_path / "pages.partial").iterdir()} == {"search.safetensors", "data"}
+    with as_users_run_it(), monkeypatch.context() as patch:
+        patch.setattr("tinymodel_jax.analysis.top_activations.top_activations", stop)
+        assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["n_features"] == 512
+    assert record["bytes"] == sum(path.stat().st_size for path in out.rglob("*.*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["pages"]
+    assert {path.name for path in out.iterdir()} == {"index.html", "data"}
+
+
+def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
+    older = tmp_path / "older"
+    (older / "data").mkdir(parents=True)
+    (older / "data/shard-0999.js").touch()
+    (older / "index.html").write_text(build.GENERATOR)
+    options = ["--with", "M0", "--text", "Once upon a time", "--text", "A fox"]
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", str(older), *options]) == 0
+    assert not (older / "data/shard-0999.js").exists()
+    assert len(read_data(older, "index")["texts"]) == 2
+    assert list(read_data(older, "shard-0000")[0]["upstream"]) == ["M0"]
+
+    other = tmp_path / "other"
+    (other / "data").mkdir(parents=True)
+    (other / "index.html").write_text("my own page")
+    capsys.readouterr()
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", str(other)]) == 1
+    assert "is there and no dashboard; name another folder" in capsys.readouterr().err
+    assert (other / "index.html").read_text() == "my own page"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--site", "M2N5"], "--site M2N5 names a feature"),
+        (["--site", "M9"], "layer 9 does not exist"),
+        (["--effects", "-1"], "--effects -1 must be 0"),
+        (["--with", "M0N3"], "--with M0N3 names a feature"),
+        (["--with", "T1"], "'T1': this model has no dictionary there"),
+        (["--text", ""], "--text '' has 0 tokens"),
+        (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
+        (["-o", "no/where"], "--out no/where: there is no folder no"),
+        (["--limit", "0"], "--limit 0 must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(options, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", "pages", *options]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not list(Path().iterdir())

@@ -1,0 +1,284 @@
+"""The pages of a dashboard in a real browser: of the bundled model, and of 25,000 features."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browsers import chromium, needs_browser, problems
+from conftest import as_users_run_it
+
+from tinymodel_jax import cli
+from tinymodel_jax.analysis.contexts import Contexts
+from tinymodel_jax.analysis.dashboard.build import Heading, write_dashboard
+from tinymodel_jax.analysis.dashboard.records import Facts
+from tinymodel_jax.analysis.dashboard.weights_graph import Links, WeightsGraph
+from tinymodel_jax.analysis.dashboard.windows import AFTER, BEFORE, shown_contexts
+from tinymodel_jax.analysis.logit_effects import LogitEffects
+from tinymodel_jax.analysis.top_activations import TopActivations
+
+pytestmark = needs_browser
+MANY, VOCABULARY, ROWS, SEQ = 25_000, 10_000, 300, 64
+HOSTILE = "<script>document.title = 'broken into'</script>"
+TEXT = "Once upon a time, a fox was sad."
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dashboard of the bundled model."""
+    out = tmp_path_factory.mktemp("mini") / "pages"
+    options = ["--site", "M2", "--model", "mini", "--limit", "8", "--with", "M1,Rm3"]
+    with as_users_run_it():
+        assert cli.main(["dashboard", *options, "--text", TEXT, "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile."""
+    out = tmp_path_factory.mktemp("many")
+    facts, rows = invented(MANY)
+    words = [HOSTILE, *(f" word{i}" for i in range(1, VOCABULARY))]
+    write_dashboard(out, Heading("a model", "M2", "about"), facts, rows, words, VOCABULARY, {}, [], lambda t, _: t)
+    return out
+
+
+def invented(n: int) -> tuple[Facts, np.ndarray]:
+    """Return facts of features that no model has; feature 7 and every hundredth are never active."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, VOCABULARY, (ROWS, SEQ))
+    shape = (n, 6)
+    value = -np.sort(-rng.gamma(2, 1, shape).astype(np.float32), axis=1)
+    row, position = (rng.integers(0, size, shape).astype(np.int32) for size in (ROWS, SEQ))
+    histogram = rng.integers(0, 50, (n, 32))
+    for dead in [7, *range(100, n, 100)]:
+        value[dead], row[dead], histogram[dead] = 0, -1, 0
+    rows[row[12, 0], position[12, 0]] = 0
+    top = Contexts(value, row, position)
+    partners = rng.integers(0, n, (n, 5)).astype(np.int32)
+    phi = rng.random((n, 5)).astype(np.float32)
+    found = TopActivations(
+        tag="M2",
+        data="",
+        model="",
+        dictionary="",
+        n_rows=ROWS,
+        n_tokens=ROWS * SEQ,
+        histogram=histogram,
+        histogram_every=1,
+        active=histogram.sum(axis=1),
+        total=histogram @ np.ones(32),
+        top=top,
+        sampled=top,
+        partners=partners,
+        correlation=phi,
+    )
+    links = Links(partners, phi)
+    tokens = rng.integers(0, VOCABULARY, (n, 5)).astype(np.int32)
+    logits = LogitEffects(np.arange(n), tokens, phi, tokens, -phi)
+    graph = WeightsGraph(links, {"M0": links}, {"M3": links})
+    contexts = shown_contexts(found)
+    acts = np.zeros((*contexts.row.shape, BEFORE + 1 + AFTER), np.float32)
+    acts[..., BEFORE] = contexts.value
+    return Facts(found, contexts, acts, logits, graph, dict.fromkeys(("M0", "M1", "M3"), tokens[:, :3])), rows
+
+
+def open_page(browser: Any, page: Path, address: str = "") -> None:
+    """Load a page anew, and wait until it shows what it was asked for."""
+    browser.get("about:blank")
+    browser.get(f"{(page / 'index.html').as_uri()}{address}")
+    wait(browser, "!document.querySelector('main').hasAttribute('aria-busy')")
+
+
+def wait(browser: Any, condition: str) -> None:
+    deadline = time.monotonic() + 20
+    while not browser.execute_script(f"return Boolean({condition})"):
+        assert time.monotonic() < deadline, f"never: {condition}"
+        time.sleep(0.02)
+
+
+def go(browser: Any, address: str) -> None:
+    """Follow a link to a feature."""
+    browser.execute_script("location.hash = arguments[0]", address)
+    heading = f"feature {address.removeprefix('#feature/')}"
+    wait(browser, f"document.querySelector('h1').textContent.endsWith('{heading}')")
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
+
+
+def press(browser: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def test_25_000_features_are_painted_sorted_and_searched_in_two_seconds(many, browser):
+    open_page(browser, many)
+    paint = "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    shown = "return performance.now()"
+    assert browser.execute_script(paint) < 2000
+    assert browser.execute_script(shown) < 2000  # from the navigation to the table
+    assert texts(browser, "#count") == ["24,750 of 25,000 features"]
+    assert len(texts(browser, "#features tbody tr")) == 50
+
+    timed = """
+      const start = performance.now();
+      document.querySelector('th[data-column="largest"] button').click();
+      const sorted = performance.now();
+      const find = document.getElementById("find");
+      find.value = "word77";
+      find.dispatchEvent(new Event("input"));
+      return [sorted - start, performance.now() - sorted];
+    """
+    assert max(browser.execute_script(timed)) < 2000
+    assert all(" word77" in row for row in texts(browser, "#features tbody tr"))
+    largest = [float(text) for text in texts(browser, "#features td:nth-child(3)")]
+    assert largest == sorted(largest, reverse=True)
+    assert problems(browser) == []
+
+
+def test_a_link_to_a_feature_loads_its_shard_alone(many, browser):
+    open_page(browser, many, "#feature/12345")
+    assert texts(browser, "h1") == ["M2 feature 12345"]
+    loaded = "return [...document.querySelectorAll('script[src]')].map((s) => s.getAttribute('src'))"
+    assert sorted(browser.execute_script(loaded)) == ["data/index.js", "data/shard-0192.js", "data/vocabulary.js"]
+    assert browser.execute_script("return performance.now()") < 4000
+    assert problems(browser) == []
+
+
+def test_a_token_is_text_whatever_it_says(many, browser):
+    open_page(browser, many, "#feature/12")
+    assert HOSTILE in texts(browser, ".token")
+    assert browser.title == "M2 feature 12 · M2"
+    open_page(browser, many, "#?find=broken")
+    assert any(HOSTILE in text for text in texts(browser, ".word"))
+    assert "broken" not in browser.title
+    assert problems(browser) == []
+
+
+def test_features_that_were_never_active_are_there_when_asked_for(many, browser):
+    open_page(browser, many, "#?show=dead")
+    assert texts(browser, "#count") == ["250 of 25,000 features"]
+    go(browser, "#feature/7")
+    assert "Never active on these rows." in texts(browser, "main")[0]
+    assert "Strongest contexts" not in texts(browser, "main")[0]
+    assert problems(browser) == []
+
+
+def test_what_is_not_there_is_said(many, browser):
+    open_page(browser, many, "#feature/25000")
+    assert texts(browser, "[role=alert]") == ["There is no such feature; they are 0 to 24999."]
+    moved = many / "data/shard-0001.js"
+    moved.rename(many / "data/away.js")
+    open_page(browser, many, "#feature/64")
+    assert "data/shard-0001.js is not there" in texts(browser, "[role=alert]")[0]
+    (many / "data/away.js").rename(moved)
+    go(browser, "#feature/65")
+    assert len(problems(browser)) == 1  # the missing file
+
+
+def test_the_keyboard_alone_finds_opens_and_goes_back(mini, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, mini)
+    press(browser, "/", "i", "n", "g")
+    wait(browser, "document.getElementById('find').value === 'ing'")
+    features = texts(browser, "#features tbody td:first-child")
+    assert 1 < len(features) < 51
+    press(browser, Keys.ENTER)  # opens the first
+    wait(browser, f"document.querySelector('h1').textContent === 'M2 feature {features[0]}'")
+    assert browser.execute_script("return document.activeElement.tagName") == "H1"
+    browser.back()
+    wait(browser, "document.getElementById('find')")
+    assert browser.execute_script("return document.getElementById('find').value") == "ing"
+    assert browser.switch_to.active_element.text == features[0]
+    press(browser, Keys.ARROW_DOWN)
+    assert browser.switch_to.active_element.text == features[1]
+    press(browser, Keys.ENTER)
+    wait(browser, f"document.querySelector('h1').textContent === 'M2 feature {features[1]}'")
+    press(browser, "/")
+    wait(browser, "document.activeElement.id === 'find'")
+    assert problems(browser) == []
+
+
+@pytest.mark.parametrize("width", [1000, 400])
+def test_a_feature_page_tells_each_activation(mini, browser, width):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(width, 900)
+    open_page(browser, mini, "#?sort=-F1")
+    assert texts(browser, "th[aria-sort=descending]") == ["F1"]
+    first = texts(browser, "#features tbody td")[0]
+    assert fits(browser)
+    go(browser, f"#feature/{first}")
+    wait(browser, "document.querySelector('.context')")
+    assert texts(browser, "h2") == [
+        "Strongest contexts",
+        "Contexts at all levels",
+        "What it promotes and suppresses",
+        "Upstream",
+        "Downstream",
+        "Related features",
+    ]
+    assert texts(browser, "caption")[2:4] == ["M1", "Rm3"]
+    token = browser.find_element(By.CSS_SELECTOR, ".context .token[tabindex='0']")
+    peak = texts(browser, ".context .peak")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", token)
+    ActionChains(browser).move_to_element(token).perform()
+    assert f"activation {peak}" in texts(browser, "#panel")[0]
+    token.click()
+    press(browser, Keys.ARROW_LEFT)
+    before = browser.switch_to.active_element
+    assert before.get_attribute("aria-label") in texts(browser, "#panel")[0]
+    assert fits(browser)
+    assert problems(browser) == []
+
+
+def test_a_text_page_shows_where_a_feature_is_active(mini, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, mini)
+    assert texts(browser, "a[href^='#text']") == [TEXT]
+    open_page(browser, mini, "#text/1")
+    assert "".join(texts(browser, ".token")) == TEXT
+    press(browser, Keys.TAB, Keys.TAB, Keys.TAB)  # past the links to the first word
+    press(browser, Keys.ARROW_RIGHT, Keys.ENTER)
+    assert texts(browser, "#panel p") == [f"“{texts(browser, '.token')[1]}”"]
+    pressed = texts(browser, "#panel [aria-pressed=true]")
+    assert len(pressed) == 1
+    strengths = browser.execute_script(
+        "return [...document.querySelectorAll('.token')].map((t) => Number(t.style.getPropertyValue('--strength')))"
+    )
+    assert max(strengths) == 1
+    assert strengths[1] > 0
+    link = browser.execute_script("return document.querySelector('#panel a').getAttribute('href')")
+    go(browser, link)
+    assert texts(browser, "h1") == [f"M2 {link[1:].replace('/', ' ')}"]
+    assert problems(browser) == []
+
+
+def test_the_page_shows_something_without_its_data(mini, browser, tmp_path):
+    alone = tmp_path / "index.html"
+    alone.write_bytes((mini / "index.html").read_bytes())
+    browser.get(alone.as_uri())
+    wait(browser, "document.querySelector('[role=alert]')")
+    assert "copy the dashboard's whole folder" in texts(browser, "[role=alert]")[0]
+    problems(browser)  # the missing files
+
+
+def fits(browser: Any) -> bool:
+    return browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")

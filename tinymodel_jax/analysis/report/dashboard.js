@@ -1,0 +1,39 @@
+// The address says which page is shown: "#" and "#?find=…" the index, "#feature/12", "#text/1".
+let shownIndex = false;
+let first = true;
+
+async function route() {
+  const address = location.hash;
+  const [kind, given] = address.slice(1).split("/");
+  const page = document.getElementById("page");
+  let content;
+  try {
+    await loadIndex();
+    content = kind === "feature" ? await featurePage(Number(given)) : kind === "text" ? await textPage(Number(given)) : indexPage();
+  } catch (error) {
+    content = [element("h1", { tabindex: -1 }, "This page cannot be shown"), element("p", { role: "alert" }, error.message), element("p", {}, element("a", { href: "#" }, "all features"))];
+  }
+  if (location.hash !== address) return; // the reader has gone on meanwhile
+  shownIndex = content.some((part) => part.id === "features");
+  show();
+  page.replaceChildren(...content);
+  page.removeAttribute("aria-busy");
+  const title = page.querySelector("h1");
+  document.title = `${title.textContent}${shownIndex ? "" : ` · ${document.getElementById("home").textContent}`}`;
+  const last = shownIndex && [...page.querySelectorAll("#features a")].find((link) => link.textContent === String(lastFeature));
+  if (last) last.focus();
+  else if (!first) title.focus();
+  if (!last) window.scrollTo(0, 0);
+  first = false;
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.target.matches("input, select")) return;
+  event.preventDefault();
+  if (!shownIndex) location.hash = "";
+  const focus = () => document.getElementById("find")?.focus();
+  if (shownIndex) focus();
+  else window.addEventListener("hashchange", () => setTimeout(focus), { once: true });
+});
+window.addEventListener("hashchange", route);
+route();

@@ -1,0 +1,84 @@
+// The page of a feature.
+async function featurePage(feature) {
+  if (!(feature in index.columns.active)) throw new Error(`There is no such feature; they are 0 to ${index.n_features - 1}.`);
+  const shard = String(Math.floor(feature / index.a_shard)).padStart(4, "0");
+  const record = (await dashboard.load(`shard-${shard}`))[feature % index.a_shard];
+  lastFeature = feature;
+  const step = (to, text) => (to in index.columns.active ? [element("a", { href: `#feature/${to}` }, text)] : []);
+  const links = element("nav", { "aria-label": "features" }, element("a", { href: indexAddress }, "all features"), ...step(feature - 1, "← previous"), ...step(feature + 1, "next →"));
+  return [
+    links,
+    element("h1", { tabindex: -1 }, element("code", {}, index.site), ` feature ${feature}`),
+    numbers(feature, record),
+    ...(index.columns.active[feature] ? [contextSection(feature, record)] : []),
+    section(
+      "What it promotes and suppresses",
+      element("p", { class: "about" }, "Direct effect of one unit of activation on the logits of the next token, past all later layers; the mean over the vocabulary is taken off."),
+      element("div", { class: "columns" }, tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)),
+    ),
+    linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to the pre-activation of this one.", record.upstream),
+    linkSection("Downstream", "Features that read the stream after this one has written: what one unit of activation adds to their pre-activation.", record.downstream),
+    section("Related features", element("div", { class: "columns" }, relatedTable("Decoder rows that point the same way", "cosine", record.neighbours), relatedTable("Active at the same tokens", "correlation", record.partners))),
+  ];
+}
+
+function numbers(feature, record) {
+  const { active, largest } = index.columns;
+  const entries = [
+    ["density", `${share(active[feature])}: ${active[feature].toLocaleString("en")} of ${index.n_tokens.toLocaleString("en")} tokens`],
+    ["activation", `mean ${number(record.mean)} where active, largest ${number(largest[feature])}`],
+    ["quantiles", index.quantiles.map((q, i) => `${100 * q} %: ${number(record.quantiles[i])}`).join(", ")],
+  ];
+  if (!active[feature]) entries.splice(1, 2);
+  if (record.concepts && active[feature]) entries.push(["concepts", record.concepts.filter(([, f1]) => f1 > 0).map(([c, f1]) => `${index.concepts[c][0]} (${index.concepts[c][1]}), F1 ${f1.toFixed(2)}`).join("; ")]);
+  if (record.effects) {
+    const { kl_all: all, kl, loss, active_rows: rows } = record.effects;
+    const where = rows ? `; KL ${plusMinus(kl)}, loss ${plusMinus(loss)} over the ${rows} where it is active` : "";
+    entries.push(["turned off", `KL ${plusMinus(all)} nats a position over ${index.effect_rows} rows${where} (95 % intervals)`]);
+  }
+  const list = element("dl", { class: "numbers" }, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
+  return active[feature] ? element("div", {}, list, histogram(record.histogram)) : element("div", {}, list, element("p", {}, "Never active on these rows."));
+}
+
+function histogram(counts) {
+  const first = counts.findIndex((n) => n > 0);
+  const last = counts.findLastIndex((n) => n > 0);
+  const shown = counts.slice(first, last + 1);
+  const most = Math.max(...shown);
+  const [from, to] = [number(index.edges[first]), number(index.edges[last + 1])];
+  const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${n.toLocaleString("en")} tokens` }));
+  const label = `Histogram of activations, ${from} to ${to}; most, ${most} tokens, from ${number(index.edges[first + shown.indexOf(most)])}`;
+  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, "activation, two bins an octave"), element("span", {}, to)));
+}
+
+function contextSection(feature, record) {
+  const largest = index.columns.largest[feature];
+  const bands = record.bands.flatMap((contexts, i) => {
+    const [from, to] = [index.bands - 1 - i, index.bands - i].map((n) => number(n / index.bands));
+    const lines = contexts.filter(Boolean).map((context) => contextLine(context, largest));
+    return lines.length ? [element("h3", {}, `Quantile ${from} to ${to} of the rows' peaks`), ...lines] : [];
+  });
+  const top = record.contexts.filter(Boolean).map((context) => contextLine(context, largest));
+  return element("div", {}, section("Strongest contexts", ...top), section("Contexts at all levels", element("p", { class: "about" }, "From a sample of all rows at which it is active."), ...bands));
+}
+
+function contextLine([row, peak, ids, acts], largest) {
+  const say = (place) => `“${vocabulary[ids[place]]}”: activation ${number(acts[place])}`;
+  const choose = (place) => show(element("p", {}, say(place)), element("p", { class: "hint" }, `row ${row}; the largest activation of this feature is ${number(largest)}`));
+  const [line] = tokenLine({ "aria-label": `row ${row}, peak ${number(acts[peak])}` }, ids, acts.map((a) => a / largest), peak, say, choose);
+  return element("div", { class: "context" }, element("span", { class: "peak" }, number(acts[peak])), line);
+}
+
+const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], pairs.map(([id, effect]) => [word(id), signed(effect)]));
+
+function relatedTable(caption, measure, pairs) {
+  if (!pairs.length) return element("p", { class: "hint" }, `${caption}: none.`);
+  return table(caption, [["feature", null], [measure, null], ["peaks on", "words"]], pairs.map(([f, value]) => [featureLink(f), number(value), index.columns.peaks[f].map(word)]));
+}
+
+function linkSection(title, about, dictionaries) {
+  const tables = Object.entries(dictionaries).map(([tag, links]) =>
+    table(tag, [["feature", null], ["weight", null], ["promotes", "words"]], links.map(([f, weight, ids]) => [String(f), signed(weight), ids.map(word)])),
+  );
+  return tables.length ? section(title, element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables)) : "";
+}

@@ -1,0 +1,185 @@
+"""`tinymodel dashboard`: static pages about all features of a dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.prompts import load_lm
+from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
+from tinymodel_jax.commands.searches import search, storyworld_f1
+from tinymodel_jax.sites import KINDS, Site
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.analysis.dashboard.records import Facts
+    from tinymodel_jax.lm import FeatureReader, TinyModel
+
+
+def dashboard(
+    *,
+    site: str,
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
+    model: str = "tiny_model",
+    data: str = STORY_WORLD,
+    limit: int = 200,
+    dictionary: Path | None = None,
+    others: Annotated[str, tyro.conf.arg(name="with")] = "",
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    effects: int = 0,
+    json: bool = False,
+) -> None:
+    """Write pages about all features of a dictionary: open index.html in the folder, without a server.
+
+    Stopped, the same command goes on with the search, and with the effects, where they were.
+
+    Args:
+        site: dictionary's tag, such as M2.
+        out: folder for the pages; an older dashboard there is replaced.
+        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
+        limit: rows to read at most.
+        dictionary: folder or file to use at the site, instead of the model's own or published one.
+        others: dictionaries with upstream and downstream features, as M0,M1; all of the model's if left out.
+        text: a text to make a page of; may be given again.
+        effects: rows on which every feature is turned off to measure its effect; 0 leaves effects out.
+        json: print a JSON object about the pages.
+    """
+    place, feature = Site.parse(site)
+    _check_options(place, feature, effects, dictionary)
+    from tinymodel_jax.allocator import keep_freed_memory
+    from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
+
+    keep_freed_memory()
+    lm = load_lm(model)
+    if dictionary is not None:
+        lm.attach(place.tag, dictionary)
+    reader = lm[place.tag]
+    tags = _other_tags(lm, place, others)
+    rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
+    clock = Clock()
+    partial = open_partial(out)
+    told = limit if data == STORY_WORLD else None
+    facts = _measure(reader, rows, tags, partial, told, effects, clock)
+    records = text_records(reader, texts, clock.track)
+    _write(reader, partial, facts, rows, data, records, clock)
+    publish(partial, out)
+    _report(out, reader, clock, json)
+
+
+class Clock:
+    """How long each kind of work took, in seconds; what it tracks shows a progress bar."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def track(self, things: Sequence[Any], what: str) -> Iterator[Any]:
+        """Yield things; the time until the last is done belongs to `what`."""
+        started = time.monotonic()
+        yield from with_progress(list(things), what)
+        self.seconds[what] = self.seconds.get(what, 0) + time.monotonic() - started
+
+
+def _check_options(place: Site, feature: int | None, effects: int, dictionary: Path | None) -> None:
+    if feature is not None:
+        raise ValueError(f"--site {place.tag}N{feature} names a feature; the pages are about all: --site {place.tag}.")
+    if effects < 0:
+        raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
+    if dictionary is not None and not dictionary.exists():
+        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+
+
+def _other_tags(lm: TinyModel, place: Site, others: str) -> list[str]:
+    """Return the tags of the other dictionaries, checked and loaded."""
+    tags = [tag.strip() for tag in others.split(",") if tag.strip()] or list(lm.dictionary_tags)
+    for tag in tags:
+        if lm[tag].feature is not None:
+            raise ValueError(f"--with {tag} names a feature; name dictionaries, as M0,M1.")
+    return [tag for tag in tags if tag != place.tag]
+
+
+def _encoded(lm: TinyModel, text: str) -> list[int]:
+    ids = [lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)]
+    if not 1 < len(ids) <= lm.config.n_ctx:
+        raise ValueError(f"--text {text[:30]!r} has {len(ids) - 1} tokens; a page takes 1 to {lm.config.n_ctx - 1}.")
+    return ids
+
+
+def _measure(
+    reader: FeatureReader,
+    rows: np.ndarray,
+    tags: Sequence[str],
+    partial: Path,
+    told: int | None,
+    effects: int,
+    clock: Clock,
+) -> Facts:
+    """Return what the pages show; `told` is the number of stories of the story world that the rows hold."""
+    from tinymodel_jax.analysis.causal_importance import causal_importance
+    from tinymodel_jax.analysis.dashboard.build import EFFECTS, SEARCH, gather
+
+    found = search(reader, rows, partial / SEARCH, lambda starts: clock.track(starts, "search"))
+    facts = gather(reader, rows, found, tags, clock.track)
+    if told is not None:
+        [f1] = [storyworld_f1(reader, rows, limit) for limit in clock.track([told], "concepts")]
+        facts = dataclasses.replace(facts, f1=f1)
+    if effects:
+        importance = causal_importance(
+            reader.lm,
+            reader.site.tag,
+            rows[:effects],
+            work_file=partial / EFFECTS,
+            track=lambda left: clock.track(left, "effects"),
+        )
+        facts = dataclasses.replace(facts, importance=importance)
+    return facts
+
+
+def _write(
+    reader: FeatureReader,
+    partial: Path,
+    facts: Facts,
+    rows: np.ndarray,
+    data: str,
+    texts: list[dict[str, Any]],
+    clock: Clock,
+) -> None:
+    from tinymodel_jax.analysis.dashboard.build import Heading, write_dashboard
+    from tinymodel_jax.analysis.feature_queries import token_texts
+    from tinymodel_jax.bundled.storyworld import CONCEPTS
+
+    place, config = reader.site, reader.lm.config
+    heading = Heading(f"{reader.lm!r}", place.tag, f"{KINDS[place.kind].meaning}, layer {place.layer}")
+    concepts = CONCEPTS if data == STORY_WORLD else {}
+    vocabulary = token_texts(reader.lm)
+    write_dashboard(partial, heading, facts, rows, vocabulary, config.begin_id, concepts, texts, clock.track)
+
+
+def _report(out: Path, reader: FeatureReader, clock: Clock, json: bool) -> None:
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    record = {
+        "page": str(out / "index.html"),
+        "site": reader.site.tag,
+        "n_features": reader.dictionary.config.n_features,
+        "bytes": size,
+        "seconds": {
+            "all": round(time.monotonic() - clock.started, 1),
+            **{name: round(value, 1) for name, value in clock.seconds.items()},
+        },
+    }
+    if json:
+        print_json(record)
+        return
+    steps = ", ".join(f"{name} {value:.1f}" for name, value in clock.seconds.items())
+    print(
+        f"{record['page']}: {record['n_features']:,} features of {record['site']}, {size / 1e6:.1f} MB, in "
+        f"{record['seconds']['all']} s ({steps})"
+    )
