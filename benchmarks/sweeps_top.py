@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums
+from tinymodel_jax.analysis.activation_pass import ActivationPass, MeasuredBatch, Sums
 from tinymodel_jax.analysis.coactivation import partners_of_all
 from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
 from tinymodel_jax.compilation import fast_jit
@@ -48,11 +48,11 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
         partners_of_all(sums.together, n_features, 10)
 
     def products() -> None:
-        for _ in range(0, n_rows, searching.batch):
-            jax.block_until_ready(product(searching.drawn, W))
+        for x in searching.drawn:
+            jax.block_until_ready(product(x, W))
 
     Sums.zero(n_features, 20, 40).take_in(searching.measure(0), 0)
-    jax.block_until_ready(product(searching.drawn, W))
+    jax.block_until_ready(product(searching.drawn[0], W))
     return search, products
 
 
@@ -74,13 +74,20 @@ def _dictionary(n_features: int) -> Dictionary:
 
 
 class _Search(ActivationPass):
-    """A pass whose inputs are drawn beforehand, one batch for all."""
+    """A pass whose inputs are drawn beforehand, as many as there are batches."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.drawn = jax.random.normal(jax.random.key(0), (self.batch, ROW, 768))
+        shape, n_batches = (self.batch, ROW, 768), -(-len(self.rows) // self.batch)
+        self.drawn = [jax.random.normal(jax.random.key(i), shape) for i in range(n_batches)]
+        self.at = 0
+
+    def measure(self, first: int) -> MeasuredBatch:
+        """Measure as the search does, on this batch's vectors."""
+        self.at = first // self.batch
+        return super().measure(first)
 
     def inputs(self, tok_ids: np.ndarray) -> jax.Array:
-        """Return the same vectors for every batch."""
+        """Return the vectors of the batch that is measured."""
         del tok_ids
-        return self.drawn
+        return self.drawn[self.at]
