@@ -146,11 +146,11 @@ are generated, no text of others is in them.
 
 
 def _duration(work: Path) -> str:
-    """Return how long the two runs trained, by the clock, from the times of their files."""
-    seconds = sum(
-        (work / run / "metrics.jsonl").stat().st_mtime - (work / run / "config.json").stat().st_mtime
-        for run in ("lm", "dictionaries")
-    )
+    """Return how long the two runs trained, by the clock, from the times of their first file and last checkpoint."""
+    seconds = 0.0
+    for run in ("lm", "dictionaries"):
+        saved = max(path.stat().st_mtime for path in (work / run / "checkpoints").iterdir())
+        seconds += saved - (work / run / "config.json").stat().st_mtime
     return f"{seconds / 60:.0f} minutes of training"
 
 
