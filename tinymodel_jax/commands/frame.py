@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 import tyro
 
 from tinymodel_jax import __version__
+
+SECONDS_OF_SILENCE, SECONDS_BETWEEN_LINES = 2.0, 20.0
+"""How long work may take before it says how far it is, and from then on, where no bar can be shown."""
 
 
 def run_commands(
@@ -59,19 +63,36 @@ def run_commands(
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON, in ASCII, so that every terminal and file can hold it."""
-    print(json.dumps(value))
+    """Print a value as one line of JSON, in ASCII, so that every terminal and file can hold it.
+
+    Raises:
+        ValueError: a number is infinite or NaN.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"--json: the result holds a number that JSON does not know ({error}).") from error
+    print(text)
 
 
 def with_progress(rows: list[Any], what: str) -> Iterator[Any]:
-    """Yield rows; on a terminal, a bar on stderr shows how many are done."""
+    """Yield rows; a bar on stderr shows how many are done, or a plain line now and then where it is no terminal."""
     if len(rows) < 2 or not sys.stderr.isatty():
-        yield from rows
+        yield from _with_lines(rows, what)
         return
     from rich.console import Console
     from rich.progress import track
 
     yield from track(rows, description=what, console=Console(stderr=True), transient=True)
+
+
+def _with_lines(rows: list[Any], what: str) -> Iterator[Any]:
+    due = time.monotonic() + SECONDS_OF_SILENCE
+    for done, row in enumerate(rows):
+        if done and time.monotonic() >= due:
+            print(f"{what}: {done} of {len(rows)}", file=sys.stderr, flush=True)
+            due = time.monotonic() + SECONDS_BETWEEN_LINES
+        yield row
 
 
 def _let_every_character_print() -> None:

@@ -1,0 +1,74 @@
+"""What every command shares: progress of long work, and JSON that every program can read."""
+
+import json
+
+import pytest
+
+from tinymodel_jax.commands import frame
+from tinymodel_jax.commands.options import check_output, parse_sites, work_file
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves on."""
+    now = [100.0]
+    monkeypatch.setattr(frame.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(clock, capsys):
+    done = []
+    for row in frame.with_progress(list(range(60)), "reading"):
+        done.append(row)
+        clock[0] += 1
+    assert done == list(range(60))
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 60",
+        "reading: 22 of 60",
+        "reading: 42 of 60",
+    ]
+
+
+def test_quick_work_says_nothing(clock, capsys):
+    for _ in frame.with_progress(list(range(60)), "reading"):
+        clock[0] += 0.01
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_no_json_is_an_error(number, capsys):
+    def command() -> None:
+        frame.print_json({"a": [1.0, number]})
+
+    def other() -> None:
+        frame.print_json({"a": 1.0})
+
+    commands = {"one": command, "other": other}
+    assert frame.run_commands("program", "", commands, ["one"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("program: --json: the result holds a number that JSON does not know")
+    assert frame.run_commands("program", "", commands, ["other"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"a": 1.0}
+
+
+def test_a_list_of_sites_may_have_spaces_and_repeat():
+    assert parse_sites("--sites", "M1, A0,M1,") == ["M1", "A0"]
+    assert parse_sites("--sites", "") == []
+    for text, says in [
+        ("M1N5", "--sites M1N5 names a feature; name the whole dictionary, M1"),
+        ("X", "no dictionary tag"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            parse_sites("--sites", text)
+
+
+def test_what_cannot_be_written_is_refused_before(tmp_path):
+    check_output("--out", None)
+    check_output("--out", tmp_path / "file")
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        check_output("--out", tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        check_output("--out", tmp_path / "no" / "file")
+    assert work_file(tmp_path / "file") == tmp_path / "file.work"
+    assert work_file(None) is None

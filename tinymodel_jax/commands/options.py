@@ -1,0 +1,41 @@
+"""Options that several commands have: files to write, lists of sites; checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinymodel_jax.sites import Site
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        ValueError: it is a folder.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file, such as {path / 'NAME'}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+
+
+def work_file(out: Path | None) -> Path | None:
+    """Return where the state of work is kept whose result goes to `out`: `OUT.work`."""
+    return None if out is None else out.with_name(f"{out.name}.work")
+
+
+def parse_sites(option: str, text: str) -> list[str]:
+    """Return the tags of a list such as `M0, A1`, each once.
+
+    Raises:
+        ValueError: one is no tag, or names a feature.
+    """
+    tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
+    for tag in tags:
+        site, feature = Site.parse(tag)
+        if feature is not None:
+            raise ValueError(f"{option} {tag} names a feature; name the whole dictionary, {site.tag}.")
+    return list(tags)
