@@ -7,9 +7,10 @@ Stories are split: the first half chooses units and thresholds, the second score
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +20,8 @@ from tinymodel_jax.analysis.concepts import ConceptScores, score_concepts
 from tinymodel_jax.analysis.report.charts import heat_map_figure
 from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.forward import forward
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.sites import Site
 
 BATCH = 16
@@ -44,6 +44,15 @@ class Recovery(NamedTuple):
     """In the order of `storyworld.CONCEPTS`."""
 
 
+class _Place(NamedTuple):
+    """Units to score, which are made of a half's activations when their turn comes."""
+
+    name: str
+    kind: Kind
+    site: Site
+    units: Callable[[_Half], np.ndarray]
+
+
 class _Half(NamedTuple):
     acts: dict[str, Float[np.ndarray, "positions width"]]
     truth: Bool[np.ndarray, "positions concepts"]
@@ -56,6 +65,7 @@ def recover_concepts(
     *,
     baselines: bool = True,
     seed: int = 0,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Recovery]:
     """Score the best single feature for each concept, for each dictionary.
 
@@ -66,6 +76,7 @@ def recover_concepts(
         baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
             input as it has features.
         seed: of the random directions.
+        track: sees the places pass by, to show a progress bar.
 
     Raises:
         ValueError: there are fewer than two stories, a tag has no dictionary, or the tokenizer does not fit.
@@ -81,20 +92,8 @@ def recover_concepts(
     middle = len(told) // 2
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
 
-    found = []
-    for reader in readers:
-        site, dictionary = reader.site, reader.dictionary
-        values = [_encoded(dictionary, half.acts[site.hook_in]) for half in (choosing, scoring)]
-        found.append(_scored(site.tag, "dictionary", site, values, choosing, scoring))
-        if baselines:
-            width, n_features = dictionary.config.d_in, dictionary.config.n_features
-            directions = np.random.default_rng(seed).normal(size=(width, n_features)).astype(np.float32)
-            values = [half.acts[site.hook_in] @ directions for half in (choosing, scoring)]
-            found.append(_scored(f"random {site.tag}", "random directions", site, values, choosing, scoring))
-    for layer, name in neurons.items():
-        values = [half.acts[name] for half in (choosing, scoring)]
-        found.append(_scored(f"neurons {layer}", "neurons", Site("M", layer), values, choosing, scoring))
-    return found
+    places = list(_places_of(readers, neurons, seed if baselines else None))
+    return [_scored(place, choosing, scoring) for place in track(places)]
 
 
 def n_found(recovery: Recovery, f1: float = 0.8) -> int:
@@ -162,13 +161,32 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[~special])
 
 
-def _encoded(dictionary: Dictionary, x: np.ndarray) -> np.ndarray:
+def _places_of(readers: Sequence[FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:
+    """Yield what is scored: dictionaries, each with random directions where there is a seed, then the neurons."""
+    for reader in readers:
+        site = reader.site
+        yield _Place(site.tag, "dictionary", site, partial(_encoded, reader))
+        if seed is not None:
+            yield _Place(f"random {site.tag}", "random directions", site, partial(_projected, reader, seed))
+    for layer, name in neurons.items():
+        yield _Place(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
+
+
+def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
+    dictionary, x = reader.dictionary, jnp.asarray(half.acts[reader.site.hook_in])
     starts = range(0, dictionary.config.n_features, ENCODED_TOGETHER)
-    parts = [np.asarray(dictionary.encode(jnp.asarray(x), slice(start, start + ENCODED_TOGETHER))) for start in starts]
+    parts = [np.asarray(dictionary.encode(x, slice(start, start + ENCODED_TOGETHER))) for start in starts]
     return np.concatenate(parts, axis=1)
 
 
-def _scored(name: str, kind: Kind, site: Site, acts: Sequence[np.ndarray], choosing: _Half, scoring: _Half) -> Recovery:
-    chosen_on, scored_on = acts
+def _projected(reader: FeatureReader, seed: int, half: _Half) -> np.ndarray:
+    """Return the projections on as many random directions, the same for each half, as there are features."""
+    config = reader.dictionary.config
+    directions = np.random.default_rng(seed).normal(size=(config.d_in, config.n_features)).astype(np.float32)
+    return half.acts[reader.site.hook_in] @ directions
+
+
+def _scored(place: _Place, choosing: _Half, scoring: _Half) -> Recovery:
+    chosen_on, scored_on = place.units(choosing), place.units(scoring)
     scores = score_concepts(chosen_on, choosing.truth, scored_on, scoring.truth)
-    return Recovery(name, kind, site.layer, chosen_on.shape[1], scores)
+    return Recovery(place.name, place.kind, place.site.layer, chosen_on.shape[1], scores)

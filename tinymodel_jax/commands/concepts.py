@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.options import check_output, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
 
@@ -35,19 +36,19 @@ def concepts(
         plot: PNG file for a heat map of them.
         json: print a JSON object a line: a place and a concept.
     """
-    for option, path in (("--out", out), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+    check_output("--out", out)
+    check_output("--plot", plot)
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
+    tags = parse_sites("--sites", sites) or None
     import json as json_format
 
     from tinymodel_jax.analysis.concept_recovery import concept_records, plot_concepts, recover_concepts
     from tinymodel_jax.atomic_files import replace_file
 
     lm = load_lm(model)
-    tags = [tag.strip() for tag in sites.split(",") if tag.strip()] or None
-    recoveries = recover_concepts(lm, unseen_stories(lm, stories), tags)
+    told = unseen_stories(lm, stories)
+    recoveries = recover_concepts(lm, told, tags, track=lambda places: with_progress(list(places), "scoring"))
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())
