@@ -1,12 +1,16 @@
 """Causal importance: means over rows of single sweeps, the same when the work was stopped."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_users_run_it
 
 from tinymodel_jax.analysis import causal_importance as module
 from tinymodel_jax.analysis import sweeps
 from tinymodel_jax.analysis.causal_importance import causal_importance
+from tinymodel_jax.analysis.row_sums import NORMAL_95
 from tinymodel_jax.dictionary import Dictionary
 
 
@@ -29,7 +33,7 @@ def test_means_and_intervals_are_those_of_the_rows(lm, rows):
     assert often.sum() > 3
     np.testing.assert_allclose(found.kl.mean[often], np.nanmean(kl[:, often], axis=0), atol=1e-5)
     spread = np.nanstd(kl[:, often], axis=0, ddof=1) / np.sqrt(found.active_rows[often])
-    np.testing.assert_allclose(found.kl.half_width[often], 1.96 * spread, atol=1e-5)
+    np.testing.assert_allclose(found.kl.half_width[often], NORMAL_95 * spread, atol=1e-5)
     np.testing.assert_allclose(found.kl_all.mean, np.where(active, kl, 0).mean(axis=0), atol=1e-5)
     once = found.active_rows == 1
     assert np.isnan(found.kl.half_width[once]).all()
@@ -59,10 +63,35 @@ def test_stopped_work_goes_on_and_gives_the_same_table(lm, rows, tmp_path, monke
         causal_importance(lm, "M1", rows, work_file=file, track=stop_after_two)
     resumed = causal_importance(lm, "M1", rows, work_file=file, track=lambda left: seen.extend(left) or left)
     assert seen == [2]
-    assert not file.exists()
-    np.testing.assert_array_equal(resumed.active_rows, whole.active_rows)
+    assert_equal(resumed, whole)
+
+
+def test_finished_work_stays_until_its_result_is_kept(lm, rows, tmp_path, monkeypatch):
+    whole = causal_importance(lm, "M1", rows, work_file=tmp_path / "work")
+    monkeypatch.setattr(module, "ablate", None)  # nothing is measured again
+    assert_equal(causal_importance(lm, "M1", rows, work_file=tmp_path / "work"), whole)
+
+
+def assert_equal(one, other):
+    assert one.n_rows == other.n_rows
+    np.testing.assert_array_equal(one.active_rows, other.active_rows)
     for name in ("kl", "loss", "kl_all", "loss_all"):
-        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_rows_of_padding_count_nowhere(lm, rows):
+    padding = np.full((1, rows.shape[1]), lm.config.pad_id, np.int32)
+    assert_equal(
+        causal_importance(lm, "M1", np.concatenate([rows[:2], padding, rows[2:]])), causal_importance(lm, "M1", rows)
+    )
+    with as_users_run_it(), pytest.raises(ValueError, match="no row holds a token"):
+        causal_importance(lm, "M1", padding)
+
+
+def test_the_interval_of_all_analyses_is_one(monkeypatch):
+    monkeypatch.setattr(module, "NORMAL_95", 1.0)
+    two = module._mean(np.array([4.0]), np.array([10.0]), np.array([2]))  # of 1 and 3
+    assert (two.mean[0], two.half_width[0]) == pytest.approx((2.0, 1.0))
 
 
 def test_a_work_file_of_another_site_and_empty_data_are_refused(lm, rows, tmp_path, monkeypatch, no_type_checks):
@@ -76,5 +105,15 @@ def test_a_work_file_of_another_site_and_empty_data_are_refused(lm, rows, tmp_pa
         causal_importance(lm, "M1", rows, work_file=tmp_path / "work", track=stop_at_once)
     with pytest.raises(ValueError, match=r"changed: dictionary .*site"):
         causal_importance(lm, "A1", rows, work_file=tmp_path / "work")
-    with pytest.raises(ValueError, match="no rows"):
+    topk = dataclasses.replace(lm["M1"].dictionary.config, architecture="topk", k=3)
+    bfloat16 = dataclasses.replace(lm["M1"].dictionary.config, dtype="bfloat16")
+    for config in (topk, bfloat16):
+        other = lm.splice([])
+        other.attach("M1", Dictionary.from_params(config, lm["M1"].dictionary.params))
+        with pytest.raises(ValueError, match=r"changed: dictionary"):
+            causal_importance(other, "M1", rows, work_file=tmp_path / "work")
+    for other in (lm.splice("M0"), lm.splice("M0", include_error=True)):
+        with pytest.raises(ValueError, match=r"changed: model"):
+            causal_importance(other, "M1", rows, work_file=tmp_path / "work")
+    with pytest.raises(ValueError, match="no row holds a token"):
         causal_importance(lm, "M1", np.zeros((0, 5), np.int32))

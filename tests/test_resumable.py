@@ -1,9 +1,14 @@
 """Work files: they go on with the same work only, and are whole or absent."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from conftest import make_dictionary
 
-from tinymodel_jax.analysis.resumable import Progress, fingerprint
+from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
+from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.lm import TinyModel
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -17,8 +22,6 @@ def test_what_is_saved_comes_back(tmp_path):
     assert set(found.arrays) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
-    progress.finish()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_work_is_refused_by_the_name_of_what_changed(tmp_path):
@@ -57,3 +60,22 @@ def test_a_fingerprint_tells_bits_shapes_and_types_apart():
     assert fingerprint(array, array) != fingerprint(array)
     assert fingerprint(array[::1].copy()) == fingerprint(array)
     assert fingerprint(np.zeros((0,))) != fingerprint(np.zeros((0, 2)))
+
+
+def test_fingerprints_tell_dictionaries_of_the_same_arrays_apart(lm):
+    dictionary = make_dictionary("blocks.1.hook_attn_out", "blocks.1.hook_attn_out", architecture="topk", k=3)
+    seen = set()
+    for change in ({}, {"k": 4}, {"subtract_b_dec": True}, {"dtype": "bfloat16"}, {"architecture": "relu", "k": None}):
+        config = dataclasses.replace(dictionary.config, **change)
+        lm.attach("A1", Dictionary.from_params(config, dictionary.params))
+        seen.add(fingerprints(lm["A1"], {})["dictionary"])
+    assert len(seen) == 5
+
+
+def test_fingerprints_tell_models_of_the_same_arrays_apart(lm):
+    bfloat16 = TinyModel.from_params(dataclasses.replace(lm.config, dtype="bfloat16"), lm.params)
+    bfloat16.attach("M1", lm["M1"].dictionary)
+    splices = [lm.splice("M0", **switches) for switches in ({}, {"include_error": True}, {"detach_error": False})]
+    seen = [fingerprints(one["M1"], one.splice_hooks()) for one in (lm, bfloat16, *splices)]
+    assert len({one["model"] for one in seen}) == 5
+    assert len({one["dictionary"] for one in seen}) == 1

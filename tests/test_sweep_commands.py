@@ -55,6 +55,23 @@ def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == []
 
 
+def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, tmp_path: Path, monkeypatch):
+    stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
+    stories.write_text("One day,\n")
+    options = ("sweep", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--json")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinymodel_jax.atomic_files.replace_file", full)
+        assert "No space left" in failure(capsys, *options)
+    assert (tmp_path / "importance.json.work").exists()
+    monkeypatch.setattr("tinymodel_jax.analysis.causal_importance.ablate", None)  # nothing is measured again
+    assert main(options) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json"}
+
+
 def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path):
     picture = tmp_path / "patching.png"
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
@@ -77,6 +94,9 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
     assert "there is no folder" in failure(
         capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "no" / "x.json")
+    )
+    assert "is a folder; name a file" in failure(
+        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path)
     )
     assert "17 and 15 tokens" in failure(capsys, "patch", PROMPT, "Once upon a time, there was a girl. One day,", *MINI)
     assert "name one" in failure(capsys, "patch", PROMPT, OTHER, *MINI, "--answer", "two words")

@@ -226,7 +226,13 @@ def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, 
     resumed = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work=work, progress=noting)
     assert done == [12, 16, 20, 24, 28]
     assert_equal(resumed, found)
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_search_stays_until_its_result_is_kept(lm, rows, found, tmp_path, monkeypatch):
+    options = {"k": K, "n_sampled": SAMPLED, "batch": 7, "work": tmp_path / "work"}
+    top_activations(lm, "M1", rows, **options)
+    monkeypatch.setattr(module.ActivationPass, "measure", None)  # nothing is measured again
+    assert_equal(top_activations(lm, "M1", rows, **options), found)
 
 
 def test_a_work_file_of_another_search_is_refused(lm, rows, tmp_path, monkeypatch):
@@ -236,7 +242,14 @@ def test_a_work_file_of_another_search_is_refused(lm, rows, tmp_path, monkeypatc
         top_activations(lm, "M1", rows, batch=4, work=work, progress=stop_after(2))
     other = lm.splice([])
     other.params = {**lm.params, "W_pos": lm.params["W_pos"] + 1}
+    reader = lm["M1"].dictionary
+    bfloat16, shifted = lm.splice([]), lm.splice([])
+    changes = ((bfloat16, {"dtype": "bfloat16"}), (shifted, {"subtract_b_dec": True}))
+    for other_lm, change in changes:
+        other_lm.attach("M1", Dictionary.from_params(dataclasses.replace(reader.config, **change), reader.params))
     for changed, arguments, options in [
+        ("dictionary", (bfloat16, "M1", rows), {}),
+        ("dictionary", (shifted, "M1", rows), {}),
         ("data", (lm, "M1", rows[:-1]), {}),
         ("k", (lm, "M1", rows), {"k": 3}),
         ("model", (other, "M1", rows), {}),

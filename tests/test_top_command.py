@@ -9,7 +9,7 @@ from test_commands import error_line
 from tinymodel_jax import cli
 from tinymodel_jax.analysis.concepts import best_f1_of_all
 from tinymodel_jax.analysis.feature_queries import concept_f1
-from tinymodel_jax.analysis.top_activations import load_top_activations
+from tinymodel_jax.analysis.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.rows import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
@@ -131,6 +131,8 @@ def test_people_get_a_table_and_a_page(capsys, searched):
         (["--site", "M2", "--concept", "feeling.bad", "--data", "x.txt"], "leave --data out"),
         (["--site", "M2", "--data", "nothing.txt"], "nothing.txt"),
         (["--site", "M2", "-o", "no/where"], "there is no folder no"),
+        (["--site", "M2", "-o", "."], "--out . is a folder; name a file"),
+        (["--site", "M2N5", "--feature", "7"], "--site M2N5 names a feature, and so does --feature 7"),
         (["--site", "M2", "--dictionary", "none"], "there is no such folder or file"),
     ],
 )
@@ -148,6 +150,66 @@ def test_an_empty_file_of_stories_is_one_line(tmp_path, capsys):
 def test_the_file_of_another_search_is_refused(searched, capsys):
     assert cli.main(["top", "--model", "mini", "--site", "M2", "--limit", "5", "-o", str(searched)]) == 1
     assert "holds a search with another data; name another file" in error_line(capsys)
+
+
+def test_a_feature_shows_as_many_contexts_as_asked_for(searched, capsys):
+    options = ["top", "--limit", "30", "--json", "--data", "storyworld"]  # the default model is that of the data
+    assert cli.main([*options, "--site", "M2N358", "--top", "25"]) == 0
+    (one,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert len(one["contexts"]) == 25
+
+
+def test_a_file_with_fewer_contexts_is_refused(lm, rows, tmp_path, capsys):
+    few = tmp_path / "few"
+    top_activations(lm, "M2", rows, k=3).save(few)
+    options = ["top", "--limit", str(LIMIT), "-o", str(few), "--json"]
+    assert cli.main([*options, "--site", "M2N358", "--top", "4"]) == 1
+    assert "holds 3 contexts of a feature, not 4; name another file" in error_line(capsys)
+    assert cli.main([*options, "--site", "M2N358", "--top", "3"]) == 0
+
+
+def test_the_f1_of_some_features_is_theirs_among_all(lm, rows, monkeypatch):
+    truth = storyworld.labels(unseen_stories(lm, LIMIT), lm.tokenizer, width=rows.shape[1])
+    real = rows < lm.config.begin_id
+    expected = best_f1_of_all(np.asarray(lm["M2"](rows))[real], truth[real])
+    monkeypatch.setattr("tinymodel_jax.analysis.feature_queries.TOKENS_AT_ONCE", 1000)
+    seen = []
+    f1 = concept_f1(lm["M2"], rows, truth, track=lambda parts: seen.extend(parts) or parts)
+    np.testing.assert_allclose(f1, expected, atol=0.02)  # a threshold may fall between two equal activations
+    assert np.mean(np.abs(f1 - expected) > 1e-6) < 1e-3
+    assert len(seen) > 1
+    some = np.array([358, 3])
+    np.testing.assert_allclose(concept_f1(lm["M2"], rows, truth, some), f1[some], atol=0.02)
+
+
+@pytest.mark.parametrize("question", [(), ("--feature", "358"), ("--contains", ".")])
+def test_concepts_are_told_of_the_features_shown_alone(capsys, searched, monkeypatch, question):
+    scored = []
+
+    def noting(acts, truth):
+        scored.append(acts.shape[1])
+        return best_f1_of_all(acts, truth)
+
+    monkeypatch.setattr("tinymodel_jax.analysis.feature_queries.best_f1_of_all", noting)
+    shown = records(capsys, searched, *question, "--top", "3")
+    assert scored == [len(shown)]
+    assert all("concept" in one for one in shown)
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "m2.top"
+    options = ["top", "--site", "M2", "--limit", "2", "-o", str(out), "--json"]
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TopActivations, "save", full)
+        assert cli.main(options) == 1
+    assert "No space left" in error_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["m2.top.work"]
+    assert cli.main(options) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m2.top"]
 
 
 def test_concepts_prints_writes_and_plots(tmp_path, capsys):
@@ -168,7 +230,10 @@ def test_concepts_prints_writes_and_plots(tmp_path, capsys):
     [
         (["--stories", "1"], "--stories 1 must be 2 or more"),
         (["--plot", "no/where.png"], "there is no folder no"),
+        (["--plot", "."], "--plot . is a folder; name a file"),
+        (["-o", "."], "--out . is a folder; name a file"),
         (["--sites", "M9"], "layer 9 does not exist"),
+        (["--sites", "M2, M1N5"], "--sites M1N5 names a feature; name the whole dictionary, M1"),
     ],
 )
 def test_bad_input_of_concepts_is_one_line(options, says, capsys):

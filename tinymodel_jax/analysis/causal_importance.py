@@ -2,7 +2,7 @@
 
 Every feature is ablated on every row where it is active (`sweeps.ablate`); where it is not, its effect is exactly 0.
 Sums over rows, so the work can be stopped and go on. Confidence intervals are of the mean over rows, which stand for
-stories: 1.96 standard errors to either side, which is rough where a feature was active on few rows.
+stories: `NORMAL_95` standard errors to either side, which is rough where a feature was active on few rows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from tinymodel_jax.analysis.resumable import Progress, fingerprint
+from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
+from tinymodel_jax.analysis.row_sums import NORMAL_95
 from tinymodel_jax.analysis.sweeps import ablate
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import bucket, check_tok_ids
@@ -38,6 +38,7 @@ class CausalImportance(NamedTuple):
     """What turning off each feature of a dictionary does, nats."""
 
     n_rows: int
+    """Rows with a token."""
     active_rows: Int[np.ndarray, " n_features"]
     """Rows on which the feature is active."""
     kl: MeanEffect
@@ -65,17 +66,19 @@ def causal_importance(
     """Ablate every feature on every row.
 
     Args:
-        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere.
-        work_file: where to save what is done; there, the work goes on. It is deleted when all is done.
+        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere; rows of nothing else
+            are left out.
+        work_file: where to save what is done; there, the work goes on. Delete it when the result is kept.
         track: sees the rows left to do pass by, to show a progress bar.
 
     Raises:
-        ValueError: there are no rows, they do not fit the model, the tag has no dictionary, or the file is of other
+        ValueError: no row holds a token, they do not fit the model, the tag has no dictionary, or the file is of other
             work.
     """
     ids = check_tok_ids(rows, lm.config)
+    ids = ids[np.any(ids != lm.config.pad_id, axis=1)]
     if not ids.size:
-        raise ValueError("causal_importance: there are no rows to measure on; give at least one.")
+        raise ValueError("causal_importance: no row holds a token; give at least one that does.")
     dictionary = lm[tag].dictionary
     progress = None if work_file is None else Progress(work_file, _key(lm, tag, ids))
     saved = None if progress is None else progress.load()
@@ -87,7 +90,7 @@ def causal_importance(
             progress.save(sums, row + 1)
             written = time.monotonic()
     if progress is not None:
-        progress.finish()
+        progress.save(sums, len(ids))
     return _finish(sums, len(ids))
 
 
@@ -98,7 +101,7 @@ def _zeros(n_features: int) -> dict[str, np.ndarray]:
 
 def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, tag: str, row: np.ndarray) -> None:
     real = np.flatnonzero(row != lm.config.pad_id)
-    width = bucket(int(real[-1]) + 1 if len(real) else 1, lm.config.n_ctx)
+    width = bucket(int(real[-1]) + 1, lm.config.n_ctx)
     effects = ablate(lm, tag, row[None, :width])
     sums["active_rows"][effects.features] += 1
     for name in _MEASURES:
@@ -122,14 +125,8 @@ def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffe
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / count
         variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
-        return MeanEffect(mean, np.where(count > 1, 1.96 * np.sqrt(variance / count), np.nan))
+        return MeanEffect(mean, np.where(count > 1, NORMAL_95 * np.sqrt(variance / count), np.nan))
 
 
 def _key(lm: TinyModel, tag: str, ids: np.ndarray) -> dict[str, Any]:
-    weights = fingerprint(*jax.tree.leaves((lm.params, lm.splice_hooks())))
-    return {
-        "site": tag,
-        "model": weights,
-        "dictionary": fingerprint(*lm[tag].dictionary.params.values()),
-        "rows": fingerprint(ids),
-    }
+    return {"site": tag, "rows": fingerprint(ids), **fingerprints(lm[tag], lm.splice_hooks())}

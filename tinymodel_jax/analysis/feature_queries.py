@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinymodel_jax.analysis.concepts import best_f1_of_all
+from tinymodel_jax.analysis.activation_pass import ActivationPass
+from tinymodel_jax.analysis.concepts import CHUNK, best_f1_of_all
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.top_activations import TopActivations
 from tinymodel_jax.lm import FeatureReader, TinyModel
 
-ROWS_AT_ONCE = 16
+ROWS_AT_ONCE = 8
+"""Rows of a device in one pass of the model."""
+TOKENS_AT_ONCE = 4096
+"""Tokens that are encoded at once."""
+ALL_COMPARED = 4096
+"""Features that are scored at once where every chunk costs a pass over all: topk compares them."""
 
 
 def token_texts(lm: TinyModel) -> list[str]:
@@ -37,16 +46,29 @@ def share_on_text(found: TopActivations, rows: Int[np.ndarray, "rows seq"], text
 
 
 def concept_f1(
-    reader: FeatureReader, rows: Int[np.ndarray, "rows seq"], truth: Bool[np.ndarray, "rows seq concepts"]
-) -> Float[np.ndarray, "n_features concepts"]:
-    """Return how well each feature of `lm[tag]` tells each concept, as `concepts.best_f1_of_all`; dense in memory."""
-    parts = []
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        ids = rows[start : start + ROWS_AT_ONCE]
-        missing = ((0, ROWS_AT_ONCE - len(ids)), (0, 0))
-        padded = np.pad(ids, missing, constant_values=reader.lm.config.pad_id)
-        parts.append(np.asarray(reader(padded))[: len(ids)][ids < reader.lm.config.begin_id])
-    return best_f1_of_all(np.concatenate(parts), truth[rows < reader.lm.config.begin_id])
+    reader: FeatureReader,
+    rows: Int[np.ndarray, "rows seq"],
+    truth: Bool[np.ndarray, "rows seq concepts"],
+    features: Int[np.ndarray, " n"] | None = None,
+    *,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Float[np.ndarray, "n concepts"]:
+    """Return how well features of `lm[tag]`, all if none are named, tell each concept, as `concepts.best_f1_of_all`.
+
+    The dictionary's input at all tokens is in memory, and the activations of some features at a time.
+
+    Args:
+        track: sees the numbers of the chunks of features pass by, to show a progress bar.
+    """
+    config, real = reader.dictionary.config, rows < reader.lm.config.begin_id
+    x, told = _inputs(reader, rows)[real], truth[real]
+    chosen = np.arange(config.n_features) if features is None else features
+    together = ALL_COMPARED if config.architecture == "topk" else CHUNK
+    parts = [
+        best_f1_of_all(_encoded(reader, x, chosen[start : start + together]), told)
+        for start in track(range(0, len(chosen), together))
+    ]
+    return np.concatenate(parts)
 
 
 def context_window(
@@ -60,6 +82,26 @@ def context_window(
     row, position = int(contexts.row[place]), int(contexts.position[place])
     first = max(0, position - before)
     return [int(token) for token in rows[row, first : position + after + 1]], position - first
+
+
+def _inputs(reader: FeatureReader, rows: np.ndarray) -> np.ndarray:
+    """Return what the dictionary reads, (rows, seq, d_in)."""
+    reading, parts = ActivationPass(reader, rows, batch=ROWS_AT_ONCE, share=0.0, every=1, seed=0), []
+    for start in range(0, len(rows), reading.batch):
+        ids = np.asarray(rows[start : start + reading.batch], np.int32)
+        missing = ((0, reading.batch - len(ids)), (0, 0))  # one shape for all batches
+        padded = np.pad(ids, missing, constant_values=reader.lm.config.pad_id)
+        parts.append(np.asarray(reading.inputs(padded))[: len(ids)])
+    return np.concatenate(parts)
+
+
+def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Return the activations of features, (tokens, features), a part of the tokens at a time."""
+    starts = range(0, len(x), TOKENS_AT_ONCE)
+    encode = reader.dictionary.encode
+    return np.concatenate(
+        [np.asarray(encode(jnp.asarray(x[start : start + TOKENS_AT_ONCE]), features), np.float32) for start in starts]
+    )
 
 
 def _tokens_on(text: str, tokens: list[str]) -> np.ndarray:

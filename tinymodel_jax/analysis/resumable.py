@@ -1,22 +1,27 @@
 """Work that goes on where it was stopped: a file with the arrays so far, how much is done, and what of.
 
 A long analysis saves what it has now and then; started again with the same key it goes on from there. The key says
-what the numbers depend on (model, dictionary, data, options), so that a file never continues another computation.
+what the numbers depend on (model, dictionary, data, options), so that a file never continues another computation. The
+file stays when all is done, for whoever cannot write the result at once: delete it when the result is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.interventions import Hooks
+from tinymodel_jax.lm import FeatureReader
 
 
 class Saved(NamedTuple):
@@ -71,10 +76,6 @@ class Progress:
         contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         replace_file(self.path, save(contiguous, {"key": json.dumps(self.key), "done": str(done)}))
 
-    def finish(self) -> None:
-        """Delete the file: the work is done, and its result is elsewhere."""
-        self.path.unlink(missing_ok=True)
-
 
 def fingerprint(*arrays: Any) -> str:
     """Return 16 hex digits that change when a bit, a shape or a type of the arrays does (SHA-256)."""
@@ -84,6 +85,27 @@ def fingerprint(*arrays: Any) -> str:
         digest.update(f"{values.dtype.str} {values.shape}\n".encode())
         digest.update(values.view(np.uint8).data if values.size else b"")
     return digest.hexdigest()[:16]
+
+
+def fingerprints(reader: FeatureReader, hooks: Hooks) -> dict[str, str]:
+    """Return what numbers about a dictionary in its model depend on: fields `model` and `dictionary` of a key.
+
+    Args:
+        reader: `lm[tag]`.
+        hooks: the part of `lm.splice_hooks()` that the numbers see.
+    """
+    lm, dictionary = reader.lm, reader.dictionary
+    return {
+        "model": _fingerprint_of((lm.params, hooks), lm.config),
+        "dictionary": _fingerprint_of(dictionary.params, dictionary.config),
+    }
+
+
+def _fingerprint_of(tree: Any, config: Any) -> str:
+    """Return a fingerprint of a tree's arrays, its structure (a splice's switches are in it), and a configuration."""
+    leaves, structure = jax.tree.flatten(tree)
+    words = f"{dataclasses.asdict(config)} {structure}"
+    return fingerprint(np.frombuffer(words.encode(), np.uint8), *leaves)
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from tinymodel_jax.analysis.activation_pass import ActivationPass, Sums, context
 from tinymodel_jax.analysis.coactivation import partners_of_all
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_statistics import BINS, FIRST_EXPONENT
-from tinymodel_jax.analysis.resumable import Progress, fingerprint
+from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.lm import FeatureReader, TinyModel
 
@@ -157,7 +156,8 @@ def top_activations(
         n_partners: co-active features of each.
         seed: of the samples.
         batch: rows of a device in one pass; the devices of this process share the rows.
-        work: file that holds the state of the work, so that the same call goes on; deleted at the end. None: no file.
+        work: file that holds the state of the work, so that the same call goes on; delete it when the result is kept.
+            None: no file.
         progress: wraps the batches' numbers, to show how many are done.
 
     Raises:
@@ -170,7 +170,11 @@ def top_activations(
     n_tokens = _count_tokens(rows, lm.config.begin_id)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
-    sums, first, prints = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0, fingerprints(reader, rows)
+    sums, first, prints = (
+        Sums.zero(reader.dictionary.config.n_features, k, n_sampled),
+        0,
+        search_fingerprints(reader, rows),
+    )
     saved = None
     if work is not None:
         options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
@@ -180,27 +184,20 @@ def top_activations(
     every = max(1, n_tokens // HISTOGRAM_TOKENS)
     measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
     run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
+    if saved is not None:
+        saved.save(sums.arrays(), len(rows))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
     facts = {"tag": reader.site.tag, **counts, **prints}
-    found = _result(facts, sums, n_partners)
-    if saved is not None:
-        saved.finish()
-    return found
+    return _result(facts, sums, n_partners)
 
 
-def fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, str]:
+def search_fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, str]:
     """Return what a search's result depends on besides its options: the fields `data`, `model` and `dictionary`.
 
     Args:
         reader: `lm[tag]`.
     """
-    leaves, structure = jax.tree.flatten((reader.lm.params, reader.lm.splice_hooks(before=reader.site)))
-    words = np.frombuffer(str(structure).encode(), np.uint8)  # a splice's switches are part of it
-    return {
-        "data": fingerprint(rows),
-        "model": f"{reader.lm.config.dtype} {fingerprint(words, *leaves)}",
-        "dictionary": f"{reader.dictionary.config.architecture} {fingerprint(*reader.dictionary.params.values())}",
-    }
+    return {"data": fingerprint(rows), **fingerprints(reader, reader.lm.splice_hooks(before=reader.site))}
 
 
 def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:

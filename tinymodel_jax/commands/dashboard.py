@@ -13,7 +13,7 @@ import tyro
 from tinymodel_jax.commands.frame import print_json, with_progress
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
-from tinymodel_jax.commands.searches import search, storyworld_f1
+from tinymodel_jax.commands.searches import search, storyworld_truth
 from tinymodel_jax.sites import KINDS, Site
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ def dashboard(
     *,
     site: str,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    model: str = "tiny_model",
+    model: str = "mini",
     data: str = STORY_WORLD,
     limit: int = 200,
     dictionary: Path | None = None,
+    n_heads: int | None = None,
     others: Annotated[str, tyro.conf.arg(name="with")] = "",
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     effects: int = 0,
@@ -47,6 +48,7 @@ def dashboard(
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         limit: rows to read at most.
         dictionary: folder or file to use at the site, instead of the model's own or published one.
+        n_heads: attention heads of a file whose width is not the published 768.
         others: dictionaries with upstream and downstream features, as M0,M1; all of the model's if left out.
         text: a text to make a page of; may be given again.
         effects: rows on which every feature is turned off to measure its effect; 0 leaves effects out.
@@ -58,7 +60,7 @@ def dashboard(
     from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
 
     keep_freed_memory()
-    lm = load_lm(model)
+    lm = load_lm(model, n_heads)
     if dictionary is not None:
         lm.attach(place.tag, dictionary)
     reader = lm[place.tag]
@@ -125,11 +127,13 @@ def _measure(
     """Return what the pages show; `told` is the number of stories of the story world that the rows hold."""
     from tinymodel_jax.analysis.causal_importance import causal_importance
     from tinymodel_jax.analysis.dashboard.build import EFFECTS, SEARCH, gather
+    from tinymodel_jax.analysis.feature_queries import concept_f1
 
-    found = search(reader, rows, partial / SEARCH, lambda starts: clock.track(starts, "search"))
+    found = search(reader, rows, partial / SEARCH, track=lambda starts: clock.track(starts, "search"))
     facts = gather(reader, rows, found, tags, clock.track)
     if told is not None:
-        [f1] = [storyworld_f1(reader, rows, limit) for limit in clock.track([told], "concepts")]
+        truth = storyworld_truth(reader.lm, rows, told)
+        f1 = concept_f1(reader, rows, truth, track=lambda parts: clock.track(parts, "concepts"))
         facts = dataclasses.replace(facts, f1=f1)
     if effects:
         importance = causal_importance(

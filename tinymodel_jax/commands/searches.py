@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.frame import with_progress
+from tinymodel_jax.commands.options import work_file
 from tinymodel_jax.commands.rows import unseen_stories
+
+CONTEXTS = 20
+"""Top contexts of a feature that a search keeps, where no more are asked for."""
 
 if TYPE_CHECKING:
     import numpy as np
 
     from tinymodel_jax.analysis.top_activations import TopActivations
-    from tinymodel_jax.lm import FeatureReader
+    from tinymodel_jax.lm import FeatureReader, TinyModel
 
 
 def with_search_bar(starts: Sequence[int]) -> Iterable[int]:
@@ -25,37 +29,43 @@ def search(
     reader: FeatureReader,
     rows: np.ndarray,
     out: Path | None,
+    n_contexts: int = 1,
     track: Callable[[Sequence[int]], Iterable[int]] = with_search_bar,
 ) -> TopActivations:
     """Return the result in a file, or search and write it; a stopped search goes on.
 
-    Raises:
-        FileNotFoundError: the file's folder is not there.
-        ValueError: the file is damaged or of another search.
-    """
-    from tinymodel_jax.analysis.top_activations import fingerprints, load_top_activations, top_activations
+    Args:
+        out: the file; `options.check_output` has seen it.
+        n_contexts: top contexts of a feature that are needed; a row has one.
 
+    Raises:
+        ValueError: the file is damaged, of another search, or has fewer contexts.
+    """
+    from tinymodel_jax.analysis.top_activations import load_top_activations, search_fingerprints, top_activations
+
+    needed = min(n_contexts, len(rows))
     if out is not None and out.exists():
         found = load_top_activations(out)
-        now = {"tag": reader.site.tag, **fingerprints(reader, rows)}
+        now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
         changed = [name for name, value in now.items() if getattr(found, name) != value]
         if changed:
             what = ", ".join(changed)
             raise ValueError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
+        if (held := found.top.row.shape[1]) < needed:
+            raise ValueError(
+                f"--out {out} holds {held} contexts of a feature, not {needed}; name another file, or delete it."
+            )
         return found
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first.")
-    work = None if out is None else out.with_name(f"{out.name}.work")
-    found = top_activations(reader.lm, reader.site.tag, rows, work=work, progress=track)
-    if out is not None:
+    work = work_file(out)
+    found = top_activations(reader.lm, reader.site.tag, rows, k=max(CONTEXTS, needed), work=work, progress=track)
+    if out is not None and work is not None:
         found.save(out)
+        work.unlink(missing_ok=True)  # only now: until the result is written, it is all there is of the search
     return found
 
 
-def storyworld_f1(reader: FeatureReader, rows: np.ndarray, limit: int) -> np.ndarray:
-    """Return how well each feature tells each concept (n_features, concepts), on rows of `limit` unseen stories."""
-    from tinymodel_jax.analysis.feature_queries import concept_f1
+def storyworld_truth(lm: TinyModel, rows: np.ndarray, limit: int) -> np.ndarray:
+    """Return where each concept holds, (rows, seq, concepts), in rows of `limit` unseen stories."""
     from tinymodel_jax.bundled.storyworld import labels
 
-    truth = labels(unseen_stories(reader.lm, limit), reader.lm.tokenizer, width=rows.shape[1], max_length=rows.shape[1])
-    return concept_f1(reader, rows, truth)
+    return labels(unseen_stories(lm, limit), lm.tokenizer, width=rows.shape[1], max_length=rows.shape[1])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.options import check_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.sites import Site
 
@@ -103,8 +104,7 @@ def _check(
         raise ValueError(
             "--data measures every feature turned off: it takes no prompt, --features, --readout or --kind."
         )
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}.")
+    check_output("--out", out)
 
 
 def _effects(
@@ -180,11 +180,13 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
         return with_progress(left, "ablating")
 
     rows = open_rows(lm, data, limit)
-    work_file = None if out is None else out.with_name(f".{out.name}.work")
-    found = causal_importance(lm, site, rows, work_file=work_file, track=track)
+    work = work_file(out)
+    found = causal_importance(lm, site, rows, work_file=work, track=track)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(found)}
     if out is not None:
         replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
+    if work is not None:
+        work.unlink(missing_ok=True)  # only now: until the table is written, it is all there is of the work
     if json:
         print_json(table)
         return

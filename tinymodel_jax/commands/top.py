@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.options import check_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
-from tinymodel_jax.commands.searches import search, storyworld_f1
+from tinymodel_jax.commands.searches import search, storyworld_truth
 from tinymodel_jax.sites import Site
-
-if TYPE_CHECKING:
-    pass
 
 
 def top(
     *,
     site: str,
-    model: str = "tiny_model",
+    model: str = "mini",
     data: str = STORY_WORLD,
     limit: int = 200,
     feature: int | None = None,
@@ -28,6 +26,7 @@ def top(
     concept: str | None = None,
     top: int = 10,
     dictionary: Path | None = None,
+    n_heads: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     json: bool = False,
 ) -> None:
@@ -43,11 +42,15 @@ def top(
         concept: list features by how well they tell this concept of the story world (F1 at the best threshold).
         top: features, or contexts of the one, that are shown.
         dictionary: folder or file to use at the site, instead of the model's own or published one.
+        n_heads: attention heads of a file whose width is not the published 768.
         out: file of the search's result: read if it is there, else written; a stopped search goes on.
         json: print a JSON object a line.
     """
     place, of_tag = Site.parse(site)
+    if of_tag is not None and feature is not None:
+        raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
+    check_output("--out", out)
     _check_options(top, (chosen, contains, concept), data, concept)
     if dictionary is not None and not dictionary.exists():
         raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
@@ -56,21 +59,21 @@ def top(
     from tinymodel_jax.dictionary import resolve_indices
 
     keep_freed_memory()
-    lm = load_lm(model)
+    lm = load_lm(model, n_heads)
     if dictionary is not None:
         lm.attach(place.tag, dictionary)
     reader = lm[place.tag]
     if chosen is not None:
         chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))
     rows = open_rows(lm, data, limit)
-    found = search(reader, rows, out)
-    f1 = storyworld_f1(reader, rows, limit) if data == STORY_WORLD else None
+    found = search(reader, rows, out, 1 if chosen is None else top)
+    truth = storyworld_truth(lm, rows, limit) if data == STORY_WORLD else None
     if chosen is None:
-        order, why = views.ranked(lm, found, rows, f1, contains, concept)
-        records = views.feature_records(lm, found, rows, f1, order[:top], why)
+        order, why = views.ranked(reader, found, rows, truth, contains, concept)
+        records = views.feature_records(reader, found, rows, truth, order[:top], why)
         show: Any = views.print_features
     else:
-        records = [views.feature_record(lm, found, rows, f1, chosen, top)]
+        records = [views.feature_record(reader, found, rows, truth, chosen, top)]
         show = views.print_feature
     if json:
         for record in records:

@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tinymodel_jax.analysis.contexts import Contexts
-from tinymodel_jax.analysis.feature_queries import context_window, share_on_text, token_texts
+from tinymodel_jax.analysis.feature_queries import concept_f1, context_window, share_on_text, token_texts
 from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.analysis.top_activations import EDGES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.commands.frame import with_progress
+from tinymodel_jax.lm import FeatureReader, TinyModel
 
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 BANDS, OF_A_BAND = 5, 2
@@ -27,44 +28,49 @@ BAR = 40
 
 
 def ranked(
-    lm: TinyModel,
+    reader: FeatureReader,
     found: TopActivations,
     rows: np.ndarray,
-    f1: np.ndarray | None,
+    truth: np.ndarray | None,
     contains: str | None,
     concept: str | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return features in the order of what was asked for, and the number they are ordered by; by density if nothing."""
+    """Return features in the order of what was asked for, and the number they are ordered by; by density if nothing.
+
+    Args:
+        truth: `storyworld_truth`, where it is known.
+    """
     if concept is not None:
-        assert f1 is not None
-        score = f1[:, list(CONCEPTS).index(concept)]
-    elif contains is not None:
-        score = share_on_text(found, rows, token_texts(lm), contains)
-        order = np.lexsort((-found.density, -score))
-        order = order[score[order] > 0]
-        if not len(order):
-            raise ValueError(
-                f"--contains {contains!r}: no feature's top contexts peak on it; read more rows (--limit)."
-            )
-        return order, score
-    else:
+        assert truth is not None
+        one = list(CONCEPTS).index(concept)
+        score = concept_f1(reader, rows, truth[..., [one]], track=lambda parts: with_progress(list(parts), "telling"))[
+            :, 0
+        ]
+        return np.argsort(-score, kind="stable"), score
+    if contains is None:
         return np.argsort(-found.density, kind="stable"), None
-    return np.argsort(-score, kind="stable"), score
+    score = share_on_text(found, rows, token_texts(reader.lm), contains)
+    order = np.lexsort((-found.density, -score))
+    order = order[score[order] > 0]
+    if not len(order):
+        raise ValueError(f"--contains {contains!r}: no feature's top contexts peak on it; read more rows (--limit).")
+    return order, score
 
 
 def feature_records(
-    lm: TinyModel,
+    reader: FeatureReader,
     found: TopActivations,
     rows: np.ndarray,
-    f1: np.ndarray | None,
+    truth: np.ndarray | None,
     features: np.ndarray,
     score: np.ndarray | None,
 ) -> list[dict[str, Any]]:
     """Return what is known of features, in a line each."""
+    lm, known = reader.lm, _known(reader, rows, truth, features)
     effects = logit_effects(lm, found.tag, min(5, lm.config.d_vocab), features)
     records = []
     for place, feature in enumerate(features):
-        record = _numbers(found, f1, int(feature))
+        record = _numbers(found, int(feature)) | known[place]
         if score is not None:
             record["score"] = round(float(score[feature]), 4)
         record["top_token"] = _usual_token(lm, found, rows, int(feature))
@@ -74,10 +80,11 @@ def feature_records(
 
 
 def feature_record(
-    lm: TinyModel, found: TopActivations, rows: np.ndarray, f1: np.ndarray | None, feature: int, top: int
+    reader: FeatureReader, found: TopActivations, rows: np.ndarray, truth: np.ndarray | None, feature: int, top: int
 ) -> dict[str, Any]:
     """Return all that is known of one feature."""
-    effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), np.array([feature]))
+    lm, alone = reader.lm, np.array([feature])
+    effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), alone)
     words = {
         kind: [
             {"token": _word(lm, token), "effect": round(effect, 4)}
@@ -90,7 +97,8 @@ def feature_record(
     shown = found.histogram[feature]
     partners = zip(found.partners[feature], found.correlation[feature], strict=True)
     return {
-        **_numbers(found, f1, feature),
+        **_numbers(found, feature),
+        **_known(reader, rows, truth, alone)[0],
         "quantiles": {str(share): round(float(found.quantile(share)[feature]), 4) for share in QUANTILES},
         "histogram": [{"from": float(EDGES[i]), "tokens": int(shown[i])} for i in np.flatnonzero(shown)],
         "contexts": _contexts(lm, rows, found.top, feature, top),
@@ -146,14 +154,22 @@ def _print_contexts(console: Console, title: str, contexts: Sequence[dict[str, A
         console.print(f"  {one['activation']:7.3f}  {before}[reverse bold]«{peak}»[/]{after}", soft_wrap=True)
 
 
-def _numbers(found: TopActivations, f1: np.ndarray | None, feature: int) -> dict[str, Any]:
+def _numbers(found: TopActivations, feature: int) -> dict[str, Any]:
     record: dict[str, Any] = {"site": found.tag, "feature": feature}
     for name in ("density", "mean", "largest"):
         record[name] = round(float(getattr(found, name)[feature]), 6)
-    if f1 is not None:
-        best = int(f1[feature].argmax())
-        record |= {"concept": list(CONCEPTS)[best], "f1": round(float(f1[feature, best]), 4)}
     return record
+
+
+def _known(
+    reader: FeatureReader, rows: np.ndarray, truth: np.ndarray | None, features: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the concept that each feature tells best; nothing where the truth is not known."""
+    if truth is None:
+        return [{} for _ in features]
+    f1 = concept_f1(reader, rows, truth, features)
+    best, names = f1.argmax(axis=1), list(CONCEPTS)
+    return [{"concept": names[c], "f1": round(float(of_one[c]), 4)} for c, of_one in zip(best, f1, strict=True)]
 
 
 def _contexts(lm: TinyModel, rows: np.ndarray, contexts: Contexts, feature: int, n: int) -> list[dict[str, Any]]:
