@@ -1,5 +1,8 @@
 """Sweeps over features equal single interventions written by hand, however they are chunked."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +73,26 @@ def test_each_strength_of_steering_is_the_single_one(lm, row):
         hooks = interventions.steer("blocks.1.hook_mlp_out", 2.0 * directions[feature])
         found = [float(x[place, 2]) for x in (effects.kl, effects.loss, effects.next_logprob)]
         assert found == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
+
+
+def test_in_bfloat16_the_unembedding_is_the_rounded_one_that_the_model_computes_with(lm, row):
+    # eighths, which bfloat16 adds exactly, so that only W_U is rounded
+    eighths = {name: jnp.round(lm.params[name] * 8) / 8 for name in ("W_E", "W_pos")}
+    blocks = {name: jax.tree.map(jnp.zeros_like, lm.params[name]) for name in ("blocks_0", "blocks_1")}
+    config = dataclasses.replace(lm.config, dtype="bfloat16")
+    half = TinyModel.from_params(config, {**lm.params, **eighths, **blocks})
+    vectors = np.random.default_rng(0).integers(-1, 2, (8, 16)).astype(np.float32) / 8
+    effects = sweeps.steer(half, "Mo1", row, 1.0, vectors=vectors, next_ids=[3])
+    for place, vector in enumerate(vectors):
+        hooks = interventions.steer("blocks.1.hook_mlp_out", jnp.asarray(vector, jnp.bfloat16))
+        assert measured(effects, place) == pytest.approx(by_hand(half, row, hooks, [3]), abs=F32)
+
+
+def test_the_smallest_and_the_largest_kl_are_exact(lm, row):
+    direction = np.eye(16, dtype=np.float32)[:1]
+    kl = sweeps.steer(lm, "Mo1", row, [1e-5, 1e-3, 1e4], vectors=direction).kl[0]
+    assert kl[0] / kl[1] == pytest.approx(1e-4, rel=0.02)  # KL of a small change is quadratic in it
+    assert np.isfinite(kl[2])
 
 
 def test_vectors_steer_where_no_dictionary_is(lm, row):

@@ -8,7 +8,8 @@ on each position by itself.
 
 There is no layer norm, so the change of the logits is the change of the final residual stream times W_U:
 
-    KL of a position = log E[exp(change)] - E[change],  E over the model's own next-token distribution
+    KL of a position = log E[exp(c)],  c = change - E[change],  E over the model's own next-token distribution
+                     = log(1 + E[exp(c) - 1 - c]),  the same without cancellation: no term is negative
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Clean(NamedTuple):
     final: Float[Array, "batch seq d_model"]
     logprobs: Float[Array, "batch seq d_vocab"]
     expected: Float[Array, "batch seq d_model"]
-    """Mean column of W_U under the next-token distribution."""
+    """Mean column of W_U, as the model computes with it, under the next-token distribution."""
     sources: tuple[Array, ...]
     """Values at the hook points that were asked for."""
 
@@ -144,7 +145,7 @@ def _clean_pass(
         keys_values=tuple((acts[k], acts[v]) for k, v in keys_values),
         final=acts[final],
         logprobs=logprobs,
-        expected=jnp.exp(logprobs) @ params["W_U"].T.astype(logprobs.dtype),
+        expected=jnp.exp(logprobs) @ _unembedding(params, config).T,
         sources=tuple(acts[name] for name in sources),
     )
 
@@ -173,7 +174,9 @@ def _effects(
     keep = () if readout_config is None else (readout_config.hook_in,)
     final, values = _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
-    effects = _compare(params, upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:]))
+    effects = _compare(
+        _unembedding(params, config), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
+    )
     if readout_config is None:
         return effects, None
     assert readout is not None
@@ -235,28 +238,45 @@ def _changed_pass(
     return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
 
 
+def _unembedding(params: Params, config: ModelConfig) -> Float[Array, "d_model d_vocab"]:
+    """Return W_U in float32, rounded to the dtype that the model computes in."""
+    return params["W_U"].astype(config.dtype).astype(jnp.float32)
+
+
 def _compare(
-    params: Params, clean: Clean, weights: Weights, final: Float[Array, "n batch length d_model"]
+    W_U: Float[Array, "d_model d_vocab"],
+    clean: Clean,
+    weights: Weights,
+    final: Float[Array, "n batch length d_model"],
 ) -> Float[Array, "3 n"]:
     """Return the three effects; everything is of the last `length` positions."""
-    W_U = params["W_U"]
     moved = final - clean.final
     rows = moved.reshape(-1, moved.shape[-1])
     logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
-    total = jax.nn.logsumexp(logits.reshape(*moved.shape[:-1], -1) + clean.logprobs, axis=-1)  # log E[exp(change)]
     moved = moved.astype(jnp.float32)
+    mean = jnp.einsum("nbsd,bsd->nbs", moved, clean.expected)
+    kl = _log_mean_exp(logits.reshape(*moved.shape[:-1], -1) - mean[..., None], clean.logprobs)
 
     def token_change(ids: Int[Array, "batch positions"]) -> Array:
-        columns = W_U.T[ids].astype(jnp.float32)
-        return jnp.einsum("nbsd,bsd->nbs", moved, jnp.broadcast_to(columns, moved.shape[1:])) - total
+        columns = jnp.broadcast_to(W_U.T[ids], moved.shape[1:])
+        return jnp.einsum("nbsd,bsd->nbs", moved, columns) - mean - kl
 
-    kl = total - jnp.einsum("nbsd,bsd->nbs", moved, clean.expected)
     measured = (
         (kl, weights.real),
         (-token_change(weights.targets), weights.loss),
         (token_change(weights.next_ids), weights.last),
     )
     return jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
+
+
+def _log_mean_exp(
+    change: Float[Array, "n batch length d_vocab"], logprobs: Float[Array, "batch length d_vocab"]
+) -> Float[Array, "n batch length"]:
+    """Return log E[exp(change)] of changes of mean 0: exact to rounding when small, and finite when large."""
+    large = jax.nn.logsumexp(change + logprobs, axis=-1)
+    limited = jnp.minimum(change, 80.0)  # exp of more overflows float32; `large` is what counts then
+    small = jnp.log1p(jnp.sum(jnp.exp(logprobs) * (jnp.expm1(limited) - limited), axis=-1))
+    return jnp.where(large > 1, large, small)
 
 
 _STATIC = ("config", "entry", "length", "readout_config", "sharding")
