@@ -1,5 +1,7 @@
 """Measuring dictionaries in the model: what CE recovered and the other numbers are for known dictionaries."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,36 @@ def test_a_spliced_model_is_measured_as_it_is(model, tok_ids):
     zero, _ = spliced.run_with_hooks(tok_ids, {"blocks.0.hook_resid_pre": Scale(0.0)})
     losses = -np.take_along_axis(np.asarray(zero)[:, :-1], tok_ids[:, 1:, None], axis=-1)[..., 0]
     assert below.ce_zero_ablated == pytest.approx(losses[tok_ids[:, 1:] != PAD].mean(), abs=F32)
+
+
+def test_every_number_is_over_the_same_rows(model, tok_ids):
+    dictionary = transcoder("M1", 20, 4)
+    alone = np.full((1, 12), PAD, np.int32)
+    alone[0, 0] = 3  # counted as a token, but without one to predict
+    (found,) = evaluate(model, [dictionary], np.concatenate([tok_ids, alone]))
+    assert found.l0 == pytest.approx(found.frequency.sum(), rel=1e-6)
+    assert_equal_evaluations(found, *evaluate(model, [dictionary], tok_ids), tolerance=1e-6)
+
+
+def test_a_bfloat16_model_s_means_are_summed_in_float32(params, tok_ids):
+    lm = TinyModel.from_params(dataclasses.replace(CONFIG, dtype="bfloat16"), params)
+    ids, name = np.tile(tok_ids, (3, 1))[:16], "blocks.1.hook_attn_out"
+    counted = ids != PAD
+    values = np.asarray(lm.run_with_cache(ids, name)[1][name], np.float64)[counted]
+    found = model_passes.sum_values(lm.params, ids, counted, {}, config=lm.config, places=(name,))[name]
+    np.testing.assert_allclose(found, values.sum(axis=0), rtol=1e-5, atol=1e-4)
+
+
+def test_a_dictionary_of_another_width_or_where_the_model_is_spliced_is_refused(model, tok_ids):
+    config = DictionaryConfig("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", WIDTH, 6, 5)
+    narrow = Dictionary.from_params(config, random_params(param_shapes(config), 0))
+    lm = model.splice([])
+    lm.attach("M0", transcoder("M0", 20, 5))
+    with as_users_run_it():
+        with pytest.raises(ValueError, match=r"6 wide at blocks\.0\.hook_mlp_out, where the model is 8"):
+            evaluate(model, [narrow], tok_ids)
+        with pytest.raises(ValueError, match=r"spliced at blocks\.0\.hook_mlp_out \(M0\)"):
+            evaluate(lm.splice("M0"), [lm["M0"].dictionary], tok_ids)
 
 
 def test_rows_without_a_token_to_predict_and_unknown_places_are_refused(model):

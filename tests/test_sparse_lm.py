@@ -86,6 +86,26 @@ def test_the_bundled_transcoders_make_a_model_that_tells_the_spliced_model_s_sto
     assert sparse.generate("Once upon a time", 20, 0.0) == spliced.generate("Once upon a time", 20, 0.0)
 
 
+def test_one_whole_dictionary_a_layer_is_exported(lm, tok_ids):
+    lm.attach("T1", transcoder(1, 7))
+    np.testing.assert_array_equal(export_sparse_lm(lm, "M1")(tok_ids), export_sparse_lm(lm, ["M1"])(tok_ids))
+    with as_users_run_it():
+        with pytest.raises(ValueError, match="M1 and T1 are dictionaries of one MLP"):
+            export_sparse_lm(lm, ["M1", "T1"])
+        with pytest.raises(ValueError, match="'M1N5' names a feature; name the site, 'M1'"):
+            export_sparse_lm(lm, ["M1N5"])
+        half = TinyModel.from_params(dataclasses.replace(lm.config, dtype="bfloat16"), lm.params)
+        half.attach("M1", transcoder(1, 7))
+        with pytest.raises(ValueError, match="computes in bfloat16"):
+            export_sparse_lm(half, "M1")
+
+
+def test_sites_of_the_sparse_model_may_be_one_tag_but_not_spliced_already(lm, tok_ids):
+    assert evaluate_sparse_model(lm, tok_ids, "M1") == evaluate_sparse_model(lm, tok_ids, ["M1"])
+    with as_users_run_it(), pytest.raises(ValueError, match=r"spliced at blocks\.1\.hook_mlp_out"):
+        evaluate_sparse_model(lm.splice("M1"), tok_ids, "M1")
+
+
 def test_what_is_no_neuron_is_refused(lm):
     with as_users_run_it():
         for options, says in (({"architecture": "topk", "k": 3}, "k largest"), ({"skip": True}, "skip connection")):

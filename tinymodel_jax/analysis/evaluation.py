@@ -8,8 +8,8 @@ added batch by batch and divided once, with intervals over rows (`row_sums.py`).
     CE recovered       = (CE zero-ablated - CE spliced) / (CE zero-ablated - CE clean)
 
 Two passes over the rows: the first takes the mean of y, which explained variance and mean-ablation need. `[PAD]` counts
-nowhere. `[BEGIN]`, which has the same vector in every story, counts in no measure of reconstruction unless asked for;
-cross-entropy and KL are over the positions whose next token is one.
+nowhere, nor does a row without a token to predict. `[BEGIN]`, which has the same vector in every story, counts in no
+measure of reconstruction unless asked for; cross-entropy and KL are over the positions whose next token is one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_with_value, resume_point, sum_values
+from tinymodel_jax.analysis.model_passes import (
+    batches_of,
+    clean_pass,
+    losses_with_value,
+    require_unspliced,
+    resume_point,
+    sum_values,
+)
 from tinymodel_jax.analysis.row_sums import RowSums
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionary import Dictionary, DictionaryParams, encode, predict
-from tinymodel_jax.hook_points import require_hook_names
+from tinymodel_jax.hook_points import hook_width, require_hook_names
 from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import TinyModel
 
-Progress = Callable[[list[Any], str], Iterable[Any]]
+Track = Callable[[list[Any], str], Iterable[Any]]
 """Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
@@ -90,7 +97,7 @@ def evaluate(
     rows: Int[np.ndarray, "rows seq"],
     *,
     count_begin: bool = False,
-    progress: Progress = lambda batches, _: batches,
+    progress: Track = lambda batches, _: batches,
 ) -> list[DictionaryEvaluation]:
     """Measure each dictionary, alone in the model, on the same tokens; several sites may be mixed.
 
@@ -101,11 +108,12 @@ def evaluate(
         progress: shows the progress over batches.
 
     Raises:
-        ValueError: a dictionary's hook points are not the model's, the ids are no valid input, or there is no token to
-            predict.
+        ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
+            the ids are no valid input; or there is no token to predict.
     """
     places = tuple(dict.fromkeys(d.config.hook_out for d in dictionaries))
-    require_hook_names([name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)], lm.config)
+    for dictionary in dictionaries:
+        _check_fits(dictionary.config, lm)
     batches = batches_of(rows, lm.config)
     hooks = lm.splice_hooks()
     means = _means(lm, hooks, batches, places, count_begin, progress)
@@ -131,8 +139,20 @@ def numbers_of(evaluation: Any) -> dict[str, float]:
     return {name: value for name, value in evaluation._asdict().items() if isinstance(value, int | float)}
 
 
+def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
+    names = (config.hook_in, config.hook_out)
+    require_hook_names(names, lm.config)
+    require_unspliced(lm, names)
+    for name, width in zip(names, (config.d_in, config.d_out), strict=True):
+        if width != hook_width(name, lm.config):
+            raise ValueError(
+                f"evaluate: a dictionary is {width} wide at {name}, where the model is {hook_width(name, lm.config)}; "
+                "give dictionaries of this model."
+            )
+
+
 def _means(
-    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, progress: Progress
+    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, progress: Track
 ) -> dict[str, Float[np.ndarray, " d_out"]]:
     """Return the mean over the counted tokens of the value at each place."""
     sums: dict[str, Any] = dict.fromkeys(places, 0.0)
@@ -194,7 +214,8 @@ def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluati
 
 
 def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarray, "batch seq"]:
-    real = ids != config.pad_id
+    # a row without a token to predict counts nowhere, so that all numbers are over the same rows
+    real = (ids != config.pad_id) & np.any(ids[:, 1:] != config.pad_id, axis=1, keepdims=True)
     return real if begin else real & (ids != config.begin_id)
 
 

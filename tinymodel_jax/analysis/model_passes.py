@@ -6,6 +6,7 @@ before; and it takes the value as an argument, so zeros, means and every diction
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.forward import next_token_losses
 from tinymodel_jax.hook_points import BLOCK_HOOKS
 from tinymodel_jax.interventions import Hooks, Replace, combine
+from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import bucket, check_tok_ids
 from tinymodel_jax.transformer import run_with_hooks
 
@@ -50,6 +52,19 @@ def batches_of(rows: Int[np.ndarray, "rows seq"], config: ModelConfig) -> list[I
     return list(padded.reshape(-1, BATCH_ROWS, width))
 
 
+def require_unspliced(lm: TinyModel, names: Sequence[str]) -> None:
+    """Refuse hook points that the model's own splices replace: what is read there is a prediction already.
+
+    Raises:
+        ValueError: one is spliced.
+    """
+    for name in set(names) & set(lm.splice_hooks()):
+        raise ValueError(
+            f"the model is spliced at {name} ({', '.join(lm.spliced)}), so what is there is a prediction already; "
+            "give the model without that splice."
+        )
+
+
 def resume_point(place: str) -> str:
     """Return the residual stream at or before a hook point of a block, from which the rest of the pass follows."""
     if not place.startswith("blocks."):
@@ -76,7 +91,8 @@ def _sum_of_values(
     places: tuple[str, ...],
 ) -> dict[str, Float[Array, " width"]]:
     _, acts = run_with_hooks(params, config, ids, hooks, places)
-    return {name: jnp.sum(jnp.where(counted[..., None], acts[name], 0), axis=(0, 1)) for name in places}
+    counts = counted[..., None]
+    return {n: jnp.sum(jnp.where(counts, acts[n], 0), axis=(0, 1), dtype=jnp.float32) for n in places}
 
 
 def _losses_against(

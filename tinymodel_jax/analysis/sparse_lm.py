@@ -17,15 +17,15 @@ p where p > max(threshold, 0), for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from tinymodel_jax.analysis.evaluation import Progress
-from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_against
+from tinymodel_jax.analysis.evaluation import Track
+from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_against, require_unspliced
 from tinymodel_jax.analysis.row_sums import RowSums
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionary import Dictionary, DictionaryParams
@@ -72,9 +72,9 @@ def mlp_tags(lm: TinyModel) -> tuple[str, ...]:
 def evaluate_sparse_model(
     lm: TinyModel,
     rows: Int[np.ndarray, "rows seq"],
-    tags: Iterable[str] | None = None,
+    tags: str | Iterable[str] | None = None,
     *,
-    progress: Progress = lambda batches, _: batches,
+    progress: Track = lambda batches, _: batches,
 ) -> SparseModelEvaluation:
     """Measure the model that runs through several dictionaries at once, with and without their errors.
 
@@ -83,10 +83,11 @@ def evaluate_sparse_model(
         tags: sites; None is the transcoders of all MLPs.
 
     Raises:
-        ValueError: a site has no dictionary, or the rows hold no token to predict.
+        ValueError: a site has no dictionary, the model is spliced there, or the rows hold no token to predict.
     """
-    tags = mlp_tags(lm) if tags is None else tuple(tags)
+    tags = _named(lm, tags)
     places = {lm[tag].dictionary.config.hook_out for tag in tags}
+    require_unspliced(lm, tuple(places))
     variants: list[Hooks] = [
         lm.splice(tags).splice_hooks(),
         lm.splice(tags, include_error=True).splice_hooks(),
@@ -104,7 +105,7 @@ def evaluate_sparse_model(
     return SparseModelEvaluation(**{name: estimate.value for name, estimate in found.items()}, margins=margins)
 
 
-def export_sparse_lm(lm: TinyModel, tags: Iterable[str] | None = None) -> TinyModel:
+def export_sparse_lm(lm: TinyModel, tags: str | Iterable[str] | None = None) -> TinyModel:
     """Return a model whose MLPs are transcoders: its neurons are features, its log-probabilities the spliced model's.
 
     MLPs without a transcoder keep their neurons. Where layers differ in size, silent neurons are added at the end.
@@ -113,10 +114,16 @@ def export_sparse_lm(lm: TinyModel, tags: Iterable[str] | None = None) -> TinyMo
         tags: sites of transcoders (`M0`, `T2`); None is those of all MLPs.
 
     Raises:
-        ValueError: a site has no dictionary or is no MLP's, a dictionary is no set of neurons (topk, skip), or the
-            model is spliced already.
+        ValueError: a site has no dictionary or is no MLP's, two are of one layer, a dictionary is no set of neurons
+            (topk, skip), or the model is spliced already or computes in bfloat16, where neurons are rounded more than
+            features, which are encoded in the dictionary's dtype.
     """
-    tags = mlp_tags(lm) if tags is None else tuple(tags)
+    tags = _named(lm, tags)
+    if lm.config.dtype != "float32":
+        raise ValueError(
+            f"export_sparse_lm: the model computes in {lm.config.dtype}, where its neurons would not be the features; "
+            "load it with dtype='float32'."
+        )
     if lm.spliced:
         raise ValueError(
             f"export_sparse_lm: the model is spliced at {', '.join(lm.spliced)}; give the model itself, and the sites "
@@ -124,6 +131,7 @@ def export_sparse_lm(lm: TinyModel, tags: Iterable[str] | None = None) -> TinyMo
         )
     layers = {layer: dict(lm.params[f"blocks_{layer}"]["mlp"]) for layer in range(lm.config.n_layers)}
     for tag in tags:
+        _require_one_dictionary_a_layer(tag, tags)
         layers[Site.parse(tag)[0].layer] = _neurons(lm[tag].dictionary, tag)
     activation = "jumprelu" if any("threshold" in mlp for mlp in layers.values()) else "relu"
     width = max(len(mlp["b_in"]) for mlp in layers.values())
@@ -134,6 +142,22 @@ def export_sparse_lm(lm: TinyModel, tags: Iterable[str] | None = None) -> TinyMo
         params[f"blocks_{layer}"] = {**lm.params[f"blocks_{layer}"], "mlp": _padded(mlp, width)}
     config = dataclasses.replace(lm.config, d_mlp=width, mlp_activation=activation)
     return lm.with_params(config, params)
+
+
+def _named(lm: TinyModel, tags: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return tags without repeats; None is the transcoders of all MLPs."""
+    if tags is None:
+        return mlp_tags(lm)
+    return tuple(dict.fromkeys([tags] if isinstance(tags, str) else tags))
+
+
+def _require_one_dictionary_a_layer(tag: str, tags: Sequence[str]) -> None:
+    site, feature = Site.parse(tag)
+    if feature is not None:
+        raise ValueError(f"export_sparse_lm: {tag!r} names a feature; name the site, {site.tag!r}.")
+    twins = [other for other in tags if Site.parse(other)[0].layer == site.layer]
+    if len(twins) > 1:
+        raise ValueError(f"export_sparse_lm: {' and '.join(twins)} are dictionaries of one MLP; name one of them.")
 
 
 def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
