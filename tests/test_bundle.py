@@ -74,5 +74,7 @@ def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: P
     assert all(path.read_bytes() == content for path, content in made.items())
     lm = TinyModel(tmp_path / "mini")
     assert len(lm.dictionary_tags) == 8
-    assert lm["M3"]([[1, 2, 3]]).shape == (1, 3, 512)
+    n_features = lm["M3"].dictionary.config.n_features
+    assert lm["M3"]([[1, 2, 3]]).shape == (1, 3, n_features)
+    assert 0 < n_features <= 512
     assert "| `A3` |" in (tmp_path / "mini" / "README.md").read_text("utf-8")

@@ -23,7 +23,8 @@ def found(told):
 
 def test_every_place_is_scored_beside_its_baselines(found):
     assert [r.name for r in found] == ["Ra0", "random Ra0", "M1", "random M1", "neurons 0", "neurons 1"]
-    assert [r.n_units for r in found] == [512] * 6
+    sizes = [TinyModel("mini")[tag].dictionary.config.n_features for tag in ("Ra0", "M1")]
+    assert [r.n_units for r in found] == [sizes[0]] * 2 + [sizes[1]] * 2 + [512] * 2
     assert all(r.scores.f1.shape == (len(storyworld.CONCEPTS),) for r in found)
 
 
