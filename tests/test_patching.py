@@ -5,7 +5,9 @@ import pytest
 from conftest import as_users_run_it
 
 from tinymodel_jax import interventions
+from tinymodel_jax.analysis import patching
 from tinymodel_jax.analysis.patching import patch
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import BLOCK_HOOKS
 
 
@@ -60,6 +62,19 @@ def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm,
     np.testing.assert_allclose(effects[:, :4], 0, atol=1e-4)
     np.testing.assert_allclose(effects[0, 5:], 0, atol=1e-4)
     assert found.clean == pytest.approx(float(lm(prompts[0])[0, -1, 3]), abs=1e-5)
+
+
+def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm, prompts, monkeypatch):
+    full = ModelConfig()
+    assert 1 < patching._places_at_once(full, 256) < 256
+    kinds = ["hook_resid_pre", "attn.hook_z"]
+    whole = patch(lm, prompts[0], prompts[1], kinds, answer=3)
+    for memory in (0, 50_000):
+        monkeypatch.setattr(patching, "MEMORY", memory)
+        parts = patch(lm, prompts[0], prompts[1], kinds, answer=3)
+        for one, other in zip(whole.tables, parts.tables, strict=True):
+            np.testing.assert_allclose(one.effects, other.effects, atol=1e-5)
+    assert patching._places_at_once(lm.config, 11) in range(2, 11)
 
 
 @pytest.mark.slow

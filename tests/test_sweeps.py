@@ -158,6 +158,18 @@ def test_chunks_hold_what_memory_allows():
     assert sweeps._chunk_size(3, 10_000, 8) == 8
 
 
+def test_the_activations_of_a_large_readout_count_in_a_chunk(lm, row, monkeypatch):
+    seen = []
+    size = sweeps._chunk_size
+    monkeypatch.setattr(
+        sweeps, "_chunk_size", lambda n, nbytes, devices: seen.append(nbytes) or size(n, nbytes, devices)
+    )
+    lm.attach("M1", make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=100))
+    sweeps.ablate(lm, "M0", row, [1], readout="M1")
+    sweeps.ablate(lm, "M0", row, [1])
+    assert seen == [4 * 100 * 11, 4 * 23 * 11]
+
+
 def test_inactive_features_are_exactly_zero_and_not_run(lm, row, compilations, monkeypatch):
     acts = np.asarray(lm["M1"](row))
     inactive = np.flatnonzero((acts == 0).all(axis=(0, 1)))
@@ -207,6 +219,11 @@ def test_what_does_not_fit_is_refused_in_one_line(lm, row):
         "value=nan; expected a finite number": lambda: sweeps.clamp(lm, "M1", row, np.nan),
         "boolean mask of shape": lambda: sweeps.ablate(lm, "M1", row, positions=[1, 2]),
         "a row has no token": lambda: sweeps.ablate(lm, "M1", [[lm.config.pad_id] * 3]),
+        "readout 'M1N3' names a feature": lambda: sweeps.ablate(lm, "M0", row, readout="M1N3"),
+        r"'M9': layer 9 does not exist; the layers are 0\.\.1": lambda: sweeps.ablate(lm, "M9", row),
+        "every row needs at least one": lambda: sweeps.ablate(lm, "M1", np.zeros((0, 5), int)),
+        "vectors are no numbers": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=[[1.0], [1.0, 2.0]]),
+        "an effect is not finite": lambda: sweeps.steer(lm, "M0", row, 3e38, [1]),
         "does not change": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
         r"vectors has shape \(16,\)": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=np.ones(16)),
         "features and vectors": lambda: sweeps.steer(lm, "M1", row, 1.0, [1], vectors=np.ones((1, 16))),

@@ -46,7 +46,10 @@ def attribute(
 ) -> Attribution:
     """Estimate the effect of ablating each feature on the loss or on the log-probability of `next_ids`.
 
-    Arguments and errors as `sweeps.ablate`, whose `loss` and `next_logprob` are estimated.
+    Arguments as `sweeps.ablate`, whose `loss` and `next_logprob` are estimated.
+
+    Raises:
+        ValueError: as `sweeps.ablate`; or the measure is another.
     """
     if measure not in ("loss", "next_logprob"):
         raise ValueError(f"attribute: measure={measure!r}; it is 'loss' or 'next_logprob'.")

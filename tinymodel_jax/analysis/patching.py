@@ -1,7 +1,8 @@
 """Activation patching: which values of a clean run bring its answer back when they are put into a corrupted run.
 
-Every layer and every position of a kind of hook point, or every head where there are heads, is patched by itself, all
-in one compiled call a kind. The metric is that of the field, 0 for the corrupted run and 1 for the clean one:
+Every layer and every position of a kind of hook point, or every head where there are heads, is patched by itself, in
+one compiled call a kind, as many at once as memory allows. The metric is that of the field, 0 for the corrupted run and
+1 for the clean one:
 
     effect = (metric patched - metric corrupted) / (metric clean - metric corrupted)
 
@@ -27,6 +28,8 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import check_tok_ids
 from tinymodel_jax.transformer import Params, Transformer, run_with_hooks
 
+MEMORY = 2**28
+"""Bytes that the widest values of the passes that run at once may take."""
 KINDS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 """What is patched unless others are named."""
 _HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
@@ -78,7 +81,10 @@ def patch(
     hooks = lm.splice_hooks()
     tables, ends = [], np.zeros(2, np.float32)
     for kind in dict.fromkeys(kinds):
-        effects, ends = _patch_kind(lm.params, rows, jnp.asarray(tokens), hooks, config=lm.config, kind=kind)
+        at_once = _places_at_once(lm.config, rows[0].shape[1])
+        effects, ends = _patch_kind(
+            lm.params, rows, jnp.asarray(tokens), hooks, config=lm.config, kind=kind, at_once=at_once
+        )
         ends = np.asarray(ends)
         if abs(ends[0] - ends[1]) < 1e-6:
             raise ValueError(
@@ -97,6 +103,7 @@ def _patch_rows(
     *,
     config: ModelConfig,
     kind: str,
+    at_once: int,
 ) -> tuple[Float[Array, "n_layers n"], Float[Array, "2"]]:
     """Return the normalised effects, and the metric of the clean and the corrupted run."""
     names = [f"blocks.{layer}.{kind}" for layer in range(config.n_layers)]
@@ -118,10 +125,15 @@ def _patch_rows(
             return run(rows[1], {name: Replace(jnp.where(chosen, good[name], bad[name]))})[0]
 
         places = jnp.arange(good[name].shape[axis])
-        return jax.vmap(one)(places)
+        return jax.lax.map(one, places, batch_size=min(at_once, len(places)))
 
     effects = jnp.stack([patched(name) for name in names])
     return (effects - corrupted) / (clean - corrupted), jnp.stack([clean, corrupted])
+
+
+def _places_at_once(config: ModelConfig, seq: int) -> int:
+    """Return how many passes of one row fit in `MEMORY`, by what a block keeps of it: scores, neurons, streams."""
+    return max(1, MEMORY // (4 * seq * (2 * config.n_heads * seq + config.d_mlp + 4 * config.d_model)))
 
 
 def _metric(logits: Float[Array, " d_vocab"], tokens: Int[Array, " tokens"]) -> Float[Array, ""]:
@@ -156,4 +168,4 @@ def _tokens(answer: int, wrong: int | None, d_vocab: int) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-_patch_kind = fast_jit(_patch_rows, static_argnames=("config", "kind"))
+_patch_kind = fast_jit(_patch_rows, static_argnames=("config", "kind", "at_once"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from tinymodel_jax.analysis.upper_layers import Clean, Entry, Weights, clean_pass, comes_after, entry_of
 from tinymodel_jax.compilation import fast_jit
@@ -22,9 +23,9 @@ from tinymodel_jax.sites import Site
 class SweepInput(NamedTuple):
     """A prompt, its clean pass, and how its positions count."""
 
-    ids: np.ndarray
-    mask: np.ndarray
-    """(batch, seq), where the intervention acts."""
+    ids: Int[np.ndarray, "batch seq"]
+    mask: Bool[np.ndarray, "batch seq"]
+    """Where the intervention acts."""
     clean: Clean
     entry: Entry
     weights: Weights
@@ -39,16 +40,26 @@ def prepare(
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
 ) -> SweepInput:
-    """Check the arguments of a sweep at a site, and run the clean pass."""
+    """Check the arguments of a sweep at a site, and run the clean pass.
+
+    Where the model is spliced at the site itself, a dictionary reads what the splice wrote, as an edit there does.
+
+    Raises:
+        ValueError: a tag names a feature or no dictionary, or an argument does not fit the rows.
+    """
     site, feature = Site.parse(tag)
     if feature is not None:
         raise ValueError(f"sweep: {tag!r} names a feature; name the site, {site.tag!r}, and features=[{feature}].")
+    if site.layer >= lm.config.n_layers:
+        raise ValueError(f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{lm.config.n_layers - 1}.")
     ids = check_tok_ids(tok_ids, lm.config)
     real = ids != lm.config.pad_id
-    if not real.any(axis=1).all() or ids.shape[1] == 0:
+    if not ids.size or not real.any(axis=1).all():
         raise ValueError("sweep: a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.hook_out)
     reader = None if readout is None else lm[readout]
+    if reader is not None and reader.feature is not None:
+        raise ValueError(f"sweep: readout {readout!r} names a feature; name the site, {reader.site.tag!r}.")
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited, lm.config):
         raise ValueError(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, which {tag} does not change; "
@@ -77,8 +88,14 @@ def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence
     return Weights(*map(jnp.asarray, (*shares, targets, chosen.astype(np.int32)[:, None])))
 
 
-def activations(lm: TinyModel, tag: str, prepared: SweepInput, features: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chosen features and their activations where the intervention acts, (n, batch, seq)."""
+def activations(
+    lm: TinyModel, tag: str, prepared: SweepInput, features: Any
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n batch seq"]]:
+    """Return the chosen features and their activations where the intervention acts.
+
+    Raises:
+        ValueError: a feature is out of range, or the tag has no dictionary.
+    """
     dictionary = lm[tag].dictionary
     n_features = dictionary.config.n_features
     indices = None if features is None else np.atleast_1d(resolve_indices(features, n_features))
@@ -90,8 +107,8 @@ def activations(lm: TinyModel, tag: str, prepared: SweepInput, features: Any) ->
     return active, acts[active]
 
 
-def decoder_rows(lm: TinyModel, tag: str, features: np.ndarray) -> np.ndarray:
-    """Return the directions that features write, (n, width)."""
+def decoder_rows(lm: TinyModel, tag: str, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:
+    """Return the directions that features write."""
     return np.asarray(lm[tag].dictionary.params["W_dec"], np.float32)[features]
 
 
@@ -107,8 +124,12 @@ def _mask(positions: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.broadcast_to(mask, shape)
 
 
-def finite(name: str, numbers: Any, ndim: int) -> np.ndarray:
-    """Return numbers as a float32 array of at most `ndim` axes."""
+def finite(name: str, numbers: Any, ndim: int) -> Float[np.ndarray, "*axes"]:
+    """Return numbers as a float32 array of at most `ndim` axes.
+
+    Raises:
+        ValueError: they are no finite numbers, none, or have more axes.
+    """
     try:
         array = np.asarray(numbers, np.float32)
     except (TypeError, ValueError):
@@ -119,11 +140,18 @@ def finite(name: str, numbers: Any, ndim: int) -> np.ndarray:
     return array
 
 
-def as_vectors(vectors: Any, features: Any, width: int) -> np.ndarray:
-    """Return vectors as a float32 array (n, width)."""
+def as_vectors(vectors: Any, features: Any, width: int) -> Float[np.ndarray, "n width"]:
+    """Return vectors as a float32 array.
+
+    Raises:
+        ValueError: they are no finite numbers of that shape, or features are named, too.
+    """
     if features is not None:
         raise ValueError("sweep: features and vectors do not go together; vectors are added as they are.")
-    array = np.asarray(vectors, np.float32)
+    try:
+        array = np.asarray(vectors, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sweep: vectors are no numbers of shape (n, {width}): {error}.") from error
     if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
         raise ValueError(f"sweep: vectors has shape {array.shape}; expected finite numbers of shape (n, {width}).")
     return array

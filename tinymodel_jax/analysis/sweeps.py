@@ -24,7 +24,8 @@ from tinymodel_jax.analysis.upper_layers import Changes, effects_of_changes
 from tinymodel_jax.lm import TinyModel
 
 MEMORY, SMALL = 2**28, 2**24
-"""Bytes that the logits of a chunk may take, and those below which dividing it further gains nothing."""
+"""Bytes that the logits (or a readout's activations) of a chunk may take, and those below which dividing it further
+gains nothing."""
 CHUNKS = 8
 """Chunks that interventions are divided into, so that each runs on the positions it needs, where that gains."""
 LENGTHS = 8
@@ -73,7 +74,8 @@ def ablate(
         readout: site of another dictionary, further up, whose features' changes are reported.
 
     Raises:
-        ValueError: a feature is out of range, the tag has no dictionary, or an argument does not fit the rows.
+        ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
+            effect is not finite.
     """
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
     chosen, acts = activations(lm, tag, prepared, features)
@@ -145,11 +147,16 @@ def _sweep(
     of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
     found = np.zeros((3, len(flat)), np.float32)
     top = 0 if prepared.readout is None else min(READOUT_TOP, prepared.readout.config.n_features)
+    widest = max(lm.config.d_vocab, 0 if prepared.readout is None else prepared.readout.config.n_features)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
-    for items, size, length in _chunks(flat, lm.config.d_vocab):
+    for items, size, length in _chunks(flat, widest):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
         effects, moved = _run(lm, prepared, changes, length)
         found[:, items] = np.asarray(effects)[:, : len(items)]
+        if not np.isfinite(found[:, items]).all():
+            raise ValueError(
+                "sweep: the change is too large for float32: an effect is not finite; take smaller values."
+            )
         if moved is not None:
             order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]
             changed[items], by[items] = order, np.take_along_axis(moved[: len(items)], order, axis=-1)
@@ -157,17 +164,18 @@ def _sweep(
     return FeatureEffects(features, *found.reshape(3, *shape), *read)
 
 
-def _chunks(amounts: Float[np.ndarray, "n batch seq"], d_vocab: int) -> Iterator[tuple[np.ndarray, int, int]]:
+def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yield the interventions of each chunk, the compiled number that holds them, and the last positions they need.
 
-    Those that start early come first, so that a chunk's positions differ little.
+    Those that start early come first, so that a chunk's positions differ little. `widest` is the size of what is held
+    of a position: the vocabulary, or a larger readout dictionary.
     """
     somewhere = (amounts != 0).any(axis=1)
     first = np.where(somewhere.any(axis=1), somewhere.argmax(axis=1), -1)
     left = np.argsort(first, kind="stable")[np.count_nonzero(first < 0) :]
     batch, seq = amounts.shape[1:]
     step = -(-seq // LENGTHS)
-    size = _chunk_size(len(left), 4 * d_vocab * batch * seq, len(jax.devices()))
+    size = _chunk_size(len(left), 4 * widest * batch * seq, len(jax.local_devices()))
     for start in range(0, len(left), size):
         items = left[start : start + size]
         yield items, size, min(seq, -(-(seq - int(first[items[0]])) // step) * step)
@@ -219,5 +227,5 @@ def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> 
 
 
 def _over_devices() -> NamedSharding | None:
-    devices = np.array(jax.devices())
+    devices = np.array(jax.local_devices())
     return None if len(devices) == 1 else NamedSharding(Mesh(devices, ("features",)), PartitionSpec("features"))

@@ -102,7 +102,7 @@ class Changes(NamedTuple):
 
 
 def entry_of(hook_name: str) -> Entry:
-    """Return where changes at a site's hook point enter the stream."""
+    """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream."""
     block, name = hook_name.rsplit(".", 1)
     layer = int(block.split(".")[1])
     at_mlp = name in ("hook_attn_out", "hook_resid_mid")
