@@ -72,6 +72,17 @@ def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, t
     assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json"}
 
 
+def test_prompts_that_go_on_alike_are_compared_by_the_answer_s_log_probability(capsys, no_type_checks):
+    alike = ("patch", "Once upon a time, there was a dog", "Once upon a time, there was a cat", *MINI)
+    assert main([*alike, "--hooks", "hook_mlp_out", "--answer", " named", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["answer"], found["wrong"]) == (" named", None)
+    assert found["clean"] < 0
+    assert main([*alike, "--hooks", "hook_mlp_out", "--answer", " named"]) == 0
+    assert "log-probability of ' named': clean" in capsys.readouterr().out
+    assert "--wrong ' named' is the answer itself" in failure(capsys, *alike, "--answer", " named", "--wrong", " named")
+
+
 def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path):
     picture = tmp_path / "patching.png"
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")

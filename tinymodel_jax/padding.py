@@ -90,6 +90,11 @@ def pad_right(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
     return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad_id)
 
 
+def pad_below(ids: np.ndarray, n_rows: int, pad_id: int) -> np.ndarray:
+    """Add rows of padding up to a number of rows, so that batches have one compiled shape."""
+    return np.pad(ids, ((0, n_rows - len(ids)), (0, 0)), constant_values=pad_id)
+
+
 def cut(array: jax.Array, axes: Iterable[int], length: int) -> jax.Array:
     """Cut axes of a result back to `length`."""
     index = [slice(None)] * array.ndim

@@ -82,7 +82,7 @@ class ActivationSource(Protocol):
         ...
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Measure dictionaries of one place on what was held out."""
+        """Measure dictionaries on what was held out."""
         ...
 
 
@@ -147,7 +147,7 @@ class ModelActivations:
         return site_vectors(context, self._config, batch, self._sites, self._batch_size, key, layout)
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Measure dictionaries of one site on the held-out stories, in float32."""
+        """Measure dictionaries on the held-out stories, all in one pass, in float32."""
         assert self._data is not None
         config = dataclasses.replace(self._config, dtype="float32")
         lm = TinyModel.from_params(config, self.context)

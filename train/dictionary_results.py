@@ -9,7 +9,6 @@ OUT/pareto.png                  L0 against explained variance, and against CE re
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from rich.table import Table
 from tinymodel_jax.analysis.evaluation import numbers_of
 from tinymodel_jax.analysis.report.dictionary_charts import draw_pareto
 from tinymodel_jax.atomic_files import replace_file, replaced
+from tinymodel_jax.commands.frame import finite_or_none
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize
@@ -46,23 +46,24 @@ def write_results(
 ) -> None:
     """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
     out, (recipes, members) = run.folder, sweep
+    names = [(name, index) for name in source.places for index in range(len(members))]
+    dictionaries = []
+    for name, index in names:
+        state, place = _one_member(states[name], index), source.places[name]
+        finished = finalize(state, members[index].recipe(recipes[name]), place.hook_in, place.hook_out)
+        dictionaries.append(Dictionary.from_params(*finished))
     records, written = [], []
-    for name, place in source.places.items():
-        finished = []
-        for index, member in enumerate(members):
-            state = _one_member(states[name], index)
-            finished.append(finalize(state, member.recipe(recipes[name]), place.hook_in, place.hook_out))
-        dictionaries = [Dictionary.from_params(*pair) for pair in finished]
-        for member, dictionary, evaluation in zip(members, dictionaries, source.evaluate(dictionaries), strict=True):
-            folder = f"{name}_{member.name}" if member.name else name
-            record = {
-                "folder": f"dictionaries/{folder}",
-                "site": name,
-                "settings": dict(member.values),
-                "results": {key: _json_number(value) for key, value in numbers_of(evaluation).items()},
-            }
-            records.append(record)
-            written.append((dictionary, record, member.recipe(recipes[name])))
+    for (name, index), dictionary, evaluation in zip(names, dictionaries, source.evaluate(dictionaries), strict=True):
+        member = members[index]
+        folder = f"{name}_{member.name}" if member.name else name
+        record = {
+            "folder": f"dictionaries/{folder}",
+            "site": name,
+            "settings": dict(member.values),
+            "results": {key: finite_or_none(value) for key, value in numbers_of(evaluation).items()},
+        }
+        records.append(record)
+        written.append((dictionary, record, member.recipe(recipes[name])))
 
     def publish() -> None:
         content = {
@@ -134,10 +135,6 @@ def _print_table(records: Sequence[Mapping[str, Any]], out: epath.Path) -> None:
         ]
         table.add_row(Path(record["folder"]).name, *cells)
     Console().print(table)
-
-
-def _json_number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

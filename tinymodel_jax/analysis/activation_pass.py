@@ -20,7 +20,7 @@ from tinymodel_jax.analysis.contexts import Contexts, at_random, by_value, keep_
 from tinymodel_jax.analysis.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.forward import forward
 from tinymodel_jax.lm import FeatureReader
-from tinymodel_jax.padding import check_tok_ids
+from tinymodel_jax.padding import check_tok_ids, pad_below
 
 
 class MeasuredBatch(NamedTuple):
@@ -65,8 +65,7 @@ class ActivationPass:
         """
         tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config)
         n_rows = len(tok_ids)
-        padding = ((0, self.batch - n_rows), (0, 0))
-        tok_ids = np.pad(tok_ids, padding, constant_values=self.lm.config.pad_id)
+        tok_ids = pad_below(tok_ids, self.batch, self.lm.config.pad_id)
         real = tok_ids < self.lm.config.begin_id
         x = self.inputs(tok_ids)
         drawn = (uniform(self.seed, np.arange(first, first + self.batch)) * self.every).astype(np.int32)

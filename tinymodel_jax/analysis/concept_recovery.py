@@ -22,6 +22,7 @@ from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.forward import forward
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.padding import pad_below
 from tinymodel_jax.sites import Site
 
 BATCH = 16
@@ -152,8 +153,8 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     special = tok_ids >= config.begin_id
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, len(told), BATCH):
-        rows, missing = tok_ids[start : start + BATCH], max(0, start + BATCH - len(told))
-        padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=config.pad_id)
+        rows = tok_ids[start : start + BATCH]
+        padded = pad_below(rows, BATCH, config.pad_id)
         _, acts = forward(lm.params, padded, lm.splice_hooks(), config=config, keep=names, output="none")
         for name in names:
             kept = np.asarray(acts[name], np.float32)[: len(rows)]

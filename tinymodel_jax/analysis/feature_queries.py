@@ -13,6 +13,7 @@ from tinymodel_jax.analysis.concepts import CHUNK, best_f1_of_all
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.top_activations import TopActivations
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.padding import pad_below
 
 ROWS_AT_ONCE = 8
 """Rows of a device in one pass of the model."""
@@ -89,8 +90,7 @@ def _inputs(reader: FeatureReader, rows: np.ndarray) -> np.ndarray:
     reading, parts = ActivationPass(reader, rows, batch=ROWS_AT_ONCE, share=0.0, every=1, seed=0), []
     for start in range(0, len(rows), reading.batch):
         ids = np.asarray(rows[start : start + reading.batch], np.int32)
-        missing = ((0, reading.batch - len(ids)), (0, 0))  # one shape for all batches
-        padded = np.pad(ids, missing, constant_values=reader.lm.config.pad_id)
+        padded = pad_below(ids, reading.batch, reader.lm.config.pad_id)
         parts.append(np.asarray(reading.inputs(padded))[: len(ids)])
     return np.concatenate(parts)
 

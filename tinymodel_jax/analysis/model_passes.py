@@ -20,7 +20,7 @@ from tinymodel_jax.forward import next_token_losses
 from tinymodel_jax.hook_points import BLOCK_HOOKS
 from tinymodel_jax.interventions import Hooks, Replace, combine
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.padding import bucket, check_tok_ids
+from tinymodel_jax.padding import bucket, check_tok_ids, pad_below, pad_right
 from tinymodel_jax.transformer import run_with_hooks
 
 BATCH_ROWS = 16
@@ -47,8 +47,8 @@ def batches_of(rows: Int[np.ndarray, "rows seq"], config: ModelConfig) -> list[I
     if not np.any(ids[:, 1:] != config.pad_id):
         raise ValueError("the rows hold no token to predict; give rows of two tokens or more.")
     width = bucket(int(real[-1]) + 1, config.n_ctx)
-    missing = -len(ids) % BATCH_ROWS, max(0, width - ids.shape[1])
-    padded = np.pad(ids, ((0, missing[0]), (0, missing[1])), constant_values=config.pad_id)[:, :width]
+    ids = pad_right(ids, max(width, ids.shape[1]), config.pad_id)[:, :width]
+    padded = pad_below(ids, len(ids) + -len(ids) % BATCH_ROWS, config.pad_id)
     return list(padded.reshape(-1, BATCH_ROWS, width))
 
 

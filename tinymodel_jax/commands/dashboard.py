@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json, with_progress
-from tinymodel_jax.commands.prompts import load_lm
+from tinymodel_jax.commands.options import check_dictionary, parse_sites
+from tinymodel_jax.commands.prompts import load_lm, token_rows
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
 from tinymodel_jax.sites import KINDS, Site
@@ -60,9 +61,7 @@ def dashboard(
     from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
 
     keep_freed_memory()
-    lm = load_lm(model, n_heads)
-    if dictionary is not None:
-        lm.attach(place.tag, dictionary)
+    lm = load_lm(model, n_heads, place.tag, dictionary)
     reader = lm[place.tag]
     tags = _other_tags(lm, place, others)
     rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
@@ -95,21 +94,17 @@ def _check_options(place: Site, feature: int | None, effects: int, dictionary: P
         raise ValueError(f"--site {place.tag}N{feature} names a feature; the pages are about all: --site {place.tag}.")
     if effects < 0:
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
-    if dictionary is not None and not dictionary.exists():
-        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    check_dictionary(dictionary)
 
 
 def _other_tags(lm: TinyModel, place: Site, others: str) -> list[str]:
     """Return the tags of the other dictionaries, checked and loaded."""
-    tags = [tag.strip() for tag in others.split(",") if tag.strip()] or list(lm.dictionary_tags)
-    for tag in tags:
-        if lm[tag].feature is not None:
-            raise ValueError(f"--with {tag} names a feature; name dictionaries, as M0,M1.")
-    return [tag for tag in tags if tag != place.tag]
+    tags = parse_sites("--with", others) or lm.dictionary_tags
+    return [lm[tag].site.tag for tag in tags if tag != place.tag]
 
 
 def _encoded(lm: TinyModel, text: str) -> list[int]:
-    ids = [lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)]
+    (ids,) = token_rows(lm, [text], [], lm.config.n_ctx)
     if not 1 < len(ids) <= lm.config.n_ctx:
         raise ValueError(f"--text {text[:30]!r} has {len(ids) - 1} tokens; a page takes 1 to {lm.config.n_ctx - 1}.")
     return ids

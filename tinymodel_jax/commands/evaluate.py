@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.atomic_files import replace_file
-from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
+from tinymodel_jax.commands.options import parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.sites import Site
@@ -59,7 +59,7 @@ def evaluate(
         n_heads: attention heads of a file whose width is not the published 768.
         json: print the JSON instead of a table.
     """
-    tags = [tag for tag in sites.split(",") if tag]
+    tags = parse_sites("--sites", sites)
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
     if out is not None and out.suffix != ".json":
@@ -149,7 +149,7 @@ def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {name: finite_or_none(value) for name, value in numbers.items()}
 
 
 def _write(content: Mapping[str, Any], out: Path) -> None:

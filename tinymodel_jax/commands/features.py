@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.options import check_dictionary
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.sites import Site
 
@@ -46,12 +47,9 @@ def features(
     if top < 1:
         raise ValueError(f"--top {top} must be 1 or more.")
     place, _ = Site.parse(site)
-    if dictionary is not None and not dictionary.exists():
-        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    check_dictionary(dictionary)
     given, told = read_prompts(prompts, stories, limit, ids)
-    lm = load_lm(model, n_heads)
-    if dictionary is not None:
-        lm.attach(place.tag, dictionary)
+    lm = load_lm(model, n_heads, place.tag, dictionary)
     reader = lm[site]
     rows = token_rows(lm, given, told, lm.config.n_ctx)
     for row in with_progress(rows, "reading"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -73,6 +74,11 @@ def print_json(value: Any) -> None:
     except ValueError as error:
         raise ValueError(f"--json: the result holds a number that JSON does not know ({error}).") from error
     print(text)
+
+
+def finite_or_none(number: int | float) -> int | float | None:
+    """Return a number, or None for infinity and NaN, which JSON does not know."""
+    return number if math.isfinite(number) else None
 
 
 def with_progress(rows: list[Any], what: str) -> Iterator[Any]:

@@ -22,6 +22,16 @@ def check_output(option: str, path: Path | None) -> None:
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
+def check_dictionary(path: Path | None) -> None:
+    """Refuse a --dictionary that is not there.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+    """
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"--dictionary {path}: there is no such folder or file.")
+
+
 def work_file(out: Path | None) -> Path | None:
     """Return where the state of work is kept whose result goes to `out`: `OUT.work`."""
     return None if out is None else out.with_name(f"{out.name}.work")

@@ -34,7 +34,8 @@ def patch(
         clean: text that leads to the answer.
         corrupted: text of as many tokens that does not.
         answer: next token after the clean text; by default the model's most likely one.
-        wrong: next token to compare with; by default the most likely one after the corrupted text.
+        wrong: next token to compare with; by default the most likely one after the corrupted text, or none where that
+            is the answer: then the answer's log-probability is measured.
         hooks: hook points of a block to patch, by position or, where there are heads, by head.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         out: picture of the effects, .png or .svg.
@@ -52,12 +53,14 @@ def patch(
     from tinymodel_jax.analysis import patching
 
     tokens = [_token(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
-    found = patching.patch(
-        lm, rows[0], rows[1], hooks, answer=tokens[0], wrong=None if tokens[0] == tokens[1] else tokens[1]
-    )
+    if tokens[0] == tokens[1]:
+        if wrong is not None:
+            raise ValueError(f"--wrong {wrong!r} is the answer itself; name another token, or leave it out.")
+        tokens = tokens[:1]
+    found = patching.patch(lm, rows[0], rows[1], hooks, answer=tokens[0], wrong=tokens[1] if tokens[1:] else None)
     words = [shown(lm, [token], False) for token in rows[0]]
-    title = f"logit of {shown(lm, tokens[:1], False)!r} minus {shown(lm, tokens[1:], False)!r}"
-    title += f": clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
+    measured = _metric_title([shown(lm, [token], False) for token in tokens])
+    title = f"{measured}: clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
     if out is not None:
         from tinymodel_jax.analysis.report.charts import effects_figure
@@ -68,6 +71,12 @@ def patch(
     else:
         print(title)
         _print_strongest(found, labels)
+
+
+def _metric_title(words: list[str]) -> str:
+    if len(words) == 1:  # both prompts go on alike
+        return f"log-probability of {words[0]!r}"
+    return f"logit of {words[0]!r} minus {words[1]!r}"
 
 
 def _token(lm: TinyModel, text: str | None, row: list[int]) -> int:
@@ -94,7 +103,7 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
         {"hook": t.kind, "axis": t.axis, "labels": labels[t.kind], "effects": t.effects.round(6).tolist()}
         for t in found.tables
     ]
-    answer, wrong = (shown(lm, [token], False) for token in tokens)
+    answer, wrong = (*(shown(lm, [token], False) for token in tokens), None)[:2]
     return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
 
 

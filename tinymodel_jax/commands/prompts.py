@@ -19,11 +19,14 @@ STORY_FILES = (".jsonl", ".txt")
 """Endings of files of stories; each also with .gz."""
 
 
-def load_lm(model: str, n_heads: int | None = None) -> TinyModel:
-    """Load a model; JAX loads here, not for `--help`."""
+def load_lm(model: str, n_heads: int | None = None, tag: str = "", dictionary: Path | None = None) -> TinyModel:
+    """Load a model, and put a dictionary, if there is one, at the site `tag`; JAX loads here, not for `--help`."""
     from tinymodel_jax.lm import TinyModel
 
-    return TinyModel(model, n_heads=n_heads)
+    lm = TinyModel(model, n_heads=n_heads)
+    if dictionary is not None:
+        lm.attach(tag, dictionary)
+    return lm
 
 
 def read_prompts(

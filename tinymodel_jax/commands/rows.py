@@ -67,8 +67,7 @@ def unseen_stories(lm: TinyModel, count: int) -> Sequence[Story]:
 
 
 def _rows_of_stories(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
-    import numpy as np
+    from tinymodel_jax.padding import pad_right
 
     tok_ids, _ = lm.tokenizer(list(texts), max_length=lm.config.n_ctx)
-    missing = lm.config.n_ctx - tok_ids.shape[1]
-    return np.pad(tok_ids, ((0, 0), (0, missing)), constant_values=lm.config.pad_id)
+    return pad_right(tok_ids, lm.config.n_ctx, lm.config.pad_id)

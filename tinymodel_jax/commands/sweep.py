@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json, with_progress
-from tinymodel_jax.commands.options import check_output, work_file
+from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
+from tinymodel_jax.commands.options import check_dictionary, check_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from tinymodel_jax.analysis.causal_importance import CausalImportance
     from tinymodel_jax.analysis.sweeps import FeatureEffects
     from tinymodel_jax.lm import TinyModel
@@ -64,12 +62,9 @@ def sweep(
     """
     _check(prompts, kind, amount, features, readout, top, data, out)
     place, _ = Site.parse(site)
-    if dictionary is not None and not dictionary.exists():
-        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
-    lm = load_lm(model)
-    if dictionary is not None:
-        lm.attach(place.tag, dictionary)
+    lm = load_lm(model, tag=place.tag, dictionary=dictionary)
     if data is not None:
         _over_data(lm, site, data, limit, top, out, json)
         return
@@ -200,22 +195,17 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
         for entry in table["features"][:top]
     ]
     n_active = int((found.active_rows > 0).sum())
-    print_title = (
-        f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
-    )
-    _print_table(print_title, columns, numbers)
+    title = f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
+    _print_table(title, columns, numbers)
 
 
 def _importance(found: CausalImportance) -> list[dict[str, Any]]:
     """Return the features that were active, the most important first; what is not known is None."""
 
-    def number(value: np.ndarray) -> float | None:
-        return None if value != value else round(float(value), 8)
-
     return [
         {"feature": int(feature), "active_rows": int(found.active_rows[feature])}
         | {
-            name: [number(part[feature]) for part in getattr(found, name)]
+            name: [finite_or_none(round(float(part[feature]), 8)) for part in getattr(found, name)]
             for name in ("kl", "loss", "kl_all", "loss_all")
         }
         for feature in found.order()

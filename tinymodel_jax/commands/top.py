@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_output
+from tinymodel_jax.commands.options import check_dictionary, check_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
@@ -52,16 +52,13 @@ def top(
     chosen = of_tag if feature is None else feature
     check_output("--out", out)
     _check_options(top, (chosen, contains, concept), data, concept)
-    if dictionary is not None and not dictionary.exists():
-        raise FileNotFoundError(f"--dictionary {dictionary}: there is no such folder or file.")
+    check_dictionary(dictionary)
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionary import resolve_indices
 
     keep_freed_memory()
-    lm = load_lm(model, n_heads)
-    if dictionary is not None:
-        lm.attach(place.tag, dictionary)
+    lm = load_lm(model, n_heads, place.tag, dictionary)
     reader = lm[place.tag]
     if chosen is not None:
         chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))

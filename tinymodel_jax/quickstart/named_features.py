@@ -12,6 +12,7 @@ from rich.progress import track
 from tinymodel_jax.analysis.concepts import concepts_of_units
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.padding import pad_right
 
 SITE = "Rm2"
 """Whose features are shown: an SAE of the residual stream."""
@@ -52,5 +53,4 @@ def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Cons
 def full_rows(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
     """Return token ids (texts, n_ctx), padded with `[PAD]`."""
     tok_ids, _ = lm.tokenizer(texts)
-    missing = lm.config.n_ctx - tok_ids.shape[1]
-    return np.pad(tok_ids, ((0, 0), (0, missing)), constant_values=lm.config.pad_id)
+    return pad_right(tok_ids, lm.config.n_ctx, lm.config.pad_id)
