@@ -80,4 +80,6 @@ def next_token_losses(
 
 forward = fast_jit(forward_with_hooks, static_argnames=("config", "keep", "output"))
 features = fast_jit(features_of_tokens, static_argnames=("config", "dictionary_config"))
+encode = fast_jit(dictionary.encode, static_argnames=("config",))
+"""A dictionary's activations of vectors: `(params, config, x, indices=None)`."""
 mean_loss = fast_jit(mean_next_token_loss, static_argnames=("config",))

@@ -99,8 +99,9 @@ def _gradient_of(
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    from scipy.stats import rankdata  # slow to load
+
+    return rankdata(values)
 
 
 _gradient = fast_jit(_gradient_of, static_argnames=("config", "hook_name", "measure"))

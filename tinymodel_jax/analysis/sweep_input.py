@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinymodel_jax.analysis.upper_layers import Clean, Entry, Weights, clean_pass, comes_after, entry_of
-from tinymodel_jax.compilation import fast_jit
-from tinymodel_jax.dictionary import Dictionary, encode, resolve_indices
+from tinymodel_jax.analysis.upper_layers import Clean, Entry, Weights, clean_streams, comes_after, entry_of
+from tinymodel_jax.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.forward import encode
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import check_tok_ids
 from tinymodel_jax.sites import Site
@@ -66,7 +66,9 @@ def prepare(
             "name a site that the forward pass meets later."
         )
     sources = (site.hook_in,) if reader is None else (site.hook_in, reader.dictionary.config.hook_in)
-    clean = clean_pass(lm.params, jnp.asarray(ids), lm.splice_hooks(), config=lm.config, entry=entry, sources=sources)
+    clean = clean_streams(
+        lm.params, jnp.asarray(ids), lm.splice_hooks(), config=lm.config, entry=entry, sources=sources
+    )
     mask = real & _mask(positions, ids.shape)
     weights = _weights(ids, real, clean, next_ids)
     return SweepInput(ids, mask, clean, entry, weights, None if reader is None else reader.dictionary)
@@ -99,7 +101,7 @@ def activations(
     dictionary = lm[tag].dictionary
     n_features = dictionary.config.n_features
     indices = None if features is None else np.atleast_1d(resolve_indices(features, n_features))
-    acts = np.asarray(_encode(dictionary.params, dictionary.config, prepared.clean.sources[0], indices), np.float32)
+    acts = np.asarray(encode(dictionary.params, dictionary.config, prepared.clean.sources[0], indices), np.float32)
     acts = np.moveaxis(acts * prepared.mask[..., None], -1, 0)
     if indices is not None:
         return indices, acts
@@ -155,6 +157,3 @@ def as_vectors(vectors: Any, features: Any, width: int) -> Float[np.ndarray, "n 
     if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
         raise ValueError(f"sweep: vectors has shape {array.shape}; expected finite numbers of shape (n, {width}).")
     return array
-
-
-_encode = fast_jit(encode, static_argnames=("config",))

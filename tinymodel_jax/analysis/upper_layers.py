@@ -122,7 +122,7 @@ def comes_after(name: str, other: str, config: ModelConfig) -> bool:
     return names.index(name) > names.index(other)
 
 
-def _clean_pass(
+def _clean_streams(
     params: Params,
     tok_ids: Int[Array, "batch seq"],
     hooks: Hooks,
@@ -280,5 +280,5 @@ def _log_mean_exp(
 
 
 _STATIC = ("config", "entry", "length", "readout_config", "sharding")
-clean_pass = fast_jit(_clean_pass, static_argnames=("config", "entry", "sources"))
+clean_streams = fast_jit(_clean_streams, static_argnames=("config", "entry", "sources"))
 effects_of_changes = fast_jit(_effects, static_argnames=_STATIC)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from tinymodel_jax import forward
 from tinymodel_jax.analysis.activation_pass import ActivationPass
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_statistics import encoder_parameters
@@ -115,7 +116,7 @@ def _measure_of(params: DictionaryParams, config: DictionaryConfig) -> Callable[
     if config.architecture == "topk":
 
         def compared(x: Array, features: np.ndarray, in_batch: np.ndarray, places: np.ndarray) -> np.ndarray:
-            acts = np.asarray(_encode_all(params, x, config=config))
+            acts = np.asarray(forward.encode(params, config, x))
             return acts[in_batch[:, None], places, features[:, None]]
 
         return compared
@@ -158,9 +159,4 @@ def _encode_each(
     return jax.vmap(one)(features, x[in_batch[:, None], places])
 
 
-def _encode_features(params: DictionaryParams, x: Array, *, config: DictionaryConfig) -> Array:
-    return encode(params, config, x)
-
-
 _encode_pairs = fast_jit(_encode_each, static_argnames=("config",))
-_encode_all = fast_jit(_encode_features, static_argnames=("config",))
