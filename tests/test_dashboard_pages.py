@@ -52,7 +52,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invented(n: int) -> tuple[Facts, np.ndarray]:
-    """Return facts of features that no model has; feature 7 and every hundredth are never active."""
+    """Return facts of features that no model has; feature 7 and every hundredth are never active.
+
+    Feature 13 is active, but at none of the tokens that the histogram is of.
+    """
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCABULARY, (ROWS, SEQ))
     shape = (n, 6)
@@ -61,6 +64,7 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
     histogram = rng.integers(0, 50, (n, 32))
     for dead in [7, *range(100, n, 100)]:
         value[dead], row[dead], histogram[dead] = 0, -1, 0
+    histogram[13] = 0
     rows[row[12, 0], position[12, 0]] = 0
     top = Contexts(value, row, position)
     partners = rng.integers(0, n, (n, 5)).astype(np.int32)
@@ -73,8 +77,8 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
         n_rows=ROWS,
         n_tokens=ROWS * SEQ,
         histogram=histogram,
-        histogram_every=1,
-        active=histogram.sum(axis=1),
+        histogram_every=9,
+        active=np.where(np.arange(n) == 13, 5, histogram.sum(axis=1)),
         total=histogram @ np.ones(32),
         top=top,
         sampled=top,
@@ -174,6 +178,15 @@ def test_features_that_were_never_active_are_there_when_asked_for(many, browser)
     go(browser, "#feature/7")
     assert "Never active on these rows." in texts(browser, "main")[0]
     assert "Strongest contexts" not in texts(browser, "main")[0]
+    assert problems(browser) == []
+
+
+def test_a_histogram_of_some_tokens_says_so_and_is_left_out_where_it_counts_none(many, browser):
+    open_page(browser, many, "#feature/14")
+    assert "two bins an octave; one token in 9" in texts(browser, ".ends")[0]
+    go(browser, "#feature/13")
+    assert texts(browser, ".histogram") == []
+    assert "Strongest contexts" in texts(browser, "main")[0]
     assert problems(browser) == []
 
 

@@ -30,6 +30,8 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
+QUANTILES = (0.1, 0.5, 0.9, 0.99)
+"""Shares of a feature's active tokens at which its activation is shown."""
 SAVE_EVERY = 60.0
 """Seconds between two states of the work file."""
 COACTIVATION_TOKENS = 8192

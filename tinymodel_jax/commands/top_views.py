@@ -15,12 +15,11 @@ from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_queries import concept_f1, context_window, share_on_text, token_texts
 from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.report.page import token_text
-from tinymodel_jax.analysis.top_activations import EDGES, TopActivations
+from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
 from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.lm import FeatureReader, TinyModel
 
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
 BANDS, OF_A_BAND = 5, 2
 """Bands of the sampled contexts, and how many are shown of each."""
 BAR = 40
@@ -101,6 +100,7 @@ def feature_record(
         **_known(reader, rows, truth, alone)[0],
         "quantiles": {str(share): round(float(found.quantile(share)[feature]), 4) for share in QUANTILES},
         "histogram": [{"from": float(EDGES[i]), "tokens": int(shown[i])} for i in np.flatnonzero(shown)],
+        "histogram_every": found.histogram_every,
         "contexts": _contexts(lm, rows, found.top, feature, top),
         "bands": [_contexts(lm, rows, band, 0, OF_A_BAND) for band in found.bands(feature, BANDS)],
         **words,
@@ -132,6 +132,8 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
         f"{found.n_tokens:,} tokens, mean {record['mean']:.3f}, largest {record['largest']:.3f}"
     )
     console.print("quantiles: " + ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in record["quantiles"].items()))
+    if found.histogram_every > 1:
+        console.print(f"one token in {found.histogram_every}:")
     most = max((one["tokens"] for one in record["histogram"]), default=1)
     for one in record["histogram"]:
         console.print(f"  from {one['from']:8.4f} {'█' * -(-BAR * one['tokens'] // most)} {one['tokens']:,}")

@@ -187,6 +187,7 @@ def _index(
         "n_features": found.n_features,
         "n_tokens": found.n_tokens,
         "n_rows": found.n_rows,
+        "histogram_every": found.histogram_every,
         "effect_rows": None if facts.importance is None else facts.importance.n_rows,
         "a_shard": A_SHARD,
         "concepts": [[name, meaning] for name, meaning in concepts.items()],

@@ -19,12 +19,11 @@ from tinymodel_jax.analysis.dashboard.shards import rounded
 from tinymodel_jax.analysis.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.dashboard.windows import BANDS, BEFORE, OF_A_BAND, TOP, window_positions
 from tinymodel_jax.analysis.logit_effects import LogitEffects
-from tinymodel_jax.analysis.top_activations import EDGES, TopActivations
+from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivations
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.causal_importance import CausalImportance
 
-QUANTILES = (0.1, 0.5, 0.9, 0.99)
 PEAKS, PROMOTED = 3, 3
 """Tokens of a feature in the index: that its top contexts peak on most often, and that it promotes most."""
 CONCEPTS = 3

@@ -37,7 +37,8 @@ function numbers(feature, record) {
     entries.push(["turned off", `KL ${plusMinus(all)} nats a position over ${index.effect_rows} rows${where} (95 % intervals)`]);
   }
   const list = element("dl", { class: "numbers" }, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
-  return active[feature] ? element("div", {}, list, histogram(record.histogram)) : element("div", {}, list, element("p", {}, "Never active on these rows."));
+  const bars = record.histogram.some((n) => n > 0) ? [histogram(record.histogram)] : []; // a sample may miss a rare feature
+  return active[feature] ? element("div", {}, list, ...bars) : element("div", {}, list, element("p", {}, "Never active on these rows."));
 }
 
 function histogram(counts) {
@@ -48,7 +49,7 @@ function histogram(counts) {
   const [from, to] = [number(index.edges[first]), number(index.edges[last + 1])];
   const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${n.toLocaleString("en")} tokens` }));
   const label = `Histogram of activations, ${from} to ${to}; most, ${most} tokens, from ${number(index.edges[first + shown.indexOf(most)])}`;
-  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, "activation, two bins an octave"), element("span", {}, to)));
+  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins an octave${index.histogram_every > 1 ? `; one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
 }
 
 function contextSection(feature, record) {
