@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.lm_step import Initialization, LMOptimizer
@@ -30,6 +32,8 @@ class Preset:
 class OptimizerOptions:
     """What replaces single settings of a preset's optimizer; None: the preset's."""
 
+    method: Annotated[Literal["adamw", "muon"] | None, tyro.conf.arg(name="optimizer")] = None
+    """adamw, or muon for the matrices of attention and MLPs"""
     learning_rate: float | None = None
     """peak learning rate"""
     schedule: Literal["wsd", "cosine"] | None = None
@@ -57,9 +61,9 @@ PRESETS: dict[PresetName, Preset] = {
     "tiny_model_2L": replace(_TINY_MODEL, model=ModelConfig(n_layers=2)),
     "mini": Preset(
         ModelConfig(n_layers=4, d_model=128, n_heads=8, d_mlp=512, n_ctx=256, d_vocab=1024),
-        LMOptimizer(learning_rate=4e-3, warmup_steps=200),
+        LMOptimizer(method="muon", learning_rate=4e-3, warmup_steps=200),
         batch_size=8,
-        steps=5_000,
+        steps=8_000,
         initialization="wide",
         any_vocabulary=True,
     ),

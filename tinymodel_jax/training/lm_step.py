@@ -1,7 +1,7 @@
 """One training step of the language model, as a pure function `(state, tok_ids) -> (state, metrics)`.
 
-AdamW with warm-up, decay and clipping; the loss is the mean next-token cross-entropy over targets that are not `[PAD]`;
-gradients accumulate over micro-batches to the same sum. Parameters and moments are float32 whatever computes.
+AdamW or Muon with warm-up, decay and clipping; the loss is the mean next-token cross-entropy over targets that are not
+`[PAD]`; gradients accumulate over micro-batches to the same sum. Parameters and moments are float32 whatever computes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int
+from optax.contrib import MuonDimensionNumbers
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.transformer import Transformer
@@ -21,14 +23,21 @@ from tinymodel_jax.transformer import Transformer
 Initialization = Literal["reference", "wide"]
 """`reference`: as published, embeddings normal(1e-4). `wide`: embeddings normal(0.3), positions normal(0.1)."""
 _WIDE = {"W_E": 0.3, "W_pos": 0.1}
+_MUON_AXES = {
+    **dict.fromkeys(("W_Q", "W_K", "W_V"), MuonDimensionNumbers(reduction_axis=1, output_axis=(0, 2))),
+    "W_O": MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2),
+    **dict.fromkeys(("W_in", "W_out"), MuonDimensionNumbers(reduction_axis=0, output_axis=1)),
+}
 Schedule = Callable[[Any], Any]
 """Step number to learning rate."""
 
 
 @dataclass(frozen=True)
 class LMOptimizer:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    method: Literal["adamw", "muon"] = "adamw"
+    """`muon` makes the updates of attention's and the MLPs' matrices orthogonal; AdamW takes all else."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
@@ -38,7 +47,7 @@ class LMOptimizer:
     decay_fraction: float = 0.2
     """Part of all steps in which `wsd` decays."""
     beta1: float = 0.9
-    """Decay of the gradient's mean."""
+    """Decay of the gradient's mean; Muon's is 0.95."""
     beta2: float = 0.95
     """Decay of the squared gradient's mean."""
     weight_decay: float = 0.1
@@ -50,6 +59,7 @@ class LMOptimizer:
         problems = [
             f"{name}={getattr(self, name)!r} must be {wants}"
             for name, good, wants in (
+                ("method", self.method in ("adamw", "muon"), "'adamw' or 'muon'"),
                 ("learning_rate", self.learning_rate > 0, "above 0"),
                 ("schedule", self.schedule in ("wsd", "cosine"), "'wsd' or 'cosine'"),
                 ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
@@ -89,9 +99,28 @@ def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransfor
     """Return the optax transformation."""
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.scale_by_adam(optimizer.beta1, optimizer.beta2, eps=1e-8),
+        _muon(optimizer)
+        if optimizer.method == "muon"
+        else optax.scale_by_adam(optimizer.beta1, optimizer.beta2, eps=1e-8),
         optax.add_decayed_weights(optimizer.weight_decay, mask=_decayed),
         optax.scale_by_learning_rate(learning_rate_schedule(optimizer, steps)),
+    )
+
+
+def _muon(optimizer: LMOptimizer) -> optax.GradientTransformation:
+    """Return the direction of Muon's updates, of the size of AdamW's, so that one learning rate does for both.
+
+    A head's matrices are one with those of its layer's other heads. Source: Jordan et al., Muon (2024); the size from
+    Liu et al., Muon is Scalable for LLM Training (2025), section 2.2.
+    """
+    return optax.contrib.muon(
+        -1.0,  # a direction, not a step: the schedule and its sign come later
+        consistent_rms=0.2,
+        adam_b1=optimizer.beta1,
+        adam_b2=optimizer.beta2,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, _: _MUON_AXES.get(path[-1].key), params
+        ),
     )
 
 

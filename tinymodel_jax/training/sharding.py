@@ -32,7 +32,7 @@ LM_RULES: Rules = (
     (r"b_(O|out)$", P(None)),
     (r"W_U$", P(None, "model")),
     (r"b_U$", P("model")),
-    (r"(^|/)(step|count)$", P()),
+    (r"(^|/)(step|count|ns_coeffs)$", P()),
 )
 """Tensor parallelism of the language model: heads, neurons and vocabulary over `model`."""
 
@@ -46,7 +46,7 @@ LM_FSDP_RULES: Rules = (
     (r"b_(O|out)$", P(None)),
     (r"W_U$", P("data", "model")),
     (r"b_U$", P("model")),
-    (r"(^|/)(step|count)$", P()),
+    (r"(^|/)(step|count|ns_coeffs)$", P()),
 )
 """The same, with every matrix (and its optimizer moments) also split over `data`."""
 
