@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +128,9 @@ def test_cosine_ends_at_a_tenth() -> None:
     assert float(rate(jnp.int32(110))) == pytest.approx(0.1)
 
 
-def test_weight_decay_touches_matrices_only() -> None:
-    optimizer = make_optimizer(LMOptimizer(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) -> None:
+    optimizer = make_optimizer(LMOptimizer(method, learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
     params = init_state(jax.random.key(0), TINY, optimizer).params
     zero = jax.tree.map(jnp.zeros_like, params)
     updates: Any = optimizer.update(zero, optimizer.init(params), params)[0]
@@ -139,9 +140,39 @@ def test_weight_decay_touches_matrices_only() -> None:
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
+def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> None:
+    settings = LMOptimizer("muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
+    optimizer = make_optimizer(settings, 10)
+    params = init_state(jax.random.key(0), TINY, optimizer).params
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+    update: Any = optimizer.update(gradients, optimizer.init(params), params)[0]["blocks_1"]
+    gradient = gradients["blocks_1"]
+    matrices = {  # rows read, columns write; the heads of a layer together
+        "attn/W_Q": lambda x: np.moveaxis(x, 1, 0).reshape(16, 16),
+        "attn/W_O": lambda x: x.reshape(16, 16),
+        "mlp/W_in": np.asarray,
+        "mlp/W_out": np.asarray,
+    }
+    for path, as_matrix in matrices.items():
+        part, name = path.split("/")
+        step, slope = as_matrix(update[part][name]), as_matrix(gradient[part][name])
+        sizes = np.linalg.svd(step, compute_uv=False) / (0.2 * np.sqrt(max(step.shape)))
+        # Five steps of Newton and Schulz bring singular values of 0.01 to 1, relative to the norm, to 0.7 to 1.2.
+        assert np.all((sizes[:-1] > 0.6) & (sizes[:-1] < 1.25)), path
+        assert np.sum(step * slope) < 0, "downhill"
+    assert np.abs(update["attn"]["b_O"]).max() == pytest.approx(1.0, rel=0.5), "Adam's first step"
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"learning_rate": 0.0}, {"warmup_steps": -1}, {"decay_fraction": 2.0}, {"beta2": 1.0}, {"clip_norm": 0.0}],
+    [
+        {"method": "sgd"},
+        {"learning_rate": 0.0},
+        {"warmup_steps": -1},
+        {"decay_fraction": 2.0},
+        {"beta2": 1.0},
+        {"clip_norm": 0.0},
+    ],
 )
 def test_impossible_settings_are_named(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):

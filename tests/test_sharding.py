@@ -75,10 +75,10 @@ from train.lm_program import build_program
 
 assert len(jax.devices()) == 8
 config = ModelConfig(n_layers=2, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=64)
-optimizer = LMOptimizer(learning_rate=1e-2, warmup_steps=5)
+adamw, muon = (LMOptimizer(method, learning_rate=1e-2, warmup_steps=5) for method in ("adamw", "muon"))
 batches = np.random.default_rng(0).integers(0, 60, (20, 16, 16)).astype(np.int32)
 
-def curve(axes, fsdp, devices=None):
+def curve(axes, fsdp, devices=None, optimizer=adamw):
     program = build_program(config, optimizer, 20, 1, make_mesh(axes, devices), fsdp)
     state = program.init(jax.random.key(0))
     start = np.asarray(checksum(state)).tolist()
@@ -93,6 +93,7 @@ result = {"one": curve("data=1", False, jax.devices()[:1])}
 for axes in ("data=8", "data=4,model=2", "model=8"):
     for fsdp in (False, True):
         result[axes + " fsdp" * fsdp] = curve(axes, fsdp)
+result["muon"] = [curve("data=1", False, jax.devices()[:1], muon), curve("data=4,model=2", True, None, muon)]
 print(json.dumps(result))
 """
 
@@ -138,12 +139,13 @@ def test_devices_exchange_parameters_and_gradients_over_data_and_never_activatio
 @pytest.mark.slow
 def test_every_mesh_gives_the_loss_curve_of_one_device() -> None:
     curves = on_eight_devices(CURVES)
-    one = curves.pop("one")
+    one, (muon, sharded_muon) = curves.pop("one"), curves.pop("muon")
     assert len(curves) == 6
     for name, curve in curves.items():
         assert curve["start"] == one["start"], f"{name}: the initial state must not depend on the mesh"
         # float32 sums in another order: 1e-5 on losses near 4
         np.testing.assert_allclose(curve["losses"], one["losses"], atol=1e-5, rtol=0, err_msg=name)
+    np.testing.assert_allclose(sharded_muon["losses"], muon["losses"], atol=1e-5, rtol=0)
     assert curves["data=8"]["shard"] == [64, 128]
     assert curves["data=8 fsdp"]["shard"] == [8, 128]
     assert curves["data=4,model=2 fsdp"]["shard"] == [16, 64]
