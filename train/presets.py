@@ -63,7 +63,7 @@ PRESETS: dict[PresetName, Preset] = {
         ModelConfig(n_layers=4, d_model=128, n_heads=8, d_mlp=512, n_ctx=256, d_vocab=1024),
         LMOptimizer(method="muon", learning_rate=4e-3, warmup_steps=200),
         batch_size=8,
-        steps=8_000,
+        steps=6_000,
         initialization="wide",
         any_vocabulary=True,
     ),
