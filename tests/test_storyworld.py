@@ -170,7 +170,7 @@ def test_labels_lie_beside_the_tokens(truth: np.ndarray, tok_ids: np.ndarray, to
         ("mark.newline", r"\n"),
         ("name.new", r"[A-Z][a-z]+"),
         ("pronoun.female", r"she|her|She|Her"),
-        ("pronoun.first", r"I|me|my|My|mine|Me|'m|'ll"),
+        ("pronoun.first", r"I|me|my|My|mine|Me|'m|'ll|'ve"),
         ("word.the", r"the|The"),
     ],
 )
@@ -256,7 +256,7 @@ def test_pronoun_words_match_their_labels(told: list[storyworld.Story]) -> None:
         "pronoun.female": {"she", "her"},
         "pronoun.male": {"he", "him", "his"},
         "pronoun.neuter": {"it", "its"},
-        "pronoun.first": {"i", "me", "my", "mine", "i'm", "i'll"},
+        "pronoun.first": {"i", "me", "my", "mine", "i'm", "i'll", "i've"},
         "pronoun.second": {"you", "your", "yours", "you're"},
     }
     for concept, allowed in words.items():
@@ -269,6 +269,47 @@ def test_pronoun_words_match_their_labels(told: list[storyworld.Story]) -> None:
         assert Counter(re.findall(r"\b(?:he|him|his|she|her)\b", story.text.lower())) == Counter(
             text.lower() for sex in ("female", "male") for text in texts_of(story, f"pronoun.{sex}")
         ), "every he and she is labelled"
+
+
+@pytest.mark.parametrize(
+    ("concept", "words"),
+    [
+        ("pronoun.first", r"i(?:'[a-z]+)?|me|my|mine"),
+        ("pronoun.plural", r"we(?:'[a-z]+)?|us|our|they|them|their|let's"),
+        ("pronoun.neuter", r"its"),
+    ],
+)
+def test_every_such_word_has_the_label(told: list[storyworld.Story], concept: str, words: str) -> None:
+    for story in told:
+        found = re.findall(rf"\b(?:{words})\b(?!')", story.text.lower())
+        labelled = [text.lower() for text in texts_of(story, concept)]
+        assert Counter(found) == Counter(text for text in labelled if text != "it"), story.text
+
+
+def test_an_it_without_a_label_is_of_the_weather_the_time_or_what_happens(told: list[storyworld.Story]) -> None:
+    impersonal = re.compile(
+        r"(?:do|did|saw|heard|got|knew|meant|forget|mixed|tried|of|about|is|was) it\b|\bit's"
+        r"|\bit (?:is|isn't|was|wasn't|did|didn't|will|must|began|started|gets|grew|takes|took|helps|comes)\b"
+    )
+    stands_for_nothing = 0
+    for story in told:
+        for span in spans_of(story):
+            for match in re.finditer(r"\bit\b", story.text[span.start : span.end].lower()):
+                if "pronoun.neuter" not in span.concepts:
+                    at = span.start + match.start()
+                    assert impersonal.search(story.text[max(0, at - 7) : at + 10].lower()), story.text
+                    stands_for_nothing += 1
+    assert stands_for_nothing > 100
+
+
+def test_they_are_hero_and_friend_unless_the_grammar_says_so(told: list[storyworld.Story]) -> None:
+    others = {
+        story.text[: span.start].split()[-1]
+        for story in told
+        for span in spans_of(story)
+        if "pronoun.plural" in span.concepts and "referent.both" not in span.concepts
+    }
+    assert others == {"counted", "behind", "of"}, "pieces, sounds, cakes"
 
 
 def test_speech_is_what_stands_between_quotes(told: list[storyworld.Story], tokenizer: Tokenizer) -> None:

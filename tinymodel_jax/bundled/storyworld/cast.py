@@ -61,7 +61,8 @@ def cast_characters(draw: Draw) -> Character:
 
     The slots, for the letter of a role: `H` name, `H.new` where it is first told, `H.kind`, `H.he`, `H.him`, `H.his`,
     `H.the` another way to say the name, and for the helper `A.own`, `A.my`, `A.your`, `A.voc` (as one is called) and
-    `A.of` (whose). `T.it` and `C.it` are the thing and the small animal that a story turns on.
+    `A.of` (whose). `T.it` and `C.it` are the thing and the small animal that a story turns on, `O.it` and `O.them` any
+    other; an `it` of the weather, the time or what happens is no slot.
     """
     in_animal_world = _pick(draw, (False, False, True))
     hero = _character(draw, in_animal_world, None)
@@ -107,12 +108,14 @@ def _pronouns(letter: str, female: bool) -> Slots:
 
 @functools.cache
 def _thing_forms() -> Slots:
-    """Return the pronouns of the thing and of the small animal that a story turns on."""
-    return {
-        f"{letter}.{word}": ((word, mask(f"referent.{what}", "pronoun.third", "pronoun.neuter")),)
+    """Return the pronouns of things and animals: of those that a story turns on, and of any other."""
+    neuter = mask("pronoun.third", "pronoun.neuter")
+    forms: Slots = {
+        f"{letter}.{word}": ((word, neuter | mask(f"referent.{what}")),)
         for letter, what in (("T", "thing"), ("C", "creature"))
         for word in ("it", "its")
     }
+    return {**forms, "O.it": (("it", neuter),), "O.them": (("them", mask("pronoun.plural")),)}
 
 
 @functools.cache
