@@ -312,6 +312,18 @@ def test_they_are_hero_and_friend_unless_the_grammar_says_so(told: list[storywor
     assert others == {"counted", "behind", "of"}, "pieces, sounds, cakes"
 
 
+def test_the_words_of_the_lexicon_and_no_others_have_its_concepts(told: list[storyworld.Story]) -> None:
+    """Wherever they stand; a helper's surname, as in Farmer Bell, is none of them."""
+    of_words = frozenset(grammar.read_rules("lexicon.txt"))
+    surnames = {surname.lower() for surname in cast.SURNAMES}
+    for story in told:
+        for span in spans_of(story):
+            for word in re.findall(r"[a-z]+(?:'[a-z]+)?", story.text[span.start : span.end].lower()):
+                is_surname = word in surnames and "mention.helper" in span.concepts
+                expected = frozenset() if is_surname else concepts.names(grammar.lexicon().get(word, 0))
+                assert span.concepts & of_words == expected, (word, story.text)
+
+
 def test_speech_is_what_stands_between_quotes(told: list[storyworld.Story], tokenizer: Tokenizer) -> None:
     for story in told:
         said = "".join(text for text, held in story.pieces() if held & concepts.mask("dialogue"))

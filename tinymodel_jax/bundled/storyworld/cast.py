@@ -155,11 +155,12 @@ def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
         by_name: whether the hero's name must say whose.
     """
     mention, the = mask("mention.helper"), ("the", lexicon()["the"])
-    first, *rest = [(word, mention | lexicon().get(word.lower(), 0)) for word in helper.name.split()]
+    word, *surname = helper.name.split()
+    first = (word, mention | lexicon().get(word.lower(), 0))
     called = (first[0].capitalize(), first[1])
     after = (f" {first[0].lower()}", first[1])
-    if rest:
-        plain = (first, (f" {rest[0][0]}", rest[0][1]))
+    if surname:
+        plain = (first, (f" {surname[0]}", mention))  # a name: Bell is no bell
         forms: Slots = dict.fromkeys(("A", "A.own", "A.my", "A.your", "A.voc"), plain)
         forms["A.the"] = (the, after)
     elif helper in FAMILY:
@@ -172,6 +173,6 @@ def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
             **dict.fromkeys(("A.voc", "A.the"), (called,)),
         }
     else:
-        forms = dict.fromkeys(("A", "A.own", "A.my", "A.your"), (the, (" old", mention), after))
+        forms = dict.fromkeys(("A", "A.own", "A.my", "A.your"), (the, (" old", mention | lexicon()["old"]), after))
         forms |= dict.fromkeys(("A.voc", "A.the"), (called,))
     return {**forms, "A.of": (*forms["A"], ("'s", 0)), **_pronouns("A", helper.female)}
