@@ -144,6 +144,19 @@ def test_there_are_enough_concepts_and_each_is_described() -> None:
     assert all(text and "\n" not in text for text in storyworld.CONCEPTS.values())
 
 
+def test_the_examples_in_a_description_have_the_concept(told: list[storyworld.Story]) -> None:
+    checked = 0
+    for name, description in storyworld.CONCEPTS.items():
+        if ": " in description and not name.startswith(("phase.", "plot.")):
+            found = set(
+                re.findall(r"[a-z']+", " ".join(text for story in told for text in texts_of(story, name)).lower())
+            )
+            examples = description.rpartition(": ")[2].lower().split(", ")
+            assert set(examples) <= found, name
+            checked += len(examples)
+    assert checked > 100
+
+
 def test_every_concept_occurs_and_none_is_everywhere(truth: np.ndarray) -> None:
     share = truth.sum(axis=(0, 1)) / truth.any(axis=2).sum()
     assert [name for name, value in zip(storyworld.CONCEPTS, share, strict=True) if not 0 < value < 0.6] == []
