@@ -232,6 +232,17 @@ def test_labels_follow_the_tokenizers_max_length(told: list[storyworld.Story], t
     np.testing.assert_array_equal(cut, storyworld.labels(told[:5], tokenizer)[:, :50])
 
 
+@pytest.mark.parametrize("max_length", [-1, 0, 1])
+def test_a_max_length_without_a_token_is_refused_as_by_the_tokenizer(
+    told: list[storyworld.Story], tokenizer: Tokenizer, max_length: int
+) -> None:
+    message = rf"max_length must be at least 2 \(one token after \[BEGIN\]\) or None, got {max_length}\."
+    with pytest.raises(ValueError, match=message):
+        tokenizer([told[0].text], max_length=max_length)
+    with pytest.raises(ValueError, match=message):
+        storyworld.labels(told[:1], tokenizer, max_length=max_length)
+
+
 def test_no_stories_have_no_labels(tokenizer: Tokenizer) -> None:
     assert storyworld.labels([], tokenizer).shape == (0, 1, len(storyworld.CONCEPTS))
 
@@ -396,6 +407,14 @@ def test_first_words_and_questions_are_read_off_the_text() -> None:
     assert found["sentence.first_word"] == ["Sue", "Oh", "Is", "Yes", "It", "Sue", "Then", "Why", "Tim"]
     assert found["sentence.question"] == ["Is it me?", "Why?"]
     assert len(found["mark.opening_quote"]) == len(found["mark.closing_quote"]) == 4
+
+
+def test_after_a_quotation_a_sentence_begins_unless_it_says_who_spoke() -> None:
+    first_word = token_labels.MARKS["sentence.first_word"]
+    for said in ("Sue said.", "She asked.", "Sue's mom cried.", "Farmer Bell called, and ran."):
+        assert not first_word.findall(f'"oh!" {said}'), said
+    for new in ("But nobody called back.", "Mike grinned and said yes.", "Sue told her mom.", "It was a frog."):
+        assert first_word.findall(f'"oh?" {new}') == [new.split()[0]]
 
 
 # The grammar
