@@ -14,6 +14,7 @@ There is no layer norm, so the change of the logits is the change of the final r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,6 +57,10 @@ class Entry(NamedTuple):
         """The first block whose attention the changes reach."""
         return self.layer + self.at_mlp
 
+    def linear_hooks(self, config: ModelConfig) -> tuple[str, ...]:
+        """Return the first hook points that a change reaches through weights; their values are linear in it."""
+        return (f"blocks.{self.layer}.mlp.hook_pre",) if self.at_mlp else self.attention_hooks(config)
+
     def attention_hooks(self, config: ModelConfig) -> tuple[str, ...]:
         """Return the queries, keys and values of the first block; () where no block is left."""
         left = self.first_block < config.n_layers
@@ -67,6 +72,8 @@ class Clean(NamedTuple):
 
     entry: Float[Array, "batch seq d_model"]
     joined: Float[Array, "batch seq d_model"]
+    linear: tuple[Array, ...]
+    """Values at the entry's `linear_hooks`."""
     attention: tuple[Array, ...]
     """Queries, keys and values of the first block."""
     keys_values: tuple[tuple[Array, Array], ...]
@@ -131,16 +138,18 @@ def _clean_streams(
     entry: Entry,
     sources: tuple[str, ...],
 ) -> Clean:
-    attention = entry.attention_hooks(config)
+    linear, attention = entry.linear_hooks(config), entry.attention_hooks(config)
     blocks = range(entry.first_block, config.n_layers)
     keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
     final = f"blocks.{config.n_layers - 1}.hook_resid_post"
-    keep = {*entry.terms, entry.joined, *attention, *(name for pair in keys_values for name in pair), final, *sources}
+    pairs = (name for pair in keys_values for name in pair)
+    keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *sources}
     logits, acts = run_with_hooks(params, config, tok_ids, hooks, sorted(keep))
     logprobs = jax.nn.log_softmax(logits)
     return Clean(
         entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),
         joined=acts[entry.joined],
+        linear=tuple(acts[name] for name in linear),
         attention=tuple(acts[name] for name in attention),
         keys_values=tuple((acts[k], acts[v]) for k, v in keys_values),
         final=acts[final],
@@ -217,11 +226,12 @@ def _changed_pass(
     attention = entry.attention_hooks(config)
     early = [name for name in keep if not comes_after(name, entry.joined, config)]
     # positions of several changes in one row: what attention makes of them is not used, so it is not computed
+    entered = _linear_values(params, clean, changes, hooks, config, entry)
     _, single = run(
         alone[None],
         entry.layer,
         entry.at_mlp,
-        hooks=hooks_after(hooks, entry.edited, config),
+        hooks=combine(hooks_after(hooks, entry.edited, config), entered),
         keep=[*attention, *early, *([entry.joined] if entry.at_mlp else [])],
     )
     single = {name: value[0] for name, value in single.items()}
@@ -236,6 +246,27 @@ def _changed_pass(
     late = [name for name in keep if name not in early]
     final, whole = run(stream, entry.first_block, False, before, hooks=later, keep=late)
     return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
+
+
+def _linear_values(
+    params: Params, clean: Clean, changes: Changes, hooks: Hooks, config: ModelConfig, entry: Entry
+) -> Hooks:
+    """Return edits that put the values at the changed positions in at the entry's `linear_hooks`.
+
+    A product of each direction with the weights, not of each position; nothing where an edit stands in between.
+    """
+    change, row, position = changes.places
+    names = entry.linear_hooks(config)
+    if not names or any(comes_after(names[0], hook, config) for hook in hooks_after(hooks, entry.edited, config)):
+        return {}
+    found: Hooks = {}
+    for name, value in zip(names, clean.linear, strict=True):
+        _, layer, part, hook = name.split(".")
+        weights = params[f"blocks_{layer}"][part]["W_in" if part == "mlp" else f"W_{hook[-1].upper()}"]
+        product = jnp.einsum("nd,dm->nm" if part == "mlp" else "nd,hdk->nhk", changes.directions, weights)
+        amounts = changes.amounts.reshape(-1, *[1] * (product.ndim - 1))
+        found[name] = Replace((value[row, position] + (amounts * product[change]).astype(value.dtype))[None])
+    return found
 
 
 def _unembedding(params: Params, config: ModelConfig) -> Float[Array, "d_model d_vocab"]:
@@ -273,10 +304,20 @@ def _log_mean_exp(
     change: Float[Array, "n batch length d_vocab"], logprobs: Float[Array, "batch length d_vocab"]
 ) -> Float[Array, "n batch length"]:
     """Return log E[exp(change)] of changes of mean 0: exact to rounding when small, and finite when large."""
-    large = jax.nn.logsumexp(change + logprobs, axis=-1)
-    limited = jnp.minimum(change, 80.0)  # exp of more overflows float32; `large` is what counts then
-    small = jnp.log1p(jnp.sum(jnp.exp(logprobs) * (jnp.expm1(limited) - limited), axis=-1))
-    return jnp.where(large > 1, large, small)
+    mean_excess = jnp.sum(jnp.exp(logprobs) * _excess(change), axis=-1)
+    kl, exact = jnp.log1p(mean_excess), jnp.isfinite(mean_excess)
+    # exp overflows from changes of 88 on, so a second pass over the vocabulary is rarely made
+    return jax.lax.cond(
+        exact.all(), lambda: kl, lambda: jnp.where(exact, kl, jax.nn.logsumexp(change + logprobs, axis=-1))
+    )
+
+
+def _excess(x: Array) -> Array:
+    """Return exp(x) - 1 - x, its series where the difference would cancel."""
+    terms = jnp.full_like(x, 1 / 3628800)
+    for n in range(9, 1, -1):
+        terms = terms * x + 1 / math.factorial(n)
+    return jnp.where(jnp.abs(x) < 0.5, x * x * terms, jnp.exp(x) - 1 - x)
 
 
 _STATIC = ("config", "entry", "length", "readout_config", "sharding")
