@@ -52,7 +52,8 @@ def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     kl = [entry["kl_all"][0] for entry in table["features"]]
     assert kl == sorted(kl, reverse=True)
     assert "95 % intervals" in " ".join(capsys.readouterr().out.split())
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".work")] == []
+    assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json", "importance.png"}
+    assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, tmp_path: Path, monkeypatch):
@@ -69,7 +70,7 @@ def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, t
     assert (tmp_path / "importance.json.work").exists()
     monkeypatch.setattr("tinymodel_jax.analysis.causal_importance.ablate", None)  # nothing is measured again
     assert main(options) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json", "importance.png"}
 
 
 def test_prompts_that_go_on_alike_are_compared_by_the_answer_s_log_probability(capsys, no_type_checks):
@@ -103,6 +104,9 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
     assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
     assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
+    assert "name of a .json file" in failure(
+        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "x")
+    )
     assert "there is no folder" in failure(
         capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "no" / "x.json")
     )

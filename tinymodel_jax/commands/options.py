@@ -22,6 +22,18 @@ def check_output(option: str, path: Path | None) -> None:
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
 
 
+def check_json_output(option: str, path: Path | None) -> None:
+    """Refuse a file that could not be written in the end, or is not named as JSON: its plots have the same name.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        ValueError: it is a folder, or has another suffix.
+    """
+    check_output(option, path)
+    if path is not None and path.suffix != ".json":
+        raise ValueError(f"{option} {path}: give the name of a .json file; the plots get the same name with .png.")
+
+
 def check_dictionary(path: Path | None) -> None:
     """Refuse a --dictionary that is not there.
 

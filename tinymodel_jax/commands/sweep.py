@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
-from tinymodel_jax.commands.options import check_dictionary, check_output, work_file
+from tinymodel_jax.commands.options import check_dictionary, check_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.sites import Site
 
@@ -56,7 +56,7 @@ def sweep(
         dictionary: folder or file to use at the site, instead of the model's own or published one.
         data: prepared folder, file of stories, or storyworld: measure over its rows instead of prompts.
         limit: rows of --data at most.
-        out: JSON file for the whole table of --data.
+        out: JSON file for the whole table of --data; a PNG of the same name with the plots is written beside it.
         ids: prompts are token ids, as "9996 51 56".
         json: print a JSON object for each prompt, or one for --data.
     """
@@ -99,7 +99,7 @@ def _check(
         raise ValueError(
             "--data measures every feature turned off: it takes no prompt, --features, --readout or --kind."
         )
-    check_output("--out", out)
+    check_json_output("--out", out)
 
 
 def _effects(
@@ -179,7 +179,11 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     found = causal_importance(lm, site, rows, work_file=work, track=track)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(found)}
     if out is not None:
+        from tinymodel_jax.analysis.report.dictionary_charts import plot_importance
+
         replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
+        if table["features"]:
+            plot_importance(table, out.with_suffix(".png"))
     if work is not None:
         work.unlink(missing_ok=True)  # only now: until the table is written, it is all there is of the work
     if json:

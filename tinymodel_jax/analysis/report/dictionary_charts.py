@@ -1,4 +1,4 @@
-"""Charts of measured dictionaries: sparsity against quality, and how often features are active.
+"""Charts of measured dictionaries: sparsity against quality, how often features are active, which of them matter.
 
 A dictionary is a mapping with `site` and `results` (number by name; None where it is not defined), as `sweep.json` and
 `tinymodel eval` hold it.
@@ -16,6 +16,9 @@ from tinymodel_jax.atomic_files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+SHOWN = 20
+"""Features that are shown one by one."""
 
 
 def draw_pareto(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, label: str) -> None:
@@ -49,6 +52,35 @@ def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="share of the tokens on which a feature is active", ylabel="features", ylim=(0, None))
     axes.legend(fontsize="small", ncols=1 + len(records) // 9)
     axes.grid(alpha=0.3)
+
+
+def plot_importance(table: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG: the most important features with their intervals, and how much of the KL the first n carry.
+
+    Args:
+        table: what `tinymodel sweep --data` writes, the most important features first.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    first, share = figure.subplots(1, 2)
+    shown = table["features"][:SHOWN]
+    means, margins = zip(*((mean, margin or 0) for mean, margin in (one["kl_all"] for one in shown)), strict=True)
+    first.errorbar(means, range(len(shown)), xerr=margins, fmt="o", capsize=2, markersize=4)
+    first.set_yticks(range(len(shown)), [str(one["feature"]) for one in shown], fontsize=8)
+    first.set(
+        xlabel="KL of turning it off (nats a position, 95 %)", ylabel=f"feature of {table['site']}", xlim=(0, None)
+    )
+    first.invert_yaxis()
+    carried = np.cumsum([one["kl_all"][0] for one in table["features"]])
+    share.plot(np.arange(1, len(carried) + 1), carried / max(carried[-1], np.finfo(float).tiny))
+    share.set(
+        xlabel="features, the most important first", ylabel="share of the KL summed over features", ylim=(0, 1.02)
+    )
+    for axes in (first, share):
+        axes.grid(alpha=0.3)
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
