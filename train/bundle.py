@@ -9,6 +9,7 @@ numbers.
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from tinymodel_jax.analysis.evaluation import evaluate
 from tinymodel_jax.analysis.model_passes import BATCH_ROWS
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.bundled.storyworld import cast
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.convert import ConvertedDictionary
 from tinymodel_jax.lm import TinyModel
@@ -43,6 +45,8 @@ LIVING_ROWS, LIVING_TOKENS = 1000, 10
 MEASURED_ROWS = 512
 """Held-out stories that the card's numbers are of."""
 ENTROPY_STORIES = 2000
+TOLD, TEMPERATURE = 64, 0.6
+"""Stories that the model tells for the card, and how boldly."""
 
 
 def bundle(dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")], *, work: Path) -> None:
@@ -129,7 +133,7 @@ in {_duration(work)} on the machine below.
 
 - Language model: preset `mini`, {run["steps"]:,} steps of {run["batch_size"]} rows, {tokens / 1e6:.1f} M tokens of
   {STORIES:,} stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
-  leaves {held_out - entropy:.3f} nats or more to learn.
+  leaves {held_out - entropy:.3f} nats or more to learn. {_stories_told(model)}
 - Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
   tokens, all in one run. Features that are active at fewer than {LIVING_TOKENS} tokens of {LIVING_ROWS:,} stories they
   were trained on are left out (most at `A0`, `A1` and `A2`, where few directions explain nearly everything). Measured
@@ -143,6 +147,14 @@ Versions: {", ".join(f"{name} {version}" for name, version in run["versions"].it
 ({jax.devices()[0].platform}). Licence: that of this repository; the stories
 are generated, no text of others is in them.
 """
+
+
+def _stories_told(model: TinyModel) -> str:
+    told = model.generate(["Once upon a time"] * TOLD, ROW_LENGTH - 8, TEMPERATURE)
+    ends = sum(story.endswith("[END]") for story in told)
+    kept = sum(len(set(re.findall(r"\w+", story)) & cast.NAMES) <= 2 for story in told)
+    return f"""Of {TOLD} stories told at temperature {TEMPERATURE},
+  {ends} come to an end, and {kept} name no third character, as the generator never does."""
 
 
 def _duration(work: Path) -> str:

@@ -26,6 +26,7 @@ BOYS = (
 )
 FEMALE_ANIMALS = ("Coco", "Misty", "Cleo", "Dot", "Lulu", "Kiki", "Fifi", "Nala", "Mimi", "Tilly")
 MALE_ANIMALS = ("Rusty", "Bruno", "Milo", "Rocky", "Ziggy", "Toto", "Pip", "Momo", "Gus", "Bobo")
+NAMES = frozenset({*GIRLS, *BOYS, *FEMALE_ANIMALS, *MALE_ANIMALS})
 SPECIES = (
     *("fox", "rabbit", "bear", "mouse", "cat", "dog", "duck"),
     *("pig", "goat", "sheep", "pony", "deer", "wolf", "lion"),
