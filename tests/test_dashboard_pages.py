@@ -262,6 +262,8 @@ def test_a_feature_page_tells_each_activation(mini, browser, width):
 
 
 def test_a_text_page_shows_where_a_feature_is_active(mini, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
     open_page(browser, mini)
@@ -278,6 +280,14 @@ def test_a_text_page_shows_where_a_feature_is_active(mini, browser):
     )
     assert max(strengths) == 1
     assert strengths[1] > 0
+    press(browser, Keys.ESCAPE)
+    words = browser.find_elements(By.CSS_SELECTOR, ".token")
+    ActionChains(browser).move_to_element(words[3]).click().move_to_element(words[5]).perform()
+    assert texts(browser, "#panel p") == [
+        f"“{texts(browser, '.token')[3]}”"
+    ]  # the pointer passes over words to the panel
+    ActionChains(browser).click(words[3]).move_to_element(words[5]).perform()
+    assert texts(browser, "#panel p") == [f"“{texts(browser, '.token')[5]}”"]
     link = browser.execute_script("return document.querySelector('#panel a').getAttribute('href')")
     go(browser, link)
     assert texts(browser, "h1") == [f"M2 {link[1:].replace('/', ' ')}"]

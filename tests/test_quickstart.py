@@ -1,6 +1,7 @@
 """`tinymodel quickstart`, run whole on the bundled model, and its page in a real browser."""
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -131,6 +132,90 @@ def test_the_page_works_in_a_browser(run, browser, width):
     fits = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     assert browser.execute_script(fits)
     assert problems(browser) == []
+
+
+def centre(driver: Any, element: Any) -> tuple[int, int]:
+    """Return where an element's middle is in the window."""
+    script = """const box = arguments[0].getClientRects()[0];
+    return [box.left + box.width / 2, box.top + box.height / 2].map(Math.round)"""
+    x, y = driver.execute_script(script, element)
+    return x, y
+
+
+@needs_browser
+def test_the_pointer_reaches_the_features_of_a_word_over_other_words(run, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(1000, 900)
+    browser.get(run.page.as_uri())
+    tokens, panel = browser.find_elements(By.CSS_SELECTOR, ".token"), browser.find_element(By.ID, "panel")
+    number = next(i for i, features in enumerate(run.content["data"]["tokens"]) if i > 3 and len(features) > 1)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[number])
+    tokens[number].click()
+    heading, button = panel.text.splitlines()[0], panel.find_elements(By.CSS_SELECTOR, ".feature")[1]
+
+    (x, y), (to_x, to_y) = centre(browser, tokens[number]), centre(browser, button)
+    crossed = [[round(a + (b - a) * part / 20) for a, b in ((x, to_x), (y, to_y))] for part in range(21)]
+    over = "return document.elementFromPoint(...arguments)?.closest('.token')?.dataset.index"
+    assert {browser.execute_script(over, *place) for place in crossed} - {None, str(number)}  # else nothing is tested
+    path = ActionChains(browser, duration=10)
+    for (x, y), (next_x, next_y) in itertools.pairwise(crossed):
+        path.move_by_offset(next_x - x, next_y - y)
+    path.click().perform()
+    assert panel.text.splitlines()[0] == heading
+    assert button.get_attribute("aria-pressed") == "true"
+
+    ActionChains(browser).send_keys(Keys.ESCAPE).move_to_element(tokens[number - 1]).perform()
+    assert tokens[number - 1].get_attribute("aria-selected") == "true"  # let go: the pointer chooses again
+    tokens[number].click()
+    tokens[number].click()
+    ActionChains(browser).move_to_element(tokens[number - 1]).perform()
+    assert tokens[number - 1].get_attribute("aria-selected") == "true"  # a second click lets go too
+
+
+@needs_browser
+def test_a_finger_and_the_keyboard_alone_choose_words_and_features(run, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(400, 757)
+    browser.get(run.page.as_uri())
+    tokens, panel = browser.find_elements(By.CSS_SELECTOR, ".token"), browser.find_element(By.ID, "panel")
+
+    def tap(element: Any) -> None:
+        fingers = ActionBuilder(browser, mouse=PointerInput("touch", "finger"))
+        fingers.pointer_action.move_to_location(*centre(browser, element)).pointer_down().pointer_up()
+        fingers.perform()
+
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[4])
+    tap(tokens[4])
+    assert tokens[4].get_attribute("aria-selected") == "true"
+    assert panel.rect["height"] <= 0.45 * browser.execute_script("return innerHeight") + 1
+    button = panel.find_element(By.CSS_SELECTOR, ".feature")
+    tap(button)
+    assert button.get_attribute("aria-pressed") == "true"
+
+    browser.execute_script("arguments[0].focus()", tokens[4])
+    before = browser.execute_script("return scrollY")
+    ActionChains(browser).send_keys(Keys.SPACE).perform()  # the same feature again: its colours go
+    assert button.get_attribute("aria-pressed") == "false"
+    assert browser.execute_script("return scrollY") == before
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT, Keys.TAB, Keys.TAB, Keys.ENTER).perform()
+    pressed = [one.get_attribute("aria-pressed") for one in panel.find_elements(By.CSS_SELECTOR, ".feature")]
+    assert pressed.index("true") == 1
+
+
+def test_no_two_parts_of_the_page_have_one_id(run):
+    ids = re.findall(r'\bid="([^"]*)"', run.page.read_text("utf-8"))
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]*)', run.page.read_text("utf-8")))
+    assert used
+    assert used <= set(ids)
 
 
 @pytest.mark.parametrize(

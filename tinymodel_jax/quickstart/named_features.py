@@ -16,6 +16,8 @@ from tinymodel_jax.padding import pad_right
 
 SITE = "Rm2"
 """Whose features are shown: an SAE of the residual stream."""
+NAMED_FROM = 0.5
+"""F1 below which a feature's concept is shown as a weak guess."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Named:
     concept: list[str]
     """Of each feature: the concept that its activity tells best."""
     f1: np.ndarray
-    """How well."""
+    """How well, on the same stories: nothing is held out."""
     density: np.ndarray
     """Share of the tokens at which each is active."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.quickstart.named_features import Named
+from tinymodel_jax.quickstart.named_features import NAMED_FROM, Named
 
 
 def interesting_features(named: Named, tokens: list[list[tuple[int, float]]], count: int = 24) -> list[int]:
@@ -61,4 +61,5 @@ def script_data(named: Named, tokens: list[list[tuple[int, float]]], acts: np.nd
         }
         for feature in present
     }
-    return {"tokens": [[(f, round(a, 3)) for f, a in found] for found in tokens], "features": features}
+    strongest = [[(f, round(a, 3)) for f, a in found] for found in tokens]
+    return {"tokens": strongest, "features": features, "named_from": NAMED_FROM}

@@ -10,7 +10,7 @@ from rich.console import Console
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.quickstart.named_features import SITE, name_features
+from tinymodel_jax.quickstart.named_features import NAMED_FROM, SITE, name_features
 from tinymodel_jax.quickstart.page_content import describe_feature, interesting_features, script_data
 from tinymodel_jax.quickstart.recovery import count_concepts
 from tinymodel_jax.quickstart.steps import PROMPT, edit_features, open_place, show_features, sweep, tell
@@ -56,6 +56,7 @@ def run_quickstart(
         "options": options,
         "prompt": PROMPT,
         "concept_stories": amounts.labelled,
+        "named_from": NAMED_FROM,
         "tokens": [token_text(lm.tokenizer.decode([i])) for i in story],
         "edit": edited,
         "sweep": swept,

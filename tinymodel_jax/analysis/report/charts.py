@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +96,13 @@ def _empty_figure(width: float, height: float) -> Figure:
 
 
 def _svg(figure: Any, title: str) -> str:
-    """Return the figure as an `<svg>` that scales with the page and has a title for screen readers."""
+    """Return the figure as an `<svg>` with a title for screen readers, and ids that no chart of another title has."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title}, transparent=True)
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace("<svg", '<svg role="img" class="chart"', 1)
+    svg = text[text.index("<svg") :].replace("<svg", '<svg role="img" class="chart"', 1)
+    prefix = f"chart-{zlib.crc32(title.encode()):08x}-"  # Matplotlib numbers parts alike in every figure
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)

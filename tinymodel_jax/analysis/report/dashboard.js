@@ -16,6 +16,7 @@ async function route() {
   if (location.hash !== address) return; // the reader has gone on meanwhile
   shownIndex = content.some((part) => part.id === "features");
   show();
+  keep(null);
   page.replaceChildren(...content);
   page.removeAttribute("aria-busy");
   const title = page.querySelector("h1");
@@ -28,6 +29,7 @@ async function route() {
 }
 
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") keep(null);
   if (event.key !== "/" || event.target.matches("input, select")) return;
   event.preventDefault();
   if (!shownIndex) location.hash = "";

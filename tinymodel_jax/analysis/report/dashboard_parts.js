@@ -32,7 +32,15 @@ function show(...children) {
   panel.replaceChildren(...children);
 }
 
-// A line of tokens: the pointer, focus and arrow keys choose one, `chosen(place)` says what that means.
+let kept = null; // the token that stays chosen, whatever the pointer passes over
+
+function keep(token) {
+  kept?.classList.remove("kept");
+  token?.classList.add("kept");
+  kept = token;
+}
+
+// A line of tokens: the pointer, a click (which keeps it) and arrow keys choose one, `chosen(place)` says what that means.
 function tokenLine(attributes, ids, strengths, start, names, chosen) {
   const tokens = ids.map((id, place) => {
     const marks = { class: "token", role: "option", tabindex: place === start ? 0 : -1, style: `--strength: ${strengths[place]}`, "aria-label": names(place) };
@@ -46,9 +54,15 @@ function tokenLine(attributes, ids, strengths, start, names, chosen) {
     chosen(place);
   };
   tokens.forEach((token, place) => {
-    for (const kind of ["mouseenter", "focus", "click"]) token.addEventListener(kind, () => choose(place));
+    const choice = (keeps) => {
+      keep(keeps ? token : null);
+      choose(place);
+    };
+    token.addEventListener("mouseenter", () => kept === null && choose(place));
+    token.addEventListener("focus", () => token.matches(":focus-visible") && choice(true)); // by keyboard; a click decides itself
+    token.addEventListener("click", () => choice(kept !== token));
     token.addEventListener("keydown", (event) => {
-      const other = tokens[place + ({ ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key] || NaN)];
+      const other = tokens[place + { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key]];
       if (!other) return;
       event.preventDefault();
       other.focus();

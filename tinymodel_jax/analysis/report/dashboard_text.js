@@ -35,9 +35,10 @@ async function textPage(given) {
 
   tokens.forEach((token, at) =>
     token.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && record.strongest[at].length) colour(record.strongest[at][0]);
+      if (event.key === " ") event.preventDefault(); // no scrolling
+      if (["Enter", " "].includes(event.key) && record.strongest[at].length) colour(record.strongest[at][0]);
     }),
   );
-  const about = "Point at a word, tap it, or move with the arrow keys: below are the features that are most active there. Choose one (Enter: the first) to see where else in the text it is active.";
+  const about = "Point at a word, or move with the arrow keys: below are the features that are most active there. Click or tap a word to keep them until you choose it again or press Escape; then choose a feature (Enter or Space: the first) to see where else in the text it is active.";
   return [element("nav", {}, element("a", { href: indexAddress }, "all features")), element("h1", { tabindex: -1 }, `Text ${given}`), element("p", {}, about), line];
 }

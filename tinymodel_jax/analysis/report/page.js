@@ -3,6 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const tokens = [...document.querySelectorAll(".token")];
 const panel = document.getElementById("panel");
 let shown = null; // the feature whose activity colours the story
+let kept = null; // the token whose features stay in the panel, whatever the pointer passes over
 
 function colour(feature) {
   shown = shown === feature ? null : feature;
@@ -12,6 +13,12 @@ function colour(feature) {
   panel.querySelectorAll(".feature").forEach((button) => {
     button.setAttribute("aria-pressed", String(Number(button.dataset.feature) === shown));
   });
+}
+
+function keep(index) {
+  kept = index;
+  if (index !== null) choose(index);
+  tokens.forEach((token, i) => token.classList.toggle("kept", i === index));
 }
 
 function choose(index) {
@@ -26,7 +33,7 @@ function choose(index) {
   const buttons = data.tokens[index].map(([feature, amount]) => {
     const about = data.features[feature];
     const button = document.createElement("button");
-    button.className = "feature";
+    button.className = about.f1 < data.named_from ? "feature weak" : "feature";
     button.type = "button";
     button.dataset.feature = feature;
     button.setAttribute("aria-pressed", String(feature === shown));
@@ -42,15 +49,15 @@ function choose(index) {
 }
 
 tokens.forEach((token, index) => {
-  token.addEventListener("mouseenter", () => choose(index));
-  token.addEventListener("focus", () => choose(index));
-  token.addEventListener("click", () => choose(index));
+  token.addEventListener("mouseenter", () => kept === null && choose(index));
+  token.addEventListener("focus", () => token.matches(":focus-visible") && keep(index)); // by keyboard; a click decides itself
+  token.addEventListener("click", () => keep(kept === index ? null : index));
   token.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    const other = step && tokens[index + step];
-    if (event.key === "Enter" && data.tokens[index].length) colour(data.tokens[index][0][0]);
-    if (!other) return;
-    event.preventDefault();
-    other.focus();
+    const other = tokens[index + { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key]];
+    const strongest = ["Enter", " "].includes(event.key) && data.tokens[index][0];
+    if (strongest) colour(strongest[0]);
+    if (other) other.focus();
+    if (other || event.key === " ") event.preventDefault(); // no scrolling
   });
 });
+document.addEventListener("keydown", (event) => event.key === "Escape" && keep(null));
