@@ -70,6 +70,7 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     assert "--sites M1N5 names a feature" in failing(capsys, "--sites", "M1N5", *data)
     assert "'Q1' is no dictionary tag" in failing(capsys, "--sites", "Q1", *data)
     assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
+    assert "cannot be made" in failing(capsys, "--sites", "A0", *data, "-o", f"{stories}/eval.json")
     assert "there is no such folder" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
     assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tinymodel_jax.commands import frame
-from tinymodel_jax.commands.options import check_output, parse_sites, work_file
+from tinymodel_jax.commands import frame, options
+from tinymodel_jax.commands.options import check_output, make_output_folder, parse_sites, work_file
 
 
 @pytest.fixture
@@ -70,5 +70,21 @@ def test_what_cannot_be_written_is_refused_before(tmp_path):
         check_output("--out", tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         check_output("--out", tmp_path / "no" / "file")
+    (tmp_path / "made").write_text("")
+    for folder in (tmp_path / "made", tmp_path / "made" / "inside"):
+        with pytest.raises(OSError, match=f"--out: the folder {folder} cannot be made"):
+            make_output_folder("--out", folder)
+    make_output_folder("--out", tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
     assert work_file(tmp_path / "file") == tmp_path / "file.work"
     assert work_file(None) is None
+
+
+def test_a_folder_that_refuses_files_is_refused_before(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(options.tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
+    for check in (check_output, make_output_folder):
+        with pytest.raises(PermissionError, match="cannot be written to: Permission denied"):
+            check("--out", tmp_path / "new")

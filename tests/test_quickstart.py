@@ -220,7 +220,10 @@ def test_no_two_parts_of_the_page_have_one_id(run):
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(["--seed", "-1"], "--seed -1: seeds are 0 to"), (["--out", __file__], "is a file; give a folder")],
+    [
+        (["--seed", "-1"], "--seed -1: seeds are 0 to"),
+        (["--out", f"{__file__}/page"], "cannot be made: Not a directory"),
+    ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, problem, capsys):
     assert cli.main(["quickstart", *arguments]) == 1

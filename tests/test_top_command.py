@@ -1,9 +1,11 @@
 """`tinymodel top` and `tinymodel concepts`, run as a user runs them."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from conftest import param_shapes, random_params
 from test_commands import error_line
 
 from tinymodel_jax import cli
@@ -225,9 +227,35 @@ def test_concepts_prints_writes_and_plots(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_concepts_scores_dictionaries_of_folders(lm, tmp_path, capsys):
+    for name in ("one", "two"):
+        lm["M1"].dictionary.save_pretrained(tmp_path / name)
+    both = ["--sites", "M1", "--dictionaries", str(tmp_path)]
+    assert cli.main(["concepts", *both, "--stories", "4", "--json"]) == 0
+    scores: dict[str, list[float]] = {}
+    for record in map(json.loads, capsys.readouterr().out.splitlines()):
+        scores.setdefault(record["place"], []).append(record["f1"])
+    assert list(scores) == ["M1", "random M1", "one", "two", "neurons 1"]  # one comparison for all three
+    assert scores["M1"] == scores["one"] == scores["two"]
+
+
+def test_concepts_of_a_model_that_has_nothing_to_score_are_one_line(lm, tmp_path, capsys):
+    TinyModel.from_params(lm.config, lm.params, tokenizer=lm.tokenizer).save_pretrained(tmp_path / "bare")
+    other = dataclasses.replace(lm.config, n_layers=1, d_model=8, n_heads=2, d_mlp=8, d_vocab=1030)
+    TinyModel.from_params(other, random_params(param_shapes(other), 0)).save_pretrained(tmp_path / "other")
+    assert cli.main(["concepts", "--model", str(tmp_path / "bare"), "--plot", str(tmp_path / "plot.png")]) == 1
+    assert "came without dictionaries; give --dictionaries FOLDER" in error_line(capsys)
+    assert cli.main(["concepts", "--model", str(tmp_path / "other")]) == 1
+    says = error_line(capsys)
+    assert "stories of the story world take 1024 ids, the model has 1030; give a model that was trained on them" in says
+    assert "--data" not in says
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--dictionaries", "none"], "--dictionaries none: there is no such folder"),
+        (["--dictionaries", "."], "holds no dictionary"),
         (["--stories", "1"], "--stories 1 must be 2 or more"),
         (["--plot", "no/where.png"], "there is no folder no"),
         (["--plot", "."], "--plot . is a folder; name a file"),

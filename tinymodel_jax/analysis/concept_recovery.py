@@ -7,7 +7,7 @@ Stories are split: the first half chooses units and thresholds, the second score
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from tinymodel_jax.analysis.concepts import ConceptScores, score_concepts
 from tinymodel_jax.analysis.report.charts import heat_map_figure
 from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.forward import forward
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import pad_below
@@ -37,7 +38,7 @@ class Recovery(NamedTuple):
     """How well the units of one place tell the concepts."""
 
     name: str
-    """`M1`; `neurons 1`; `random M1`."""
+    """`M1`, or what the dictionary was called; `neurons 1`; `random M1`."""
     kind: Kind
     layer: int
     n_units: int
@@ -62,7 +63,7 @@ class _Half(NamedTuple):
 def recover_concepts(
     lm: TinyModel,
     stories: Iterable[storyworld.Story],
-    tags: Sequence[str] | None = None,
+    dictionaries: Sequence[str] | Mapping[str, Dictionary] | None = None,
     *,
     baselines: bool = True,
     seed: int = 0,
@@ -73,23 +74,23 @@ def recover_concepts(
     Args:
         lm: a model whose tokenizer knows the stories' characters, such as `TinyModel("mini")`.
         stories: of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
-        tags: dictionaries; None is all that the model has.
+        dictionaries: tags, or any dictionaries of the model's sites by name; None is all that the model has.
         baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
-            input as it has features.
+            input as it has features (once for dictionaries that agree in both).
         seed: of the random directions.
         track: sees the places pass by, to show a progress bar.
 
     Raises:
-        ValueError: there are fewer than two stories, a tag has no dictionary, or the tokenizer does not fit.
+        ValueError: there are fewer than two stories, a tag has no dictionary, a dictionary does not fit the model, or
+            the tokenizer does not fit the stories.
     """
     told = list(stories)
     if len(told) < 2:
         raise ValueError(f"recover_concepts takes two stories or more, got {len(told)}: half of them choose the units.")
-    tags = lm.dictionary_tags if tags is None else tags
-    readers = [lm[tag] for tag in tags]
-    layers = sorted({reader.site.layer for reader in readers})
+    readers = _readers(lm, lm.dictionary_tags if dictionaries is None else dictionaries)
+    layers = sorted({reader.site.layer for reader in readers.values()})
     neurons = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers if baselines}
-    names = {reader.site.hook_in for reader in readers} | set(neurons.values())
+    names = {reader.site.hook_in for reader in readers.values()} | set(neurons.values())
     middle = len(told) // 2
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
 
@@ -145,6 +146,18 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
+def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
+    if not isinstance(dictionaries, Mapping):
+        return {lm[tag].site.tag: lm[tag] for tag in dictionaries}
+    readers = {}
+    for name, dictionary in dictionaries.items():
+        site = Site.at(dictionary.config.hook_in, dictionary.config.hook_out)
+        holder = lm.splice([])  # attaching checks that it fits; the model's own stay what they are
+        holder.attach(site.tag, dictionary)
+        readers[name] = holder[site.tag]
+    return readers
+
+
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
     """Return the activations and the truth at every token of the stories that is not special."""
     config, tokenizer = lm.config, lm.tokenizer
@@ -162,13 +175,15 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[~special])
 
 
-def _places_of(readers: Sequence[FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:
-    """Yield what is scored: dictionaries, each with random directions where there is a seed, then the neurons."""
-    for reader in readers:
-        site = reader.site
-        yield _Place(site.tag, "dictionary", site, partial(_encoded, reader))
-        if seed is not None:
-            yield _Place(f"random {site.tag}", "random directions", site, partial(_projected, reader, seed))
+def _places_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:
+    """Yield what is scored: dictionaries, with random directions where there is a seed, then the neurons."""
+    drawn = set()
+    for name, reader in readers.items():
+        site, size = reader.site, (reader.site.hook_in, reader.dictionary.config.n_features)
+        yield _Place(name, "dictionary", site, partial(_encoded, reader))
+        if seed is not None and size not in drawn:
+            drawn.add(size)
+            yield _Place(f"random {name}", "random directions", site, partial(_projected, reader, seed))
     for layer, name in neurons.items():
         yield _Place(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
 from tinymodel_jax.commands.options import check_output, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
@@ -21,6 +22,7 @@ def concepts(
     *,
     model: str = "mini",
     sites: str = "",
+    dictionaries: tuple[Path, ...] = (),
     stories: int = 100,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     plot: Path | None = None,
@@ -30,7 +32,8 @@ def concepts(
 
     Args:
         model: one that was trained on the story world.
-        sites: dictionaries' tags, as M0,Rm2; all of the model's if left out.
+        sites: tags, as M0,Rm2, of the model's dictionaries; all of them if there are no --dictionaries either.
+        dictionaries: folders of dictionaries, or folders that hold such folders; each knows its site.
         stories: unseen stories to read; half of them choose the features, half score them.
         out: JSON file for the score of every concept at every place.
         plot: PNG file for a heat map of them.
@@ -40,7 +43,8 @@ def concepts(
     check_output("--plot", plot)
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
-    tags = parse_sites("--sites", sites) or None
+    tags = parse_sites("--sites", sites)
+    folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     import json as json_format
 
     from tinymodel_jax.analysis.concept_recovery import concept_records, plot_concepts, recover_concepts
@@ -48,7 +52,10 @@ def concepts(
 
     lm = load_lm(model)
     told = unseen_stories(lm, stories)
-    recoveries = recover_concepts(lm, told, tags, track=lambda places: with_progress(list(places), "scoring"))
+    if not (tags or folders or lm.dictionary_tags):
+        raise ValueError(f"--model {model} came without dictionaries; give --dictionaries FOLDER.")
+    named = dict(named_dictionaries(lm, tags if tags or folders else lm.dictionary_tags, folders))
+    recoveries = recover_concepts(lm, told, named, track=lambda places: with_progress(list(places), "scoring"))
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())

@@ -11,7 +11,8 @@ import tyro
 
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
-from tinymodel_jax.commands.options import parse_sites
+from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
+from tinymodel_jax.commands.options import make_output_folder, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.sites import Site
@@ -62,11 +63,13 @@ def evaluate(
     tags = parse_sites("--sites", sites)
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
-    if out is not None and out.suffix != ".json":
-        raise ValueError(f"--out {out}: give the name of a .json file; the plots get the same name with .png.")
-    folders = [found for folder in dictionaries for found in _dictionary_folders(folder)]
+    if out is not None:
+        if out.suffix != ".json" or out.is_dir():
+            raise ValueError(f"--out {out}: give the name of a .json file; the plots get the same name with .png.")
+        make_output_folder("--out", out.parent)
+    folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = load_lm(model, n_heads)
-    named = _named_dictionaries(lm, tags, folders)
+    named = named_dictionaries(lm, tags, folders)
     rows = open_rows(lm, data, limit)
     content = {
         "format": "tinymodel_jax/evaluation",
@@ -84,34 +87,6 @@ def evaluate(
         print_json(content)
     else:
         _print_tables(content)
-
-
-def _dictionary_folders(folder: Path) -> list[Path]:
-    """Return the folder if it holds a dictionary, else those in it that do."""
-    from tinymodel_jax.io.artifacts import DICTIONARY_FILE
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--dictionaries {folder}: there is no such folder.")
-    found = [f for f in (folder, *sorted(folder.iterdir())) if (f / DICTIONARY_FILE).is_file()]
-    if not found:
-        raise FileNotFoundError(f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
-    return [folder] if found[0] == folder else found
-
-
-def _named_dictionaries(lm: TinyModel, tags: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, Dictionary]]:
-    """Return the dictionaries to measure; those of folders are named by their folder, by its path if two agree."""
-    from tinymodel_jax.dictionary import Dictionary
-
-    named = [(lm[tag].site.tag, lm[tag].dictionary) for tag in tags]
-    names = [*tags, *(folder.name for folder in folders)]
-    for folder in folders:
-        loaded = Dictionary.from_pretrained(folder)
-        place = Site.at(loaded.config.hook_in, loaded.config.hook_out)
-        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
-        holder.attach(place.tag, loaded)
-        name = folder.name if names.count(folder.name) == 1 else str(folder)
-        named.append((name, holder.dictionaries[place.tag]))
-    return named
 
 
 def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, begin: bool) -> list[dict[str, Any]]:
@@ -153,7 +128,6 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _write(content: Mapping[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, (json_format.dumps(content, indent=2) + "\n").encode())
     if content["dictionaries"]:
         from tinymodel_jax.analysis.report.dictionary_charts import plot_evaluations

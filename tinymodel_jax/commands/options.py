@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from tinymodel_jax.sites import Site
@@ -11,7 +12,7 @@ def check_output(option: str, path: Path | None) -> None:
     """Refuse a file that could not be written in the end.
 
     Raises:
-        FileNotFoundError: its folder is not there.
+        OSError: its folder is not there, or may not be written to.
         ValueError: it is a folder.
     """
     if path is None:
@@ -20,6 +21,20 @@ def check_output(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} {path} is a folder; name a file, such as {path / 'NAME'}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
+    _try_a_file(option, path.parent)
+
+
+def make_output_folder(option: str, folder: Path) -> None:
+    """Make a folder for what is written in the end.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{option}: the folder {folder} cannot be made: {error.strerror}.") from error
+    _try_a_file(option, folder)
 
 
 def check_json_output(option: str, path: Path | None) -> None:
@@ -61,3 +76,11 @@ def parse_sites(option: str, text: str) -> list[str]:
         if feature is not None:
             raise ValueError(f"{option} {tag} names a feature; name the whole dictionary, {site.tag}.")
     return list(tags)
+
+
+def _try_a_file(option: str, folder: Path) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):  # a named one: some file systems refuse the others
+            pass
+    except OSError as error:
+        raise type(error)(f"{option}: the folder {folder} cannot be written to: {error.strerror}.") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinymodel_jax.commands.options import make_output_folder
+
 
 def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: bool = False) -> None:
     """Show the bundled model at work, train a dictionary before your eyes, and write a page about both.
@@ -17,8 +19,7 @@ def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: 
     """
     if not 0 <= seed < 2**32 - 1:
         raise ValueError(f"--seed {seed}: seeds are 0 to {2**32 - 2}.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder, which is made if there is none.")
+    make_output_folder("--out", out)
     from rich.console import Console
 
     from tinymodel_jax.allocator import keep_freed_memory

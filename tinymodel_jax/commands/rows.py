@@ -32,7 +32,8 @@ def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     if limit < 1:
         raise ValueError(f"--limit {limit} must be 1 or more.")
     if data == STORY_WORLD:
-        return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit)])
+        instead = "--data takes a folder of python -m train prepare, or a file of stories, too"
+        return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit, instead)])
     path = Path(data)
     if data.removesuffix(".gz").endswith(STORY_FILES):
         return _rows_of_stories(lm, read_stories(path, limit))
@@ -49,8 +50,13 @@ def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     return prepared.valid[:limit]
 
 
-def unseen_stories(lm: TinyModel, count: int) -> Sequence[Story]:
+def unseen_stories(
+    lm: TinyModel, count: int, instead: str = "give a model that was trained on them, such as mini"
+) -> Sequence[Story]:
     """Return stories of the story world that no bundled model was trained on.
+
+    Args:
+        instead: what to do, for the error.
 
     Raises:
         ValueError: the model's vocabulary is another.
@@ -60,8 +66,7 @@ def unseen_stories(lm: TinyModel, count: int) -> Sequence[Story]:
     vocab_size = storyworld.tokenizer().vocab_size
     if lm.config.d_vocab != vocab_size:
         raise ValueError(
-            f"--data storyworld: its stories take {vocab_size} ids, the model has {lm.config.d_vocab}; give a folder "
-            "of python -m train prepare, or a file of stories."
+            f"stories of the story world take {vocab_size} ids, the model has {lm.config.d_vocab}; {instead}."
         )
     return list(storyworld.stories(seed=0, count=count, first=storyworld.FIRST_UNSEEN))
 
