@@ -29,6 +29,14 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(clock, capsys):
     ]
 
 
+def test_what_is_said_of_long_work_may_change_as_it_goes_on(clock, capsys):
+    done: list[int] = []
+    for row in frame.with_progress(range(3), lambda: f"done {done}"):
+        done.append(row)
+        clock[0] += 30
+    assert capsys.readouterr().err.splitlines() == ["done [0]: 1 of 3", "done [0, 1]: 2 of 3"]
+
+
 def test_quick_work_says_nothing(clock, capsys):
     for _ in frame.with_progress(list(range(60)), "reading"):
         clock[0] += 0.01

@@ -62,8 +62,9 @@ SIBLINGS = {
     ("convert_torch_weights", "commands"),
     # where the model is that comes with the package
     ("io", "bundled"),
-    # what the command runs
+    # what the command runs, and how it shows progress
     ("commands", "quickstart"),
+    ("quickstart", "commands"),
     ("cli", "commands"),
     # the command itself
     ("__main__", "cli"),

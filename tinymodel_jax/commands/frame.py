@@ -81,22 +81,31 @@ def finite_or_none(number: int | float) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
-def with_progress(rows: list[Any], what: str) -> Iterator[Any]:
-    """Yield rows; a bar on stderr shows how many are done, or a plain line now and then where it is no terminal."""
+def with_progress(rows: Sequence[Any], what: str | Callable[[], str]) -> Iterator[Any]:
+    """Yield rows; a bar on stderr shows how many are done, or a plain line now and then where it is no terminal.
+
+    Args:
+        what: what is done, or a function that says how that stands after a row.
+    """
+    words = what if callable(what) else lambda: what
     if len(rows) < 2 or not sys.stderr.isatty():
-        yield from _with_lines(rows, what)
+        yield from _with_lines(rows, words)
         return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    yield from track(rows, description=what, console=Console(stderr=True), transient=True)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(words(), total=len(rows))
+        for row in rows:
+            yield row
+            progress.update(bar, advance=1, description=words())
 
 
-def _with_lines(rows: list[Any], what: str) -> Iterator[Any]:
+def _with_lines(rows: Sequence[Any], words: Callable[[], str]) -> Iterator[Any]:
     due = time.monotonic() + SECONDS_OF_SILENCE
     for done, row in enumerate(rows):
         if done and time.monotonic() >= due:
-            print(f"{what}: {done} of {len(rows)}", file=sys.stderr, flush=True)
+            print(f"{words()}: {done} of {len(rows)}", file=sys.stderr, flush=True)
             due = time.monotonic() + SECONDS_BETWEEN_LINES
         yield row
 

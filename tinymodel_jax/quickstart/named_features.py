@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from tinymodel_jax.analysis.concepts import concepts_of_units
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import pad_right
 
@@ -44,7 +44,7 @@ def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Cons
     tok_ids = full_rows(lm, [story.text for story in told])
     truth = storyworld.labels(told, lm.tokenizer, width=tok_ids.shape[1])
     reader = lm[SITE]
-    starts = track(range(0, len(told), 12), description="reading labelled stories", console=console, transient=True)
+    starts = with_progress(range(0, len(told), 12), "reading labelled stories")
     acts = np.concatenate([np.asarray(reader(tok_ids[start : start + 12])) for start in starts])
     real = tok_ids < lm.config.begin_id
     best, f1 = concepts_of_units(acts[real], truth[real])

@@ -10,9 +10,10 @@ from rich.console import Console
 from tinymodel_jax.analysis.concept_recovery import concept_table, n_found, recover_concepts
 from tinymodel_jax.analysis.report.charts import heat_map
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.quickstart.named_features import SITE
-from tinymodel_jax.quickstart.transcoder import TRAINED
+from tinymodel_jax.quickstart.transcoder import JUST_NOW, TRAINED
 
 SCORED = ("Rm0", "Rm1", "Rm3", "M2")
 """What else concepts are looked for in."""
@@ -23,25 +24,27 @@ def count_concepts(
 ) -> dict[str, Any]:
     """Count the concepts that dictionaries, neurons and random directions found."""
     console.rule("6 · How many of the known concepts were found")
-    with console.status("scoring every feature, neuron and random direction"):
-        found = [*recover_concepts(lm, told, [SITE]), *recover_concepts(lm, told, SCORED, baselines=False)]
-        if training is not None:
-            other = lm.splice([])
-            other.attach(TRAINED, training["dictionary"])
-            mine = recover_concepts(other, told, [TRAINED], baselines=False)[0]._replace(name="trained just now")
-            found.append(mine)
-            counts = {
-                "trained just now": n_found(mine),
-                "bundled": n_found(next(r for r in found if r.name == TRAINED)),
-            }
-            for row in training["rows"]:
-                row["concepts"] = counts[row["name"]]
-                console.print(
-                    f"{row['name']}: L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, "
-                    f"CE recovered {row['ce_recovered']:.3f}, {row['dead_fraction']:.1%} dead, {row['concepts']} of "
-                    f"{len(storyworld.CONCEPTS)} concepts with F1 of 0.8 or more",
-                    highlight=False,
-                )
+    others = {tag: lm[tag].dictionary for tag in SCORED}
+    if training is not None:
+        others[JUST_NOW] = training["dictionary"]
+    found = [
+        *recover_concepts(
+            lm, told, [SITE], track=lambda places: with_progress(places, "scoring units, random ones too")
+        ),
+        *recover_concepts(
+            lm, told, others, baselines=False, track=lambda places: with_progress(places, "scoring features")
+        ),
+    ]
+    if training is not None:
+        concepts = {recovery.name: n_found(recovery) for recovery in found}
+        for row in training["rows"]:
+            row["concepts"] = concepts[JUST_NOW if row["name"] == JUST_NOW else TRAINED]
+            console.print(
+                f"{row['name']}: L0 {row['l0']:.1f}, explained variance {row['explained_variance']:.3f}, "
+                f"CE recovered {row['ce_recovered']:.3f}, {row['dead_fraction']:.1%} dead, {row['concepts']} of "
+                f"{len(storyworld.CONCEPTS)} concepts with F1 of 0.8 or more",
+                highlight=False,
+            )
     counts = [{"name": recovery.name, "found": n_found(recovery)} for recovery in found]
     console.print("; ".join(f"{count['name']}: {count['found']}" for count in counts), highlight=False)
     chart = heat_map(*concept_table(found), "F1 of the best unit")

@@ -14,6 +14,7 @@ from rich.console import Console
 from tinymodel_jax.analysis import sweeps
 from tinymodel_jax.analysis.report.charts import bars
 from tinymodel_jax.analysis.report.page import token_text
+from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.interventions import ablate, clamp
 from tinymodel_jax.lm import TinyModel
@@ -69,16 +70,17 @@ def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> d
     row = [lm.config.begin_id, *prompt]
     start = time.monotonic()
     token = int(np.asarray(lm([row]))[0, -1].argmax())
+    text = token_text(lm.tokenizer.decode([token]))
+    console.print(f"…{lm.tokenizer.decode(prompt)[-90:]!r} goes on with {text!r}.", markup=False)
+    console.print("Turning off every active feature, one at a time (compiling takes most of it) …")
     effects = sweeps.ablate(lm, SITE, [row], next_ids=[token])
     seconds = time.monotonic() - start
     order = np.argsort(effects.next_logprob)
     chosen = [*order[:9], *order[-3:]]
-    text = token_text(lm.tokenizer.decode([token]))
     values = {
         f"{effects.features[i]}: {named.concept[effects.features[i]]}": float(effects.next_logprob[i]) for i in chosen
     }
-    console.print(f"…{lm.tokenizer.decode(prompt)[-90:]!r} goes on with {text!r}.", markup=False)
-    console.print(f"{len(order)} active features turned off one at a time, in one compiled call, {seconds:.1f} s:")
+    console.print(f"{len(order)} features turned off one at a time, in one compiled call, {seconds:.1f} s:")
     for name, value in values.items():
         console.print(f"  {value:+.3f} nats  {name}", markup=False, highlight=False)
     return {
@@ -109,13 +111,14 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
         f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, its mean where it is active",
     }
     runs, probabilities = [], []
-    for short, edit in hooks.items():
+    for short, edit in with_progress(list(hooks.items()), "continuing the story"):
         out = continue_prompts(lm.params, lm.config, row, CONTINUATION_TOKENS, 0.0, end_id=lm.config.end_id, hooks=edit)
         text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if i < lm.config.begin_id])
         runs.append({"short": short, "title": titles[short], "text": text.replace("\n", " ↵ ").strip()})
         probabilities.append(np.exp(np.asarray(lm.run_with_hooks(row, edit)[0])[0, -1]))
-        console.print(f"[bold]{titles[short]}[/bold]")
-        console.print(f"  {runs[-1]['text']}", markup=False, highlight=False)
+    for run in runs:
+        console.print(f"[bold]{run['title']}[/bold]")
+        console.print(f"  {run['text']}", markup=False, highlight=False)
     likely = np.argsort(-np.max(probabilities, axis=0))[:6]
     return {
         "prompt_end": lm.tokenizer.decode(prompt)[-90:],
@@ -136,6 +139,7 @@ def _feature_to_turn_up(lm: TinyModel, row: np.ndarray, named: Named, other: int
     wanted = [np.where(np.array(named.concept) == concept, scores, -1) for concept in TURNED_UP]
     candidates = sorted({int(score.argmax()) for score in wanted if score.max() > 0}) or [int(scores.argmax())]
     means = [float(acts[acts > 0].mean()) for acts in (named.acts[..., f][named.real] for f in candidates)]
-    held = [float(sweeps.clamp(lm, SITE, row, mean, f).kl[0]) for f, mean in zip(candidates, means, strict=True)]
+    tried = with_progress(list(zip(candidates, means, strict=True)), "trying features to turn up")
+    held = [float(sweeps.clamp(lm, SITE, row, mean, feature).kl[0]) for feature, mean in tried]
     most = int(np.argmax(held))
     return candidates[most], means[most]

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import Progress, track
 
 from tinymodel_jax.analysis.evaluation import evaluate
 from tinymodel_jax.analysis.report.charts import training_curve
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
@@ -27,6 +27,8 @@ from tinymodel_jax.training.site_activations import site_vectors
 
 TRAINED = "M2"
 """Where the transcoder is trained."""
+JUST_NOW = "trained just now"
+"""What it is called beside the bundled one."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     """Train a transcoder at `TRAINED` from scratch, and measure it beside the bundled one."""
     console.rule("5 · A transcoder from scratch")
     site, bundled = lm[TRAINED].site, lm[TRAINED].dictionary
-    told = storyworld.stories(seed=seed + 1, count=amounts.trained_stories)
-    texts = [s.text for s in track(told, "telling stories", amounts.trained_stories, console=console, transient=True)]
+    numbers = with_progress(range(amounts.trained_stories), "telling stories")
+    texts = [storyworld.story(seed + 1, number).text for number in numbers]
     data = full_rows(lm, texts)
     recipe = recipe_preset(
         "house", "batch_topk", bundled.config.n_features, amounts.steps, k=bundled.config.k, batch_size=amounts.batch
@@ -70,14 +72,11 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     first = vectors(0, data[batch_indices(len(data), amounts.stories_a_step, seed, amounts.steps)])
     statistics = [ActivationStatistics.zero(part.shape[1]).update(part) for part in first]
     state = init_state(jax.random.key(seed), recipe, *statistics)
-    history, start = [], time.monotonic()
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("compiling", total=amounts.steps)
-        for i in range(amounts.steps):
-            state, metrics = step(state, data[batch_indices(len(data), amounts.stories_a_step, seed, i)])
-            history.append({name: float(metrics[name]) for name in ("explained_variance", "l0", "dead_fraction")})
-            now = history[-1]
-            progress.update(bar, advance=1, description=f"L0 {now['l0']:.1f}  EV {now['explained_variance']:.3f}")
+    history: list[dict[str, float]] = []
+    start = time.monotonic()
+    for i in with_progress(range(amounts.steps), lambda: _how_it_stands(history)):
+        state, metrics = step(state, data[batch_indices(len(data), amounts.stories_a_step, seed, i)])
+        history.append({name: float(metrics[name]) for name in ("explained_variance", "l0", "dead_fraction")})
     seconds = time.monotonic() - start
     trained = Dictionary.from_params(*finalize(state, recipe, site.hook_in, site.hook_out))
     sentence = (
@@ -88,9 +87,15 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     held_out = full_rows(
         lm, [s.text for s in storyworld.stories(0, amounts.held_out, storyworld.FIRST_UNSEEN + amounts.labelled)]
     )
-    evaluations = evaluate(lm, [trained, bundled], held_out)
+    evaluations = evaluate(lm, [trained, bundled], held_out, progress=with_progress)
     curve = training_curve(
         range(1, amounts.steps + 1), [h["explained_variance"] for h in history], [h["l0"] for h in history]
     )
-    rows = [{"name": name, **e._asdict()} for name, e in zip(("trained just now", "bundled"), evaluations, strict=True)]
+    rows = [{"name": name, **e._asdict()} for name, e in zip((JUST_NOW, "bundled"), evaluations, strict=True)]
     return {"sentence": sentence, "chart": curve, "rows": rows, "dictionary": trained}
+
+
+def _how_it_stands(history: list[dict[str, float]]) -> str:
+    if not history:
+        return "compiling"
+    return f"training, L0 {history[-1]['l0']:.1f}, explained variance {history[-1]['explained_variance']:.3f}"
