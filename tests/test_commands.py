@@ -364,3 +364,10 @@ def test_the_converter_runs_as_a_script_without_loading_jax(tmp_path: Path) -> N
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 False"
+
+
+def test_a_package_that_a_training_program_needs_later_is_named_too(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "etils", None)
+    options = ["--tokenizer", "mini", "--limit", "5"]
+    assert train_main(["prepare", "storyworld", str(tmp_path / "data"), *options]) == 1
+    assert "prepare needs etils, which is not installed; in the repository's folder: pip install" in error_line(capsys)

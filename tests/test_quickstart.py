@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import pytest
 from browsers import chromium, needs_browser, problems
+from command_lines import command_lines
+from command_lines import run as run_command
 from conftest import as_users_run_it
 from rich.console import Console
 
@@ -60,7 +63,45 @@ def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
     assert str(run.page) in text.replace("\n", "")
     assert "Once upon a time" in text
     assert re.search(r"trained just now: L0 \d", text)
-    assert all(command[:40] in text for command in run_module.COMMANDS)
+    assert all(command in text for command in run_module.next_commands())
+
+
+def test_the_next_commands_run(tmp_path, monkeypatch, standard_promotion, no_type_checks, capsys):
+    monkeypatch.chdir(tmp_path)
+    smaller = {
+        "generate": "generate --n-toks 2",
+        "--limit 20000": "--limit 100 --valid-fraction 0.1 --workers 1",
+        "--sites M0,M1 --k 8,16,32": "--sites M0 --k 8",
+        "--n-features 1024 --steps 1000": "--n-features 32 --steps 2 --batch-size 256",
+        "concepts": "concepts --stories 4",
+    }
+    for command in run_module.next_commands():
+        for words in command_lines(command):
+            run_command(words, smaller)
+    assert "│ M0 " in capsys.readouterr().out
+
+
+def test_the_next_commands_begin_as_the_shell_finds_the_programs(tmp_path, monkeypatch):
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "tinymodel"):
+        (folder / name).touch(0o755)
+    monkeypatch.setattr(run_module.sys, "executable", str(folder / "python3"))
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.chdir(tmp_path)
+    generate, _, train = run_module.next_commands()
+    assert generate.startswith(".venv/bin/tinymodel generate ")
+    assert [part.split(" -")[0] for part in train.split(" && ")] == [
+        ".venv/bin/python",
+        ".venv/bin/python",
+        ".venv/bin/tinymodel concepts",
+    ]
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)  # an environment that is active
+    generate, _, train = run_module.next_commands()
+    assert generate.startswith("tinymodel generate ")
+    assert train.startswith("python -m train ")
+    (folder / "tinymodel").unlink()
+    assert run_module.next_commands()[0].startswith("python -m tinymodel_jax generate ")
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run):

@@ -6,9 +6,11 @@ a traceback from the beginning on.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 PROGRAMS = {
     "prepare": "Turn stories into a folder of token ids to train on.",
@@ -36,12 +38,29 @@ def _run(arguments: list[str]) -> int:
     commands = {name: _listed(line) for name, line in PROGRAMS.items()}
     if named in PROGRAMS:
         try:
-            commands = {named: getattr(importlib.import_module(f"train.{named}"), named)}
+            commands = {named: _with_hint(getattr(importlib.import_module(f"train.{named}"), named))}
         except ModuleNotFoundError as error:
-            needs = f"{named} needs {error.name}, which is not installed"
-            print(f"train: {needs}; in the repository's folder: pip install -e '.[train]'", file=sys.stderr)
+            print(f"train: {_hint(named, error)}", file=sys.stderr)
             return 1
     return run_commands("train", "Prepare data and train models.", commands, arguments)
+
+
+def _with_hint(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, which says what to install where it needs a package once it runs."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except ModuleNotFoundError as error:
+            raise ImportError(_hint(command.__name__, error)) from error
+
+    return run
+
+
+def _hint(named: str, error: ModuleNotFoundError) -> str:
+    needs = f"{named} needs {error.name}, which is not installed"
+    return f"{needs}; in the repository's folder: pip install -e '.[train]'"
 
 
 def _listed(line: str) -> Callable[[], None]:

@@ -22,9 +22,12 @@ def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: 
     make_output_folder("--out", out)
     from rich.console import Console
 
+    console = Console()
+    console.print(f"Looking into the bundled model; it takes about {'one minute' if no_train else 'two minutes'} …")
+
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.quickstart.run import run_quickstart
 
     keep_freed_memory()
     options = f"{f' --seed {seed}' if seed else ''}{' --no-train' if no_train else ''}"
-    run_quickstart(out, seed, not no_train, Console(), options)
+    run_quickstart(out, seed, not no_train, console, options)

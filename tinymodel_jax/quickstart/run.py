@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,6 @@ from tinymodel_jax.quickstart.steps import PROMPT, edit_features, open_place, sh
 from tinymodel_jax.quickstart.transcoder import Amounts, train_transcoder
 
 FULL = Amounts()
-COMMANDS = (
-    'tinymodel generate --model mini "Once upon a time"',
-    'tinymodel features --model mini --site Rm2 "Once upon a time, a fox was sad"',
-    "python -m train prepare storyworld data/mini --tokenizer mini --row-length 256 && python -m train dictionaries "
-    "--sites M0,M1 --k 8,16,32 --n-features 1024 --steps 1000 --data data/mini --out runs/mine",
-)
-"""What to run next."""
 
 
 def run_quickstart(
@@ -48,6 +44,7 @@ def run_quickstart(
     swept = sweep(lm, prompt, named, console)
     edited = edit_features(lm, prompt, named, int(swept["strongest"]), console)
     training = train_transcoder(lm, amounts, seed, console) if train else None
+    commands = next_commands()
     concepts = count_concepts(lm, told, training, console)
     content = {
         "model": f"{lm!r:.80}, trained on the story world",
@@ -64,7 +61,7 @@ def run_quickstart(
         "concepts": concepts,
         "n_concepts": len(storyworld.CONCEPTS),
         "features": [describe_feature(lm, named, feature) for feature in interesting_features(named, tokens)],
-        "commands": COMMANDS,
+        "commands": commands,
         "data": script_data(named, tokens, acts),
     }
     path = out / "quickstart.html"
@@ -72,5 +69,34 @@ def run_quickstart(
     console.rule("Done")
     where = f"The page: {path.resolve()}  (open it in a browser; it needs no network)"
     console.print(where, markup=False, soft_wrap=True)
-    console.print("Next:", *COMMANDS, sep="\n  ", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        "Next, in the repository's folder:", *commands, sep="\n  ", highlight=False, markup=False, soft_wrap=True
+    )
     return path
+
+
+def next_commands() -> list[str]:
+    """Return what to run next, with the programs as they are called from here."""
+    tinymodel, python = _programs()
+    return [
+        f'{tinymodel} generate --model mini "Once upon a time"',
+        f'{tinymodel} features --model mini --site Rm2 "Once upon a time, a fox was sad"',
+        f"{python} -m train prepare storyworld data/mini --tokenizer mini --row-length 256 --limit 20000"
+        f" && {python} -m train dictionaries --sites M0,M1 --k 8,16,32 --n-features 1024 --steps 1000"
+        f" --data data/mini --out runs/mine && {tinymodel} concepts --dictionaries runs/mine/dictionaries",
+    ]
+
+
+def _programs() -> tuple[str, str]:
+    """Return how `tinymodel` and its Python are called: by name where a shell finds these, else by their paths."""
+    folder = Path(sys.executable).parent
+    python = _called(shutil.which("python", path=folder) or sys.executable)
+    script = shutil.which("tinymodel", path=folder)
+    return _called(script) if script else f"{python} -m tinymodel_jax", python
+
+
+def _called(program: str) -> str:
+    path = Path(program)
+    if shutil.which(path.stem) == program:
+        return path.stem
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
