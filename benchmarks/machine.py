@@ -4,7 +4,8 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
-from pathlib import Path
+
+from tinymodel_jax.machine import processor
 
 PACKAGES = ("tinymodel-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "tinymodel")
 TUNED_ALLOCATOR = {
@@ -20,20 +21,12 @@ def describe_machine(more_packages: Iterable[str] = ()) -> dict[str, str]:
     tuned = all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items())
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *more_packages)}
     return {
-        "processor": f"{os.cpu_count()} cores of {_processor()}",
+        "processor": processor(),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "allocator": "tuned" if tuned else "as set by MALLOC_*" if _any_malloc_setting() else "default",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _any_malloc_setting() -> bool:

@@ -92,4 +92,6 @@ def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: P
     n_features = lm["M3"].dictionary.config.n_features
     assert lm["M3"]([[1, 2, 3]]).shape == (1, 3, n_features)
     assert 0 < n_features <= 512
-    assert "| `A3` |" in (tmp_path / "mini" / "README.md").read_text("utf-8")
+    card = (tmp_path / "mini" / "README.md").read_text("utf-8")
+    assert "| `A3` |" in card
+    assert re.search(r"in \d+ minutes of training on \d+ cores of \w+", card)

@@ -20,6 +20,7 @@ LAYERS = {
     "initializers": 0,
     "compilation": 0,
     "allocator": 0,
+    "machine": 0,
     "padding": 0,
     "weights": 0,
     "atomic_files": 0,

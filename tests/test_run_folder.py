@@ -8,14 +8,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from bucket_server import BucketServer
+from etils import epath
 from etils.epath import backend
 from runs import ROOT, VOCAB, checkpoint_arrays, finish, start, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
+from train import loop
 from train.__main__ import main
 from train.run_files import local_folder
 from train.run_folder import MetricsLog, open_run_folder
@@ -223,3 +227,30 @@ def test_a_folder_that_may_not_be_written_is_one_line(data: Path, whole: Path, t
     assert "cannot be written: Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(out.parent.rglob("*")) == before
+
+
+def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def sit(first_step: int, stop_after: int) -> None:
+        done = [first_step]
+
+        def step(state: int, batch: int) -> tuple[int, dict[str, Any]]:
+            now[0] += 10
+            done[0] += 1
+            return state, {"loss": np.float32(1)}
+
+        run = loop.OpenRun(epath.Path(tmp_path), {"steps": 6, "save_every": 2}, Mock(), lambda: done[0] == stop_after)
+        options: Any = {"observe": lambda done, state: {}, "log": Mock(), "progress": Mock()}
+        loop.run_steps(run, step, 0, lambda number: number, first_step=first_step, **options)
+
+    sit(4, stop_after=0)
+    assert loop.trained_seconds(tmp_path) is None  # of a run that has none, what went before is not known
+    sit(0, stop_after=3)
+    assert loop.trained_seconds(tmp_path) == 30
+    now[0] += 86_400  # it goes on the next day
+    sit(3, stop_after=0)
+    assert loop.trained_seconds(tmp_path) == 60
+    sit(0, stop_after=1)  # begun anew
+    assert loop.trained_seconds(tmp_path) == 10

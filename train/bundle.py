@@ -26,12 +26,14 @@ from tinymodel_jax.bundled.storyworld import cast
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.convert import ConvertedDictionary
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.machine import processor
 from tinymodel_jax.training.data_folder import open_data
 from tinymodel_jax.weights import flatten
 from train.activation_options import ActivationOptions
 from train.dictionaries import dictionaries
 from train.hosts import say
 from train.lm import lm
+from train.loop import trained_seconds
 from train.prepare import prepare
 from train.sweep import SweepOptions
 
@@ -120,6 +122,9 @@ def _card(work: Path, model: TinyModel, rows: np.ndarray) -> str:
         f"{n.dead_fraction:.1%} |"
         for tag, n in zip(tags, measured, strict=True)
     ]
+    seconds = [trained_seconds(work / name) for name in ("lm", "dictionaries")]
+    known = [one for one in seconds if one is not None]
+    time_taken = f"in {sum(known) / 60:.0f} minutes of training " if len(known) == len(seconds) else ""
     cfg = model.config
     return f"""# The bundled model
 
@@ -129,7 +134,7 @@ dictionary at every site. float16 on disk, float32 in use. Made from nothing by
 
     python -m train bundle DEST --work WORK
 
-in {_duration(work)} on the machine below.
+{time_taken}on {processor()}.
 
 - Language model: preset `mini`, {run["steps"]:,} steps of {run["batch_size"]} rows, {tokens / 1e6:.1f} M tokens of
   {STORIES:,} stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
@@ -143,9 +148,9 @@ in {_duration(work)} on the machine below.
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-Versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}; {jax.device_count()} device
-({jax.devices()[0].platform}). Licence: that of this repository; the stories
-are generated, no text of others is in them.
+Versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}; JAX devices:
+{jax.device_count()} ({jax.devices()[0].platform}). Licence: that of this repository; the stories are generated, no text
+of others is in them.
 """
 
 
@@ -155,15 +160,6 @@ def _stories_told(model: TinyModel) -> str:
     kept = sum(len(set(re.findall(r"\w+", story)) & cast.NAMES) <= 2 for story in told)
     return f"""Of {TOLD} stories told at temperature {TEMPERATURE},
   {ends} come to an end, and {kept} name no third character, as the generator never does."""
-
-
-def _duration(work: Path) -> str:
-    """Return how long the two runs trained, by the clock, from the times of their first file and last checkpoint."""
-    seconds = 0.0
-    for run in ("lm", "dictionaries"):
-        saved = max(path.stat().st_mtime for path in (work / run / "checkpoints").iterdir())
-        seconds += saved - (work / run / "config.json").stat().st_mtime
-    return f"{seconds / 60:.0f} minutes of training"
 
 
 def _megabytes(folder: Path) -> float:

@@ -7,7 +7,9 @@ processes, finish the step, save and return; a loss that is not finite ends the 
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -17,11 +19,13 @@ import numpy as np
 from etils import epath
 
 from tinymodel_jax.training.data import prefetch
-from train.hosts import settled, stop_requests
+from train.hosts import on_first, settled, stop_requests
 from train.progress import TrainingProgress
+from train.run_files import write_file
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
 
 State = TypeVar("State")
+_TIME_FILE = "time.json"
 
 
 class OpenRun(NamedTuple):
@@ -79,6 +83,7 @@ def run_steps(
     """
     steps, save_every = run.settings["steps"], run.settings["save_every"]
     pending: list[tuple[int, dict[str, Any]]] = []
+    started, before = time.monotonic(), trained_seconds(run.folder) if first_step else 0.0
 
     def write_metrics() -> None:
         for number, metrics in pending:
@@ -99,6 +104,7 @@ def run_steps(
             if stops or done % save_every == 0 or done == steps:
                 write_metrics()
                 log.publish()
+                on_first(lambda: _write_seconds(run.folder, before, time.monotonic() - started))
                 run.checkpoints.save(done, state)
             if stops:
                 return state, done == steps
@@ -106,6 +112,20 @@ def run_steps(
         progress.close()
         log.close()
     return state, True
+
+
+def trained_seconds(out: epath.PathLike) -> float | None:
+    """Return how long a run trained up to its last checkpoint, in all its sittings; what lies between does not count.
+
+    None where that is not known: there is no checkpoint, or an earlier version began the run.
+    """
+    path = epath.Path(out) / _TIME_FILE
+    return json.loads(path.read_text())["seconds"] if path.exists() else None
+
+
+def _write_seconds(folder: epath.Path, before: float | None, now: float) -> None:
+    if before is not None:
+        write_file(folder / _TIME_FILE, json.dumps({"seconds": round(before + now, 1)}).encode() + b"\n")
 
 
 def _require_finite(line: Mapping[str, Any], step: int) -> None:

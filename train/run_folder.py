@@ -2,6 +2,7 @@
 
     OUT/config.json     what was asked for, resolved, and the versions that ran it
     OUT/metrics.jsonl   one line a step, the same bytes whether or not the run was interrupted
+    OUT/time.json       seconds that the steps up to the last checkpoint took
     OUT/checkpoints/    Orbax; written in the background, the last few kept
     OUT/model/          the published artifact, once the run is done
 
