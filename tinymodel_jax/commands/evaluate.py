@@ -12,7 +12,7 @@ import tyro
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
-from tinymodel_jax.commands.options import make_output_folder, parse_sites
+from tinymodel_jax.commands.options import check_json_output, make_output_folder, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.sites import Site
@@ -64,9 +64,8 @@ def evaluate(
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
     if out is not None:
-        if out.suffix != ".json" or out.is_dir():
-            raise ValueError(f"--out {out}: give the name of a .json file; the plots get the same name with .png.")
         make_output_folder("--out", out.parent)
+        check_json_output("--out", out)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = load_lm(model, n_heads)
     named = named_dictionaries(lm, tags, folders)
