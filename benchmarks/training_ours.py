@@ -82,7 +82,7 @@ def lm_step(case: LMCase, folder: Path) -> Callable[[], float]:
         train_step,
     )
 
-    settings = LMOptimizer(LEARNING_RATE, "wsd", 0, 0.0, *BETAS, WEIGHT_DECAY, CLIP_NORM)
+    settings = LMOptimizer("adamw", LEARNING_RATE, "wsd", 0, 0.0, *BETAS, WEIGHT_DECAY, CLIP_NORM)
     optimizer = make_optimizer(settings, STEPS)
     params = TinyModel(folder / case.file, n_heads=case.config.n_heads).params
     step = functools.partial(

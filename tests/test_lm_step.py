@@ -1,6 +1,7 @@
 """The language model's training step, against the reference's gradients and AdamW, and against itself."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,9 +146,9 @@ def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> 
     optimizer = make_optimizer(settings, 10)
     params = init_state(jax.random.key(0), TINY, optimizer).params
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
-    update: Any = optimizer.update(gradients, optimizer.init(params), params)[0]["blocks_1"]
-    gradient = gradients["blocks_1"]
-    matrices = {  # rows read, columns write; the heads of a layer together
+    updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
+    update, gradient = updates["blocks_1"], gradients["blocks_1"]
+    matrices: dict[str, Callable[[Any], np.ndarray]] = {  # rows read, columns write; the heads of a layer together
         "attn/W_Q": lambda x: np.moveaxis(x, 1, 0).reshape(16, 16),
         "attn/W_O": lambda x: x.reshape(16, 16),
         "mlp/W_in": np.asarray,
