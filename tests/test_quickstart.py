@@ -66,6 +66,7 @@ def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
     assert all(command in text for command in run_module.next_commands())
 
 
+@pytest.mark.slow
 def test_the_next_commands_run(tmp_path, monkeypatch, standard_promotion, no_type_checks, capsys):
     monkeypatch.chdir(tmp_path)
     smaller = {
