@@ -9,6 +9,7 @@ import pytest
 from tinymodel_jax import TinyModel, interventions
 from tinymodel_jax.cli import main
 
+DATA = Path(__file__).parent / "data"
 MINI = ("--model", "mini")
 PROMPT = "Once upon a time, there was a girl named Lily. One day,"
 OTHER = PROMPT.replace("girl named Lily", "boy named Tim")
@@ -41,6 +42,14 @@ def test_features_are_steered_and_read_out(capsys, no_type_checks):
     out = capsys.readouterr().out
     assert "steer each of 2 features of M2" in out
     assert "readout" in out
+
+
+def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
+    files = ("--model", str(DATA / "lm_f32_zip.pt"), "--dictionary", str(DATA / "sparse_T1_f32_zip.pt"))
+    options = ("sweep", "1 2 3", "--ids", "--site", "M1", *files, "--json")
+    assert "n_heads" in failure(capsys, *options)
+    assert main([*options, "--n-heads", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == "1 2 3"
 
 
 def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.options import check_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def patch(
     wrong: str | None = None,
     hooks: tuple[str, ...] = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"),
     model: str = "tiny_model",
+    n_heads: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     json: bool = False,
 ) -> None:
@@ -38,12 +40,14 @@ def patch(
             is the answer: then the answer's log-probability is measured.
         hooks: hook points of a block to patch, by position or, where there are heads, by head.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        n_heads: attention heads of a file whose width is not the published 768.
         out: picture of the effects, .png or .svg.
         json: print a JSON object.
     """
-    if out is not None and (out.suffix not in (".png", ".svg") or not out.parent.is_dir()):
-        raise ValueError(f"--out {out}: expected a .png or .svg file in a folder that exists.")
-    lm = load_lm(model)
+    if out is not None and out.suffix not in (".png", ".svg"):
+        raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
+    check_output("--out", out)
+    lm = load_lm(model, n_heads)
     rows = token_rows(lm, [clean, corrupted], [], lm.config.n_ctx)
     if len(rows[0]) != len(rows[1]):
         raise ValueError(

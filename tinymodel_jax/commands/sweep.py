@@ -33,6 +33,7 @@ def sweep(
     top: int = 10,
     model: str = "tiny_model",
     dictionary: Path | None = None,
+    n_heads: int | None = None,
     data: str | None = None,
     limit: int = 64,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -54,6 +55,7 @@ def sweep(
         top: features shown, those that change the predictions most.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         dictionary: folder or file to use at the site, instead of the model's own or published one.
+        n_heads: attention heads of a file whose width is not the published 768.
         data: prepared folder, file of stories, or storyworld: measure over its rows instead of prompts.
         limit: rows of --data at most.
         out: JSON file for the whole table of --data; a PNG of the same name with the plots is written beside it.
@@ -64,7 +66,7 @@ def sweep(
     place, _ = Site.parse(site)
     check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
-    lm = load_lm(model, tag=place.tag, dictionary=dictionary)
+    lm = load_lm(model, n_heads, place.tag, dictionary)
     if data is not None:
         _over_data(lm, site, data, limit, top, out, json)
         return
