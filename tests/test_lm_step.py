@@ -167,7 +167,6 @@ def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> 
 @pytest.mark.parametrize(
     "values",
     [
-        {"method": "sgd"},
         {"learning_rate": 0.0},
         {"warmup_steps": -1},
         {"decay_fraction": 2.0},

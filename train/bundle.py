@@ -40,7 +40,7 @@ from train.sweep import SweepOptions
 KINDS = ("M", "A", "Ra", "Rm", "Mo")
 STORIES = 100_000
 N_FEATURES, K = 512, 24
-DICTIONARY_STEPS = 600
+DICTIONARY_STEPS = 1500
 ROW_LENGTH = 256
 LIVING_ROWS, LIVING_TOKENS = 1000, 10
 """Stories that were trained on, and on how many of their tokens a feature must be active: else it is left out."""
