@@ -35,6 +35,7 @@ def test_kth_largest_equals_sorting(values, data):
     assert float(found) == np.sort(np.array(values, np.float32))[-rank]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0], ids=["even", "uneven", "one input takes nearly all"])
 @pytest.mark.parametrize(("n", "k"), [(37, 3), (100, 1), (16, 16), (1000, 7)])
 def test_the_selection_of_a_batch_equals_sorting_all_of_it(n, k, spread):
