@@ -314,7 +314,7 @@ def _log_mean_exp(
 
 def _excess(x: Array) -> Array:
     """Return exp(x) - 1 - x, its series where the difference would cancel."""
-    terms = jnp.full_like(x, 1 / 3628800)
+    terms = jnp.full_like(x, 1 / math.factorial(10))
     for n in range(9, 1, -1):
         terms = terms * x + 1 / math.factorial(n)
     return jnp.where(jnp.abs(x) < 0.5, x * x * terms, jnp.exp(x) - 1 - x)

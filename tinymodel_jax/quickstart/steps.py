@@ -80,7 +80,7 @@ def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> d
     values = {
         f"{effects.features[i]}: {named.concept[effects.features[i]]}": float(effects.next_logprob[i]) for i in chosen
     }
-    console.print(f"{len(order)} features turned off one at a time, in one compiled call, {seconds:.1f} s:")
+    console.print(f"{len(order)} features turned off one at a time, in few compiled calls, {seconds:.1f} s:")
     for name, value in values.items():
         console.print(f"  {value:+.3f} nats  {name}", markup=False, highlight=False)
     return {
