@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tinymodel_jax import progress
 from tinymodel_jax.commands import frame, options
 from tinymodel_jax.commands.options import check_output, make_output_folder, parse_sites, work_file
 
@@ -12,13 +13,13 @@ from tinymodel_jax.commands.options import check_output, make_output_folder, par
 def clock(monkeypatch):
     """A clock that a test moves on."""
     now = [100.0]
-    monkeypatch.setattr(frame.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_long_work_says_how_far_it_is_where_there_is_no_terminal(clock, capsys):
     done = []
-    for row in frame.with_progress(list(range(60)), "reading"):
+    for row in progress.with_progress(list(range(60)), "reading"):
         done.append(row)
         clock[0] += 1
     assert done == list(range(60))
@@ -31,14 +32,14 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(clock, capsys):
 
 def test_what_is_said_of_long_work_may_change_as_it_goes_on(clock, capsys):
     done: list[int] = []
-    for row in frame.with_progress(range(3), lambda: f"done {done}"):
+    for row in progress.with_progress(range(3), lambda: f"done {done}"):
         done.append(row)
         clock[0] += 30
     assert capsys.readouterr().err.splitlines() == ["done [0]: 1 of 3", "done [0, 1]: 2 of 3"]
 
 
 def test_quick_work_says_nothing(clock, capsys):
-    for _ in frame.with_progress(list(range(60)), "reading"):
+    for _ in progress.with_progress(list(range(60)), "reading"):
         clock[0] += 0.01
     assert capsys.readouterr().err == ""
 

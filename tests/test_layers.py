@@ -21,6 +21,7 @@ LAYERS = {
     "compilation": 0,
     "allocator": 0,
     "machine": 0,
+    "progress": 0,
     "padding": 0,
     "weights": 0,
     "atomic_files": 0,
@@ -63,9 +64,8 @@ SIBLINGS = {
     ("convert_torch_weights", "commands"),
     # where the model is that comes with the package
     ("io", "bundled"),
-    # what the command runs, and how it shows progress
+    # what the command runs
     ("commands", "quickstart"),
-    ("quickstart", "commands"),
     ("cli", "commands"),
     # the command itself
     ("__main__", "cli"),

@@ -461,6 +461,18 @@ class FeatureReader:
     feature: int | None
     """The one feature that the tag names; None for all."""
 
+    @classmethod
+    def of(cls, lm: TinyModel, dictionary: Dictionary) -> FeatureReader:
+        """Return the reader of a dictionary at its own site, whatever the model has there.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
+        tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
+        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
+        holder.attach(tag, dictionary)
+        return holder[tag]
+
     def __call__(self, tok_ids: Any, indices: Indices = None) -> Array:
         """Return activations (batch, seq, n_features), only the columns of `indices` if given.
 

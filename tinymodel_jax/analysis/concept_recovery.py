@@ -149,13 +149,7 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
 def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
     if not isinstance(dictionaries, Mapping):
         return {lm[tag].site.tag: lm[tag] for tag in dictionaries}
-    readers = {}
-    for name, dictionary in dictionaries.items():
-        site = Site.at(dictionary.config.hook_in, dictionary.config.hook_out)
-        holder = lm.splice([])  # attaching checks that it fits; the model's own stay what they are
-        holder.attach(site.tag, dictionary)
-        readers[name] = holder[site.tag]
-    return readers
+    return {name: FeatureReader.of(lm, dictionary) for name, dictionary in dictionaries.items()}
 
 
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:

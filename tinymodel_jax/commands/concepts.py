@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
 from tinymodel_jax.commands.options import check_output, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
+from tinymodel_jax.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.concept_recovery import Recovery

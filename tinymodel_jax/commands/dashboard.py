@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import check_dictionary, parse_sites
 from tinymodel_jax.commands.prompts import load_lm, token_rows
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import KINDS, Site
 
 if TYPE_CHECKING:

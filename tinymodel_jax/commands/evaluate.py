@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.atomic_files import replace_file
-from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
+from tinymodel_jax.commands.frame import finite_or_none, print_json
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
 from tinymodel_jax.commands.options import check_json_output, make_output_folder, parse_sites
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:

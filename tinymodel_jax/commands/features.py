@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinymodel_jax.commands.frame import print_json, with_progress
+from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import check_dictionary
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:

@@ -11,17 +11,13 @@ import json
 import math
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
 
 from tinymodel_jax import __version__
-
-SECONDS_OF_SILENCE, SECONDS_BETWEEN_LINES = 2.0, 20.0
-"""How long work may take before it says how far it is, and from then on, where no bar can be shown."""
 
 
 def run_commands(
@@ -79,35 +75,6 @@ def print_json(value: Any) -> None:
 def finite_or_none(number: int | float) -> int | float | None:
     """Return a number, or None for infinity and NaN, which JSON does not know."""
     return number if math.isfinite(number) else None
-
-
-def with_progress(rows: Sequence[Any], what: str | Callable[[], str]) -> Iterator[Any]:
-    """Yield rows; a bar on stderr shows how many are done, or a plain line now and then where it is no terminal.
-
-    Args:
-        what: what is done, or a function that says how that stands after a row.
-    """
-    words = what if callable(what) else lambda: what
-    if len(rows) < 2 or not sys.stderr.isatty():
-        yield from _with_lines(rows, words)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(words(), total=len(rows))
-        for row in rows:
-            yield row
-            progress.update(bar, advance=1, description=words())
-
-
-def _with_lines(rows: Sequence[Any], words: Callable[[], str]) -> Iterator[Any]:
-    due = time.monotonic() + SECONDS_OF_SILENCE
-    for done, row in enumerate(rows):
-        if done and time.monotonic() >= due:
-            print(f"{words()}: {done} of {len(rows)}", file=sys.stderr, flush=True)
-            due = time.monotonic() + SECONDS_BETWEEN_LINES
-        yield row
 
 
 def _let_every_character_print() -> None:

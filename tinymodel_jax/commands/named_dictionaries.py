@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinymodel_jax.sites import Site
-
 if TYPE_CHECKING:
     from tinymodel_jax.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
@@ -36,14 +34,12 @@ def named_dictionaries(lm: TinyModel, tags: Sequence[str], folders: Sequence[Pat
         ValueError: a tag has no dictionary, or one does not fit the model.
     """
     from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.lm import FeatureReader
 
     named = [(lm[tag].site.tag, lm[tag].dictionary) for tag in tags]
     names = [*tags, *(folder.name for folder in folders)]
     for folder in folders:
-        loaded = Dictionary.from_pretrained(folder)
-        place = Site.at(loaded.config.hook_in, loaded.config.hook_out)
-        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
-        holder.attach(place.tag, loaded)
+        fitting = FeatureReader.of(lm, Dictionary.from_pretrained(folder)).dictionary
         name = folder.name if names.count(folder.name) == 1 else str(folder)
-        named.append((name, holder.dictionaries[place.tag]))
+        named.append((name, fitting))
     return named

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.commands.options import work_file
 from tinymodel_jax.commands.rows import unseen_stories
+from tinymodel_jax.progress import with_progress
 
 CONTEXTS = 20
 """Top contexts of a feature that a search keeps, where no more are asked for."""

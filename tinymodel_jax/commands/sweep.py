@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tinymodel_jax.commands.frame import finite_or_none, print_json, with_progress
+from tinymodel_jax.commands.frame import finite_or_none, print_json
 from tinymodel_jax.commands.options import check_dictionary, check_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
-from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.progress import with_progress
 
 BANDS, OF_A_BAND = 5, 2
 """Bands of the sampled contexts, and how many are shown of each."""

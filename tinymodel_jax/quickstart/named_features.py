@@ -10,9 +10,9 @@ from rich.console import Console
 
 from tinymodel_jax.analysis.concepts import concepts_of_units
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.padding import pad_right
+from tinymodel_jax.progress import with_progress
 
 SITE = "Rm2"
 """Whose features are shown: an SAE of the residual stream."""

@@ -14,10 +14,10 @@ from rich.console import Console
 from tinymodel_jax.analysis import sweeps
 from tinymodel_jax.analysis.report.charts import bars
 from tinymodel_jax.analysis.report.page import token_text
-from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.interventions import ablate, clamp
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.quickstart.named_features import SITE, Named
 
 PROMPT = "Once upon a time"

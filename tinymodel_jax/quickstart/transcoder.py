@@ -13,10 +13,10 @@ from rich.console import Console
 from tinymodel_jax.analysis.evaluation import evaluate
 from tinymodel_jax.analysis.report.charts import training_curve
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.commands.frame import with_progress
 from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.progress import with_progress
 from tinymodel_jax.quickstart.named_features import full_rows
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
