@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
+from tinymodel_jax.analysis.evaluation import evaluate
 from tinymodel_jax.bundled import MINI, storyworld
+from tinymodel_jax.bundled.storyworld import cast
 from tinymodel_jax.lm import TinyModel
 from train import bundle
 from train.presets import PRESETS
 
 TAGS = [f"{kind}{layer}" for layer in range(4) for kind in ("Ra", "A", "Rm", "M", "Mo")]
 UNSEEN = 2_000_000
+RECOVERED = 0.95
+"""CE recovered at every site, at least."""
+NAMES_KEPT = 0.8
+"""Share of the stories that have no third name, at least; the card has the share of many."""
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +49,32 @@ def test_it_predicts_stories_that_it_never_saw(mini, unseen):
     assert float(mini.loss(tok_ids, mask)) == pytest.approx(stated, abs=0.08)
 
 
-@pytest.mark.parametrize("tag", TAGS)
-def test_a_model_that_runs_through_a_dictionary_predicts_nearly_as_well(mini, unseen, tag):
-    tok_ids, mask = unseen
-    clean, spliced = (float(model.loss(tok_ids, mask)) for model in (mini, mini.splice(tag)))
-    assert spliced < clean + 0.25
-    active = np.asarray(mini[tag](tok_ids))[mask == 1] > 0
-    assert active.sum(axis=1).mean() <= 30
+def test_the_card_s_dictionaries_are_good_and_measure_as_it_says(mini, unseen):
+    tok_ids, _ = unseen
+    card = (MINI / "README.md").read_text("utf-8")
+    rows = re.findall(r"\| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)% \|", card)
+    stated = {tag: tuple(map(float, numbers)) for tag, *numbers in rows}
+    assert set(stated) == set(TAGS)
+    measured = evaluate(mini, [mini[tag].dictionary for tag in TAGS], tok_ids)
+    for tag, found in zip(TAGS, measured, strict=True):
+        n_features, l0, explained, recovered, dead = stated[tag]
+        assert n_features == len(found.frequency), tag
+        # 24 stories instead of 512: their losses spread, and CE recovered divides by what a site does to them.
+        assert found.l0 == pytest.approx(l0, abs=1.5), tag
+        assert found.explained_variance == pytest.approx(explained, abs=0.02), tag
+        assert found.ce_recovered == pytest.approx(recovered, abs=0.02), tag
+        assert l0 <= 30, tag
+        assert recovered >= RECOVERED, tag
+        assert dead < 5, tag
 
 
-def test_its_stories_end_and_keep_their_hero(mini):
-    told = mini.generate(["Once upon a time"] * 8, 250, 0.6)
-    assert sum(story.endswith("[END]") for story in told) >= 6
-    named = [re.findall(r"\b(?:named|called) ([A-Z][a-z]+)", story) for story in told]
-    kept = [story.count(names[0]) >= 2 for story, names in zip(told, named, strict=True) if names]
-    assert sum(kept) >= 0.6 * len(kept)
+def test_its_stories_end_and_keep_their_names(mini):
+    told = mini.generate(["Once upon a time"] * 16, 250, 0.6)
+    assert sum(story.endswith("[END]") for story in told) >= 14
+    met = [set(re.findall(r"\w+", story)) & cast.NAMES for story in told]
+    assert all(met)
+    # a hero and a friend: the generator never tells a third name
+    assert sum(len(names) <= 2 for names in met) >= NAMES_KEPT * len(told)
 
 
 @pytest.mark.slow
@@ -77,4 +94,6 @@ def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: P
     n_features = lm["M3"].dictionary.config.n_features
     assert lm["M3"]([[1, 2, 3]]).shape == (1, 3, n_features)
     assert 0 < n_features <= 512
-    assert "| `A3` |" in (tmp_path / "mini" / "README.md").read_text("utf-8")
+    card = (tmp_path / "mini" / "README.md").read_text("utf-8")
+    assert "| `A3` |" in card
+    assert re.search(r"in \d+ minutes of training on \d+ cores of \w+", card)

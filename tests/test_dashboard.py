@@ -235,7 +235,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
         patch.setattr("tinymodel_jax.analysis.top_activations.top_activations", stop)
         assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["n_features"] == 512
+    assert record["n_features"] == TinyModel("mini")["M2"].dictionary.config.n_features
     assert record["bytes"] == sum(path.stat().st_size for path in out.rglob("*.*"))
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
     assert {path.name for path in out.iterdir()} == {"index.html", "data"}

@@ -50,8 +50,8 @@ def test_the_file_holds_what_the_function_measures_and_the_table_shows_it(storie
     assert f"{content['dictionaries'][0]['results']['explained_variance']:.4f} ±" in shown
 
 
-def test_json_is_one_line_also_of_the_sparse_model_alone(stories, capsys):
-    assert cli.main(["eval", "--model", "mini", "--sparse-model", "--data", stories, "--json"]) == 0
+def test_json_is_one_line_also_of_the_sparse_model_alone(capsys):
+    assert cli.main(["eval", "--model", "mini", "--sparse-model", "--data", "storyworld", "--limit", "4", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     sparse = content["sparse_model"]
     assert content["dictionaries"] == []

@@ -144,6 +144,19 @@ def test_there_are_enough_concepts_and_each_is_described() -> None:
     assert all(text and "\n" not in text for text in storyworld.CONCEPTS.values())
 
 
+def test_the_examples_in_a_description_have_the_concept(told: list[storyworld.Story]) -> None:
+    checked = 0
+    for name, description in storyworld.CONCEPTS.items():
+        if ": " in description and not name.startswith(("phase.", "plot.")):
+            found = set(
+                re.findall(r"[a-z']+", " ".join(text for story in told for text in texts_of(story, name)).lower())
+            )
+            examples = description.rpartition(": ")[2].lower().split(", ")
+            assert set(examples) <= found, name
+            checked += len(examples)
+    assert checked > 100
+
+
 def test_every_concept_occurs_and_none_is_everywhere(truth: np.ndarray) -> None:
     share = truth.sum(axis=(0, 1)) / truth.any(axis=2).sum()
     assert [name for name, value in zip(storyworld.CONCEPTS, share, strict=True) if not 0 < value < 0.6] == []
@@ -170,7 +183,7 @@ def test_labels_lie_beside_the_tokens(truth: np.ndarray, tok_ids: np.ndarray, to
         ("mark.newline", r"\n"),
         ("name.new", r"[A-Z][a-z]+"),
         ("pronoun.female", r"she|her|She|Her"),
-        ("pronoun.first", r"I|me|my|My|mine|Me|'m|'ll"),
+        ("pronoun.first", r"I|me|my|My|mine|Me|'m|'ll|'ve"),
         ("word.the", r"the|The"),
     ],
 )
@@ -219,6 +232,17 @@ def test_labels_follow_the_tokenizers_max_length(told: list[storyworld.Story], t
     np.testing.assert_array_equal(cut, storyworld.labels(told[:5], tokenizer)[:, :50])
 
 
+@pytest.mark.parametrize("max_length", [-1, 0, 1])
+def test_a_max_length_without_a_token_is_refused_as_by_the_tokenizer(
+    told: list[storyworld.Story], tokenizer: Tokenizer, max_length: int
+) -> None:
+    message = rf"max_length must be at least 2 \(one token after \[BEGIN\]\) or None, got {max_length}\."
+    with pytest.raises(ValueError, match=message):
+        tokenizer([told[0].text], max_length=max_length)
+    with pytest.raises(ValueError, match=message):
+        storyworld.labels(told[:1], tokenizer, max_length=max_length)
+
+
 def test_no_stories_have_no_labels(tokenizer: Tokenizer) -> None:
     assert storyworld.labels([], tokenizer).shape == (0, 1, len(storyworld.CONCEPTS))
 
@@ -256,7 +280,7 @@ def test_pronoun_words_match_their_labels(told: list[storyworld.Story]) -> None:
         "pronoun.female": {"she", "her"},
         "pronoun.male": {"he", "him", "his"},
         "pronoun.neuter": {"it", "its"},
-        "pronoun.first": {"i", "me", "my", "mine", "i'm", "i'll"},
+        "pronoun.first": {"i", "me", "my", "mine", "i'm", "i'll", "i've"},
         "pronoun.second": {"you", "your", "yours", "you're"},
     }
     for concept, allowed in words.items():
@@ -269,6 +293,59 @@ def test_pronoun_words_match_their_labels(told: list[storyworld.Story]) -> None:
         assert Counter(re.findall(r"\b(?:he|him|his|she|her)\b", story.text.lower())) == Counter(
             text.lower() for sex in ("female", "male") for text in texts_of(story, f"pronoun.{sex}")
         ), "every he and she is labelled"
+
+
+@pytest.mark.parametrize(
+    ("concept", "words"),
+    [
+        ("pronoun.first", r"i(?:'[a-z]+)?|me|my|mine"),
+        ("pronoun.plural", r"we(?:'[a-z]+)?|us|our|they|them|their|let's"),
+        ("pronoun.neuter", r"its"),
+    ],
+)
+def test_every_such_word_has_the_label(told: list[storyworld.Story], concept: str, words: str) -> None:
+    for story in told:
+        found = re.findall(rf"\b(?:{words})\b(?!')", story.text.lower())
+        labelled = [text.lower() for text in texts_of(story, concept)]
+        assert Counter(found) == Counter(text for text in labelled if text != "it"), story.text
+
+
+def test_an_it_without_a_label_is_of_the_weather_the_time_or_what_happens(told: list[storyworld.Story]) -> None:
+    impersonal = re.compile(
+        r"(?:do|did|saw|heard|got|knew|meant|forget|mixed|tried|of|about|is|was) it\b|\bit's"
+        r"|\bit (?:is|isn't|was|wasn't|did|didn't|will|must|began|started|gets|grew|takes|took|helps|comes)\b"
+    )
+    stands_for_nothing = 0
+    for story in told:
+        for span in spans_of(story):
+            for match in re.finditer(r"\bit\b", story.text[span.start : span.end].lower()):
+                if "pronoun.neuter" not in span.concepts:
+                    at = span.start + match.start()
+                    assert impersonal.search(story.text[max(0, at - 7) : at + 10].lower()), story.text
+                    stands_for_nothing += 1
+    assert stands_for_nothing > 100
+
+
+def test_they_are_hero_and_friend_unless_the_grammar_says_so(told: list[storyworld.Story]) -> None:
+    others = {
+        story.text[: span.start].split()[-1]
+        for story in told
+        for span in spans_of(story)
+        if "pronoun.plural" in span.concepts and "referent.both" not in span.concepts
+    }
+    assert others == {"counted", "behind", "of"}, "pieces, sounds, cakes"
+
+
+def test_the_words_of_the_lexicon_and_no_others_have_its_concepts(told: list[storyworld.Story]) -> None:
+    """Wherever they stand; a helper's surname, as in Farmer Bell, is none of them."""
+    of_words = frozenset(grammar.read_rules("lexicon.txt"))
+    surnames = {surname.lower() for surname in cast.SURNAMES}
+    for story in told:
+        for span in spans_of(story):
+            for word in re.findall(r"[a-z]+(?:'[a-z]+)?", story.text[span.start : span.end].lower()):
+                is_surname = word in surnames and "mention.helper" in span.concepts
+                expected = frozenset() if is_surname else concepts.names(grammar.lexicon().get(word, 0))
+                assert span.concepts & of_words == expected, (word, story.text)
 
 
 def test_speech_is_what_stands_between_quotes(told: list[storyworld.Story], tokenizer: Tokenizer) -> None:
@@ -330,6 +407,14 @@ def test_first_words_and_questions_are_read_off_the_text() -> None:
     assert found["sentence.first_word"] == ["Sue", "Oh", "Is", "Yes", "It", "Sue", "Then", "Why", "Tim"]
     assert found["sentence.question"] == ["Is it me?", "Why?"]
     assert len(found["mark.opening_quote"]) == len(found["mark.closing_quote"]) == 4
+
+
+def test_after_a_quotation_a_sentence_begins_unless_it_says_who_spoke() -> None:
+    first_word = token_labels.MARKS["sentence.first_word"]
+    for said in ("Sue said.", "She asked.", "Sue's mom cried.", "Farmer Bell called, and ran."):
+        assert not first_word.findall(f'"oh!" {said}'), said
+    for new in ("But nobody called back.", "Mike grinned and said yes.", "Sue told her mom.", "It was a frog."):
+        assert first_word.findall(f'"oh?" {new}') == [new.split()[0]]
 
 
 # The grammar

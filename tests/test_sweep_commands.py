@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     sweep = ("sweep", "One day,", "--site", "M3", *MINI)
     assert "needs --amount" in failure(capsys, *sweep, "--kind", "clamp")
     assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
-    assert "out of range" in failure(capsys, *sweep, "--features", "512")
+    assert "out of range" in failure(capsys, *sweep, "--features", "9999")
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
     assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
     assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")

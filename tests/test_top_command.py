@@ -120,8 +120,8 @@ def test_people_get_a_table_and_a_page(capsys, searched):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--site", "M2", "--feature", "512"], "feature 512 is out of range; the dictionary has features 0..511"),
-        (["--site", "M2N512"], "feature 512 is out of range"),
+        (["--site", "M2", "--feature", "9999"], "feature 9999 is out of range; the dictionary has features 0.."),
+        (["--site", "M2N9999"], "feature 9999 is out of range"),
         (["--site", "M7"], "layer 7 does not exist"),
         (["--site", "X"], "no dictionary tag"),
         (["--site", "M2", "--top", "0"], "--top 0 must be 1 or more"),

@@ -39,7 +39,7 @@ from train.sweep import SweepOptions
 
 KINDS = ("M", "A", "Ra", "Rm", "Mo")
 STORIES = 100_000
-N_FEATURES, K = 512, 24
+N_FEATURES, K = 512, 28
 DICTIONARY_STEPS = 1500
 ROW_LENGTH = 256
 LIVING_ROWS, LIVING_TOKENS = 1000, 10

@@ -62,7 +62,8 @@ def cast_characters(draw: Draw) -> Character:
 
     The slots, for the letter of a role: `H` name, `H.new` where it is first told, `H.kind`, `H.he`, `H.him`, `H.his`,
     `H.the` another way to say the name, and for the helper `A.own`, `A.my`, `A.your`, `A.voc` (as one is called) and
-    `A.of` (whose). `T.it` and `C.it` are the thing and the small animal that a story turns on.
+    `A.of` (whose). `T.it` and `C.it` are the thing and the small animal that a story turns on, `O.it` and `O.them` any
+    other; an `it` of the weather, the time or what happens is no slot.
     """
     in_animal_world = _pick(draw, (False, False, True))
     hero = _character(draw, in_animal_world, None)
@@ -108,12 +109,14 @@ def _pronouns(letter: str, female: bool) -> Slots:
 
 @functools.cache
 def _thing_forms() -> Slots:
-    """Return the pronouns of the thing and of the small animal that a story turns on."""
-    return {
-        f"{letter}.{word}": ((word, mask(f"referent.{what}", "pronoun.third", "pronoun.neuter")),)
+    """Return the pronouns of things and animals: of those that a story turns on, and of any other."""
+    neuter = mask("pronoun.third", "pronoun.neuter")
+    forms: Slots = {
+        f"{letter}.{word}": ((word, neuter | mask(f"referent.{what}")),)
         for letter, what in (("T", "thing"), ("C", "creature"))
         for word in ("it", "its")
     }
+    return {**forms, "O.it": (("it", neuter),), "O.them": (("them", mask("pronoun.plural")),)}
 
 
 @functools.cache
@@ -153,11 +156,12 @@ def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
         by_name: whether the hero's name must say whose.
     """
     mention, the = mask("mention.helper"), ("the", lexicon()["the"])
-    first, *rest = [(word, mention | lexicon().get(word.lower(), 0)) for word in helper.name.split()]
+    word, *surname = helper.name.split()
+    first = (word, mention | lexicon().get(word.lower(), 0))
     called = (first[0].capitalize(), first[1])
     after = (f" {first[0].lower()}", first[1])
-    if rest:
-        plain = (first, (f" {rest[0][0]}", rest[0][1]))
+    if surname:
+        plain = (first, (f" {surname[0]}", mention))  # a name: Bell is no bell
         forms: Slots = dict.fromkeys(("A", "A.own", "A.my", "A.your", "A.voc"), plain)
         forms["A.the"] = (the, after)
     elif helper in FAMILY:
@@ -170,6 +174,6 @@ def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
             **dict.fromkeys(("A.voc", "A.the"), (called,)),
         }
     else:
-        forms = dict.fromkeys(("A", "A.own", "A.my", "A.your"), (the, (" old", mention), after))
+        forms = dict.fromkeys(("A", "A.own", "A.my", "A.your"), (the, (" old", mention | lexicon()["old"]), after))
         forms |= dict.fromkeys(("A.voc", "A.the"), (called,))
     return {**forms, "A.of": (*forms["A"], ("'s", 0)), **_pronouns("A", helper.female)}

@@ -31,7 +31,7 @@ _SLOT_CONCEPTS = {
     "C": "mention.creature",
     "P": "mention.place",
 }
-_FIRST_PERSON = {"i", "me", "my", "mine", "i'm", "i'll"}
+_FIRST_PERSON = {"i", "me", "my", "mine", "i'm", "i'll", "i've"}
 _SECOND_PERSON = {"you", "your", "yours", "you're"}
 _PLURAL = {"we", "us", "our", "they", "them", "their", "let's", "we're", "we'll"}
 _WORDS = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|[^A-Za-z]+")

@@ -13,11 +13,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from tinymodel_jax.bundled.storyworld.cast import JOBS
 from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
 from tinymodel_jax.bundled.storyworld.generator import Story
 from tinymodel_jax.tokenization import Tokenizer
 
-_SPEECH = "said|asked|called|cried|sobbed|shouted|yelled|whispered|thought"
+_SAID = "said|asked|called|cried|sobbed|shouted|yelled|whispered|thought"
+_WHO = rf"(?:(?:{'|'.join(JOBS)})\ )?\w+(?:'s\ \w+)?"
+"""Lily, Lily's mom, Farmer Bell: one who may have spoken; not `But nobody`."""
 MARKS = {
     "mark.opening_quote": re.compile(r'(?<![^\s])"'),
     "mark.closing_quote": re.compile(r'(?<=\S)"'),
@@ -30,7 +33,7 @@ MARKS = {
     # After `…!"` and `…?"` a capital may also begin who spoke: `"Oh no!" Lily said.`
     "sentence.first_word": re.compile(
         rf"""(?:(?<![^\n])|(?<=")(?<=[^\S]")|(?<=[.!?]\ )|(?<=\."\ )"""
-        rf"""|(?<=[!?]"\ )(?!\w+('s)?(\ \w+){{0,2}}\ (?:{_SPEECH})\b))[A-Z][a-z']*""",
+        rf"""|(?<=[!?]"\ )(?!{_WHO}\ (?:{_SAID})\b))[A-Z][a-z']*""",
         re.VERBOSE,
     ),
 }
@@ -53,8 +56,10 @@ def labels(
         A value for each story, token and concept, in the order of `CONCEPTS`; column 0 is `[BEGIN]`.
 
     Raises:
-        ValueError: `width` is too small, or the tokenizer lacks a character of the stories.
+        ValueError: `width` or `max_length` is too small, or the tokenizer lacks a character of the stories.
     """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2 (one token after [BEGIN]) or None, got {max_length}.")
     lengths = _token_lengths(tokenizer)
     rows = [tokenizer.encode(story.text, max_length=max_length and max_length - 1) for story in stories]
     longest = 1 + max(map(len, rows), default=0)

@@ -58,7 +58,7 @@ def entropy(told: Iterable[Story], with_tokenizer: Tokenizer | None = None) -> f
     The generator knows the probability p of every choice that it makes, so that H(choices) = E[-log p] exactly. A text
     follows from its choices, so that H(text) <= H(choices): what is returned, sum(-log p) / tokens, is an upper bound,
     up to the sampling error over the stories. It is above the truth by as much as different choices give the same
-    text, and by minus the log of the share of stories that are not too long (0.25 nats a story), which p leaves out.
+    text, and by minus the log of the share of stories that are not too long (0.31 nats a story), which p leaves out.
 
     Args:
         told: stories; the more, the better: 2,000 give it to about one part in 500.
