@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 DATA = Path(__file__).parent / "data"
 TINY = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=12, d_vocab=29)
+initial = jax.jit(init_state, static_argnums=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def golden() -> tuple[ModelConfig, Params, Any, Any]:
 def test_gradients_and_an_adamw_step_are_the_references(golden: Any) -> None:
     config, params, vectors, tok = golden
     tok_ids = jnp.asarray(tok, jnp.int32)
-    (loss, count), gradients = jax.value_and_grad(summed_loss, has_aux=True)(params, config, tok_ids, None)
+    slope = jax.jit(jax.value_and_grad(summed_loss, has_aux=True), static_argnums=1)
+    (loss, count), gradients = slope(params, config, tok_ids, None)
     np.testing.assert_allclose(loss / count, vectors["loss"], rtol=1e-5)
     ours = flatten(jax.tree.map(lambda g: np.asarray(g / count), gradients))
     tensors = {t.key: t for t in model_tensors(config)}
@@ -55,7 +57,8 @@ def test_gradients_and_an_adamw_step_are_the_references(golden: Any) -> None:
             checked += 1
     assert checked > 3
     optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
-    updates, _ = optimizer.update(jax.tree.map(lambda g: g / count, gradients), optimizer.init(params), params)
+    means = jax.tree.map(lambda g: g / count, gradients)
+    updates, _ = jax.jit(optimizer.update)(means, optimizer.init(params), params)
     after = flatten(jax.tree.map(np.asarray, optax.apply_updates(params, updates)))
     for name in vectors.files:
         if name.startswith("after/"):
@@ -72,7 +75,7 @@ def make_step(optimizer: LMOptimizer, steps: int, **options: Any) -> tuple[Any, 
         schedule=learning_rate_schedule(optimizer, steps),
         **options,
     )
-    return jax.jit(step), init_state(jax.random.key(0), TINY, transformation)
+    return jax.jit(step), initial(jax.random.key(0), TINY, transformation)
 
 
 def rows(count: int, seed: int = 0) -> jax.Array:
@@ -105,11 +108,12 @@ def test_micro_batches_change_nothing() -> None:
 
 
 def test_padding_neither_counts_nor_matters() -> None:
-    params = init_state(jax.random.key(0), TINY, make_optimizer(LMOptimizer(), 1)).params
+    params = initial(jax.random.key(0), TINY, make_optimizer(LMOptimizer(), 1)).params
     batch = rows(4)
     wider = jnp.pad(batch[:, :8], ((0, 0), (0, 4)), constant_values=TINY.pad_id)
-    loss, count = summed_loss(params, TINY, batch[:, :8], TINY.pad_id)
-    wide_loss, wide_count = summed_loss(params, TINY, wider, TINY.pad_id)
+    run = jax.jit(summed_loss, static_argnums=1)
+    loss, count = run(params, TINY, batch[:, :8], TINY.pad_id)
+    wide_loss, wide_count = run(params, TINY, wider, TINY.pad_id)
     assert float(count) == float(wide_count) == float(np.sum(np.asarray(batch)[:, 1:8] != TINY.pad_id))
     np.testing.assert_allclose(wide_loss, loss, rtol=1e-6)
 
@@ -132,9 +136,9 @@ def test_cosine_ends_at_a_tenth() -> None:
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) -> None:
     optimizer = make_optimizer(LMOptimizer(method, learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
-    params = init_state(jax.random.key(0), TINY, optimizer).params
+    params = initial(jax.random.key(0), TINY, optimizer).params
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates: Any = optimizer.update(zero, optimizer.init(params), params)[0]
+    updates: Any = jax.jit(optimizer.update)(zero, optimizer.init(params), params)[0]
     for name, update in flatten(updates).items():
         moves = name.split(".")[-1] in ("W_Q", "W_K", "W_V", "W_O", "W_in", "W_out", "W_U")
         expected = -0.5 * flatten(params)[name] if moves else np.zeros(update.shape)
@@ -144,9 +148,9 @@ def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) ->
 def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> None:
     settings = LMOptimizer("muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
     optimizer = make_optimizer(settings, 10)
-    params = init_state(jax.random.key(0), TINY, optimizer).params
+    params = initial(jax.random.key(0), TINY, optimizer).params
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
-    updates: Any = optimizer.update(gradients, optimizer.init(params), params)[0]
+    updates: Any = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
     update, gradient = updates["blocks_1"], gradients["blocks_1"]
     matrices: dict[str, Callable[[Any], np.ndarray]] = {  # rows read, columns write; the heads of a layer together
         "attn/W_Q": lambda x: np.moveaxis(x, 1, 0).reshape(16, 16),

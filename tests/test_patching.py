@@ -29,17 +29,16 @@ def by_hand(lm, prompts, name: str, index: tuple, answer: int, wrong: int) -> fl
     return metric[0] - metric[1]
 
 
-@pytest.mark.parametrize("spliced", [(), ("M0",)])
-def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced):
+@pytest.mark.parametrize(
+    ("spliced", "kinds"),
+    [
+        ((), ["hook_resid_pre", "attn.hook_z"]),
+        (("M0",), ["hook_mlp_out", "attn.hook_pattern"]),
+    ],
+)
+def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced, kinds):
     lm = lm.splice(spliced)
-    found = patch(
-        lm,
-        prompts[0],
-        prompts[1],
-        ["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_pattern"],
-        answer=3,
-        wrong=5,
-    )
+    found = patch(lm, prompts[0], prompts[1], kinds, answer=3, wrong=5)
     places = {
         "hook_resid_pre": (0, 6),
         "hook_mlp_out": (0, 5),
