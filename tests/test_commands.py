@@ -120,6 +120,13 @@ def test_features_prints_a_table_for_people(model_folder: Path, capsys: pytest.C
     assert re.search(r"208\s.*\b7 \d+\.\d{3}", shown)
 
 
+def test_features_shows_text_that_looks_like_markup(no_type_checks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["features", "a [/b] c :dog: [x]", "--site", "M1", "--model", "mini"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("M1 on 'a [/b] c :dog: [x]'")
+    assert re.search(r"^│ \[BEGIN\] +│", shown, flags=re.MULTILINE)
+
+
 def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "One."}\n\n{"text": "Two."}\n{"text": "Three."}\n')
     (tmp_path / "b.txt").write_text("One.\nTwo.\n")

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from etils import epath
 
 from tinymodel_jax import progress
 from tinymodel_jax.commands import frame, options
 from tinymodel_jax.commands.options import check_output, make_output_folder, parse_sites, work_file
+from train import dictionary_results
 
 
 @pytest.fixture
@@ -59,6 +61,14 @@ def test_a_number_that_is_no_json_is_an_error(number, capsys):
     assert shown.err.startswith("program: --json: the result holds a number that JSON does not know")
     assert frame.run_commands("program", "", commands, ["other"]) == 0
     assert json.loads(capsys.readouterr().out) == {"a": 1.0}
+
+
+def test_the_table_of_a_training_run_shows_any_folder(capsys):
+    results = dict.fromkeys(dictionary_results.SHOWN, 0.5)
+    dictionary_results._print_table([{"folder": "dictionaries/M1[topk]:dog:", "results": results}], epath.Path("r[un]"))
+    shown = capsys.readouterr().out
+    assert "r[un]/sweep.json" in shown
+    assert "│ M1[topk]:dog: │" in shown
 
 
 def test_a_list_of_sites_may_have_spaces_and_repeat():

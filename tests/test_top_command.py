@@ -9,10 +9,12 @@ from conftest import param_shapes, random_params
 from test_commands import error_line
 
 from tinymodel_jax import cli
-from tinymodel_jax.analysis.concepts import best_f1_of_all
+from tinymodel_jax.analysis.concept_recovery import Recovery
+from tinymodel_jax.analysis.concepts import ConceptScores, best_f1_of_all
 from tinymodel_jax.analysis.feature_queries import concept_f1
 from tinymodel_jax.analysis.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.rows import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
 
@@ -225,6 +227,12 @@ def test_concepts_prints_writes_and_plots(tmp_path, capsys):
     line = next(line for line in shown.splitlines() if line.startswith("│ Ra0"))
     assert line.split("│")[3].strip() == str(found)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_concepts_shows_any_name(capsys):
+    numbers = [np.full(2, 0.5)] * 6
+    print_concepts([Recovery("M1[topk]:dog:", "dictionary", 1, 3, ConceptScores(*numbers))], 4)
+    assert "│ M1[topk]:dog: │" in capsys.readouterr().out
 
 
 def test_concepts_scores_dictionaries_of_folders(lm, tmp_path, capsys):

@@ -72,6 +72,7 @@ def concepts(
 def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tinymodel_jax.analysis.concept_recovery import n_found
@@ -83,5 +84,5 @@ def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
         table.add_column(column, justify="left" if column == "place" else "right")
     for one in recoveries:
         f1, auc = (f"{np.nanmean(values):.3f}" for values in (one.scores.f1, one.scores.auc))
-        table.add_row(one.name, str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
-    Console().print(table)
+        table.add_row(escape(one.name), str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
+    Console(emoji=False).print(table)

@@ -137,15 +137,16 @@ def _write(content: Mapping[str, Any], out: Path) -> None:
 
 def _print_tables(content: Mapping[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     if content["dictionaries"]:
         first = content["dictionaries"][0]["results"]
         title = f"{first['tokens']:,} tokens of {content['rows']:,} rows; CE clean {first['ce_clean']:.4f} nats"
         table = Table("dictionary", *COLUMNS.values(), title=title, title_justify="left")
         for record in content["dictionaries"]:
-            table.add_row(record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
+            table.add_row(escape(record["name"]), *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
         console.print(table)
     sparse = content["sparse_model"]
     if sparse is not None:

@@ -124,4 +124,4 @@ def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int =
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
         texts = [f"layer {layer}, {labels[one.kind][n]}: {one.effects[layer, n]:+.2f}" for layer, n in places]
         table.add_row(one.kind, escape("\n".join(texts)))
-    Console().print(table)
+    Console(emoji=False).print(table)

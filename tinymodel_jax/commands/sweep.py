@@ -235,4 +235,4 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(escape(column), justify="left" if column.startswith("readout") else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(emoji=False).print(table)
