@@ -74,6 +74,7 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
     assert "cannot be made" in failing(capsys, "--sites", "A0", *data, "-o", f"{stories}/eval.json")
     assert "there is no such folder" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
+    assert f"--dictionaries {stories} is a file; name a" in failing(capsys, "--dictionaries", stories, *data)
     assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)
     assert "belongs to no site" in failing(capsys, "--dictionaries", str(tmp_path / "arrays"), *data)

@@ -65,6 +65,16 @@ def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_data_of_which_no_limit_is_given_is_read_as_far_as_the_help_says(capsys, no_type_checks, monkeypatch):
+    def refuse(lm, data, limit):
+        raise ValueError(f"{data}: {limit} rows if left out")
+
+    monkeypatch.setattr("tinymodel_jax.commands.rows.open_rows", refuse)
+    assert "storyworld: 64 rows" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld")
+    assert main(["sweep", "--help"]) == 0
+    assert "rows of --data at most; 64 if left out" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, tmp_path: Path, monkeypatch):
     stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
     stories.write_text("One day,\n")
@@ -111,7 +121,12 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
     assert "out of range" in failure(capsys, *sweep, "--features", "9999")
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
+    assert "give --site M2 --features 5." in failure(capsys, "sweep", "One day,", "--site", "M2N5", *MINI)
+    readout = failure(capsys, "sweep", "One day,", "--site", "M2", "--readout", "Mo2", *MINI)
+    assert "reads blocks.2.hook_mlp_out, and M2 writes to blocks.2.hook_mlp_out: a readout must read further" in readout
     assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
+    assert "takes no prompt, --ids" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "--ids")
+    assert "--limit 3 is for the rows of --data" in failure(capsys, *sweep, "--limit", "3")
     assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
     assert "name of a .json file" in failure(
         capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "x")

@@ -60,6 +60,7 @@ def dashboard(
     _check_options(place, feature, effects, dictionary)
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
+    from tinymodel_jax.analysis.resumable import OtherWorkError
 
     keep_freed_memory()
     lm = load_lm(model, n_heads, place.tag, dictionary)
@@ -69,7 +70,13 @@ def dashboard(
     clock = Clock()
     partial = open_partial(out)
     told = limit if data == STORY_WORLD else None
-    facts = _measure(reader, rows, tags, partial, told, effects, clock)
+    try:
+        facts = _measure(reader, rows, tags, partial, told, effects, clock)
+    except OtherWorkError as error:
+        raise ValueError(
+            f"--out {out}: {partial} holds the work of a dashboard that was stopped, with other options; give those "
+            "again to go on, or delete that folder to start anew."
+        ) from error
     records = text_records(reader, texts, clock.track)
     _write(reader, partial, facts, rows, data, records, clock)
     publish(partial, out)
