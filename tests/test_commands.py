@@ -58,7 +58,7 @@ def test_converting_keeps_bfloat16_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_export_gives_back_the_reference_file(model_folder: Path, tmp_path: Path, ending: str) -> None:
-    exported = tmp_path / f"lm.{ending}"
+    exported = tmp_path / "new" / f"lm.{ending}"
     assert convert_torch_weights.main(["export-lm", str(model_folder), str(exported)]) == 0
     original = load_torch_file(DATA / "lm_f32_zip.pt")
     if ending == "pt":

@@ -221,7 +221,7 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
 
 
 def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "pages"
+    out = tmp_path / "new" / "pages"
 
     def stop(*given, **options):
         raise KeyboardInterrupt
@@ -230,7 +230,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
         patch.setattr(build, "write_page", stop)
         assert cli.main([*MINI, "-o", str(out)]) == 130
     assert not out.exists()
-    assert {path.name for path in (tmp_path / "pages.partial").iterdir()} == {"search.safetensors", "data"}
+    assert {path.name for path in (out.parent / "pages.partial").iterdir()} == {"search.safetensors", "data"}
     capsys.readouterr()
     with as_users_run_it():
         assert cli.main([*MINI, "-o", str(out), "--limit", "5"]) == 1
@@ -241,7 +241,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
     record = json.loads(capsys.readouterr().out)
     assert record["n_features"] == TinyModel("mini")["M2"].dictionary.config.n_features
     assert record["bytes"] == sum(path.stat().st_size for path in out.rglob("*.*"))
-    assert [path.name for path in tmp_path.iterdir()] == ["pages"]
+    assert [path.name for path in out.parent.iterdir()] == ["pages"]
     assert {path.name for path in out.iterdir()} == {"index.html", "data"}
 
 
@@ -277,7 +277,7 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
         (["--with", "T1"], "'T1': this model has no dictionary there"),
         (["--text", ""], "--text '' has 0 tokens"),
         (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
-        (["-o", "no/where"], "--out no/where: there is no folder no"),
+        (["-o", f"{__file__}/where"], f"--out: the folder {__file__} cannot be made"),
         (["--limit", "0"], "--limit 0 must be 1 or more"),
     ],
 )

@@ -24,7 +24,7 @@ LIMIT = 12
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A file of a search of M2, which the commands read."""
-    path = tmp_path_factory.mktemp("top") / "m2.top"
+    path = tmp_path_factory.mktemp("top") / "new" / "m2.top"
     assert cli.main(["top", "--model", "mini", "--site", "M2", "--limit", str(LIMIT), "-o", str(path), "--json"]) == 0
     return path
 
@@ -134,7 +134,7 @@ def test_people_get_a_table_and_a_page(capsys, searched):
         (["--site", "M2", "--concept", "feeling.badd"], "Closest: feeling.bad"),
         (["--site", "M2", "--concept", "feeling.bad", "--data", "x.txt"], "leave --data out"),
         (["--site", "M2", "--data", "nothing.txt"], "nothing.txt"),
-        (["--site", "M2", "-o", "no/where"], "there is no folder no"),
+        (["--site", "M2", "-o", f"{__file__}/where"], "test_top_command.py cannot be made"),
         (["--site", "M2", "-o", "."], "--out . is a folder; name a file"),
         (["--site", "M2N5", "--feature", "7"], "--site M2N5 names a feature, and so does --feature 7"),
         (["--site", "M2", "--dictionary", "none"], "there is no such folder or file"),
@@ -217,7 +217,7 @@ def test_a_result_that_cannot_be_written_is_not_lost(tmp_path, capsys, monkeypat
 
 
 def test_concepts_prints_writes_and_plots(tmp_path, capsys):
-    out, plot = tmp_path / "concepts.json", tmp_path / "concepts.png"
+    out, plot = tmp_path / "new" / "concepts.json", tmp_path / "plots" / "concepts.png"
     options = ["--sites", "Ra0", "--stories", "8", "-o", str(out), "--plot", str(plot)]
     assert cli.main(["concepts", *options]) == 0
     shown = capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_concepts_of_a_model_that_has_nothing_to_score_are_one_line(lm, tmp_path
         (["--dictionaries", "none"], "--dictionaries none: there is no such folder"),
         (["--dictionaries", "."], "holds no dictionary"),
         (["--stories", "1"], "--stories 1 must be 2 or more"),
-        (["--plot", "no/where.png"], "there is no folder no"),
+        (["--plot", f"{__file__}/where.png"], "test_top_command.py cannot be made"),
         (["--plot", "."], "--plot . is a folder; name a file"),
         (["-o", "."], "--out . is a folder; name a file"),
         (["--sites", "M9"], "layer 9 does not exist"),

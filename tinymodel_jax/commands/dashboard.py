@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_dictionary, parse_sites
+from tinymodel_jax.commands.options import check_dictionary, make_output_folder, parse_sites
 from tinymodel_jax.commands.prompts import load_lm, token_rows
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
@@ -58,6 +58,7 @@ def dashboard(
     """
     place, feature = Site.parse(site)
     _check_options(place, feature, effects, dictionary)
+    make_output_folder("--out", out.absolute().parent)
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
     from tinymodel_jax.analysis.resumable import OtherWorkError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_output
+from tinymodel_jax.commands.options import prepare_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def patch(
     """
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
-    check_output("--out", out)
+    prepare_output("--out", out)
     lm = load_lm(model, n_heads)
     rows = token_rows(lm, [clean, corrupted], [], lm.config.n_ctx)
     if len(rows[0]) != len(rows[1]):

@@ -35,7 +35,7 @@ def search(
     """Return the result in a file, or search and write it; a stopped search goes on.
 
     Args:
-        out: the file; `options.check_output` has seen it.
+        out: the file; `options.prepare_output` has seen it.
         n_contexts: top contexts of a feature that are needed; a row has one.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json
-from tinymodel_jax.commands.options import check_dictionary, check_json_output, work_file
+from tinymodel_jax.commands.options import check_dictionary, prepare_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
@@ -111,7 +111,7 @@ def _check(
         raise ValueError(
             "--data measures every feature turned off: it takes no prompt, --ids, --features, --readout or --kind."
         )
-    check_json_output("--out", out)
+    prepare_json_output("--out", out)
 
 
 def _effects(

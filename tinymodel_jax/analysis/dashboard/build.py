@@ -127,14 +127,12 @@ def open_partial(out: Path) -> Path:
 
     Raises:
         ValueError: `out` or the folder beside it holds something else.
-        FileNotFoundError: there is no folder to make it in.
+        OSError: it cannot be made.
     """
     if out.exists() and not _is_dashboard(out):
         raise ValueError(f"--out {out} is there and no dashboard; name another folder, or remove it.")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first.")
     partial = _beside(out, "partial")
-    partial.mkdir(exist_ok=True)
+    partial.mkdir(parents=True, exist_ok=True)
     strange = sorted({path.name for path in partial.iterdir()} - {*WORK, *PAGES})
     if strange:
         raise ValueError(f"{partial} is where the dashboard is made, but holds {strange[0]}; move that away.")
