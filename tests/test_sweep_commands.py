@@ -115,6 +115,20 @@ def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_effects_printed(capsys, no_type_checks, tmp_path, monkeypatch):
+    def full(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    options = ("--hooks", "hook_resid_pre", "-o", str(tmp_path / "patching.png"), "--json")
+    assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["answer"] == " Lily"
+    assert "cannot write patching.png" in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     sweep = ("sweep", "One day,", "--site", "M3", *MINI)
     assert "needs --amount" in failure(capsys, *sweep, "--kind", "clamp")

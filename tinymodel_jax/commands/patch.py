@@ -66,15 +66,13 @@ def patch(
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
     title = f"{measured}: clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
-    if out is not None:
-        from tinymodel_jax.analysis.report.charts import effects_figure
-
-        effects_figure({table.kind: table.effects for table in found.tables}, labels, title).savefig(out, dpi=110)
     if json:
         print_json(_as_json(lm, found, labels, tokens))
     else:
         print(title)
         _print_strongest(found, labels)
+    if out is not None:  # after what was found is printed, which a picture that cannot be written does not take away
+        _draw(found, labels, title, out)
 
 
 def _metric_title(words: list[str]) -> str:
@@ -109,6 +107,15 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
     ]
     answer, wrong = (*(shown(lm, [token], False) for token in tokens), None)[:2]
     return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
+
+
+def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:
+    from tinymodel_jax.analysis.report.charts import effects_figure
+    from tinymodel_jax.atomic_files import replaced
+
+    figure = effects_figure({table.kind: table.effects for table in found.tables}, labels, title)
+    with replaced(out) as temporary:
+        figure.savefig(temporary, dpi=110, format=out.suffix[1:])
 
 
 def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:
