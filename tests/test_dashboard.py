@@ -245,6 +245,40 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
     assert {path.name for path in out.iterdir()} == {"index.html", "data"}
 
 
+def pages_of(folder: Path, name: str) -> Path:
+    """Make a folder as a dashboard's, whose page says `name`."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "index.html").write_text(f"{build.GENERATOR} {name}")
+    return folder
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_run_that_is_stopped_while_it_takes_its_place_leaves_nothing_to_the_next(tmp_path, monkeypatch, steps):
+    out, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
+    kept = pages_of(tmp_path / "pages.old", "kept")  # a user's own
+    done = []
+
+    def until_stopped(step):
+        def run(*given):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(step(*given))
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for module, name in ((build.os, "replace"), (build.shutil, "rmtree")):
+            patch.setattr(module, name, until_stopped(getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            build.publish(partial, out)
+    if not partial.exists():
+        pages_of(partial, "third")
+    build.publish(partial, out)
+    assert (out / "index.html").read_text().endswith("third" if steps == 2 else "second")
+    assert (kept / "index.html").read_text().endswith("kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"pages", "pages.old"}
+
+
 def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
     older = tmp_path / "older"
     (older / "data").mkdir(parents=True)
@@ -256,6 +290,8 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
     assert not (older / "data/shard-0999.js").exists()
     assert len(read_data(older, "index")["texts"]) == 2
     assert list(read_data(older, "shard-0000")[0]["upstream"]) == ["M0"]
+
+    assert [path.name for path in tmp_path.iterdir()] == ["older"]
 
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)
