@@ -17,6 +17,7 @@ from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.rows import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.padding import pad_right
 
 LIMIT = 12
 
@@ -143,6 +144,19 @@ def test_people_get_a_table_and_a_page(capsys, searched):
 def test_bad_input_is_one_line(options, says, capsys):
     assert cli.main(["top", "--model", "mini", *options]) == 1
     assert says in error_line(capsys)
+
+
+def test_short_stories_are_searched_at_the_width_that_they_need(lm, tmp_path):
+    (tmp_path / "a.txt").write_text("One day, a fox was sad.\nMia went to the lake.\n")
+    rows = open_rows(lm, str(tmp_path / "a.txt"), 9)
+    assert rows.shape == (2, lm.config.n_ctx // 16)
+    narrow, wide = (
+        top_activations(lm, "M2", part) for part in (rows, pad_right(rows, lm.config.n_ctx, lm.config.pad_id))
+    )
+    assert narrow.data != wide.data
+    np.testing.assert_array_equal(narrow.active, wide.active)
+    np.testing.assert_array_equal(narrow.top.position, wide.top.position)
+    np.testing.assert_allclose(narrow.total, wide.total, rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_file_of_stories_is_one_line(tmp_path, capsys):
