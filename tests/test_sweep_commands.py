@@ -36,12 +36,15 @@ def test_a_prompt_is_swept(capsys, no_type_checks):
     assert first["next_logprob"] == pytest.approx(float((edited - lm(row))[0, -1, token]), abs=1e-4)
 
 
-def test_features_are_steered_and_read_out(capsys, no_type_checks):
+def test_features_are_steered_and_read_out(capsys, no_type_checks, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr("tinymodel_jax.analysis.sweeps.SMALL", 0)  # a chunk for each
     options = ("--kind", "steer", "--amount", "2", "--features", "3", "4", "--readout", "M3")
     assert main(["sweep", "One day,", "--site", "M2", *MINI, *options]) == 0
-    out = capsys.readouterr().out
-    assert "steer each of 2 features of M2" in out
-    assert "readout" in out
+    shown = capsys.readouterr()
+    assert "steer each of 2 features of M2" in shown.out
+    assert "readout" in shown.out
+    assert shown.err == "sweeping: 1 of 2\n"
 
 
 def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
@@ -103,11 +106,14 @@ def test_prompts_that_go_on_alike_are_compared_by_the_answer_s_log_probability(c
     assert "--wrong ' named' is the answer itself" in failure(capsys, *alike, "--answer", " named", "--wrong", " named")
 
 
-def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path):
+def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
     picture = tmp_path / "new" / "patching.png"
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
     assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert shown.err == "patching: 1 of 2\n"
+    found = json.loads(shown.out)
     assert (found["answer"], found["wrong"]) == (" Lily", " Tim")
     stream, heads = found["tables"]
     assert "Lily" in stream["labels"][int(np.argmax(stream["effects"][0]))]

@@ -208,6 +208,22 @@ print(json.dumps([len(jax.devices()), len(alone.features), apart, float(alone.kl
     assert apart < F32 < largest
 
 
+def test_every_intervention_passes_by_the_progress(lm, row, monkeypatch):
+    monkeypatch.setattr(sweeps, "SMALL", 0)
+    seen: list[int] = []
+
+    def track(chunks):
+        for items, size, length in chunks:
+            yield items, size, length
+            seen.extend(items)
+
+    steered = sweeps.steer(lm, "M1", row, [1.0, 2.0], track=track)
+    assert sorted(seen) == list(range(steered.kl.size))
+    for sweep in (sweeps.ablate, lambda *given, **options: sweeps.clamp(*given, 1.0, **options)):
+        seen.clear()
+        assert len(sweep(lm, "M1", row, track=track).features) == len(seen)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(lm, row):
     bad = {
         r"feature 12 is out of range; the dictionary has features 0\.\.11": lambda: sweeps.ablate(lm, "M1", row, [12]),

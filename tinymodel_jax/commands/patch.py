@@ -10,6 +10,7 @@ import tyro
 from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import prepare_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
+from tinymodel_jax.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.patching import Patching
@@ -61,7 +62,15 @@ def patch(
         if wrong is not None:
             raise ValueError(f"--wrong {wrong!r} is the answer itself; name another token, or leave it out.")
         tokens = tokens[:1]
-    found = patching.patch(lm, rows[0], rows[1], hooks, answer=tokens[0], wrong=tokens[1] if tokens[1:] else None)
+    found = patching.patch(
+        lm,
+        rows[0],
+        rows[1],
+        hooks,
+        answer=tokens[0],
+        wrong=tokens[1] if tokens[1:] else None,
+        track=lambda kinds: with_progress(kinds, "patching"),
+    )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
     title = f"{measured}: clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"

@@ -125,10 +125,14 @@ def _effects(
 ) -> FeatureEffects:
     from tinymodel_jax.analysis import sweeps
 
+    def track(chunks: list[Any]) -> Iterable[Any]:
+        return with_progress(chunks, "sweeping")
+
     chosen = list(features) or None
     if amount is None:
-        return sweeps.ablate(lm, site, [row], chosen, readout=readout)
-    return {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind](lm, site, [row], amount, chosen, readout=readout)
+        return sweeps.ablate(lm, site, [row], chosen, readout=readout, track=track)
+    changed = {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind]
+    return changed(lm, site, [row], amount, chosen, readout=readout, track=track)
 
 
 def _report(lm: TinyModel, site: str, row: list[int], effects: FeatureEffects, kind: Kind, ids: bool) -> dict[str, Any]:
