@@ -103,10 +103,9 @@ def export_lm(src: Source, dest: Destination) -> None:
         raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")
     if not src.is_dir():
         raise FileNotFoundError(f"{src}: there is no such folder; convert a file with 'lm' first.")
-    if not dest.parent.is_dir():
-        raise FileNotFoundError(f"{dest}: there is no folder {dest.parent}.")
     files = load_model(src)
     state = export_model(files.config, files.params)
+    dest.parent.mkdir(parents=True, exist_ok=True)
     if dest.suffix == ".pt":
         save_torch_file(state, dest)
     else:

@@ -58,7 +58,7 @@ def test_converting_keeps_bfloat16_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_export_gives_back_the_reference_file(model_folder: Path, tmp_path: Path, ending: str) -> None:
-    exported = tmp_path / f"lm.{ending}"
+    exported = tmp_path / "new" / f"lm.{ending}"
     assert convert_torch_weights.main(["export-lm", str(model_folder), str(exported)]) == 0
     original = load_torch_file(DATA / "lm_f32_zip.pt")
     if ending == "pt":
@@ -118,6 +118,13 @@ def test_features_prints_a_table_for_people(model_folder: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert shown.startswith("M1N7 on '208 5'")
     assert re.search(r"208\s.*\b7 \d+\.\d{3}", shown)
+
+
+def test_features_shows_text_that_looks_like_markup(no_type_checks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["features", "a [/b] c :dog: [x]", "--site", "M1", "--model", "mini"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("M1 on 'a [/b] c :dog: [x]'")
+    assert re.search(r"^│ \[BEGIN\] +│", shown, flags=re.MULTILINE)
 
 
 def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) -> None:

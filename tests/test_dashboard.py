@@ -221,7 +221,7 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
 
 
 def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "pages"
+    out = tmp_path / "new" / "pages"
 
     def stop(*given, **options):
         raise KeyboardInterrupt
@@ -230,15 +230,53 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
         patch.setattr(build, "write_page", stop)
         assert cli.main([*MINI, "-o", str(out)]) == 130
     assert not out.exists()
-    assert {path.name for path in (tmp_path / "pages.partial").iterdir()} == {"search.safetensors", "data"}
+    assert {path.name for path in (out.parent / "pages.partial").iterdir()} == {"search.safetensors", "data"}
+    capsys.readouterr()
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", str(out), "--limit", "5"]) == 1
+    assert f"--out {out}: {out}.partial holds the work of a dashboard that was stopped" in capsys.readouterr().err
     with as_users_run_it(), monkeypatch.context() as patch:
         patch.setattr("tinymodel_jax.analysis.top_activations.top_activations", stop)
         assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["n_features"] == TinyModel("mini")["M2"].dictionary.config.n_features
     assert record["bytes"] == sum(path.stat().st_size for path in out.rglob("*.*"))
-    assert [path.name for path in tmp_path.iterdir()] == ["pages"]
+    assert [path.name for path in out.parent.iterdir()] == ["pages"]
     assert {path.name for path in out.iterdir()} == {"index.html", "data"}
+
+
+def pages_of(folder: Path, name: str) -> Path:
+    """Make a folder as a dashboard's, whose page says `name`."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "index.html").write_text(f"{build.GENERATOR} {name}")
+    return folder
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_run_that_is_stopped_while_it_takes_its_place_leaves_nothing_to_the_next(tmp_path, monkeypatch, steps):
+    out, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
+    kept = pages_of(tmp_path / "pages.old", "kept")  # a user's own
+    done = []
+
+    def until_stopped(step):
+        def run(*given):
+            if len(done) == steps:
+                raise KeyboardInterrupt
+            done.append(step(*given))
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for module, name in ((build.os, "replace"), (build.shutil, "rmtree")):
+            patch.setattr(module, name, until_stopped(getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            build.publish(partial, out)
+    if not partial.exists():
+        pages_of(partial, "third")
+    build.publish(partial, out)
+    assert (out / "index.html").read_text().endswith("third" if steps == 2 else "second")
+    assert (kept / "index.html").read_text().endswith("kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"pages", "pages.old"}
 
 
 def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
@@ -252,6 +290,8 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
     assert not (older / "data/shard-0999.js").exists()
     assert len(read_data(older, "index")["texts"]) == 2
     assert list(read_data(older, "shard-0000")[0]["upstream"]) == ["M0"]
+
+    assert [path.name for path in tmp_path.iterdir()] == ["older"]
 
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)
@@ -273,7 +313,7 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
         (["--with", "T1"], "'T1': this model has no dictionary there"),
         (["--text", ""], "--text '' has 0 tokens"),
         (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
-        (["-o", "no/where"], "--out no/where: there is no folder no"),
+        (["-o", f"{__file__}/where"], f"--out: the folder {__file__} cannot be made"),
         (["--limit", "0"], "--limit 0 must be 1 or more"),
     ],
 )

@@ -11,6 +11,7 @@ from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 
 from tinymodel_jax import cli
+from tinymodel_jax.analysis.causal_importance import CausalImportance, MeanEffect
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.dashboard.build import Heading, write_dashboard
 from tinymodel_jax.analysis.dashboard.records import Facts
@@ -52,9 +53,10 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invented(n: int) -> tuple[Facts, np.ndarray]:
-    """Return facts of features that no model has; feature 7 and every hundredth are never active.
+    """Return facts of features that no model has; feature 7 and every hundredth are never active on text.
 
-    Feature 13 is active, but at none of the tokens that the histogram is of.
+    Feature 7 has an effect, as if it were active on [BEGIN]. Feature 13 is active, but at none of the tokens that the
+    histogram is of.
     """
     rng = np.random.default_rng(0)
     rows = rng.integers(0, VOCABULARY, (ROWS, SEQ))
@@ -92,7 +94,10 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
     contexts = shown_contexts(found)
     acts = np.zeros((*contexts.row.shape, BEFORE + 1 + AFTER), np.float32)
     acts[..., BEFORE] = contexts.value
-    return Facts(found, contexts, acts, logits, graph, dict.fromkeys(("M0", "M1", "M3"), tokens[:, :3])), rows
+    effect = MeanEffect(*(np.where(np.arange(n) == 7, number, 0) for number in (0.5, 0.25)))
+    importance = CausalImportance(8, np.where(np.arange(n) == 7, 2, 0), effect, effect, effect, effect)
+    promoted = dict.fromkeys(("M0", "M1", "M3"), tokens[:, :3])
+    return Facts(found, contexts, acts, logits, graph, promoted, importance=importance), rows
 
 
 def open_page(browser: Any, page: Path, address: str = "") -> None:
@@ -172,11 +177,12 @@ def test_a_token_is_text_whatever_it_says(many, browser):
     assert problems(browser) == []
 
 
-def test_features_that_were_never_active_are_there_when_asked_for(many, browser):
+def test_features_that_were_never_active_on_text_are_there_when_asked_for(many, browser):
     open_page(browser, many, "#?show=dead")
     assert texts(browser, "#count") == ["250 of 25,000 features"]
     go(browser, "#feature/7")
-    assert "Never active on these rows." in texts(browser, "main")[0]
+    assert "Never active on the text of these rows; [BEGIN] and [END] do not count." in texts(browser, "main")[0]
+    assert "over the 2 where it is active (95 % intervals; [BEGIN] and [END] count here)" in texts(browser, "main")[0]
     assert "Strongest contexts" not in texts(browser, "main")[0]
     assert problems(browser) == []
 

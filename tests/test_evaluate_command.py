@@ -32,11 +32,11 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_the_file_holds_what_the_function_measures_and_the_table_shows_it(stories, tmp_path, capsys):
     lm, out = TinyModel("mini"), tmp_path / "runs" / "eval.json"
-    lm["M3"].dictionary.save_pretrained(tmp_path / "kept" / "M3_k=24")
+    lm["M3"].dictionary.save_pretrained(tmp_path / "kept" / "M3[topk]:dog:")
     folders = ["--dictionaries", str(tmp_path / "kept")]
     assert cli.main(["eval", "--model", "mini", "--sites", "A3", *folders, "--data", stories, "-o", str(out)]) == 0
     content = json.loads(out.read_text())
-    assert [(d["name"], d["site"]) for d in content["dictionaries"]] == [("A3", "A3"), ("M3_k=24", "M3")]
+    assert [(d["name"], d["site"]) for d in content["dictionaries"]] == [("A3", "A3"), ("M3[topk]:dog:", "M3")]
     assert content["rows"] == 3
     rows = np.asarray(open_rows(lm, stories, 256))
     expected = evaluate(lm, [lm["A3"].dictionary, lm["M3"].dictionary], rows)
@@ -46,12 +46,14 @@ def test_the_file_holds_what_the_function_measures_and_the_table_shows_it(storie
         assert sum(record["density"]["features"]) + record["density"]["dead"] == len(found.frequency)
     assert (tmp_path / "runs" / "eval.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "M3_k=24" in shown
+    assert "M3[topk]:dog:" in shown
     assert f"{content['dictionaries'][0]['results']['explained_variance']:.4f} ±" in shown
 
 
 def test_json_is_one_line_also_of_the_sparse_model_alone(capsys):
-    assert cli.main(["eval", "--model", "mini", "--sparse-model", "--data", "storyworld", "--limit", "4", "--json"]) == 0
+    assert (
+        cli.main(["eval", "--model", "mini", "--sparse-model", "--data", "storyworld", "--limit", "4", "--json"]) == 0
+    )
     content = json.loads(capsys.readouterr().out)
     sparse = content["sparse_model"]
     assert content["dictionaries"] == []
@@ -72,6 +74,7 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
     assert "cannot be made" in failing(capsys, "--sites", "A0", *data, "-o", f"{stories}/eval.json")
     assert "there is no such folder" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
+    assert f"--dictionaries {stories} is a file; name a" in failing(capsys, "--dictionaries", stories, *data)
     assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)
     assert "belongs to no site" in failing(capsys, "--dictionaries", str(tmp_path / "arrays"), *data)

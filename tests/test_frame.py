@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from etils import epath
 
 from tinymodel_jax import progress
 from tinymodel_jax.commands import frame, options
-from tinymodel_jax.commands.options import check_output, make_output_folder, parse_sites, work_file
+from tinymodel_jax.commands.options import make_output_folder, parse_sites, prepare_output, work_file
+from train import dictionary_results
 
 
 @pytest.fixture
@@ -61,6 +63,14 @@ def test_a_number_that_is_no_json_is_an_error(number, capsys):
     assert json.loads(capsys.readouterr().out) == {"a": 1.0}
 
 
+def test_the_table_of_a_training_run_shows_any_folder(capsys):
+    results = dict.fromkeys(dictionary_results.SHOWN, 0.5)
+    dictionary_results._print_table([{"folder": "dictionaries/M1[topk]:dog:", "results": results}], epath.Path("r[un]"))
+    shown = capsys.readouterr().out
+    assert "r[un]/sweep.json" in shown
+    assert "│ M1[topk]:dog: │" in shown
+
+
 def test_a_list_of_sites_may_have_spaces_and_repeat():
     assert parse_sites("--sites", "M1, A0,M1,") == ["M1", "A0"]
     assert parse_sites("--sites", "") == []
@@ -73,12 +83,12 @@ def test_a_list_of_sites_may_have_spaces_and_repeat():
 
 
 def test_what_cannot_be_written_is_refused_before(tmp_path):
-    check_output("--out", None)
-    check_output("--out", tmp_path / "file")
+    prepare_output("--out", None)
+    prepare_output("--out", tmp_path / "file")
     with pytest.raises(ValueError, match="is a folder; name a file"):
-        check_output("--out", tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        check_output("--out", tmp_path / "no" / "file")
+        prepare_output("--out", tmp_path)
+    prepare_output("--out", tmp_path / "its" / "folder" / "file")
+    assert list((tmp_path / "its" / "folder").iterdir()) == []
     (tmp_path / "made").write_text("")
     for folder in (tmp_path / "made", tmp_path / "made" / "inside"):
         with pytest.raises(OSError, match=f"--out: the folder {folder} cannot be made"):
@@ -94,6 +104,6 @@ def test_a_folder_that_refuses_files_is_refused_before(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr(options.tempfile, "NamedTemporaryFile", refuse)  # root may write anywhere
-    for check in (check_output, make_output_folder):
+    for prepare in (prepare_output, make_output_folder):
         with pytest.raises(PermissionError, match="cannot be written to: Permission denied"):
-            check("--out", tmp_path / "new")
+            prepare("--out", tmp_path / "new")

@@ -76,6 +76,18 @@ def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm
     assert patching._places_at_once(lm.config, 11) in range(2, 11)
 
 
+def test_the_kinds_pass_by_the_progress(lm, prompts):
+    seen: list[str] = []
+
+    def track(kinds):
+        for kind in kinds:
+            yield kind
+            seen.append(kind)
+
+    found = patch(lm, prompts[0], prompts[1], ["hook_resid_pre", "attn.hook_z"], answer=3, track=track)
+    assert seen == [table.kind for table in found.tables]
+
+
 @pytest.mark.slow
 def test_every_kind_of_hook_point_can_be_patched_in_one_program_each(lm, prompts, compilations):
     found = patch(lm, prompts[0], prompts[1], BLOCK_HOOKS, answer=1)

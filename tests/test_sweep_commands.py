@@ -36,12 +36,15 @@ def test_a_prompt_is_swept(capsys, no_type_checks):
     assert first["next_logprob"] == pytest.approx(float((edited - lm(row))[0, -1, token]), abs=1e-4)
 
 
-def test_features_are_steered_and_read_out(capsys, no_type_checks):
+def test_features_are_steered_and_read_out(capsys, no_type_checks, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr("tinymodel_jax.analysis.sweeps.SMALL", 0)  # a chunk for each
     options = ("--kind", "steer", "--amount", "2", "--features", "3", "4", "--readout", "M3")
     assert main(["sweep", "One day,", "--site", "M2", *MINI, *options]) == 0
-    out = capsys.readouterr().out
-    assert "steer each of 2 features of M2" in out
-    assert "readout" in out
+    shown = capsys.readouterr()
+    assert "steer each of 2 features of M2" in shown.out
+    assert "readout" in shown.out
+    assert shown.err == "sweeping: 1 of 2\n"
 
 
 def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
@@ -53,7 +56,7 @@ def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
 
 
 def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
-    stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
+    stories, out = tmp_path / "stories.txt", tmp_path / "new" / "importance.json"
     stories.write_text(f"{PROMPT}\n{OTHER}\n")
     assert main(["sweep", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--top", "3"]) == 0
     table = json.loads(out.read_text())
@@ -61,8 +64,18 @@ def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     kl = [entry["kl_all"][0] for entry in table["features"]]
     assert kl == sorted(kl, reverse=True)
     assert "95 % intervals" in " ".join(capsys.readouterr().out.split())
-    assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json", "importance.png"}
-    assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.parent.iterdir()} == {"importance.json", "importance.png"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_of_which_no_limit_is_given_is_read_as_far_as_the_help_says(capsys, no_type_checks, monkeypatch):
+    def refuse(lm, data, limit):
+        raise ValueError(f"{data}: {limit} rows if left out")
+
+    monkeypatch.setattr("tinymodel_jax.commands.rows.open_rows", refuse)
+    assert "storyworld: 64 rows" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld")
+    assert main(["sweep", "--help"]) == 0
+    assert "rows of --data at most; 64 if left out" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, tmp_path: Path, monkeypatch):
@@ -93,16 +106,33 @@ def test_prompts_that_go_on_alike_are_compared_by_the_answer_s_log_probability(c
     assert "--wrong ' named' is the answer itself" in failure(capsys, *alike, "--answer", " named", "--wrong", " named")
 
 
-def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path):
-    picture = tmp_path / "patching.png"
+def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
+    picture = tmp_path / "new" / "patching.png"
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
     assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert shown.err == "patching: 1 of 2\n"
+    found = json.loads(shown.out)
     assert (found["answer"], found["wrong"]) == (" Lily", " Tim")
     stream, heads = found["tables"]
     assert "Lily" in stream["labels"][int(np.argmax(stream["effects"][0]))]
     assert heads["axis"] == "head"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_effects_printed(capsys, no_type_checks, tmp_path, monkeypatch):
+    def full(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    options = ("--hooks", "hook_resid_pre", "-o", str(tmp_path / "patching.png"), "--json")
+    assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["answer"] == " Lily"
+    assert "cannot write patching.png" in shown.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
@@ -111,13 +141,15 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
     assert "out of range" in failure(capsys, *sweep, "--features", "9999")
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
+    assert "give --site M2 --features 5." in failure(capsys, "sweep", "One day,", "--site", "M2N5", *MINI)
+    readout = failure(capsys, "sweep", "One day,", "--site", "M2", "--readout", "Mo2", *MINI)
+    assert "reads blocks.2.hook_mlp_out, and M2 writes to blocks.2.hook_mlp_out: a readout must read further" in readout
     assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
+    assert "takes no prompt, --ids" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "--ids")
+    assert "--limit 3 is for the rows of --data" in failure(capsys, *sweep, "--limit", "3")
     assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
     assert "name of a .json file" in failure(
         capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "x")
-    )
-    assert "there is no folder" in failure(
-        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "no" / "x.json")
     )
     assert "is a folder; name a file" in failure(
         capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path)

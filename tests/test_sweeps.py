@@ -208,6 +208,22 @@ print(json.dumps([len(jax.devices()), len(alone.features), apart, float(alone.kl
     assert apart < F32 < largest
 
 
+def test_every_intervention_passes_by_the_progress(lm, row, monkeypatch):
+    monkeypatch.setattr(sweeps, "SMALL", 0)
+    seen: list[int] = []
+
+    def track(chunks):
+        for items, size, length in chunks:
+            yield items, size, length
+            seen.extend(items)
+
+    steered = sweeps.steer(lm, "M1", row, [1.0, 2.0], track=track)
+    assert sorted(seen) == list(range(steered.kl.size))
+    for sweep in (sweeps.ablate, lambda *given, **options: sweeps.clamp(*given, 1.0, **options)):
+        seen.clear()
+        assert len(sweep(lm, "M1", row, track=track).features) == len(seen)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(lm, row):
     bad = {
         r"feature 12 is out of range; the dictionary has features 0\.\.11": lambda: sweeps.ablate(lm, "M1", row, [12]),
@@ -224,7 +240,7 @@ def test_what_does_not_fit_is_refused_in_one_line(lm, row):
         "every row needs at least one": lambda: sweeps.ablate(lm, "M1", np.zeros((0, 5), int)),
         "vectors are no numbers": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=[[1.0], [1.0, 2.0]]),
         "an effect is not finite": lambda: sweeps.steer(lm, "M0", row, 3e38, [1]),
-        "does not change": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
+        "a readout must read further up": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
         r"vectors has shape \(16,\)": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=np.ones(16)),
         "features and vectors": lambda: sweeps.steer(lm, "M1", row, 1.0, [1], vectors=np.ones((1, 16))),
     }

@@ -9,12 +9,15 @@ from conftest import param_shapes, random_params
 from test_commands import error_line
 
 from tinymodel_jax import cli
-from tinymodel_jax.analysis.concepts import best_f1_of_all
+from tinymodel_jax.analysis.concept_recovery import Recovery
+from tinymodel_jax.analysis.concepts import ConceptScores, best_f1_of_all
 from tinymodel_jax.analysis.feature_queries import concept_f1
 from tinymodel_jax.analysis.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.rows import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.padding import pad_right
 
 LIMIT = 12
 
@@ -22,7 +25,7 @@ LIMIT = 12
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A file of a search of M2, which the commands read."""
-    path = tmp_path_factory.mktemp("top") / "m2.top"
+    path = tmp_path_factory.mktemp("top") / "new" / "m2.top"
     assert cli.main(["top", "--model", "mini", "--site", "M2", "--limit", str(LIMIT), "-o", str(path), "--json"]) == 0
     return path
 
@@ -132,7 +135,7 @@ def test_people_get_a_table_and_a_page(capsys, searched):
         (["--site", "M2", "--concept", "feeling.badd"], "Closest: feeling.bad"),
         (["--site", "M2", "--concept", "feeling.bad", "--data", "x.txt"], "leave --data out"),
         (["--site", "M2", "--data", "nothing.txt"], "nothing.txt"),
-        (["--site", "M2", "-o", "no/where"], "there is no folder no"),
+        (["--site", "M2", "-o", f"{__file__}/where"], "test_top_command.py cannot be made"),
         (["--site", "M2", "-o", "."], "--out . is a folder; name a file"),
         (["--site", "M2N5", "--feature", "7"], "--site M2N5 names a feature, and so does --feature 7"),
         (["--site", "M2", "--dictionary", "none"], "there is no such folder or file"),
@@ -141,6 +144,19 @@ def test_people_get_a_table_and_a_page(capsys, searched):
 def test_bad_input_is_one_line(options, says, capsys):
     assert cli.main(["top", "--model", "mini", *options]) == 1
     assert says in error_line(capsys)
+
+
+def test_short_stories_are_searched_at_the_width_that_they_need(lm, tmp_path):
+    (tmp_path / "a.txt").write_text("One day, a fox was sad.\nMia went to the lake.\n")
+    rows = open_rows(lm, str(tmp_path / "a.txt"), 9)
+    assert rows.shape == (2, lm.config.n_ctx // 16)
+    narrow, wide = (
+        top_activations(lm, "M2", part) for part in (rows, pad_right(rows, lm.config.n_ctx, lm.config.pad_id))
+    )
+    assert narrow.data != wide.data
+    np.testing.assert_array_equal(narrow.active, wide.active)
+    np.testing.assert_array_equal(narrow.top.position, wide.top.position)
+    np.testing.assert_allclose(narrow.total, wide.total, rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_file_of_stories_is_one_line(tmp_path, capsys):
@@ -215,7 +231,7 @@ def test_a_result_that_cannot_be_written_is_not_lost(tmp_path, capsys, monkeypat
 
 
 def test_concepts_prints_writes_and_plots(tmp_path, capsys):
-    out, plot = tmp_path / "concepts.json", tmp_path / "concepts.png"
+    out, plot = tmp_path / "new" / "concepts.json", tmp_path / "plots" / "concepts.png"
     options = ["--sites", "Ra0", "--stories", "8", "-o", str(out), "--plot", str(plot)]
     assert cli.main(["concepts", *options]) == 0
     shown = capsys.readouterr().out
@@ -225,6 +241,12 @@ def test_concepts_prints_writes_and_plots(tmp_path, capsys):
     line = next(line for line in shown.splitlines() if line.startswith("│ Ra0"))
     assert line.split("│")[3].strip() == str(found)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_concepts_shows_any_name(capsys):
+    numbers = [np.full(2, 0.5)] * 6
+    print_concepts([Recovery("M1[topk]:dog:", "dictionary", 1, 3, ConceptScores(*numbers))], 4)
+    assert "│ M1[topk]:dog: │" in capsys.readouterr().out
 
 
 def test_concepts_scores_dictionaries_of_folders(lm, tmp_path, capsys):
@@ -257,7 +279,7 @@ def test_concepts_of_a_model_that_has_nothing_to_score_are_one_line(lm, tmp_path
         (["--dictionaries", "none"], "--dictionaries none: there is no such folder"),
         (["--dictionaries", "."], "holds no dictionary"),
         (["--stories", "1"], "--stories 1 must be 2 or more"),
-        (["--plot", "no/where.png"], "there is no folder no"),
+        (["--plot", f"{__file__}/where.png"], "test_top_command.py cannot be made"),
         (["--plot", "."], "--plot . is a folder; name a file"),
         (["-o", "."], "--out . is a folder; name a file"),
         (["--sites", "M9"], "layer 9 does not exist"),

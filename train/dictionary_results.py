@@ -18,6 +18,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tinymodel_jax.analysis.evaluation import numbers_of
@@ -127,14 +128,14 @@ def _write_dictionary(
 
 def _print_table(records: Sequence[Mapping[str, Any]], out: epath.Path) -> None:
     shown = [key for key in SHOWN if key in records[0]["results"]]
-    table = Table("dictionary", *(key.replace("_", " ") for key in shown), title=f"{out / 'sweep.json'}")
+    table = Table("dictionary", *(key.replace("_", " ") for key in shown), title=escape(f"{out / 'sweep.json'}"))
     for record in records:
         values = [record["results"][key] for key in shown]
         cells = [
             "-" if v is None else f"{v:.1f}" if k == "l0" else f"{v:.4f}" for k, v in zip(shown, values, strict=True)
         ]
-        table.add_row(Path(record["folder"]).name, *cells)
-    Console().print(table)
+        table.add_row(escape(Path(record["folder"]).name), *cells)
+    Console(emoji=False).print(table)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ log-probability. Source: the convention of TransformerLens' `patching` (denoisin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -63,6 +63,7 @@ def patch(
     *,
     answer: int,
     wrong: int | None = None,
+    track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> Patching:
     """Patch values of the clean run into the corrupted run.
 
@@ -71,6 +72,7 @@ def patch(
         kinds: names of hook points inside a block; `attn.hook_*` are patched by heads, the others by positions.
         answer: token that the clean run gives after the last position.
         wrong: token that the corrupted run gives; without it, the answer's log-probability is measured.
+        track: sees the kinds pass by, to show a progress bar.
 
     Raises:
         ValueError: the prompts differ in length, a kind does not exist, or the metric is the same in both runs.
@@ -80,7 +82,7 @@ def patch(
     tokens = _tokens(answer, wrong, lm.config.d_vocab)
     hooks = lm.splice_hooks()
     tables, ends = [], np.zeros(2, np.float32)
-    for kind in dict.fromkeys(kinds):
+    for kind in track(list(dict.fromkeys(kinds))):
         at_once = _places_at_once(lm.config, rows[0].shape[1])
         effects, ends = _patch_kind(
             lm.params, rows, jnp.asarray(tokens), hooks, config=lm.config, kind=kind, at_once=at_once

@@ -24,6 +24,10 @@ from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import FeatureReader
 
 
+class OtherWorkError(ValueError):
+    """A file of work or of its result stands for another computation than the one that was asked for."""
+
+
 class Saved(NamedTuple):
     """What a work file held."""
 
@@ -48,7 +52,8 @@ class Progress:
         """Return what was saved; None where there is no file.
 
         Raises:
-            ValueError: the file is of other work, or damaged.
+            OtherWorkError: the file is of other work.
+            ValueError: it is damaged.
         """
         if not self.path.exists():
             return None
@@ -62,7 +67,7 @@ class Progress:
         changed = [name for name in sorted({*key, *self.key}) if key.get(name) != self.key.get(name)]
         if changed:
             what = ", ".join(_change(name, key, self.key) for name in changed)
-            raise ValueError(
+            raise OtherWorkError(
                 f"{self.path} holds work on other input; changed: {what}. Ask for the same, or delete it to start anew."
             )
         return Saved(arrays, done)

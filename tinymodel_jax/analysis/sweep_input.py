@@ -62,8 +62,8 @@ def prepare(
         raise ValueError(f"sweep: readout {readout!r} names a feature; name the site, {reader.site.tag!r}.")
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited, lm.config):
         raise ValueError(
-            f"readout {readout!r} reads {reader.dictionary.config.hook_in}, which {tag} does not change; "
-            "name a site that the forward pass meets later."
+            f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
+            "readout must read further up; name a site that the forward pass meets later."
         )
     sources = (site.hook_in,) if reader is None else (site.hook_in, reader.dictionary.config.hook_in)
     clean = clean_streams(

@@ -10,7 +10,7 @@ chunk's features are spread over them. `[PAD]` counts nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,9 @@ LENGTHS = 8
 """Numbers of last positions that a row length is compiled for, at most."""
 READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
+
+Track = Callable[[list[Any]], Iterable[Any]]
+"""Yields what it is given, and may show how much of it is done."""
 
 
 class FeatureEffects(NamedTuple):
@@ -62,6 +65,7 @@ def ablate(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
+    track: Track = iter,
 ) -> FeatureEffects:
     """Turn each feature of a dictionary off.
 
@@ -72,6 +76,7 @@ def ablate(
         positions: boolean mask, (seq,) or (batch, seq), of where the intervention acts; None is everywhere.
         next_ids: a token for each row; None is the model's most likely ones.
         readout: site of another dictionary, further up, whose features' changes are reported.
+        track: sees the chunks of features pass by, to show a progress bar.
 
     Raises:
         ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
@@ -79,7 +84,7 @@ def ablate(
     """
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
     chosen, acts = activations(lm, tag, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), -acts)
+    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), -acts, track)
 
 
 def clamp(
@@ -92,12 +97,13 @@ def clamp(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
+    track: Track = iter,
 ) -> FeatureEffects:
     """Hold the activation of each feature at a value, also where it is inactive; arguments as `ablate`."""
     held = finite("value", value, ndim=0)
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
     chosen, acts = activations(lm, tag, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), prepared.mask * (held - acts))
+    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), prepared.mask * (held - acts), track)
 
 
 def steer(
@@ -111,6 +117,7 @@ def steer(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
+    track: Track = iter,
 ) -> FeatureEffects:
     """Add `strength x decoder direction` of each feature, or `strength x vector`, where the dictionary writes.
 
@@ -131,7 +138,7 @@ def steer(
     added = np.broadcast_to(
         prepared.mask * amounts[..., None, None], (len(chosen), *amounts.shape, *prepared.ids.shape)
     )
-    return _sweep(lm, prepared, chosen, directions, added)
+    return _sweep(lm, prepared, chosen, directions, added, track)
 
 
 def _sweep(
@@ -140,6 +147,7 @@ def _sweep(
     features: np.ndarray,
     directions: Float[np.ndarray, "n d_model"],
     amounts: Float[np.ndarray, "n *strengths batch seq"],
+    track: Track,
 ) -> FeatureEffects:
     """Run each feature with each of its strengths; shape the results alike."""
     shape = amounts.shape[:-2]
@@ -149,7 +157,7 @@ def _sweep(
     top = 0 if prepared.readout is None else min(READOUT_TOP, prepared.readout.config.n_features)
     widest = max(lm.config.d_vocab, 0 if prepared.readout is None else prepared.readout.config.n_features)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
-    for items, size, length in _chunks(flat, widest):
+    for items, size, length in track(list(_chunks(flat, widest))):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
         effects, moved = _run(lm, prepared, changes, length)
         found[:, items] = np.asarray(effects)[:, : len(items)]

@@ -10,7 +10,7 @@ import tyro
 
 from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
-from tinymodel_jax.commands.options import check_output, parse_sites
+from tinymodel_jax.commands.options import parse_sites, prepare_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
 from tinymodel_jax.progress import with_progress
@@ -40,12 +40,12 @@ def concepts(
         plot: PNG file for a heat map of them.
         json: print a JSON object a line: a place and a concept.
     """
-    check_output("--out", out)
-    check_output("--plot", plot)
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
     tags = parse_sites("--sites", sites)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
+    prepare_output("--out", out)
+    prepare_output("--plot", plot)
     import json as json_format
 
     from tinymodel_jax.analysis.concept_recovery import concept_records, plot_concepts, recover_concepts
@@ -72,6 +72,7 @@ def concepts(
 def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tinymodel_jax.analysis.concept_recovery import n_found
@@ -83,5 +84,5 @@ def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
         table.add_column(column, justify="left" if column == "place" else "right")
     for one in recoveries:
         f1, auc = (f"{np.nanmean(values):.3f}" for values in (one.scores.f1, one.scores.auc))
-        table.add_row(one.name, str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
-    Console().print(table)
+        table.add_row(escape(one.name), str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
+    Console(emoji=False).print(table)

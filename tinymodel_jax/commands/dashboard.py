@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_dictionary, parse_sites
+from tinymodel_jax.commands.options import check_dictionary, make_output_folder, parse_sites
 from tinymodel_jax.commands.prompts import load_lm, token_rows
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
@@ -58,8 +58,10 @@ def dashboard(
     """
     place, feature = Site.parse(site)
     _check_options(place, feature, effects, dictionary)
+    make_output_folder("--out", out.absolute().parent)
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
+    from tinymodel_jax.analysis.resumable import OtherWorkError
 
     keep_freed_memory()
     lm = load_lm(model, n_heads, place.tag, dictionary)
@@ -69,7 +71,13 @@ def dashboard(
     clock = Clock()
     partial = open_partial(out)
     told = limit if data == STORY_WORLD else None
-    facts = _measure(reader, rows, tags, partial, told, effects, clock)
+    try:
+        facts = _measure(reader, rows, tags, partial, told, effects, clock)
+    except OtherWorkError as error:
+        raise ValueError(
+            f"--out {out}: {partial} holds the work of a dashboard that was stopped, with other options; give those "
+            "again to go on, or delete that folder to start anew."
+        ) from error
     records = text_records(reader, texts, clock.track)
     _write(reader, partial, facts, rows, data, records, clock)
     publish(partial, out)

@@ -12,7 +12,7 @@ import tyro
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.commands.frame import finite_or_none, print_json
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
-from tinymodel_jax.commands.options import check_json_output, make_output_folder, parse_sites
+from tinymodel_jax.commands.options import parse_sites, prepare_json_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.progress import with_progress
@@ -64,9 +64,7 @@ def evaluate(
     tags = parse_sites("--sites", sites)
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
-    if out is not None:
-        make_output_folder("--out", out.parent)
-        check_json_output("--out", out)
+    prepare_json_output("--out", out)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = load_lm(model, n_heads)
     named = named_dictionaries(lm, tags, folders)
@@ -137,15 +135,16 @@ def _write(content: Mapping[str, Any], out: Path) -> None:
 
 def _print_tables(content: Mapping[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     if content["dictionaries"]:
         first = content["dictionaries"][0]["results"]
         title = f"{first['tokens']:,} tokens of {content['rows']:,} rows; CE clean {first['ce_clean']:.4f} nats"
         table = Table("dictionary", *COLUMNS.values(), title=title, title_justify="left")
         for record in content["dictionaries"]:
-            table.add_row(record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
+            table.add_row(escape(record["name"]), *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
         console.print(table)
     sparse = content["sparse_model"]
     if sparse is not None:

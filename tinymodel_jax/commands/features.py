@@ -73,12 +73,12 @@ def _strongest(acts: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
 
 def _print_table(title: str, words: Sequence[str], chosen: Sequence[Sequence[tuple[int, float]]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("token", no_wrap=True)
     table.add_column("feature activation, strongest first")
     for word, found in zip(words, chosen, strict=True):
-        shown = word.replace("\n", "↵").replace("[", r"\[")
-        table.add_row(shown, "  ".join(f"[bold]{f}[/bold] {a:.3f}" for f, a in found) or "–")
-    Console().print(table)
+        table.add_row(escape(word.replace("\n", "↵")), "  ".join(f"[bold]{f}[/bold] {a:.3f}" for f, a in found) or "–")
+    Console(emoji=False).print(table)

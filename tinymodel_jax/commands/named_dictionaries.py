@@ -16,9 +16,14 @@ def dictionary_folders(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there is no such folder, or no dictionary in it.
+        NotADirectoryError: it is a file.
     """
     from tinymodel_jax.io.artifacts import DICTIONARY_FILE
 
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"--dictionaries {folder} is a file; name a dictionary's folder, or a folder of such folders."
+        )
     if not folder.is_dir():
         raise FileNotFoundError(f"--dictionaries {folder}: there is no such folder.")
     found = [f for f in (folder, *sorted(folder.iterdir())) if (f / DICTIONARY_FILE).is_file()]

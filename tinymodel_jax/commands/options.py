@@ -8,20 +8,18 @@ from pathlib import Path
 from tinymodel_jax.sites import Site
 
 
-def check_output(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written in the end.
+def prepare_output(option: str, path: Path | None) -> None:
+    """Make the folder of a file that is written in the end.
 
     Raises:
-        OSError: its folder is not there, or may not be written to.
-        ValueError: it is a folder.
+        OSError: the folder cannot be made or written to.
+        ValueError: the file is a folder.
     """
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file, such as {path / 'NAME'}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first.")
-    _try_a_file(option, path.parent)
+    make_output_folder(option, path.parent)
 
 
 def make_output_folder(option: str, folder: Path) -> None:
@@ -37,16 +35,15 @@ def make_output_folder(option: str, folder: Path) -> None:
     _try_a_file(option, folder)
 
 
-def check_json_output(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written in the end, or is not named as JSON: its plots have the same name.
+def prepare_json_output(option: str, path: Path | None) -> None:
+    """Do as `prepare_output`, and refuse a file that is not named as JSON: its plots have the same name.
 
     Raises:
-        FileNotFoundError: its folder is not there.
-        ValueError: it is a folder, or has another suffix.
+        OSError, ValueError: as `prepare_output`; or the file has another suffix.
     """
-    check_output(option, path)
-    if path is not None and path.suffix != ".json":
+    if path is not None and path.suffix != ".json" and not path.is_dir():
         raise ValueError(f"{option} {path}: give the name of a .json file; the plots get the same name with .png.")
+    prepare_output(option, path)
 
 
 def check_dictionary(path: Path | None) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_output
+from tinymodel_jax.commands.options import prepare_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
+from tinymodel_jax.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.patching import Patching
@@ -46,7 +47,7 @@ def patch(
     """
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
-    check_output("--out", out)
+    prepare_output("--out", out)
     lm = load_lm(model, n_heads)
     rows = token_rows(lm, [clean, corrupted], [], lm.config.n_ctx)
     if len(rows[0]) != len(rows[1]):
@@ -61,20 +62,26 @@ def patch(
         if wrong is not None:
             raise ValueError(f"--wrong {wrong!r} is the answer itself; name another token, or leave it out.")
         tokens = tokens[:1]
-    found = patching.patch(lm, rows[0], rows[1], hooks, answer=tokens[0], wrong=tokens[1] if tokens[1:] else None)
+    found = patching.patch(
+        lm,
+        rows[0],
+        rows[1],
+        hooks,
+        answer=tokens[0],
+        wrong=tokens[1] if tokens[1:] else None,
+        track=lambda kinds: with_progress(kinds, "patching"),
+    )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
     title = f"{measured}: clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
-    if out is not None:
-        from tinymodel_jax.analysis.report.charts import effects_figure
-
-        effects_figure({table.kind: table.effects for table in found.tables}, labels, title).savefig(out, dpi=110)
     if json:
         print_json(_as_json(lm, found, labels, tokens))
     else:
         print(title)
         _print_strongest(found, labels)
+    if out is not None:  # after what was found is printed, which a picture that cannot be written does not take away
+        _draw(found, labels, title, out)
 
 
 def _metric_title(words: list[str]) -> str:
@@ -111,6 +118,15 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
     return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
 
 
+def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:
+    from tinymodel_jax.analysis.report.charts import effects_figure
+    from tinymodel_jax.atomic_files import replaced
+
+    figure = effects_figure({table.kind: table.effects for table in found.tables}, labels, title)
+    with replaced(out) as temporary:
+        figure.savefig(temporary, dpi=110, format=out.suffix[1:])
+
+
 def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -124,4 +140,4 @@ def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int =
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
         texts = [f"layer {layer}, {labels[one.kind][n]}: {one.effects[layer, n]:+.2f}" for layer, n in places]
         table.add_row(one.kind, escape("\n".join(texts)))
-    Console().print(table)
+    Console(emoji=False).print(table)

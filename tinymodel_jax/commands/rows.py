@@ -20,6 +20,8 @@ STORY_WORLD = "storyworld"
 def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     """Return rows of token ids (rows, seq), `[BEGIN]` first and padded with `[PAD]`.
 
+    Stories are padded to the compiled length that holds the longest; prepared rows have a length of their own.
+
     Args:
         data: folder of `python -m train prepare`, whose held-out rows are read; a file of stories (.jsonl, .txt, also
             .gz); or `storyworld`, whose unseen stories are told.
@@ -72,7 +74,7 @@ def unseen_stories(
 
 
 def _rows_of_stories(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
-    from tinymodel_jax.padding import pad_right
+    from tinymodel_jax.padding import bucket, pad_right
 
     tok_ids, _ = lm.tokenizer(list(texts), max_length=lm.config.n_ctx)
-    return pad_right(tok_ids, lm.config.n_ctx, lm.config.pad_id)
+    return pad_right(tok_ids, bucket(tok_ids.shape[1], lm.config.n_ctx), lm.config.pad_id)

@@ -35,12 +35,14 @@ def search(
     """Return the result in a file, or search and write it; a stopped search goes on.
 
     Args:
-        out: the file; `options.check_output` has seen it.
+        out: the file; `options.prepare_output` has seen it.
         n_contexts: top contexts of a feature that are needed; a row has one.
 
     Raises:
-        ValueError: the file is damaged, of another search, or has fewer contexts.
+        OtherWorkError: the file is of another search.
+        ValueError: it is damaged, or has fewer contexts.
     """
+    from tinymodel_jax.analysis.resumable import OtherWorkError
     from tinymodel_jax.analysis.top_activations import load_top_activations, search_fingerprints, top_activations
 
     needed = min(n_contexts, len(rows))
@@ -50,7 +52,7 @@ def search(
         changed = [name for name, value in now.items() if getattr(found, name) != value]
         if changed:
             what = ", ".join(changed)
-            raise ValueError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
+            raise OtherWorkError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
         if (held := found.top.row.shape[1]) < needed:
             raise ValueError(
                 f"--out {out} holds {held} contexts of a feature, not {needed}; name another file, or delete it."

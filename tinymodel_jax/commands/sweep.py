@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json
-from tinymodel_jax.commands.options import check_dictionary, check_json_output, work_file
+from tinymodel_jax.commands.options import check_dictionary, prepare_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tinymodel_jax.lm import TinyModel
 
 Kind = Literal["ablate", "clamp", "steer"]
+ROWS = 64
+"""Rows of --data that are measured on, if --limit is left out."""
 
 
 def sweep(
@@ -36,7 +38,7 @@ def sweep(
     dictionary: Path | None = None,
     n_heads: int | None = None,
     data: str | None = None,
-    limit: int = 64,
+    limit: int | None = None,
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
     ids: bool = False,
     json: bool = False,
@@ -58,18 +60,21 @@ def sweep(
         dictionary: folder or file to use at the site, instead of the model's own or published one.
         n_heads: attention heads of a file whose width is not the published 768.
         data: prepared folder, file of stories, or storyworld: measure over its rows instead of prompts.
-        limit: rows of --data at most.
+        limit: rows of --data at most; 64 if left out.
         out: JSON file for the whole table of --data; a PNG of the same name with the plots is written beside it.
         ids: prompts are token ids, as "9996 51 56".
         json: print a JSON object for each prompt, or one for --data.
     """
-    _check(prompts, kind, amount, features, readout, top, data, out)
-    place, _ = Site.parse(site)
+    place, feature = Site.parse(site)
+    if feature is not None:
+        instead = f" --features {feature}" if data is None else "; --data measures all of them"
+        raise ValueError(f"--site {site} names a feature; give --site {place.tag}{instead}.")
+    _check(prompts, kind, amount, features, readout, top, data, limit, out, ids)
     check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
     lm = load_lm(model, n_heads, place.tag, dictionary)
     if data is not None:
-        _over_data(lm, site, data, limit, top, out, json)
+        _over_data(lm, site, data, ROWS if limit is None else limit, top, out, json)
         return
     for row in token_rows(lm, given, [], lm.config.n_ctx):
         effects = _effects(lm, site, row, kind, amount, features, readout)
@@ -88,7 +93,9 @@ def _check(
     readout: str | None,
     top: int,
     data: str | None,
+    limit: int | None,
     out: Path | None,
+    ids: bool,
 ) -> None:
     if top < 1:
         raise ValueError(f"--top {top} must be 1 or more.")
@@ -97,12 +104,14 @@ def _check(
     if data is None:
         if out is not None:
             raise ValueError("--out holds the table of --data; for prompts there is --json.")
+        if limit is not None:
+            raise ValueError(f"--limit {limit} is for the rows of --data; prompts are all swept.")
         return
-    if prompts or features or readout or kind != "ablate":
+    if prompts or features or readout or kind != "ablate" or ids:
         raise ValueError(
-            "--data measures every feature turned off: it takes no prompt, --features, --readout or --kind."
+            "--data measures every feature turned off: it takes no prompt, --ids, --features, --readout or --kind."
         )
-    check_json_output("--out", out)
+    prepare_json_output("--out", out)
 
 
 def _effects(
@@ -116,10 +125,14 @@ def _effects(
 ) -> FeatureEffects:
     from tinymodel_jax.analysis import sweeps
 
+    def track(chunks: list[Any]) -> Iterable[Any]:
+        return with_progress(chunks, "sweeping")
+
     chosen = list(features) or None
     if amount is None:
-        return sweeps.ablate(lm, site, [row], chosen, readout=readout)
-    return {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind](lm, site, [row], amount, chosen, readout=readout)
+        return sweeps.ablate(lm, site, [row], chosen, readout=readout, track=track)
+    changed = {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind]
+    return changed(lm, site, [row], amount, chosen, readout=readout, track=track)
 
 
 def _report(lm: TinyModel, site: str, row: list[int], effects: FeatureEffects, kind: Kind, ids: bool) -> dict[str, Any]:
@@ -235,4 +248,4 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(escape(column), justify="left" if column.startswith("readout") else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(emoji=False).print(table)

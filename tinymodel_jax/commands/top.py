@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_dictionary, check_output
+from tinymodel_jax.commands.options import check_dictionary, prepare_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
@@ -50,9 +50,9 @@ def top(
     if of_tag is not None and feature is not None:
         raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
-    check_output("--out", out)
     _check_options(top, (chosen, contains, concept), data, concept)
     check_dictionary(dictionary)
+    prepare_output("--out", out)
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionary import resolve_indices

@@ -120,12 +120,12 @@ def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> 
         cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", escape(record["top_token"])]
         cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
         table.add_row(*cells, escape(" ".join(record["promoted"][:3])))
-    Console().print(table, highlight=False)
+    Console(emoji=False).print(table, highlight=False)
 
 
 def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
     """Print a page about one feature."""
-    record, console = records[0], Console(highlight=False)
+    record, console = records[0], Console(highlight=False, emoji=False)
     concept = f", {record['concept']} (F1 {record['f1']:.2f})" if "concept" in record else ""
     console.print(
         f"[bold]{found.tag}N{record['feature']}[/bold]{concept}: active on {record['density']:.3%} of "

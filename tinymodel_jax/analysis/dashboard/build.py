@@ -127,14 +127,12 @@ def open_partial(out: Path) -> Path:
 
     Raises:
         ValueError: `out` or the folder beside it holds something else.
-        FileNotFoundError: there is no folder to make it in.
+        OSError: it cannot be made.
     """
     if out.exists() and not _is_dashboard(out):
         raise ValueError(f"--out {out} is there and no dashboard; name another folder, or remove it.")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first.")
     partial = _beside(out, "partial")
-    partial.mkdir(exist_ok=True)
+    partial.mkdir(parents=True, exist_ok=True)
     strange = sorted({path.name for path in partial.iterdir()} - {*WORK, *PAGES})
     if strange:
         raise ValueError(f"{partial} is where the dashboard is made, but holds {strange[0]}; move that away.")
@@ -151,15 +149,18 @@ def publish(partial: Path, out: Path) -> None:
     """
     for name in WORK:
         (partial / name).unlink(missing_ok=True)
-    if not out.exists():
-        os.replace(partial, out)
-        return
-    old = _beside(out, "old")
-    if _is_dashboard(old):  # left by a run that was stopped between the next two lines
-        shutil.rmtree(old)
-    os.replace(out, old)
+    replaced = _beside(out, "replaced")
+    if out.exists():
+        _remove_pages(replaced)  # that a run left which was stopped after the next line
+        os.replace(out, replaced)
     os.replace(partial, out)
-    shutil.rmtree(old)
+    _remove_pages(replaced)
+
+
+def _remove_pages(folder: Path) -> None:
+    """Remove a folder of pages, or what is left of it; another one stays."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {*PAGES}:
+        shutil.rmtree(folder)
 
 
 def _beside(out: Path, ending: str) -> Path:

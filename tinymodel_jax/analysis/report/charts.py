@@ -1,4 +1,7 @@
-"""Charts for pages: Matplotlib figures as SVG text, without a display and without Matplotlib's global state."""
+"""Charts for pages: Matplotlib figures as SVG text, without a display and without Matplotlib's global state.
+
+Names, tokens and titles are shown as they are: a `$` in them begins no formula (`parse_math=False`).
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ def bars(values: Mapping[str, float], label: str, title: str) -> str:
     figure, axes = _figure(6.4, 0.8 + 0.26 * len(values))
     numbers = list(values.values())
     axes.barh(range(len(numbers)), numbers, color=[ACCENT if n >= 0 else SECOND for n in numbers])
-    axes.set_yticks(range(len(numbers)), list(values), fontsize=8)
+    axes.set_yticks(range(len(numbers)), list(values), fontsize=8, parse_math=False)
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel(label)
+    axes.set_xlabel(label, parse_math=False)
     return _svg(figure, title)
 
 
@@ -51,8 +54,8 @@ def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[st
     """Return the figure of `heat_map`."""
     figure, axes = _figure(2.4 + 0.36 * len(columns), 1.2 + 0.17 * len(rows))
     image = axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=7)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+    axes.set_xticks(range(len(columns)), list(columns), rotation=90, fontsize=7, parse_math=False)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7, parse_math=False)
     figure.colorbar(image, ax=axes, label="F1")
     return figure
 
@@ -73,11 +76,11 @@ def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Seque
     images = []
     for axes, (name, table) in zip(panels, tables.items(), strict=True):
         images.append(axes.imshow(table, aspect="auto", vmin=-1, vmax=1, cmap=colours, interpolation="nearest"))
-        axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7)
+        axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(len(table)), [f"layer {layer}" for layer in range(len(table))], fontsize=7)
         axes.set_title(name, fontsize=9, loc="left")
     figure.colorbar(images[0], ax=list(panels), label="effect", aspect=40)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 

@@ -34,11 +34,11 @@ function numbers(feature, record) {
   if (record.effects) {
     const { kl_all: all, kl, loss, active_rows: rows } = record.effects;
     const where = rows ? `; KL ${plusMinus(kl)}, loss ${plusMinus(loss)} over the ${rows} where it is active` : "";
-    entries.push(["turned off", `KL ${plusMinus(all)} nats a position over ${index.effect_rows} rows${where} (95 % intervals)`]);
+    entries.push(["turned off", `KL ${plusMinus(all)} nats a position over ${index.effect_rows} rows${where} (95 % intervals; [BEGIN] and [END] count here)`]);
   }
   const list = element("dl", { class: "numbers" }, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
   const bars = record.histogram.some((n) => n > 0) ? [histogram(record.histogram)] : []; // a sample may miss a rare feature
-  return active[feature] ? element("div", {}, list, ...bars) : element("div", {}, list, element("p", {}, "Never active on these rows."));
+  return active[feature] ? element("div", {}, list, ...bars) : element("div", {}, list, element("p", {}, "Never active on the text of these rows; [BEGIN] and [END] do not count."));
 }
 
 function histogram(counts) {

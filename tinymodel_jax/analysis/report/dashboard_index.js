@@ -7,7 +7,7 @@ const COLUMNS = {
   feature: { cell: (f) => featureLink(f), key: (f) => f },
   density: { cell: (f) => share(index.columns.active[f]), key: (f) => index.columns.active[f] },
   largest: { cell: (f) => number(index.columns.largest[f]), key: (f) => index.columns.largest[f] },
-  effect: { needs: "effect", title: "KL divergence when it is turned off, nats a position, over all rows", cell: (f) => number(index.columns.effect[f]), key: (f) => index.columns.effect[f] },
+  effect: { needs: "effect", title: "KL divergence when it is turned off, nats a position, over all rows; [BEGIN] and [END] count here", cell: (f) => number(index.columns.effect[f]), key: (f) => index.columns.effect[f] },
   concept: { needs: "concept", kind: "words", cell: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "–"), key: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "") },
   F1: { needs: "f1", title: "how well its activity tells the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
   "peaks on": { kind: "words", cell: (f) => index.columns.peaks[f].map(word), key: (f) => firstWord(index.columns.peaks[f]) },
@@ -62,7 +62,7 @@ function indexPage() {
   const pager = element("div", { class: "pager" });
   const find = element("input", { type: "search", id: "find", "aria-label": "search: number, concept or token", placeholder: "number, concept or token, as in 12, animal, happy  ( / )" });
   find.value = state.find;
-  const kinds = [["active", "active"], ["dead", "never active"], ["all", "all"]].map(([value, text]) => element("option", { value }, text));
+  const kinds = [["active", "active on text"], ["dead", "never active on text"], ["all", "all"]].map(([value, text]) => element("option", { value }, text));
   const kind = element("select", { id: "show", "aria-label": "which features" }, ...kinds);
   kind.value = state.show;
   const heads = names.map((name) => {

@@ -50,7 +50,8 @@ def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     first, *rest = records[0]["density"]["log10_edges"][::2]
     axes.set_xticks([first - 0.75, first, *rest], ["dead", *(f"$10^{{{edge:.0f}}}$" for edge in (first, *rest))])
     axes.set(xlabel="share of the tokens on which a feature is active", ylabel="features", ylim=(0, None))
-    axes.legend(fontsize="small", ncols=1 + len(records) // 9)
+    for name in axes.legend(fontsize="small", ncols=1 + len(records) // 9).get_texts():
+        name.set_parse_math(False)  # a folder may be called k=$8$
     axes.grid(alpha=0.3)
 
 
