@@ -141,7 +141,7 @@ dictionary at every site. float16 on disk, float32 in use. Made from nothing by
   leaves {held_out - entropy:.3f} nats or more to learn. {_stories_told(model)}
 - Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
   tokens, all in one run. Features that are active at fewer than {LIVING_TOKENS} tokens of {LIVING_ROWS:,} stories they
-  were trained on are left out (most at `A0`, `A1` and `A2`, where few directions explain nearly everything). Measured
+  were trained on are left out (most at `A0`, `A1` and `Mo0`, where few directions explain nearly everything). Measured
   on {measured[0].tokens:,} held-out tokens; `dead` is the share of features active on none of them.
 
 | site | features | L0 | explained variance | CE recovered | dead |
