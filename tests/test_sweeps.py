@@ -1,6 +1,7 @@
 """Sweeps over features equal single interventions written by hand, however they are chunked."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,7 @@ def test_every_intervention_passes_by_the_progress(lm, row, monkeypatch):
 
     steered = sweeps.steer(lm, "M1", row, [1.0, 2.0], track=track)
     assert sorted(seen) == list(range(steered.kl.size))
-    for sweep in (sweeps.ablate, lambda *given, **options: sweeps.clamp(*given, 1.0, **options)):
+    for sweep in (sweeps.ablate, functools.partial(sweeps.clamp, value=1.0)):
         seen.clear()
         assert len(sweep(lm, "M1", row, track=track).features) == len(seen)
 
