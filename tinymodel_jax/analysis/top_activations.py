@@ -2,7 +2,7 @@
 
 Top contexts, a sample of contexts at all levels, density, a histogram of activations, and the features that are active
 together. Memory does not grow with the number of tokens. Batches, devices and interruptions do not change the result
-(up to float32 rounding of the activations). Special tokens (`[BEGIN]`, `[END]`, `[PAD]`) do not count.
+(up to float32 rounding of the activations). `[BEGIN]`, `[END]` and `[PAD]` do not count; `[UNK]` is a word of the text.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_statistics import BINS, FIRST_EXPONENT
 from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import FeatureReader, TinyModel
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
@@ -169,7 +170,7 @@ def top_activations(
     rows = np.asanyarray(rows)
     reader = lm[tag]
     _check(reader, tag, rows, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
-    n_tokens = _count_tokens(rows, lm.config.begin_id)
+    n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
     sums, first, prints = (
@@ -235,9 +236,9 @@ def _check(reader: FeatureReader, tag: str, rows: np.ndarray, **counts: int) -> 
         raise ValueError(f"top_activations: rows have shape {rows.shape}; give token ids (rows, seq), one row or more.")
 
 
-def _count_tokens(rows: np.ndarray, begin_id: int) -> int:
-    """Return how many tokens are not special, reading a part of the rows at a time."""
-    return sum(int(np.sum(rows[start : start + 4096] < begin_id)) for start in range(0, len(rows), 4096))
+def _count_tokens(rows: np.ndarray, config: ModelConfig) -> int:
+    """Return how many tokens are text, reading a part of the rows at a time."""
+    return sum(int(np.sum(config.is_text(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
 
 
 def run_pass(
