@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinymodel_jax.analysis.upper_layers import Clean, Entry, Weights, clean_streams, comes_after, entry_of
+from tinymodel_jax.analysis.stream_entry import Entry, comes_after, entry_of
+from tinymodel_jax.analysis.upper_layers import Clean, Weights, clean_streams
 from tinymodel_jax.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.forward import encode
 from tinymodel_jax.lm import TinyModel
