@@ -10,7 +10,8 @@ from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 
 from tinymodel_jax import interventions
-from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
@@ -206,6 +207,24 @@ print(json.dumps([len(jax.devices()), len(alone.features), apart, float(alone.kl
     assert devices == 8
     assert features > 8
     assert apart < F32 < largest
+
+
+def test_what_is_not_finite_is_refused_by_its_cause(lm, row):
+    dictionary = lm["M1"].dictionary
+    large = dict(dictionary.params)
+    large["b_enc"] = large["b_enc"].at[3].set(3e38)
+    large["W_enc"] = large["W_enc"].at[:, 3].set(3e38)
+    overflowing, broken = lm.splice([]), lm.splice([])
+    overflowing.attach("M1", Dictionary.from_params(dictionary.config, large))
+    broken.params = {**lm.params, "b_U": lm.params["b_U"].at[2].set(jnp.nan)}
+    with as_users_run_it():
+        for measure in (sweeps.ablate, attribution.attribute):
+            with pytest.raises(ValueError, match=r"the activation of feature 3 of M1 is too large .*1 such"):
+                measure(overflowing, "M1", row)
+            with pytest.raises(ValueError, match=r"the model's own next-token probabilities are not finite"):
+                measure(broken, "M1", row)
+        with pytest.raises(ValueError, match="the change by feature 2 is too large for float32"):
+            sweeps.steer(lm, "M0", row, 3e38, [2, 1])
 
 
 def test_what_does_not_fit_is_refused_in_one_line(lm, row):
