@@ -60,6 +60,12 @@ def test_features_heads_errors_embeddings_and_biases_add_up_to_the_logits(lm, to
     assert {"tokens", "positions", "head 0.0", "head 1.1", "error 0", "error 1", "decoder bias 1"} <= {*moved}
 
 
+def test_one_feature_may_be_named_alone(lm):
+    alone, listed = logit_effects(lm, "M1", 3, 2), logit_effects(lm, "M1", 3, np.array([2]))
+    for one, other in zip(alone, listed, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_bad_input_is_one_line(lm):
     with as_users_run_it():
         with pytest.raises(ValueError, match=r"feature 12 is out of range"):

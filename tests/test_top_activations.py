@@ -289,10 +289,23 @@ def test_bad_input_is_one_line(lm, rows):
             (("M1", rows[0]), {}, r"rows have shape \(11,\)"),
             (("M1", np.full((2, 5), 21)), {}, "no token that counts"),
             (("M1", rows), {"k": 0}, "k=0 must be 1 or more"),
+            (("M1", rows), {"seed": -1}, r"seed=-1 must be 0 to 2\*\*64 - 1"),
+            (("M1", rows), {"seed": 2**64}, "must be 0 to"),
+            (("M1", [[1, 2, 3], [1, 2]]), {}, "rows of different lengths; pad them"),
             (("M1", np.where(rows == 20, 23, rows)), {}, "id 23 at row 0, position 8 is outside the vocabulary"),
         ]:
             with pytest.raises(ValueError, match=says):
                 top_activations(lm, *arguments, **options)
+
+
+def test_bands_that_there_are_not_are_refused(found):
+    with as_users_run_it():
+        for arguments, says in (
+            ((999,), r"feature 999 is out of range; .* 0\.\.11"),
+            ((0, 0), "n=0 must be 1 or more"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                found.bands(*arguments)
 
 
 EIGHT = """
