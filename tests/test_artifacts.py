@@ -89,6 +89,16 @@ def test_a_dictionary_comes_back_bit_for_bit(tmp_path, architecture):
     assert_same_arrays(jax.tree.map(np.asarray, again.params), jax.tree.map(np.asarray, dictionary.params))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dictionary_s_folder_whose_numbers_are_not_finite_is_refused(tmp_path, dtype):
+    dictionary = make_dictionary("a", "b", param_dtype=dtype)
+    params = {name: np.array(array) for name, array in dictionary.params.items()}
+    params["b_dec"][2] = np.nan
+    save_dictionary(dictionary.config, params, tmp_path)
+    says = f"the dictionary {tmp_path} has values that are NaN or infinite (1 in b_dec)"
+    assert says in error_of(lambda: load_dictionary(tmp_path))
+
+
 def test_a_bfloat16_dictionary_file_keeps_its_numbers(tmp_path):
     exact = read_dictionary(DATA / "sparse_T1_f32_zip.pt", Site("M", 1))
     half = read_dictionary(DATA / "sparse_T1_bf16_zip.pt", Site("M", 1))

@@ -88,6 +88,16 @@ def test_rows_of_padding_count_nowhere(lm, rows):
         causal_importance(lm, "M1", padding)
 
 
+def test_a_row_without_a_token_to_predict_counts_in_no_mean(lm, rows):
+    alone = np.full((1, rows.shape[1]), lm.config.pad_id)
+    alone[0, 0] = lm.config.begin_id
+    found = causal_importance(lm, "M1", np.concatenate([alone, rows]))
+    assert found.n_rows == 3
+    assert_equal(found, causal_importance(lm, "M1", rows))
+    with as_users_run_it(), pytest.raises(ValueError, match="no row holds a token to predict"):
+        causal_importance(lm, "M1", alone)
+
+
 def test_the_interval_of_all_analyses_is_one(monkeypatch):
     monkeypatch.setattr(module, "NORMAL_95", 1.0)
     two = module._mean(np.array([4.0]), np.array([10.0]), np.array([2]))  # of 1 and 3

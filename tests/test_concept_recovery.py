@@ -18,19 +18,19 @@ def told() -> list[storyworld.Story]:
 
 @pytest.fixture(scope="module")
 def found(told):
-    return recover_concepts(TinyModel("mini"), told, ["Ra0", "M1"])
+    return recover_concepts(TinyModel("mini"), told, ["Ra0", "M2"])
 
 
 def test_every_place_is_scored_beside_its_baselines(found):
-    assert [r.name for r in found] == ["Ra0", "random Ra0", "M1", "random M1", "neurons 0", "neurons 1"]
-    sizes = [TinyModel("mini")[tag].dictionary.config.n_features for tag in ("Ra0", "M1")]
+    assert [r.name for r in found] == ["Ra0", "random Ra0", "M2", "random M2", "neurons 0", "neurons 2"]
+    sizes = [TinyModel("mini")[tag].dictionary.config.n_features for tag in ("Ra0", "M2")]
     assert [r.n_units for r in found] == [sizes[0]] * 2 + [sizes[1]] * 2 + [512] * 2
     assert all(r.scores.f1.shape == (len(storyworld.CONCEPTS),) for r in found)
 
 
 def test_dictionaries_find_more_than_random_directions(found):
     of = {r.name: r for r in found}
-    for tag in ("Ra0", "M1"):
+    for tag in ("Ra0", "M2"):
         assert n_found(of[tag], 0.7) > n_found(of[f"random {tag}"], 0.7)
 
 
@@ -49,7 +49,7 @@ def test_the_records_are_json_and_the_plot_is_a_picture(found, tmp_path):
 
 
 def test_the_result_does_not_depend_on_what_else_is_scored(found, told):
-    alone = recover_concepts(TinyModel("mini"), told, ["M1"], baselines=False)
+    alone = recover_concepts(TinyModel("mini"), told, ["M2"], baselines=False)
     np.testing.assert_array_equal(alone[0].scores.f1, found[2].scores.f1)
 
 

@@ -54,6 +54,7 @@ def test_the_defaults_are_the_published_model():
     config = ModelConfig()
     assert (config.n_layers, config.d_model, config.n_heads, config.d_head) == (4, 768, 16, 48)
     assert (config.begin_id, config.end_id, config.pad_id, config.unk_id) == (9996, 9997, 9998, 9999)
+    assert config.is_text(np.arange(9994, 10_000)).tolist() == [True, True, False, False, False, True]
     # By hand: embeddings and positions 7,876,608; four blocks of 7,081,728; unembedding 7,690,000.
     assert config.n_params == 7_680_000 + 196_608 + 4 * (4 * 589_824 + 768 + 2 * 2_359_296 + 3072 + 768) + 7_690_000
 

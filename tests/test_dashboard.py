@@ -18,10 +18,11 @@ from tinymodel_jax.analysis.dashboard.shards import read_data, rounded, write_da
 from tinymodel_jax.analysis.dashboard.weights_graph import neighbours, strongest_products, weights_graph
 from tinymodel_jax.analysis.dashboard.windows import BEFORE, TOP, shown_contexts, window_activations
 from tinymodel_jax.analysis.top_activations import top_activations
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 
-SPECIAL = 19
+SPECIAL, UNK = (19, 20, 21), 22
 MINI = ["dashboard", "--site", "M2", "--model", "mini", "--limit", "6"]
 
 
@@ -32,11 +33,12 @@ def silent(things, what):
 
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
-    """Thirty rows of the tiny model: begin, ordinary ids, end, padding."""
+    """Thirty rows of the tiny model: begin, ordinary ids and unknown words, end, padding."""
     rng = np.random.default_rng(5)
-    ids = rng.integers(0, SPECIAL, (30, 16))
+    ids = rng.integers(0, 19, (30, 16))
     for row, length in zip(ids, rng.integers(2, 16, 30), strict=True):
-        row[0], row[length], row[length + 1 :] = 19, 20, 22
+        row[length - 1] = UNK
+        row[0], row[length], row[length + 1 :] = SPECIAL
     return ids.astype(np.uint16)
 
 
@@ -115,7 +117,7 @@ def test_windows_hold_the_activations_of_the_whole_dictionary(lm, rows, architec
     contexts = shown_contexts(top_activations(spliced, "M1", rows))
     acts = window_activations(spliced["M1"], rows, contexts, batch=4)
     dense = np.array(spliced["M1"](rows))
-    dense[rows >= SPECIAL] = 0
+    dense[np.isin(rows, SPECIAL)] = 0
     assert np.any(contexts.row >= 0)
     for (feature, number), row in np.ndenumerate(contexts.row):
         expected = np.zeros(acts.shape[2])
@@ -139,8 +141,8 @@ def test_a_band_shows_contexts_from_its_whole_width(facts):
             assert not size or (shown[0], shown[-1] if size > 1 else shown[0]) == (kept.row[0, 0], kept.row[0, -1])
 
 
-def test_a_record_says_what_was_found(facts, rows):
-    records = feature_records(facts, rows, SPECIAL, 3, 9)
+def test_a_record_says_what_was_found(facts, rows, lm):
+    records = feature_records(facts, rows, lm.config, 3, 9)
     assert len(records) == 6
     found = facts.found
     for feature, record in enumerate(records, 3):
@@ -156,18 +158,18 @@ def test_a_record_says_what_was_found(facts, rows):
         at = (facts.contexts.row[feature], facts.contexts.position[feature], facts.contexts.value[feature])
         for (row, peak, ids, acts), own_row, position, value in zip(shown, *at, strict=False):
             assert row == own_row
-            assert ids == [token for token in rows[row, max(0, position - 12) : position + 7] if token < SPECIAL]
+            assert ids == [token for token in rows[row, max(0, position - 12) : position + 7] if token not in SPECIAL]
             assert ids[peak] == rows[row, position]
             assert acts[peak] == pytest.approx(value, rel=1e-3)
             assert len(acts) == len(ids)
 
 
 def test_a_text_lists_the_strongest_features_of_each_token():
-    acts = np.zeros((4, 20), np.float32)
+    acts = np.zeros((5, 20), np.float32)
     acts[1, 2:15] = np.arange(13) + 1
     acts[2, 3] = 0.5
-    record = text_record(np.array([19, 4, 5, 6]), acts, SPECIAL)
-    assert record["tokens"] == [4, 5, 6]
+    record = text_record(np.array([19, 4, UNK, 6, 20]), acts, ModelConfig(d_vocab=23))
+    assert record["tokens"] == [4, UNK, 6]
     assert record["strongest"] == [[14, 13, 12, 11, 10, 9, 8, 7], [3], []]
     assert record["activity"]["3"] == [[0, 1], [2, 0.5]]
     assert set(record["activity"]) == {"3", *map(str, range(7, 15))}
@@ -193,10 +195,12 @@ def test_the_shards_hold_every_feature_once(facts, rows, tmp_path, lm, monkeypat
     monkeypatch.setattr(build, "A_SHARD", 5)
     texts = text_records(lm["M1"], [[19, 4, 5]], silent)
     words, concepts = [f"w{i}" for i in range(23)], {f"c{i}": "what it means" for i in range(5)}
-    write_dashboard(tmp_path, Heading("lm", "M1", "about"), facts, rows, words, SPECIAL, concepts, texts, silent)
+    write_dashboard(tmp_path, Heading("lm", "M1", "about"), facts, rows, words, lm.config, concepts, texts, silent)
     shards = [read_data(tmp_path, f"shard-000{i}") for i in range(3)]
     assert [len(shard) for shard in shards] == [5, 5, 2]
-    assert [*shards[0], *shards[1], *shards[2]] == json.loads(json.dumps(feature_records(facts, rows, SPECIAL, 0, 12)))
+    assert [*shards[0], *shards[1], *shards[2]] == json.loads(
+        json.dumps(feature_records(facts, rows, lm.config, 0, 12))
+    )
     index = read_data(tmp_path, "index")
     assert index["columns"]["active"] == facts.found.active.tolist()
     assert index["columns"]["concept"] == facts.f1.argmax(axis=1).tolist()
@@ -213,7 +217,7 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
     dictionary = make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=1)
     lm.attach("M1", Dictionary.from_params(dictionary.config, dictionary.params | {"b_enc": jnp.full(1, -1e6)}))
     alone = gather(lm["M1"], rows, top_activations(lm, "M1", rows), [], silent)
-    write_dashboard(tmp_path, Heading("lm", "M1", ""), alone, rows, [""] * 23, SPECIAL, {}, [], silent)
+    write_dashboard(tmp_path, Heading("lm", "M1", ""), alone, rows, [""] * 23, lm.config, {}, [], silent)
     [record] = read_data(tmp_path, "shard-0000")
     assert record["neighbours"] == record["partners"] == []
     assert record["contexts"] == [None] * TOP

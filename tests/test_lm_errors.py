@@ -15,6 +15,15 @@ from tinymodel_jax.lm import TinyModel
 
 IDS = [[1, 2, 3]]
 NOTHING: Any = None
+
+
+def not_finite() -> Dictionary:
+    """Return a dictionary with one decoder row and one bias that are no numbers."""
+    whole = make_dictionary("a", "b")
+    W_dec, b_enc = whole.params["W_dec"].at[4].set(jnp.inf), whole.params["b_enc"].at[3].set(jnp.nan)
+    return Dictionary.from_params(whole.config, whole.params | {"W_dec": W_dec, "b_enc": b_enc})
+
+
 CALLS = {
     "id": (lambda lm: lm([[1, 23]]), "id 23 at row 0, position 1 is outside the vocabulary 0..22"),
     "too long": (lambda lm: lm(np.zeros((1, 17), int)), "sequences of 17 tokens; the model's context is 16"),
@@ -41,6 +50,10 @@ CALLS = {
     "attach transcoder": (
         lambda lm: lm.attach("A0", make_dictionary("a", "b", skip=True)),
         "skip=True needs a transcoder",
+    ),
+    "attach not finite": (
+        lambda lm: lm.attach("M0", not_finite()),
+        "attach: the dictionary for M0 has values that are NaN or infinite (16 in W_dec, 1 in b_enc)",
     ),
     "attach unbound": (lambda lm: lm.attach("M0", Dictionary(lm.dictionaries["M0"].config)), "holds no parameters"),
     "splice feature": (lambda lm: lm.splice("M0N3"), "a whole dictionary is spliced, 'M0'"),

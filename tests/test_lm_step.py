@@ -111,7 +111,7 @@ def test_padding_neither_counts_nor_matters() -> None:
     params = initial(jax.random.key(0), TINY, make_optimizer(LMOptimizer(), 1)).params
     batch = rows(4)
     wider = jnp.pad(batch[:, :8], ((0, 0), (0, 4)), constant_values=TINY.pad_id)
-    run = jax.jit(summed_loss, static_argnums=1)
+    run = jax.jit(summed_loss, static_argnums=(1, 3))
     loss, count = run(params, TINY, batch[:, :8], TINY.pad_id)
     wide_loss, wide_count = run(params, TINY, wider, TINY.pad_id)
     assert float(count) == float(wide_count) == float(np.sum(np.asarray(batch)[:, 1:8] != TINY.pad_id))

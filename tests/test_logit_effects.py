@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import as_users_run_it
+from conftest import as_users_run_it, make_dictionary
 
 from tinymodel_jax import interventions
 from tinymodel_jax.analysis import logit_effects as module
@@ -33,6 +33,37 @@ def test_in_the_last_layer_it_is_the_whole_effect(lm, tok_ids):
     moved = moved - moved.mean(axis=-1, keepdims=True)
     expected = np.broadcast_to(found.promoted_effect[0], (*tok_ids.shape, 23))
     np.testing.assert_allclose(moved[..., found.promoted[0]], expected, atol=1e-4)
+
+
+def test_features_heads_errors_embeddings_and_biases_add_up_to_the_logits(lm, tok_ids):
+    """There is no layer norm, so what each part writes to the stream, times W_U, is its share of every logit."""
+    lm.attach("M0", make_dictionary("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", seed=3))
+    names = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.hook_z", "hook_mlp_in", "hook_mlp_out")]
+    _, acts = lm.run_with_cache(tok_ids, names)
+    written = {"tokens": lm.W_E[tok_ids], "positions": lm.W_pos[: tok_ids.shape[1]]}
+    for layer in range(2):
+        dictionary, block = lm[f"M{layer}"].dictionary, f"blocks.{layer}"
+        for head in range(2):
+            written[f"head {layer}.{head}"] = acts[f"{block}.attn.hook_z"][:, :, head] @ lm.W_O[layer, head]
+        written[f"attention bias {layer}"] = lm.b_O[layer]
+        features = lm[f"M{layer}"](tok_ids)
+        for feature in range(12):
+            direction = dictionary.params["W_dec"][feature]
+            written[f"feature {layer}.{feature}"] = features[..., feature, None] * direction
+        written[f"decoder bias {layer}"] = dictionary.params["b_dec"]
+        written[f"error {layer}"] = acts[f"{block}.hook_mlp_out"] - dictionary(acts[f"{block}.hook_mlp_in"])
+    shares = {name: np.asarray(value @ lm.W_U, np.float64) for name, value in written.items()}
+    total = sum(shares.values()) + np.asarray(lm.b_U, np.float64)
+    np.testing.assert_allclose(total, lm.logits(tok_ids), rtol=1e-4, atol=1e-4)
+    moved = [name for name, share in shares.items() if np.abs(share).max() > 1e-2]
+    assert sum(name.startswith("feature") for name in moved) > 12
+    assert {"tokens", "positions", "head 0.0", "head 1.1", "error 0", "error 1", "decoder bias 1"} <= {*moved}
+
+
+def test_one_feature_may_be_named_alone(lm):
+    alone, listed = logit_effects(lm, "M1", 3, 2), logit_effects(lm, "M1", 3, np.array([2]))
+    for one, other in zip(alone, listed, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_bad_input_is_one_line(lm):

@@ -108,3 +108,15 @@ def test_what_does_not_fit_is_refused(lm, prompts):
             patch(lm, clean, clean, answer=1)
         with pytest.raises(ValueError, match=r"token ids, 0\.\.22"):
             patch(lm, clean, corrupted, answer=23)
+        with pytest.raises(ValueError, match="answer and wrong are the same token, 4"):
+            patch(lm, clean, corrupted, answer=4, wrong=4)
+        padded = np.where(np.arange(11) < 8, corrupted, lm.config.pad_id)
+        with pytest.raises(ValueError, match=r"a prompt holds \[PAD\]"):
+            patch(lm, clean, padded, answer=4)
+
+
+def test_one_kind_may_be_named_alone(lm, prompts):
+    alone = patch(lm, prompts[0], prompts[1], "hook_resid_pre", answer=3)
+    np.testing.assert_array_equal(
+        alone.tables[0].effects, patch(lm, prompts[0], prompts[1], ["hook_resid_pre"], answer=3).tables[0].effects
+    )

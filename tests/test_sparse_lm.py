@@ -104,6 +104,8 @@ def test_sites_of_the_sparse_model_may_be_one_tag_but_not_spliced_already(lm, to
     assert evaluate_sparse_model(lm, tok_ids, "M1") == evaluate_sparse_model(lm, tok_ids, ["M1"])
     with as_users_run_it(), pytest.raises(ValueError, match=r"spliced at blocks\.1\.hook_mlp_out"):
         evaluate_sparse_model(lm.splice("M1"), tok_ids, "M1")
+    with as_users_run_it(), pytest.raises(ValueError, match="no site is named"):
+        evaluate_sparse_model(lm, tok_ids, [])
 
 
 def test_what_is_no_neuron_is_refused(lm):

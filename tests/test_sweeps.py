@@ -11,7 +11,8 @@ from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 
 from tinymodel_jax import interventions
-from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
@@ -223,6 +224,24 @@ def test_every_intervention_passes_by_the_progress(lm, row, monkeypatch):
     for sweep in (sweeps.ablate, functools.partial(sweeps.clamp, value=1.0)):
         seen.clear()
         assert len(sweep(lm, "M1", row, track=track).features) == len(seen)
+
+
+def test_what_is_not_finite_is_refused_by_its_cause(lm, row):
+    dictionary = lm["M1"].dictionary
+    large = dict(dictionary.params)
+    large["b_enc"] = large["b_enc"].at[3].set(3e38)
+    large["W_enc"] = large["W_enc"].at[:, 3].set(3e38)
+    overflowing, broken = lm.splice([]), lm.splice([])
+    overflowing.attach("M1", Dictionary.from_params(dictionary.config, large))
+    broken.params = {**lm.params, "b_U": lm.params["b_U"].at[2].set(jnp.nan)}
+    with as_users_run_it():
+        for measure in (sweeps.ablate, attribution.attribute):
+            with pytest.raises(ValueError, match=r"the activation of feature 3 of M1 is too large .*1 such"):
+                measure(overflowing, "M1", row)
+            with pytest.raises(ValueError, match=r"the model's own next-token probabilities are not finite"):
+                measure(broken, "M1", row)
+        with pytest.raises(ValueError, match="the change by feature 2 is too large for float32"):
+            sweeps.steer(lm, "M0", row, 3e38, [2, 1])
 
 
 def test_what_does_not_fit_is_refused_in_one_line(lm, row):

@@ -17,6 +17,7 @@ from tinymodel_jax.dictionary import Dictionary, encode
 from tinymodel_jax.lm import TinyModel
 
 K, SAMPLED = 4, 6
+SPECIAL, UNK = (19, 20, 21), 22
 ROUNDING = 4 * np.finfo(np.float32).eps
 ARCHITECTURES = {
     "relu": {},
@@ -29,18 +30,19 @@ ARCHITECTURES = {
 
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
-    """Thirty rows of the tiny model: begin, ordinary ids, end, padding."""
+    """Thirty rows of the tiny model: begin, ordinary ids and unknown words, end, padding."""
     rng = np.random.default_rng(5)
     ids = rng.integers(0, 19, (30, 11))
     for row, length in zip(ids, rng.integers(2, 11, 30), strict=True):
-        row[0], row[length], row[length + 1 :] = 19, 20, 22
+        row[length - 1] = UNK
+        row[0], row[length], row[length + 1 :] = SPECIAL
     return ids.astype(np.uint16)
 
 
 @pytest.fixture
 def activations(lm: TinyModel, rows: np.ndarray) -> np.ndarray:
     acts = np.array(lm["M1"](rows))
-    acts[rows >= lm.config.begin_id] = 0
+    acts[np.isin(rows, SPECIAL)] = 0
     return acts
 
 
@@ -77,7 +79,7 @@ def test_top_contexts_are_the_rows_with_the_largest_peaks(found, activations):
 
 
 def test_counts_sums_and_histograms_are_those_of_all_tokens(found, activations, rows):
-    real = int(np.sum(rows < 19))
+    real = int(np.sum(~np.isin(rows, SPECIAL)))
     assert (found.n_tokens, found.n_rows) == (real, 30)
     np.testing.assert_allclose(found.density, (activations > 0).sum(axis=(0, 1)) / real)
     np.testing.assert_allclose(found.total, activations.sum(axis=(0, 1), dtype=np.float64), rtol=1e-5)
@@ -93,7 +95,9 @@ def test_counts_sums_and_histograms_are_those_of_all_tokens(found, activations, 
 
 
 def test_the_histogram_of_many_tokens_is_of_every_nth_position(lm, rows, activations, monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.analysis.top_activations.HISTOGRAM_TOKENS", int(np.sum(rows < 19)) // 3)
+    monkeypatch.setattr(
+        "tinymodel_jax.analysis.top_activations.HISTOGRAM_TOKENS", int(np.sum(~np.isin(rows, SPECIAL))) // 3
+    )
     found = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
     assert found.histogram_every == 3
     assert_equal(found, top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4))
@@ -120,7 +124,7 @@ def test_the_sample_is_of_the_rows_at_which_a_feature_is_active(found, activatio
 
 
 def test_partners_are_the_largest_correlations_of_activity(found, activations, rows):
-    active = activations[rows < 19] > 0
+    active = activations[~np.isin(rows, SPECIAL)] > 0
     for i in range(found.n_features):
         phi = {}
         for j in range(found.n_features):
@@ -192,7 +196,7 @@ def test_a_planted_feature_finds_its_token(lm, rows):
 def test_a_spliced_model_is_searched_as_it_is(lm, rows):
     spliced = lm.splice("M0")
     acts = np.array(spliced["M1"](rows))
-    acts[rows >= 19] = 0
+    acts[np.isin(rows, SPECIAL)] = 0
     found = top_activations(spliced, "M1", rows)
     np.testing.assert_allclose(found.largest, acts.max(axis=(0, 1)), rtol=1e-5)
     assert not np.allclose(found.largest, top_activations(lm, "M1", rows).largest)
@@ -283,12 +287,25 @@ def test_bad_input_is_one_line(lm, rows):
             (("A0", rows), {}, "has no dictionary there"),
             (("M1", rows[:0]), {}, r"rows have shape \(0, 11\)"),
             (("M1", rows[0]), {}, r"rows have shape \(11,\)"),
-            (("M1", np.full((2, 5), 22)), {}, "no token that counts"),
+            (("M1", np.full((2, 5), 21)), {}, "no token that counts"),
             (("M1", rows), {"k": 0}, "k=0 must be 1 or more"),
+            (("M1", rows), {"seed": -1}, r"seed=-1 must be 0 to 2\*\*64 - 1"),
+            (("M1", rows), {"seed": 2**64}, "must be 0 to"),
+            (("M1", [[1, 2, 3], [1, 2]]), {}, "rows of different lengths; pad them"),
             (("M1", np.where(rows == 20, 23, rows)), {}, "id 23 at row 0, position 8 is outside the vocabulary"),
         ]:
             with pytest.raises(ValueError, match=says):
                 top_activations(lm, *arguments, **options)
+
+
+def test_bands_that_there_are_not_are_refused(found):
+    with as_users_run_it():
+        for arguments, says in (
+            ((999,), r"feature 999 is out of range; .* 0\.\.11"),
+            ((0, 0), "n=0 must be 1 or more"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                found.bands(*arguments)
 
 
 EIGHT = """

@@ -86,9 +86,9 @@ def test_a_text_of_several_tokens_is_found_too(capsys, searched):
 
 
 def test_a_concept_lists_features_by_their_best_f1(capsys, searched, lm, rows):
-    shown = records(capsys, searched, "--concept", "mark.period", "--top", "3")
+    shown = records(capsys, searched, "--concept", "word.the", "--top", "3")
     truth = storyworld.labels(unseen_stories(lm, LIMIT), lm.tokenizer, width=rows.shape[1])
-    f1 = concept_f1(lm["M2"], rows, truth)[:, list(storyworld.CONCEPTS).index("mark.period")]
+    f1 = concept_f1(lm["M2"], rows, truth)[:, list(storyworld.CONCEPTS).index("word.the")]
     assert shown[0]["feature"] == int(f1.argmax())
     assert shown[0]["score"] == pytest.approx(f1.max(), abs=1e-4)
     assert shown[0]["score"] > 0.8

@@ -120,6 +120,10 @@ class ModelConfig(_JsonConfig):
         """Id of `[UNK]`."""
         return self.d_vocab - 1
 
+    def is_text(self, ids: Any) -> Any:
+        """Say whether an id, or each of an array, stands for text: all do but `[BEGIN]`, `[END]` and `[PAD]`."""
+        return (ids < self.begin_id) | (ids == self.unk_id)
+
     @property
     def n_params(self) -> int:
         """Number of parameters; 43,896,592 for the published model."""

@@ -233,6 +233,23 @@ def own_array(array: Any, dtype: Any) -> Array:
     return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
 
 
+def require_finite(params: DictionaryParams, what: str) -> None:
+    """Refuse parameters that are NaN or infinite. Traced ones, and those of several processes, are not looked at.
+
+    Raises:
+        ValueError: one holds NaN or infinity; all that do are named.
+    """
+    known = {name: array for name, array in params.items() if not isinstance(array, Tracer)}
+    here = {name: np.asarray(array) for name, array in known.items() if getattr(array, "is_fully_addressable", True)}
+    bad = {name: array.size - np.count_nonzero(np.isfinite(array)) for name, array in here.items()}
+    if any(bad.values()):
+        named = ", ".join(f"{n} in {name}" for name, n in bad.items() if n)
+        raise ValueError(
+            f"{what} has values that are NaN or infinite ({named}), so results with it would be, too; "
+            "take an earlier version of it, or train it anew."
+        )
+
+
 def resolve_indices(indices: Indices, n_features: int) -> Any:
     """Check feature indices and return them as None, an int32 scalar or a 1-D int32 array; traced ones pass as is.
 

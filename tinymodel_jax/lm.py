@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import ModelConfig, dtype_name
-from tinymodel_jax.dictionary import Dictionary, Indices, own_array, resolve_indices
+from tinymodel_jax.dictionary import Dictionary, Indices, own_array, require_finite, resolve_indices
 from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
 from tinymodel_jax.generate import continue_prompts, strip_padding
 from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_edits, require_hook_names
@@ -253,12 +253,15 @@ class TinyModel(WeightViews):
 
         Raises:
             FileNotFoundError: there is no such file or folder.
-            ValueError: the tag is none, the folder is for another site, or the widths do not fit.
+            ValueError: the tag is none, the folder is for another site, the widths do not fit, or a parameter is not
+                finite.
         """
         site, feature = self._site(tag)
         if feature is not None:
             raise ValueError(f"attach: {tag!r} names a feature; name the site, {site.tag!r}.")
-        if not isinstance(dictionary, Dictionary):
+        if isinstance(dictionary, Dictionary):
+            require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
+        else:
             dictionary = Dictionary.from_pretrained(dictionary, site.tag)
         config = artifacts.config_at(dictionary.config, site)
         for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):

@@ -28,12 +28,7 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
     Raises:
         ValueError: wrong rank or type, a sequence longer than the context, or an id outside the vocabulary.
     """
-    try:
-        ids = np.asarray(tok_ids)
-    except ValueError as error:
-        raise ValueError(
-            "tok_ids: rows of different lengths; pad them (the tokenizer does) to (batch, seq)."
-        ) from error
+    ids = as_array(tok_ids)
     if ids.dtype.kind == "U":
         raise ValueError(
             "tok_ids: got text; turn it into ids first: tok_ids, attn_mask = tokenizer(texts), with the model's "
@@ -55,6 +50,20 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
             f"0..{config.d_vocab - 1} ({len(outside)} such ids)."
         )
     return ids.astype(np.int32)
+
+
+def as_array(tok_ids: Any) -> np.ndarray:
+    """Return token ids as an array; one that maps a file still does.
+
+    Raises:
+        ValueError: rows differ in length.
+    """
+    try:
+        return np.asarray(tok_ids)
+    except ValueError as error:
+        raise ValueError(
+            "tok_ids: rows of different lengths; pad them (the tokenizer does) to (batch, seq)."
+        ) from error
 
 
 def check_shape(ids: Any, config: ModelConfig) -> None:

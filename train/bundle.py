@@ -101,7 +101,7 @@ def _living_features(model: TinyModel, tag: str, rows: np.ndarray) -> np.ndarray
     active = np.zeros(model.dictionaries[tag].config.n_features, np.int64)
     for start in range(0, len(rows), BATCH_ROWS):
         ids = rows[start : start + BATCH_ROWS]
-        active += np.sum(np.asarray(model[tag](ids))[ids < model.config.begin_id] > 0, axis=0)
+        active += np.sum(np.asarray(model[tag](ids))[model.config.is_text(ids)] > 0, axis=0)
     return np.flatnonzero(active >= LIVING_TOKENS)
 
 

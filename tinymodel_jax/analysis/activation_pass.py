@@ -66,7 +66,7 @@ class ActivationPass:
         tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config)
         n_rows = len(tok_ids)
         tok_ids = pad_below(tok_ids, self.batch, self.lm.config.pad_id)
-        real = tok_ids < self.lm.config.begin_id
+        real = self.lm.config.is_text(tok_ids)
         x = self.inputs(tok_ids)
         drawn = (uniform(self.seed, np.arange(first, first + self.batch)) * self.every).astype(np.int32)
         counted, drawn = jax.device_put((real, drawn), self.spread)

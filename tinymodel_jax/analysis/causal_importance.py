@@ -1,7 +1,8 @@
 """How much each feature of a dictionary matters to the model: the effect of turning it off, over a data set.
 
 Every feature is ablated on every row where it is active (`sweeps.ablate`); where it is not, its effect is exactly 0.
-Sums over rows, so the work can be stopped and go on. Confidence intervals are of the mean over rows, which stand for
+A row without a token to predict, as of a lone `[BEGIN]`, counts in no mean, as in `evaluate`. Sums over rows, so the
+work can be stopped and go on. Confidence intervals are of the mean over rows, which stand for
 stories: `NORMAL_95` standard errors to either side, which is rough where a feature was active on few rows.
 """
 
@@ -38,7 +39,7 @@ class CausalImportance(NamedTuple):
     """What turning off each feature of a dictionary does, nats."""
 
     n_rows: int
-    """Rows with a token."""
+    """Rows with a token to predict."""
     active_rows: Int[np.ndarray, " n_features"]
     """Rows on which the feature is active."""
     kl: MeanEffect
@@ -46,9 +47,9 @@ class CausalImportance(NamedTuple):
     loss: MeanEffect
     """Change of the loss, averaged over the rows where the feature is active: positive where the feature helps."""
     kl_all: MeanEffect
-    """KL divergence averaged over all rows: frequent features weigh more."""
+    """KL divergence averaged over all `n_rows`: frequent features weigh more."""
     loss_all: MeanEffect
-    """Change of the loss averaged over all rows."""
+    """Change of the loss averaged over all `n_rows`."""
 
     def order(self) -> Int[np.ndarray, " n_features"]:
         """Return the features by their KL over all rows, the most important first."""
@@ -66,19 +67,19 @@ def causal_importance(
     """Ablate every feature on every row.
 
     Args:
-        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere; rows of nothing else
+        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere; rows without a token to predict
             are left out.
         work_file: where to save what is done; there, the work goes on. Delete it when the result is kept.
         track: sees the rows left to do pass by, to show a progress bar.
 
     Raises:
-        ValueError: no row holds a token, they do not fit the model, the tag has no dictionary, or the file is of other
-            work.
+        ValueError: no row holds a token to predict, they do not fit the model, the tag has no dictionary, or the file
+            is of other work.
     """
     ids = check_tok_ids(rows, lm.config)
-    ids = ids[np.any(ids != lm.config.pad_id, axis=1)]
+    ids = ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]
     if not ids.size:
-        raise ValueError("causal_importance: no row holds a token; give at least one that does.")
+        raise ValueError("causal_importance: no row holds a token to predict; give at least one of two tokens or more.")
     dictionary = lm[tag].dictionary
     progress = None if work_file is None else Progress(work_file, _key(lm, tag, ids))
     saved = None if progress is None else progress.load()

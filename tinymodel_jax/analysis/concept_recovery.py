@@ -153,11 +153,11 @@ def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionar
 
 
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
-    """Return the activations and the truth at every token of the stories that is not special."""
+    """Return the activations and the truth at every token of the stories that is text."""
     config, tokenizer = lm.config, lm.tokenizer
     tok_ids, _ = tokenizer([story.text for story in told], max_length=config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
-    special = tok_ids >= config.begin_id
+    text = config.is_text(tok_ids)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for start in range(0, len(told), BATCH):
         rows = tok_ids[start : start + BATCH]
@@ -165,8 +165,8 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
         _, acts = forward(lm.params, padded, lm.splice_hooks(), config=config, keep=names, output="none")
         for name in names:
             kept = np.asarray(acts[name], np.float32)[: len(rows)]
-            parts[name].append(kept[~special[start : start + BATCH]])
-    return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[~special])
+            parts[name].append(kept[text[start : start + BATCH]])
+    return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[text])
 
 
 def _places_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:

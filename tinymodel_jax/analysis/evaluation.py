@@ -109,7 +109,7 @@ def evaluate(
 
     Raises:
         ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
-            the ids are no valid input; or there is no token to predict.
+            the ids are no valid input; or there is no token to predict, or none that counts.
     """
     places = tuple(dict.fromkeys(d.config.hook_out for d in dictionaries))
     for dictionary in dictionaries:
@@ -162,7 +162,9 @@ def _means(
         found = sum_values(lm.params, ids, counted, hooks, config=lm.config, places=places)
         sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}
         tokens += int(counted.sum())
-    return {place: (total / max(tokens, 1)).astype(np.float32) for place, total in sums.items()}
+    if not tokens:
+        raise ValueError("evaluate: the rows hold [BEGIN] alone, which does not count; give rows with other tokens.")
+    return {place: (total / tokens).astype(np.float32) for place, total in sums.items()}
 
 
 def _measure_batch(

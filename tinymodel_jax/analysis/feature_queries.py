@@ -61,7 +61,7 @@ def concept_f1(
     Args:
         track: sees the numbers of the chunks of features pass by, to show a progress bar.
     """
-    config, real = reader.dictionary.config, rows < reader.lm.config.begin_id
+    config, real = reader.dictionary.config, reader.lm.config.is_text(rows)
     x, told = _inputs(reader, rows)[real], truth[real]
     chosen = np.arange(config.n_features) if features is None else features
     together = ALL_COMPARED if config.architecture == "topk" else CHUNK

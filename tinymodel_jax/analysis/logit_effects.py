@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.compilation import fast_jit
-from tinymodel_jax.dictionary import resolve_indices
+from tinymodel_jax.dictionary import Indices, resolve_indices
 from tinymodel_jax.lm import TinyModel
 
 TOGETHER = 512
@@ -35,15 +35,13 @@ class LogitEffects(NamedTuple):
     suppressed_effect: Float[np.ndarray, "n top"]
 
 
-def logit_effects(
-    lm: TinyModel, tag: str, top: int = 10, features: Int[np.ndarray, " n"] | None = None
-) -> LogitEffects:
+def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = None) -> LogitEffects:
     """Return the direct effect of features on the logits.
 
     Args:
         tag: dictionary's site, such as M2.
         top: tokens in each direction.
-        features: indices; None is all.
+        features: one index or several; None is all.
 
     Raises:
         ValueError: the tag has no dictionary, a feature is out of range, or `top` is outside 1..d_vocab.
@@ -51,7 +49,8 @@ def logit_effects(
     dictionary = lm[tag].dictionary
     if not 1 <= top <= lm.config.d_vocab:
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
-    chosen = resolve_indices(slice(None) if features is None else features, dictionary.config.n_features)
+    wanted = slice(None) if features is None else features
+    chosen = np.atleast_1d(resolve_indices(wanted, dictionary.config.n_features))
     W_dec = dictionary.params["W_dec"]
     starts = range(0, len(chosen), TOGETHER)
     parts = (_strongest(W_dec[chosen[start : start + TOGETHER]], lm.params["W_U"], top=top) for start in starts)

@@ -59,7 +59,7 @@ def patch(
     lm: TinyModel,
     clean: Any,
     corrupted: Any,
-    kinds: Sequence[str] = KINDS,
+    kinds: str | Sequence[str] = KINDS,
     *,
     answer: int,
     wrong: int | None = None,
@@ -69,15 +69,18 @@ def patch(
 
     Args:
         clean, corrupted: token ids of equal length, one row each, without padding.
-        kinds: names of hook points inside a block; `attn.hook_*` are patched by heads, the others by positions.
+        kinds: one or more names of hook points inside a block; `attn.hook_*` are patched by heads, the others by
+            positions.
         answer: token that the clean run gives after the last position.
         wrong: token that the corrupted run gives; without it, the answer's log-probability is measured.
         track: sees the kinds pass by, to show a progress bar.
 
     Raises:
-        ValueError: the prompts differ in length, a kind does not exist, or the metric is the same in both runs.
+        ValueError: the prompts differ in length or hold `[PAD]`, a kind does not exist, both answers are one token, or
+            the metric is the same in both runs.
     """
     rows = _rows(lm, clean, corrupted)
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     _check_kinds(kinds)
     tokens = _tokens(answer, wrong, lm.config.d_vocab)
     hooks = lm.splice_hooks()
@@ -152,6 +155,8 @@ def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[Array, Array]:
             f"patch: the prompts have shapes {shapes}; expected one row each of equal length, so that positions "
             "correspond. Choose words of as many tokens."
         )
+    if any((ids == lm.config.pad_id).any() for ids in rows):
+        raise ValueError("patch: a prompt holds [PAD], which the model would read as a word; leave padding out.")
     return jnp.asarray(rows[0]), jnp.asarray(rows[1])
 
 
@@ -167,6 +172,8 @@ def _tokens(answer: int, wrong: int | None, d_vocab: int) -> np.ndarray:
     tokens = np.asarray([answer] if wrong is None else [answer, wrong])
     if tokens.dtype.kind not in "iu" or (tokens < 0).any() or (tokens >= d_vocab).any():
         raise ValueError(f"patch: answer {answer!r}, wrong {wrong!r}; they are token ids, 0..{d_vocab - 1}.")
+    if answer == wrong:
+        raise ValueError(f"patch: answer and wrong are the same token, {answer}; they must differ, or leave wrong out.")
     return tokens.astype(np.int32)
 
 

@@ -83,9 +83,12 @@ def evaluate_sparse_model(
         tags: sites; None is the transcoders of all MLPs.
 
     Raises:
-        ValueError: a site has no dictionary, the model is spliced there, or the rows hold no token to predict.
+        ValueError: no site is named, one has no dictionary, the model is spliced there, or the rows hold no token to
+            predict.
     """
     tags = _named(lm, tags)
+    if not tags:
+        raise ValueError("evaluate_sparse_model: no site is named; name one or more (None: all MLPs).")
     places = {lm[tag].dictionary.config.hook_out for tag in tags}
     require_unspliced(lm, tuple(places))
     variants: list[Hooks] = [

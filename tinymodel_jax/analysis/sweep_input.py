@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinymodel_jax.analysis.upper_layers import Clean, Entry, Weights, clean_streams, comes_after, entry_of
+from tinymodel_jax.analysis.stream_entry import Entry, comes_after, entry_of
+from tinymodel_jax.analysis.upper_layers import Clean, Weights, clean_streams
 from tinymodel_jax.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.forward import encode
 from tinymodel_jax.lm import TinyModel
@@ -69,6 +70,11 @@ def prepare(
     clean = clean_streams(
         lm.params, jnp.asarray(ids), lm.splice_hooks(), config=lm.config, entry=entry, sources=sources
     )
+    if not np.isfinite(np.asarray(clean.expected)[real]).all():
+        raise ValueError(
+            "sweep: the model's own next-token probabilities are not finite on these rows, so there is nothing to "
+            "compare with; look for NaN and infinity in lm.params, or take another checkpoint."
+        )
     mask = real & _mask(positions, ids.shape)
     weights = _weights(ids, real, clean, next_ids)
     return SweepInput(ids, mask, clean, entry, weights, None if reader is None else reader.dictionary)
@@ -96,13 +102,20 @@ def activations(
     """Return the chosen features and their activations where the intervention acts.
 
     Raises:
-        ValueError: a feature is out of range, or the tag has no dictionary.
+        ValueError: a feature is out of range, the tag has no dictionary, or an activation is not finite.
     """
     dictionary = lm[tag].dictionary
     n_features = dictionary.config.n_features
     indices = None if features is None else np.atleast_1d(resolve_indices(features, n_features))
     acts = np.asarray(encode(dictionary.params, dictionary.config, prepared.clean.sources[0], indices), np.float32)
-    acts = np.moveaxis(acts * prepared.mask[..., None], -1, 0)
+    acts = np.moveaxis(np.where(prepared.mask[..., None], acts, 0), -1, 0)
+    overflown = np.flatnonzero(~np.isfinite(acts).all(axis=(1, 2)))
+    if len(overflown):
+        first = overflown[0] if indices is None else indices[overflown[0]]
+        raise ValueError(
+            f"sweep: the activation of feature {first} of {tag} is too large for float32 ({len(overflown)} such "
+            "features); name other features, or a dictionary with smaller weights."
+        )
     if indices is not None:
         return indices, acts
     active = np.flatnonzero(acts.any(axis=(1, 2)))

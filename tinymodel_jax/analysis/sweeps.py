@@ -161,9 +161,11 @@ def _sweep(
         changes = _changes(directions[of_item[items]], flat[items], size, length)
         effects, moved = _run(lm, prepared, changes, length)
         found[:, items] = np.asarray(effects)[:, : len(items)]
-        if not np.isfinite(found[:, items]).all():
+        overflown = items[~np.isfinite(found[:, items]).all(axis=0)]
+        if len(overflown):
             raise ValueError(
-                "sweep: the change is too large for float32: an effect is not finite; take smaller values."
+                f"sweep: the change by feature {features[of_item[overflown[0]]]} is too large for float32: "
+                "an effect is not finite; take smaller values, or leave the feature out."
             )
         if moved is not None:
             order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]

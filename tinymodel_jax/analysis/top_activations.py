@@ -2,7 +2,7 @@
 
 Top contexts, a sample of contexts at all levels, density, a histogram of activations, and the features that are active
 together. Memory does not grow with the number of tokens. Batches, devices and interruptions do not change the result
-(up to float32 rounding of the activations). Special tokens (`[BEGIN]`, `[END]`, `[PAD]`) do not count.
+(up to float32 rounding of the activations). `[BEGIN]`, `[END]` and `[PAD]` do not count; `[UNK]` is a word of the text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_statistics import BINS, FIRST_EXPONENT
 from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionary import resolve_indices
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.padding import as_array
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
@@ -118,7 +121,13 @@ class TopActivations:
         """Return the sampled contexts of a feature in `n` bands of equal size, that of the largest peaks first.
 
         Band i holds peaks from quantile 1 - (i+1)/n to 1 - i/n of all rows at which the feature is active.
+
+        Raises:
+            ValueError: the feature is out of range, or `n` is below 1.
         """
+        resolve_indices(feature, self.n_features)
+        if n < 1:
+            raise ValueError(f"bands: n={n} must be 1 or more.")
         count = int(np.sum(self.sampled.row[feature] >= 0))
         parts = np.array_split(np.arange(count), n)
         return [Contexts(*(field[feature][None, part] for field in self.sampled)) for part in parts]
@@ -163,13 +172,13 @@ def top_activations(
         progress: wraps the batches' numbers, to show how many are done.
 
     Raises:
-        ValueError: the site has no dictionary, the tag names a feature, no token counts, a count is below 1, rows are
-            no valid input, or `work` is of another search.
+        ValueError: the site has no dictionary, the tag names a feature, no token counts, a count is below 1, the seed
+            is out of range, rows are no valid input, or `work` is of another search.
     """
-    rows = np.asanyarray(rows)
+    rows = as_array(rows)
     reader = lm[tag]
-    _check(reader, tag, rows, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
-    n_tokens = _count_tokens(rows, lm.config.begin_id)
+    _check(reader, tag, rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
+    n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
     sums, first, prints = (
@@ -225,19 +234,21 @@ def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
     return plain | named_contexts("top", found.top) | named_contexts("sampled", found.sampled)
 
 
-def _check(reader: FeatureReader, tag: str, rows: np.ndarray, **counts: int) -> None:
+def _check(reader: FeatureReader, tag: str, rows: np.ndarray, seed: int, **counts: int) -> None:
     if reader.feature is not None:
         raise ValueError(f"top_activations: {tag!r} names a feature; all are searched, {reader.site.tag!r}.")
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"top_activations: {name}={count} must be 1 or more.")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"top_activations: seed={seed} must be 0 to 2**64 - 1.")
     if rows.ndim != 2 or not rows.size:
         raise ValueError(f"top_activations: rows have shape {rows.shape}; give token ids (rows, seq), one row or more.")
 
 
-def _count_tokens(rows: np.ndarray, begin_id: int) -> int:
-    """Return how many tokens are not special, reading a part of the rows at a time."""
-    return sum(int(np.sum(rows[start : start + 4096] < begin_id)) for start in range(0, len(rows), 4096))
+def _count_tokens(rows: np.ndarray, config: ModelConfig) -> int:
+    """Return how many tokens are text, reading a part of the rows at a time."""
+    return sum(int(np.sum(config.is_text(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
 
 
 def run_pass(

@@ -6,16 +6,11 @@ queries, keys and values; from there on all positions count that attention may r
 on, with the clean keys and values of the ones before. Nothing is approximated: attention is causal, and all else acts
 on each position by itself.
 
-There is no layer norm, so the change of the logits is the change of the final residual stream times W_U:
-
-    KL of a position = log E[exp(c)],  c = change - E[change],  E over the model's own next-token distribution
-                     = log(1 + E[exp(c) - 1 - c]),  the same without cancellation: no term is negative
+There is no layer norm, so the change of the logits is the change of the final residual stream times W_U.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,48 +18,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.analysis.kl_divergence import kl_of_changes
+from tinymodel_jax.analysis.stream_entry import Entry, comes_after, hooks_after
 from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionary import DictionaryParams, encode
-from tinymodel_jax.hook_points import Hook, apply_with_hooks, hook_names
+from tinymodel_jax.hook_points import apply_with_hooks
 from tinymodel_jax.interventions import Hooks, Replace, combine
 from tinymodel_jax.transformer import LayerCache, Params, Transformer, run_with_hooks
-
-_STREAM_AT = {
-    "hook_resid_pre": ("hook_resid_pre",),
-    "hook_attn_out": ("hook_resid_pre", "hook_attn_out"),
-    "hook_resid_mid": ("hook_resid_mid",),
-    "hook_mlp_out": ("hook_resid_post",),
-}
-"""Hook points of a block where changes may be made, and those whose values add up to the stream that they change."""
-
-
-class Entry(NamedTuple):
-    """Where changes at a hook point enter the residual stream."""
-
-    edited: str
-    """Hook point of the changes."""
-    terms: tuple[str, ...]
-    """Hook points whose values add up to the stream at the entry."""
-    layer: int
-    """Block in front of which, or of whose MLP, that is."""
-    at_mlp: bool
-    joined: str
-    """First hook point of the whole stream in front of a block's attention: from there on positions act together."""
-
-    @property
-    def first_block(self) -> int:
-        """The first block whose attention the changes reach."""
-        return self.layer + self.at_mlp
-
-    def linear_hooks(self, config: ModelConfig) -> tuple[str, ...]:
-        """Return the first hook points that a change reaches through weights; their values are linear in it."""
-        return (f"blocks.{self.layer}.mlp.hook_pre",) if self.at_mlp else self.attention_hooks(config)
-
-    def attention_hooks(self, config: ModelConfig) -> tuple[str, ...]:
-        """Return the queries, keys and values of the first block; () where no block is left."""
-        left = self.first_block < config.n_layers
-        return tuple(f"blocks.{self.first_block}.attn.hook_{kind}" for kind in "qkv") if left else ()
 
 
 class Clean(NamedTuple):
@@ -106,27 +67,6 @@ class Changes(NamedTuple):
     places: Int[Array, "3 places"]
     """Change, row and position of each; a change of n or more fills up the array."""
     amounts: Float[Array, " places"]
-
-
-def entry_of(hook_name: str) -> Entry:
-    """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream."""
-    block, name = hook_name.rsplit(".", 1)
-    layer = int(block.split(".")[1])
-    at_mlp = name in ("hook_attn_out", "hook_resid_mid")
-    joined = name if name == "hook_resid_pre" else "hook_resid_post"
-    terms = tuple(f"{block}.{term}" for term in _STREAM_AT[name])
-    return Entry(hook_name, terms, layer + (name == "hook_mlp_out"), at_mlp, f"{block}.{joined}")
-
-
-def hooks_after(hooks: Mapping[str, Hook], name: str, config: ModelConfig) -> Hooks:
-    """Return the hooks at later points than one."""
-    return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name, config)}
-
-
-def comes_after(name: str, other: str, config: ModelConfig) -> bool:
-    """Return whether the forward pass meets a hook point after another."""
-    names = hook_names(config)
-    return names.index(name) > names.index(other)
 
 
 def _clean_streams(
@@ -286,7 +226,7 @@ def _compare(
     logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
     moved = moved.astype(jnp.float32)
     mean = jnp.einsum("nbsd,bsd->nbs", moved, clean.expected)
-    kl = _log_mean_exp(logits.reshape(*moved.shape[:-1], -1) - mean[..., None], clean.logprobs)
+    kl = kl_of_changes(logits.reshape(*moved.shape[:-1], -1) - mean[..., None], clean.logprobs)
 
     def token_change(ids: Int[Array, "batch positions"]) -> Array:
         columns = jnp.broadcast_to(W_U.T[ids], moved.shape[1:])
@@ -298,26 +238,6 @@ def _compare(
         (token_change(weights.next_ids), weights.last),
     )
     return jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
-
-
-def _log_mean_exp(
-    change: Float[Array, "n batch length d_vocab"], logprobs: Float[Array, "batch length d_vocab"]
-) -> Float[Array, "n batch length"]:
-    """Return log E[exp(change)] of changes of mean 0: exact to rounding when small, and finite when large."""
-    mean_excess = jnp.sum(jnp.exp(logprobs) * _excess(change), axis=-1)
-    kl, exact = jnp.log1p(mean_excess), jnp.isfinite(mean_excess)
-    # exp overflows from changes of 88 on, so a second pass over the vocabulary is rarely made
-    return jax.lax.cond(
-        exact.all(), lambda: kl, lambda: jnp.where(exact, kl, jax.nn.logsumexp(change + logprobs, axis=-1))
-    )
-
-
-def _excess(x: Array) -> Array:
-    """Return exp(x) - 1 - x, its series where the difference would cancel."""
-    terms = jnp.full_like(x, 1 / math.factorial(10))
-    for n in range(9, 1, -1):
-        terms = terms * x + 1 / math.factorial(n)
-    return jnp.where(jnp.abs(x) < 0.5, x * x * terms, jnp.exp(x) - 1 - x)
 
 
 _STATIC = ("config", "entry", "length", "readout_config", "sharding")

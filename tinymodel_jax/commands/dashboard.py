@@ -168,7 +168,7 @@ def _write(
     heading = Heading(f"{reader.lm!r}", place.tag, f"{KINDS[place.kind].meaning}, layer {place.layer}")
     concepts = CONCEPTS if data == STORY_WORLD else {}
     vocabulary = token_texts(reader.lm)
-    write_dashboard(partial, heading, facts, rows, vocabulary, config.begin_id, concepts, texts, clock.track)
+    write_dashboard(partial, heading, facts, rows, vocabulary, config, concepts, texts, clock.track)
 
 
 def _report(out: Path, reader: FeatureReader, clock: Clock, json: bool) -> None:

@@ -193,7 +193,7 @@ def _usual_token(lm: TinyModel, found: TopActivations, rows: np.ndarray, feature
 
 
 def _text(lm: TinyModel, ids: list[int]) -> str:
-    return token_text(lm.tokenizer.decode([token for token in ids if token < lm.config.begin_id]))
+    return token_text(lm.tokenizer.decode([token for token in ids if lm.config.is_text(token)]))
 
 
 def _word(lm: TinyModel, token: int) -> str:

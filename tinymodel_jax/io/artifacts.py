@@ -136,12 +136,14 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 
     Raises:
         FileNotFoundError: there is no such path or tag; the message lists what would work.
-        ValueError: what is there is no dictionary or belongs to another site, or a file is given without a site.
+        ValueError: what is there is no dictionary or belongs to another site, a file is given without a site, or a
+            parameter is not finite.
     """
-    from tinymodel_jax.dictionary import Dictionary  # needs JAX, which conversion alone does without
+    from tinymodel_jax.dictionary import Dictionary, require_finite  # need JAX, which conversion alone does without
 
     place = parse_site(site) if isinstance(site, str) else site
     config, params = read_dictionary(path_or_name, place)
+    require_finite(params, f"the dictionary {os.fspath(path_or_name)}")
     if place is not None:
         _require_place(config, place, path_or_name)
         config = config_at(config, place)

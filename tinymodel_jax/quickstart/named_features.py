@@ -29,7 +29,7 @@ class Named:
     acts: np.ndarray
     """(stories, seq, features)."""
     real: np.ndarray
-    """(stories, seq): whether the token is not special."""
+    """(stories, seq): whether the token is text."""
     concept: list[str]
     """Of each feature: the concept that its activity tells best."""
     f1: np.ndarray
@@ -46,7 +46,7 @@ def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Cons
     reader = lm[SITE]
     starts = with_progress(range(0, len(told), 12), "reading labelled stories")
     acts = np.concatenate([np.asarray(reader(tok_ids[start : start + 12])) for start in starts])
-    real = tok_ids < lm.config.begin_id
+    real = lm.config.is_text(tok_ids)
     best, f1 = concepts_of_units(acts[real], truth[real])
     names = list(storyworld.CONCEPTS)
     return Named(tok_ids, acts, real, [names[i] for i in best], f1, (acts[real] > 0).mean(axis=0))

@@ -31,7 +31,7 @@ def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
     console.rule("1 · The bundled model tells a story")
     begin = [lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]
     row = lm.generate_ids([begin], STORY_TOKENS, 0.6, seed=seed)[0]
-    story = [int(i) for i in row if i < lm.config.begin_id]
+    story = [int(i) for i in row if lm.config.is_text(i)]
     console.print(lm.tokenizer.decode(story), markup=False, highlight=False)
     return story
 
@@ -113,7 +113,7 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     runs, probabilities = [], []
     for short, edit in with_progress(list(hooks.items()), "continuing the story"):
         out = continue_prompts(lm.params, lm.config, row, CONTINUATION_TOKENS, 0.0, end_id=lm.config.end_id, hooks=edit)
-        text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if i < lm.config.begin_id])
+        text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if lm.config.is_text(i)])
         runs.append({"short": short, "title": titles[short], "text": text.replace("\n", " ↵ ").strip()})
         probabilities.append(np.exp(np.asarray(lm.run_with_hooks(row, edit)[0])[0, -1]))
     for run in runs:

@@ -22,6 +22,7 @@ from tinymodel_jax.analysis.dashboard.windows import shown_contexts, window_acti
 from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.analysis.top_activations import TopActivations
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import FeatureReader
 
 A_SHARD = 64
@@ -80,8 +81,8 @@ def gather(
 
 def text_records(reader: FeatureReader, texts: Sequence[Sequence[int]], track: Track) -> list[dict[str, Any]]:
     """Return the record of each text, given as token ids with `[BEGIN]` in front."""
-    special = reader.lm.config.begin_id
-    return [text_record(np.asarray(ids), np.asarray(reader([ids]))[0], special) for ids in track(texts, "texts")]
+    config = reader.lm.config
+    return [text_record(np.asarray(ids), np.asarray(reader([ids]))[0], config) for ids in track(texts, "texts")]
 
 
 def write_dashboard(
@@ -90,7 +91,7 @@ def write_dashboard(
     facts: Facts,
     rows: Integer[np.ndarray, "rows seq"],
     vocabulary: Sequence[str],
-    special: int,
+    config: ModelConfig,
     concepts: Mapping[str, str],
     texts: Sequence[dict[str, Any]],
     track: Track,
@@ -99,7 +100,7 @@ def write_dashboard(
 
     Args:
         vocabulary: text of every id.
-        special: first id that is no text.
+        config: says which ids are text.
         concepts: names, in the order of `facts.f1`, and what they mean; empty without it.
         texts: `text_records`.
 
@@ -111,7 +112,7 @@ def write_dashboard(
     write_data(folder, "vocabulary", [token_text(word) for word in vocabulary])
     for number in track(range(-(-n // A_SHARD)), "pages"):
         first = number * A_SHARD
-        records = feature_records(facts, rows, special, first, min(first + A_SHARD, n))
+        records = feature_records(facts, rows, config, first, min(first + A_SHARD, n))
         write_data(folder, shard_name(number), records)
     for number, record in enumerate(texts, 1):
         write_data(folder, f"text-{number}", record)

@@ -20,6 +20,7 @@ from tinymodel_jax.analysis.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.dashboard.windows import BANDS, BEFORE, OF_A_BAND, TOP, window_positions
 from tinymodel_jax.analysis.logit_effects import LogitEffects
 from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivations
+from tinymodel_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.causal_importance import CausalImportance
@@ -70,17 +71,17 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
 
 
 def feature_records(
-    facts: Facts, rows: Integer[np.ndarray, "rows seq"], special: int, first: int, last: int
+    facts: Facts, rows: Integer[np.ndarray, "rows seq"], config: ModelConfig, first: int, last: int
 ) -> list[dict[str, Any]]:
     """Return the records of features `first` to `last`, that one not included.
 
     Args:
         rows: what was searched.
-        special: first id that is no text; such tokens are not shown.
+        config: says which ids are text; others are not shown.
     """
     part = slice(first, last)
     found, contexts = _some(facts.found, part), Contexts(*(field[part] for field in facts.contexts))
-    shown = _contexts(contexts, facts.acts[part], rows, special)
+    shown = _contexts(contexts, facts.acts[part], rows, config)
     quantiles = np.stack([found.quantile(share) for share in QUANTILES], axis=1)
     columns: dict[str, list[Any]] = {
         "mean": rounded(found.mean),
@@ -109,10 +110,10 @@ def feature_records(
 
 
 def text_record(
-    tokens: Integer[np.ndarray, " seq"], acts: Float[np.ndarray, "seq n_features"], special: int
+    tokens: Integer[np.ndarray, " seq"], acts: Float[np.ndarray, "seq n_features"], config: ModelConfig
 ) -> dict[str, Any]:
     """Return the record of a text: the strongest features of each token, and where each of those is active."""
-    real = np.asarray(tokens) < special
+    real = config.is_text(np.asarray(tokens))
     tokens, acts = np.asarray(tokens)[real], np.asarray(acts)[real]
     order = np.argsort(-acts, axis=1, kind="stable")[:, :STRONGEST]
     strongest = [[int(f) for f in chosen if row[f] > 0] for row, chosen in zip(acts, order, strict=True)]
@@ -149,11 +150,11 @@ def _peak_tokens(found: TopActivations, rows: np.ndarray) -> list[list[int]]:
     return listed
 
 
-def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, special: int) -> list[list[Any]]:
+def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: ModelConfig) -> list[list[Any]]:
     """Return each context as [row, place of the peak, tokens, activations]; None where there is none."""
     places = window_positions(contexts, rows.shape[1])
     ids = np.asarray(rows[np.maximum(contexts.row, 0)[..., None], np.maximum(places, 0)])
-    real = (places >= 0) & (ids < special)
+    real = (places >= 0) & config.is_text(ids)
     peak = real[..., :BEFORE].sum(axis=-1)  # of the tokens that are shown
     shown: list[list[Any]] = []
     fields = (contexts.row.tolist(), peak.tolist(), ids.tolist(), rounded(acts), real, np.all(real, axis=-1))

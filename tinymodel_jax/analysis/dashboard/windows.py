@@ -70,7 +70,7 @@ def window_activations(
     batch: int = 8,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Float[np.ndarray, "n_features contexts window"]:
-    """Return the activation of each context's feature around its peak; 0 at special tokens and outside of the row.
+    """Return the activation of each context's feature around its peak; 0 where there is no text and outside of the row.
 
     Args:
         rows: what the search read.
@@ -92,7 +92,7 @@ def window_activations(
         pairs = order[bounds[start] : bounds[start + len(numbers)]]
         f, n = feature[pairs], number[pairs]
         in_batch, around = np.searchsorted(numbers, of_row[pairs]), places[f, n]
-        real = (around >= 0) & (ids[in_batch[:, None], around] < reader.lm.config.begin_id)
+        real = (around >= 0) & reader.lm.config.is_text(ids[in_batch[:, None], around])
         acts[f, n] = np.where(real, measure(reading.inputs(ids), f, in_batch, around), 0)
     return acts
 
