@@ -19,6 +19,7 @@ from tinymodel_jax.analysis.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.dashboard.windows import AFTER, BEFORE, shown_contexts
 from tinymodel_jax.analysis.logit_effects import LogitEffects
 from tinymodel_jax.analysis.top_activations import TopActivations
+from tinymodel_jax.config import ModelConfig
 
 pytestmark = needs_browser
 MANY, VOCABULARY, ROWS, SEQ = 25_000, 10_000, 300, 64
@@ -48,7 +49,17 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("many")
     facts, rows = invented(MANY)
     words = [HOSTILE, *(f" word{i}" for i in range(1, VOCABULARY))]
-    write_dashboard(out, Heading("a model", "M2", "about"), facts, rows, words, VOCABULARY, {}, [], lambda t, _: t)
+    write_dashboard(
+        out,
+        Heading("a model", "M2", "about"),
+        facts,
+        rows,
+        words,
+        ModelConfig(d_vocab=VOCABULARY),
+        {},
+        [],
+        lambda t, _: t,
+    )
     return out
 
 
