@@ -30,7 +30,11 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 DATA = Path(__file__).parent / "data"
 TINY = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=12, d_vocab=29)
-initial = jax.jit(init_state, static_argnums=(1, 2))
+
+
+@functools.cache
+def first_params() -> Params:
+    return init_state(jax.random.key(0), TINY, optax.identity()).params
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def make_step(optimizer: LMOptimizer, steps: int, **options: Any) -> tuple[Any, 
         schedule=learning_rate_schedule(optimizer, steps),
         **options,
     )
-    return jax.jit(step), initial(jax.random.key(0), TINY, transformation)
+    return jax.jit(step), LMState(jnp.zeros((), jnp.int32), first_params(), transformation.init(first_params()))
 
 
 def rows(count: int, seed: int = 0) -> jax.Array:
@@ -108,7 +112,7 @@ def test_micro_batches_change_nothing() -> None:
 
 
 def test_padding_neither_counts_nor_matters() -> None:
-    params = initial(jax.random.key(0), TINY, make_optimizer(LMOptimizer(), 1)).params
+    params = first_params()
     batch = rows(4)
     wider = jnp.pad(batch[:, :8], ((0, 0), (0, 4)), constant_values=TINY.pad_id)
     run = jax.jit(summed_loss, static_argnums=(1, 3))
@@ -136,7 +140,7 @@ def test_cosine_ends_at_a_tenth() -> None:
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) -> None:
     optimizer = make_optimizer(LMOptimizer(method, learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
-    params = initial(jax.random.key(0), TINY, optimizer).params
+    params = first_params()
     zero = jax.tree.map(jnp.zeros_like, params)
     updates: Any = jax.jit(optimizer.update)(zero, optimizer.init(params), params)[0]
     for name, update in flatten(updates).items():
@@ -148,7 +152,7 @@ def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) ->
 def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> None:
     settings = LMOptimizer("muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1e9)
     optimizer = make_optimizer(settings, 10)
-    params = initial(jax.random.key(0), TINY, optimizer).params
+    params = first_params()
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
     updates: Any = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
     update, gradient = updates["blocks_1"], gradients["blocks_1"]

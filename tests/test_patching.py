@@ -66,7 +66,7 @@ def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm,
 def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm, prompts, monkeypatch):
     full = ModelConfig()
     assert 1 < patching._places_at_once(full, 256) < 256
-    kinds = ["hook_resid_pre", "attn.hook_z"]
+    kinds = ["attn.hook_z"]
     whole = patch(lm, prompts[0], prompts[1], kinds, answer=3)
     for memory in (0, 50_000):
         monkeypatch.setattr(patching, "MEMORY", memory)

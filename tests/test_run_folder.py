@@ -118,6 +118,7 @@ def test_a_run_in_a_bucket_goes_on_there_and_has_the_bits_of_one_on_disk(
     assert TinyModel(tmp_path / "runs" / "a").config.d_vocab == VOCAB
 
 
+@pytest.mark.slow
 def test_in_a_bucket_the_metrics_of_a_step_are_there_before_its_checkpoint(bucket: BucketServer, data: Path) -> None:
     lines: dict[str, int] = {}
     write = bucket.write

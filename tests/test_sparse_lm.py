@@ -82,7 +82,7 @@ def test_the_bundled_transcoders_make_a_model_that_tells_the_spliced_model_s_sto
     sparse = export_sparse_lm(lm)
     spliced = lm.splice(["M0", "M1", "M2", "M3"])
     ids = np.asarray(lm.tokenizer(["Once upon a time there was a dog.", "Mia went to the lake."])[0])
-    np.testing.assert_allclose(sparse(ids), spliced(ids), atol=F32)
+    np.testing.assert_allclose(sparse(ids), spliced(ids), rtol=F32, atol=F32)  # down to -20
     assert sparse.generate("Once upon a time", 20, 0.0) == spliced.generate("Once upon a time", 20, 0.0)
 
 

@@ -140,6 +140,7 @@ def test_wandb_gets_the_lines_and_a_run_that_goes_on_is_the_same_run(
     assert wandb.runs[2]["id"] != first["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_training_run_shows_what_its_metrics_say(tmp_path: Path) -> None:
     data = tmp_path / "data"
