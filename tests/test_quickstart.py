@@ -73,7 +73,7 @@ def test_the_next_commands_run(tmp_path, monkeypatch, standard_promotion, no_typ
         "generate": "generate --n-toks 2",
         "--limit 20000": "--limit 100 --valid-fraction 0.1 --workers 1",
         "--sites M0,M1 --k 8,16,32": "--sites M0 --k 8",
-        "--n-features 1024 --steps 1000": "--n-features 32 --steps 2 --batch-size 256",
+        "--n-features 1024 --steps 200": "--n-features 32 --steps 2 --batch-size 256",
         "concepts": "concepts --stories 4",
     }
     for command in run_module.next_commands():

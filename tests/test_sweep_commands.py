@@ -138,6 +138,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_effects_printed(capsys, no_
 def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     sweep = ("sweep", "One day,", "--site", "M3", *MINI)
     assert "needs --amount" in failure(capsys, *sweep, "--kind", "clamp")
+    assert "give a prompt, or --data" in failure(capsys, "sweep", "--site", "M3", *MINI)
     assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
     assert "out of range" in failure(capsys, *sweep, "--features", "9999")
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")

@@ -10,7 +10,7 @@ from tinymodel_jax.commands.options import make_output_folder
 def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: bool = False) -> None:
     """Show the bundled model at work, train a dictionary before your eyes, and write a page about both.
 
-    Offline; under three minutes on two CPU cores.
+    Offline; two to four minutes on two CPU cores.
 
     Args:
         out: folder for the page, quickstart.html.
@@ -23,7 +23,7 @@ def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: 
     from rich.console import Console
 
     console = Console()
-    console.print(f"Looking into the bundled model; it takes about {'one minute' if no_train else 'two minutes'} …")
+    console.print(f"Looking into the bundled model; it takes {'one to two' if no_train else 'two to four'} minutes …")
 
     from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.quickstart.run import run_quickstart

@@ -102,6 +102,8 @@ def _check(
     if (amount is None) != (kind == "ablate"):
         raise ValueError(f"--kind {kind} {'takes no --amount' if kind == 'ablate' else 'needs --amount NUMBER'}.")
     if data is None:
+        if not prompts:
+            raise ValueError("nothing to sweep: give a prompt, or --data FOLDER, FILE or storyworld.")
         if out is not None:
             raise ValueError("--out holds the table of --data; for prompts there is --json.")
         if limit is not None:
@@ -173,13 +175,17 @@ def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int
         if has_readout:
             row.append("  ".join(f"{x['feature']} {x['change']:+.3f}" for x in entry["readout"][:4]))
         rows.append(row)
-    title = f"{report['kind']} each of {n} features of {report['site']} on {report['text'][-60:]!r}: changes, nats"
+    title = f"{report['kind']} each of {n} features of {report['site']} on {_end(report['text'])!r}: changes, nats"
     _print_table(title, columns + ["readout: mean change"] * has_readout, rows)
     if report.get("loss_rank_correlation") is not None:
         print(
             "activation x gradient ranks the features like this (Spearman): loss "
             f"{report['loss_rank_correlation']}, next token {report['next_logprob_rank_correlation']}"
         )
+
+
+def _end(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else "…" + text[-width:]
 
 
 def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: Path | None, json: bool) -> None:

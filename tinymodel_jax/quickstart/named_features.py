@@ -37,6 +37,11 @@ class Named:
     density: np.ndarray
     """Share of the tokens at which each is active."""
 
+    def label(self, feature: int) -> str:
+        """Return the feature's number, and its concept with the F1 if it names it well."""
+        f1 = self.f1[feature]
+        return f"{feature} {self.concept[feature]} ({f1:.2f})" if f1 >= NAMED_FROM else f"{feature} (no name)"
+
 
 def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Console) -> Named:
     """Look at every feature of `SITE` on stories whose every token has its truth."""

@@ -46,6 +46,10 @@ def count_concepts(
                 highlight=False,
             )
     counts = [{"name": recovery.name, "found": n_found(recovery)} for recovery in found]
-    console.print("; ".join(f"{count['name']}: {count['found']}" for count in counts), highlight=False)
+    console.print("Concepts found, F1 of 0.8 or more: ", end="", highlight=False)
+    console.print("; ".join(f"{count['name']} {count['found']}" for count in counts), highlight=False)
+    console.print(
+        "Transcoders (M) explain what an MLP does, not what the stream holds: they find fewer.", highlight=False
+    )
     chart = heat_map(*concept_table(found), "F1 of the best unit")
     return {"counts": counts, "chart": chart}

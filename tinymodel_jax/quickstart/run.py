@@ -30,7 +30,7 @@ def run_quickstart(
     Args:
         out: folder for the page.
         seed: of the story and of the trained dictionary.
-        train: train a transcoder, which takes about a minute on two CPU cores.
+        train: train a transcoder, which takes one to two minutes on two CPU cores.
         options: how the command was called, for the page.
         amounts: how much is looked at and trained on.
     """
@@ -70,7 +70,12 @@ def run_quickstart(
     where = f"The page: {path.resolve()}  (open it in a browser; it needs no network)"
     console.print(where, markup=False, soft_wrap=True)
     console.print(
-        "Next, in the repository's folder:", *commands, sep="\n  ", highlight=False, markup=False, soft_wrap=True
+        "Next, in the repository's folder (the last takes about ten minutes):",
+        *commands,
+        sep="\n  ",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return path
 
@@ -79,10 +84,10 @@ def next_commands() -> list[str]:
     """Return what to run next, with the programs as they are called from here."""
     tinymodel, python = _programs()
     return [
-        f'{tinymodel} generate --model mini "Once upon a time"',
+        f'{tinymodel} generate --model mini --n-toks 250 "Once upon a time"',
         f'{tinymodel} features --model mini --site Rm2 "Once upon a time, a fox was sad"',
         f"{python} -m train prepare storyworld data/mini --tokenizer mini --row-length 256 --limit 20000"
-        f" && {python} -m train dictionaries --sites M0,M1 --k 8,16,32 --n-features 1024 --steps 1000"
+        f" && {python} -m train dictionaries --sites M0,M1 --k 8,16 --n-features 1024 --steps 200"
         f" --data data/mini --out runs/mine && {tinymodel} concepts --dictionaries runs/mine/dictionaries",
     ]
 

@@ -18,12 +18,14 @@ from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.interventions import ablate, clamp
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.progress import with_progress
-from tinymodel_jax.quickstart.named_features import SITE, Named
+from tinymodel_jax.quickstart.named_features import NAMED_FROM, SITE, Named
 
 PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
-TURNED_UP = ("feeling.bad", "word.sadness", "word.fear", "feeling.good", "word.joy")
+TURNED_UP = "plot."
 """Concepts, of whose features the one is turned up that changes the next word most."""
+STRONG = 0.9
+"""Quantile of its activations where it is active, at which that feature is held."""
 
 
 def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
@@ -37,11 +39,10 @@ def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
 
 
 def open_place(lm: TinyModel, story: list[int]) -> int:
-    """Return the place in the first half of the story, after its beginning, where the next word is the most open."""
-    logprobs = np.asarray(lm([[lm.config.begin_id, *story]]))[0, 1:]
-    entropy = -np.sum(np.exp(logprobs) * logprobs, axis=-1)
-    first = min(30, len(story) // 4)
-    return first + int(entropy[first - 1 : max(first, len(story) // 2)].argmax())
+    """Return the place after the first paragraph, where the plot is open; without one, a quarter into the story."""
+    ends = [place for place, token in enumerate(story) if "\n" in lm.tokenizer.decode([token])]
+    quarter = max(1, len(story) // 4)
+    return ends[0] + 1 if ends and ends[0] < 2 * quarter else quarter
 
 
 def show_features(
@@ -58,7 +59,7 @@ def show_features(
         "concept that each tells best (F1):"
     )
     for token, found in list(zip(story, strongest, strict=True))[:14]:
-        texts = [f"{f} {named.concept[f]} ({named.f1[f]:.2f})" for f, _ in found[:3]]
+        texts = [named.label(f) for f, _ in found[:3]]
         word = repr(lm.tokenizer.decode([token]))
         console.print(f"  {word:<12} {' · '.join(texts)}", markup=False, highlight=False, soft_wrap=True)
     return strongest
@@ -77,10 +78,9 @@ def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> d
     seconds = time.monotonic() - start
     order = np.argsort(effects.next_logprob)
     chosen = [*order[:9], *order[-3:]]
-    values = {
-        f"{effects.features[i]}: {named.concept[effects.features[i]]}": float(effects.next_logprob[i]) for i in chosen
-    }
-    console.print(f"{len(order)} features turned off one at a time, in few compiled calls, {seconds:.1f} s:")
+    values = {named.label(int(effects.features[i])): float(effects.next_logprob[i]) for i in chosen}
+    console.print(f"{len(order)} features turned off one at a time, in few compiled calls, {seconds:.1f} s.")
+    console.print(f"What that does to the log-probability of {text!r}:", markup=False, highlight=False)
     for name, value in values.items():
         console.print(f"  {value:+.3f} nats  {name}", markup=False, highlight=False)
     return {
@@ -107,8 +107,8 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     }
     titles = {
         "as it is": "The model as it is",
-        f"feature {off} off": f"Feature {off} ({named.concept[off]}) turned off: it mattered most for the next word",
-        f"feature {up} up": f"Feature {up} ({named.concept[up]}) held at {value:.1f}, its mean where it is active",
+        f"feature {off} off": f"Feature {named.label(off)} turned off: it mattered most for the next word",
+        f"feature {up} up": f"Feature {named.label(up)} held at {value:.1f}, which it seldom exceeds",
     }
     runs, probabilities = [], []
     for short, edit in with_progress(list(hooks.items()), "continuing the story"):
@@ -131,15 +131,17 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
 
 
 def _feature_to_turn_up(lm: TinyModel, row: np.ndarray, named: Named, other: int) -> tuple[int, float]:
-    """Return a feature and its mean activation where it is active: of those that tell a concept of `TURNED_UP` best.
+    """Return a feature of those that name a concept of `TURNED_UP`, and its `STRONG` activation.
 
-    It is the one that, held there, changes the next word most. Held at twice its mean, few let the story go on well.
+    It is the one that, held there, changes the next word most.
     """
-    scores = np.where(np.arange(len(named.f1)) == other, -1, named.f1)
-    wanted = [np.where(np.array(named.concept) == concept, scores, -1) for concept in TURNED_UP]
-    candidates = sorted({int(score.argmax()) for score in wanted if score.max() > 0}) or [int(scores.argmax())]
-    means = [float(acts[acts > 0].mean()) for acts in (named.acts[..., f][named.real] for f in candidates)]
-    tried = with_progress(list(zip(candidates, means, strict=True)), "trying features to turn up")
-    held = [float(sweeps.clamp(lm, SITE, row, mean, feature).kl[0]) for feature, mean in tried]
+    free = np.arange(len(named.f1)) != other
+    wanted = free & (named.f1 >= NAMED_FROM) & np.char.startswith(named.concept, TURNED_UP)
+    candidates = np.flatnonzero(wanted).tolist() or [int(np.where(free, named.f1, -1).argmax())]
+    values = [
+        float(np.quantile(acts[acts > 0], STRONG)) for acts in (named.acts[..., f][named.real] for f in candidates)
+    ]
+    tried = with_progress(list(zip(candidates, values, strict=True)), "trying features to turn up")
+    held = [float(sweeps.clamp(lm, SITE, row, value, feature).kl[0]) for feature, value in tried]
     most = int(np.argmax(held))
-    return candidates[most], means[most]
+    return candidates[most], values[most]
