@@ -88,6 +88,7 @@ def rows(count: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.where(np.arange(TINY.n_ctx) < lengths[:, None], ids, TINY.pad_id), jnp.int32)
 
 
+@pytest.mark.slow
 def test_training_on_one_batch_learns_it_by_heart() -> None:
     step, state = make_step(LMOptimizer(learning_rate=1e-2, warmup_steps=5), 150)
     batch, losses = rows(4), []

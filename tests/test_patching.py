@@ -33,7 +33,7 @@ def by_hand(lm, prompts, name: str, index: tuple, answer: int, wrong: int) -> fl
     ("spliced", "kinds"),
     [
         ((), ["hook_resid_pre", "attn.hook_z"]),
-        (("M0",), ["hook_mlp_out", "attn.hook_pattern"]),
+        pytest.param(("M0",), ["hook_mlp_out", "attn.hook_pattern"], marks=pytest.mark.slow),
     ],
 )
 def test_each_effect_is_that_of_the_single_patch(lm, prompts, spliced, kinds):
