@@ -224,6 +224,7 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
     assert read_data(tmp_path, "index")["columns"]["active"] == [0]
 
 
+@pytest.mark.slow
 def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "pages"
 

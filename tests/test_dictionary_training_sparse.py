@@ -100,7 +100,9 @@ def test_selected_values_pass_gradient_to_the_encoder_where_they_are_active(roww
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
-@pytest.mark.parametrize("matryoshka", [None, "fixed", pytest.param("random", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "matryoshka", [None, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fixed", "random"))]
+)
 @pytest.mark.parametrize("subtract_b_dec", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sparse_and_dense_steps_have_the_same_loss_and_gradient(architecture, matryoshka, subtract_b_dec):
     x = jax.random.normal(jax.random.key(0), (24, 12)) * jnp.linspace(0.1, 5, 24)[:, None] + 1

@@ -134,6 +134,7 @@ def test_the_numbers_are_those_of_the_facade(model, tok_ids, count_begin):
     assert found.cosine == pytest.approx(cosine.mean(), abs=F32)
 
 
+@pytest.mark.slow
 def test_dictionaries_of_all_sites_together_measure_as_each_alone(model, tok_ids):
     dictionaries = [identity("Ra0"), transcoder("M0", 9, 2), nothing("Mo0"), transcoder("M0", 9, 3), identity("A1")]
     together = evaluate(model, dictionaries, tok_ids)

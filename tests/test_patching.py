@@ -63,6 +63,7 @@ def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm,
     assert found.clean == pytest.approx(float(lm(prompts[0])[0, -1, 3]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm, prompts, monkeypatch):
     full = ModelConfig()
     assert 1 < patching._places_at_once(full, 256) < 256

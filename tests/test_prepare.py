@@ -217,6 +217,7 @@ def with_own_split(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_story_world_is_read_as_its_stories_are_told(
     run: Callable[..., None], tmp_path: Path, small_batches: None
 ) -> None:

@@ -130,6 +130,7 @@ def test_the_readout_is_the_mean_change_of_the_other_dictionary(lm, row, tag, re
     assert np.abs(change).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_neither_the_size_of_chunks_nor_the_positions_they_leave_out_change_the_result(lm, row, monkeypatch):
     positions = np.arange(11) >= 3  # so that some features start late
     whole = sweeps.ablate(lm, "M0", row, positions=positions)

@@ -648,6 +648,7 @@ def test_gpt2_ids_are_those_of_the_library_and_the_table(
     assert gpt2.encode(text, max_length=None) == library_ids(gpt2_library, gpt2._table.tolist(), text)
 
 
+@pytest.mark.slow
 def test_stories_get_the_ids_of_the_library_and_the_table(gpt2: Tokenizer, gpt2_library: tokenizers.Tokenizer) -> None:
     if not STORIES.is_file():
         pytest.skip(f"no stories at {STORIES}")
