@@ -22,6 +22,7 @@ LAYERS = {
     "allocator": 0,
     "machine": 0,
     "progress": 0,
+    "tables": 0,
     "padding": 0,
     "weights": 0,
     "atomic_files": 0,

@@ -17,15 +17,13 @@ import jax
 from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tinymodel_jax.analysis.evaluation import numbers_of
 from tinymodel_jax.analysis.report.dictionary_charts import draw_pareto
 from tinymodel_jax.atomic_files import replace_file, replaced
 from tinymodel_jax.commands.frame import finite_or_none
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.tables import print_table
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState
@@ -128,14 +126,14 @@ def _write_dictionary(
 
 def _print_table(records: Sequence[Mapping[str, Any]], out: epath.Path) -> None:
     shown = [key for key in SHOWN if key in records[0]["results"]]
-    table = Table("dictionary", *(key.replace("_", " ") for key in shown), title=escape(f"{out / 'sweep.json'}"))
+    rows = []
     for record in records:
         values = [record["results"][key] for key in shown]
         cells = [
             "-" if v is None else f"{v:.1f}" if k == "l0" else f"{v:.4f}" for k, v in zip(shown, values, strict=True)
         ]
-        table.add_row(escape(Path(record["folder"]).name), *cells)
-    Console(emoji=False).print(table)
+        rows.append([Path(record["folder"]).name, *cells])
+    print_table(["dictionary", *(key.replace("_", " ") for key in shown)], rows, title=f"{out / 'sweep.json'}")
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from tinymodel_jax.commands.options import parse_sites, prepare_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
 from tinymodel_jax.progress import with_progress
+from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.concept_recovery import Recovery
@@ -71,18 +72,14 @@ def concepts(
 
 def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
     import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     from tinymodel_jax.analysis.concept_recovery import n_found
     from tinymodel_jax.bundled.storyworld import CONCEPTS
 
     title = f"{len(CONCEPTS)} concepts, {stories} unseen stories: the best unit of each"
-    table = Table(title=title, title_justify="left")
-    for column in ("place", "units", "found (F1 ≥ 0.8)", "F1 ≥ 0.5", "mean F1", "mean AUC"):
-        table.add_column(column, justify="left" if column == "place" else "right")
+    numbers = ["units", "found (F1 ≥ 0.8)", "F1 ≥ 0.5", "mean F1", "mean AUC"]
+    rows = []
     for one in recoveries:
         f1, auc = (f"{np.nanmean(values):.3f}" for values in (one.scores.f1, one.scores.auc))
-        table.add_row(escape(one.name), str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc)
-    Console(emoji=False).print(table)
+        rows.append([one.name, str(one.n_units), str(n_found(one)), str(n_found(one, 0.5)), f1, auc])
+    print_table(["place", *numbers], rows, title=title, right=numbers)

@@ -17,6 +17,7 @@ from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
+from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
     from tinymodel_jax.dictionary import Dictionary
@@ -134,25 +135,22 @@ def _write(content: Mapping[str, Any], out: Path) -> None:
 
 
 def _print_tables(content: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(emoji=False)
     if content["dictionaries"]:
         first = content["dictionaries"][0]["results"]
         title = f"{first['tokens']:,} tokens of {content['rows']:,} rows; CE clean {first['ce_clean']:.4f} nats"
-        table = Table("dictionary", *COLUMNS.values(), title=title, title_justify="left")
-        for record in content["dictionaries"]:
-            table.add_row(escape(record["name"]), *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS))
-        console.print(table)
+        rows = [
+            [record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS)]
+            for record in content["dictionaries"]
+        ]
+        print_table(["dictionary", *COLUMNS.values()], rows, title=title)
     sparse = content["sparse_model"]
     if sparse is not None:
-        table = Table(f"{', '.join(sparse['sites'])} at once", "")
-        for name in sparse["results"]:
-            table.add_row(name.replace("_", " ").replace("ce ", "CE ").replace("kl", "KL"), _cell(sparse, name, True))
-        console.print(table)
-    console.print("CE and KL are in nats; ± is half of a 95 % confidence interval over rows.", highlight=False)
+        rows = [
+            [name.replace("_", " ").replace("ce ", "CE ").replace("kl", "KL"), _cell(sparse, name, True)]
+            for name in sparse["results"]
+        ]
+        print_table([f"{', '.join(sparse['sites'])} at once", ""], rows)
+    print("CE and KL are in nats; ± is half of a 95 % confidence interval over rows.")
 
 
 def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:

@@ -11,6 +11,7 @@ from tinymodel_jax.commands.options import check_dictionary
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
+from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,13 +73,13 @@ def _strongest(acts: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
 
 
 def _print_table(title: str, words: Sequence[str], chosen: Sequence[Sequence[tuple[int, float]]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("token", no_wrap=True)
-    table.add_column("feature activation, strongest first")
-    for word, found in zip(words, chosen, strict=True):
-        table.add_row(escape(word.replace("\n", "↵")), "  ".join(f"[bold]{f}[/bold] {a:.3f}" for f, a in found) or "–")
-    Console(emoji=False).print(table)
+    rows = [
+        [
+            Text(word.replace("\n", "↵"), no_wrap=True),
+            Text("  ").join(Text.assemble((str(f), "bold"), f" {a:.3f}") for f, a in found) if found else "–",
+        ]
+        for word, found in zip(words, chosen, strict=True)
+    ]
+    print_table(["token", "feature activation, strongest first"], rows, title=title)

@@ -11,6 +11,7 @@ from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import prepare_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
 from tinymodel_jax.progress import with_progress
+from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.patching import Patching
@@ -128,16 +129,10 @@ def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) 
 
 
 def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("hook point")
-    table.add_column("largest effects")
+    rows = []
     for one in found.tables:
         order = (-abs(one.effects)).ravel().argsort(kind="stable")[:count]
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
         texts = [f"layer {layer}, {labels[one.kind][n]}: {one.effects[layer, n]:+.2f}" for layer, n in places]
-        table.add_row(one.kind, escape("\n".join(texts)))
-    Console(emoji=False).print(table)
+        rows.append([one.kind, "\n".join(texts)])
+    print_table(["hook point", "largest effects"], rows)

@@ -14,6 +14,7 @@ from tinymodel_jax.commands.options import check_dictionary, prepare_json_output
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
+from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.causal_importance import CausalImportance
@@ -176,7 +177,7 @@ def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int
             row.append("  ".join(f"{x['feature']} {x['change']:+.3f}" for x in entry["readout"][:4]))
         rows.append(row)
     title = f"{report['kind']} each of {n} features of {report['site']} on {_end(report['text'])!r}: changes, nats"
-    _print_table(title, columns + ["readout: mean change"] * has_readout, rows)
+    print_table(columns + ["readout: mean change"] * has_readout, rows, title=title, right=columns)
     if report.get("loss_rank_correlation") is not None:
         print(
             "activation x gradient ranks the features like this (Spearman): loss "
@@ -222,7 +223,7 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     ]
     n_active = int((found.active_rows > 0).sum())
     title = f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
-    _print_table(title, columns, numbers)
+    print_table(columns, numbers, title=title, right=columns)
 
 
 def _importance(found: CausalImportance) -> list[dict[str, Any]]:
@@ -242,16 +243,3 @@ def _importance(found: CausalImportance) -> list[dict[str, Any]]:
 def _interval(effect: list[float | None]) -> str:
     mean, half_width = effect
     return f"{mean:+.5f}" + ("" if half_width is None else f" ± {half_width:.5f}")
-
-
-def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(escape(column), justify="left" if column.startswith("readout") else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(emoji=False).print(table)

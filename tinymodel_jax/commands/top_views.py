@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tinymodel_jax.analysis.contexts import Contexts
 from tinymodel_jax.analysis.feature_queries import concept_f1, context_window, share_on_text, token_texts
@@ -19,6 +18,7 @@ from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivati
 from tinymodel_jax.bundled.storyworld import CONCEPTS
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.progress import with_progress
+from tinymodel_jax.tables import print_table
 
 BANDS, OF_A_BAND = 5, 2
 """Bands of the sampled contexts, and how many are shown of each."""
@@ -110,17 +110,17 @@ def feature_record(
 
 def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
     """Print a table of features."""
-    table = Table(title=f"{found.tag}, {found.n_tokens:,} tokens of {found.n_rows:,} rows", title_justify="left")
+    title = f"{found.tag}, {found.n_tokens:,} tokens of {found.n_rows:,} rows"
     with_score, with_concept = "score" in records[0], "concept" in records[0]
     names = ["feature", *(["score"] if with_score else []), "density", "largest", "top token"]
-    for name in [*names, *(["concept (F1)"] if with_concept else []), "promotes"]:
-        table.add_column(name, justify="right" if name in ("feature", "score", "density", "largest") else "left")
+    names += [*(["concept (F1)"] if with_concept else []), "promotes"]
+    rows = []
     for record in records:
         cells = [str(record["feature"]), *([f"{record['score']:.2f}"] if with_score else [])]
-        cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", escape(record["top_token"])]
+        cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", record["top_token"]]
         cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
-        table.add_row(*cells, escape(" ".join(record["promoted"][:3])))
-    Console(emoji=False).print(table, highlight=False)
+        rows.append([*cells, " ".join(record["promoted"][:3])])
+    print_table(names, rows, title=title, right=("feature", "score", "density", "largest"))
 
 
 def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
