@@ -106,4 +106,4 @@ def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: P
     assert 0 < n_features <= 512
     card = (tmp_path / "mini" / "README.md").read_text("utf-8")
     assert "| `A3` |" in card
-    assert re.search(r"in \d+ minutes of training on \d+ cores of \w+", card)
+    assert re.search(r"in \d+ minutes of training \(language model \d+, dictionaries \d+\) on \d+ cores of \w+", card)

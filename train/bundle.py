@@ -124,7 +124,11 @@ def _card(work: Path, model: TinyModel, rows: np.ndarray) -> str:
     ]
     seconds = [trained_seconds(work / name) for name in ("lm", "dictionaries")]
     known = [one for one in seconds if one is not None]
-    time_taken = f"in {sum(known) / 60:.0f} minutes of training " if len(known) == len(seconds) else ""
+    if len(known) == len(seconds):
+        parts = [f"{part} {one / 60:.0f}" for part, one in zip(("language model", "dictionaries"), known, strict=True)]
+        time_taken = f"in {sum(known) / 60:.0f} minutes of training ({', '.join(parts)}) "
+    else:
+        time_taken = ""
     cfg = model.config
     return f"""# The bundled model
 
