@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinymodel_jax import TinyModel, interventions
+from tinymodel_jax.analysis import sweeps
 from tinymodel_jax.cli import main
 
 DATA = Path(__file__).parent / "data"
@@ -26,7 +27,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_prompt_is_swept(capsys, no_type_checks):
     assert main(["sweep", PROMPT, "--site", "M3", *MINI, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["next"] == " Lily"
+    assert found["answer"] == " Lily"
     assert found["next_logprob_rank_correlation"] > 0.5
     first = found["features"][0]
     lm = TinyModel("mini")
@@ -34,6 +35,19 @@ def test_a_prompt_is_swept(capsys, no_type_checks):
     edited, _ = lm.run_with_hooks(row, interventions.ablate(lm["M3"].dictionary, first["feature"]))
     token = lm.tokenizer.encode(" Lily")[0]
     assert first["next_logprob"] == pytest.approx(float((edited - lm(row))[0, -1, token]), abs=1e-4)
+
+
+def test_the_token_that_is_followed_is_named(capsys, no_type_checks):
+    options = ("sweep", PROMPT, "--site", "M3", *MINI, "--answer", " Tim", "--json")
+    assert main(options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == " Tim"
+    lm = TinyModel("mini")
+    row = [[lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]]
+    features = [entry["feature"] for entry in found["features"]]
+    changes = sweeps.ablate(lm, "M3", row, features, next_ids=lm.tokenizer.encode(" Tim")).next_logprob
+    assert [entry["next_logprob"] for entry in found["features"]] == pytest.approx(changes, abs=1e-5)
+    assert np.abs(changes - sweeps.ablate(lm, "M3", row, features).next_logprob).max() > 0.1
 
 
 def test_features_are_steered_and_read_out(capsys, no_type_checks, monkeypatch):
@@ -141,6 +155,10 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     assert "give a prompt, or --data" in failure(capsys, "sweep", "--site", "M3", *MINI)
     assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
     assert "out of range" in failure(capsys, *sweep, "--features", "9999")
+    assert "name one, as ' dog'" in failure(capsys, *sweep, "--answer", "two words")
+    assert "takes no prompt, --ids, --features, --answer" in failure(
+        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "--answer", " Tim"
+    )
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
     assert "give --site M2 --features 5." in failure(capsys, "sweep", "One day,", "--site", "M2N5", *MINI)
     readout = failure(capsys, "sweep", "One day,", "--site", "M2", "--readout", "Mo2", *MINI)

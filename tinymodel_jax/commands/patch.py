@@ -9,7 +9,7 @@ import tyro
 
 from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import prepare_output
-from tinymodel_jax.commands.prompts import load_lm, shown, token_rows
+from tinymodel_jax.commands.prompts import load_lm, shown, token_id, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.tables import print_table
 
@@ -58,7 +58,7 @@ def patch(
         )
     from tinymodel_jax.analysis import patching
 
-    tokens = [_token(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
+    tokens = [token_id(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
     if tokens[0] == tokens[1]:
         if wrong is not None:
             raise ValueError(f"--wrong {wrong!r} is the answer itself; name another token, or leave it out.")
@@ -89,19 +89,6 @@ def _metric_title(words: list[str]) -> str:
     if len(words) == 1:  # both prompts go on alike
         return f"log-probability of {words[0]!r}"
     return f"logit of {words[0]!r} minus {words[1]!r}"
-
-
-def _token(lm: TinyModel, text: str | None, row: list[int]) -> int:
-    """Return the id of a token, or the most likely next one."""
-    import numpy as np
-
-    if text is None:
-        return int(np.asarray(lm([row]))[0, -1].argmax())
-    ids = lm.tokenizer.encode(text, max_length=None)
-    if len(ids) != 1:
-        pieces = ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
-        raise ValueError(f"{text!r} is {len(ids)} tokens ({pieces}); name one, as ' dog' with its space.")
-    return ids[0]
 
 
 def _labels(axis: str, n: int, words: list[str]) -> list[str]:

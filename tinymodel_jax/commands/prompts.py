@@ -81,6 +81,23 @@ def token_rows(
     return [*rows, *(encoded(story)[:story_toks] for story in told)]
 
 
+def token_id(lm: TinyModel, text: str | None, row: Sequence[int]) -> int:
+    """Return the id of the token that a text is, or without one of the most likely token after a row.
+
+    Raises:
+        ValueError: the text is not one token.
+    """
+    import numpy as np
+
+    if text is None:
+        return int(np.asarray(lm([row]))[0, -1].argmax())
+    ids = lm.tokenizer.encode(text, max_length=None)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
+        raise ValueError(f"{text!r} is {len(ids)} tokens ({pieces}); name one, as ' dog' with its space.")
+    return ids[0]
+
+
 def shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:
     """Return the text of ids, without a `[BEGIN]` in front; with `ids`, the ids themselves."""
     if ids:

@@ -11,7 +11,7 @@ import tyro
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json
 from tinymodel_jax.commands.options import check_dictionary, prepare_json_output, work_file
-from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
+from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_id, token_rows
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.sites import Site
 from tinymodel_jax.tables import print_table
@@ -33,6 +33,7 @@ def sweep(
     kind: Kind = "ablate",
     amount: float | None = None,
     features: tuple[int, ...] = (),
+    answer: str | None = None,
     readout: str | None = None,
     top: int = 10,
     model: str = "tiny_model",
@@ -55,6 +56,7 @@ def sweep(
         kind: turn features off, hold them at --amount, or add --amount times their decoder direction.
         amount: activation for clamp, strength for steer.
         features: indices; by default all that are active on the prompt.
+        answer: next token whose log-probability is followed; by default the model's most likely one.
         readout: tag of a later dictionary, whose most changed features are shown.
         top: features shown, those that change the predictions most.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
@@ -70,7 +72,7 @@ def sweep(
     if feature is not None:
         instead = f" --features {feature}" if data is None else "; --data measures all of them"
         raise ValueError(f"--site {site} names a feature; give --site {place.tag}{instead}.")
-    _check(prompts, kind, amount, features, readout, top, data, limit, out, ids)
+    _check(prompts, kind, amount, features, answer, readout, top, data, limit, out, ids)
     check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
     lm = load_lm(model, n_heads, place.tag, dictionary)
@@ -78,8 +80,9 @@ def sweep(
         _over_data(lm, site, data, ROWS if limit is None else limit, top, out, json)
         return
     for row in token_rows(lm, given, [], lm.config.n_ctx):
-        effects = _effects(lm, site, row, kind, amount, features, readout)
-        report = _report(lm, site, row, effects, kind, ids)
+        token = token_id(lm, answer, row)
+        effects = _effects(lm, site, row, kind, amount, features, token, readout)
+        report = _report(lm, site, row, effects, kind, token, ids)
         if json:
             print_json(report | {"features": _entries(effects, len(effects.features))})
         else:
@@ -91,6 +94,7 @@ def _check(
     kind: Kind,
     amount: float | None,
     features: tuple[int, ...],
+    answer: str | None,
     readout: str | None,
     top: int,
     data: str | None,
@@ -110,9 +114,10 @@ def _check(
         if limit is not None:
             raise ValueError(f"--limit {limit} is for the rows of --data; prompts are all swept.")
         return
-    if prompts or features or readout or kind != "ablate" or ids:
+    if prompts or features or answer is not None or readout or kind != "ablate" or ids:
         raise ValueError(
-            "--data measures every feature turned off: it takes no prompt, --ids, --features, --readout or --kind."
+            "--data measures every feature turned off: it takes no prompt, --ids, --features, --answer, --readout or "
+            "--kind."
         )
     prepare_json_output("--out", out)
 
@@ -124,6 +129,7 @@ def _effects(
     kind: Kind,
     amount: float | None,
     features: tuple[int, ...],
+    token: int,
     readout: str | None,
 ) -> FeatureEffects:
     from tinymodel_jax.analysis import sweeps
@@ -133,22 +139,28 @@ def _effects(
 
     chosen = list(features) or None
     if amount is None:
-        return sweeps.ablate(lm, site, [row], chosen, readout=readout, track=track)
+        return sweeps.ablate(lm, site, [row], chosen, next_ids=[token], readout=readout, track=track)
     changed = {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind]
-    return changed(lm, site, [row], amount, chosen, readout=readout, track=track)
+    return changed(lm, site, [row], amount, chosen, next_ids=[token], readout=readout, track=track)
 
 
-def _report(lm: TinyModel, site: str, row: list[int], effects: FeatureEffects, kind: Kind, ids: bool) -> dict[str, Any]:
+def _report(
+    lm: TinyModel, site: str, row: list[int], effects: FeatureEffects, kind: Kind, token: int, ids: bool
+) -> dict[str, Any]:
     """Return what there is to say besides the features; for ablations with the quality of the gradient's estimate."""
     import numpy as np
 
-    token = int(np.asarray(lm([row]))[0, -1].argmax())
-    report: dict[str, Any] = {"site": site, "kind": kind, "text": shown(lm, row, ids), "next": shown(lm, [token], ids)}
+    report: dict[str, Any] = {
+        "site": site,
+        "kind": kind,
+        "text": shown(lm, row, ids),
+        "answer": shown(lm, [token], ids),
+    }
     if kind == "ablate" and len(effects.features) > 1:
         from tinymodel_jax.analysis.attribution import attribute, rank_correlation
 
         for measure in ("loss", "next_logprob"):
-            estimate = attribute(lm, site, [row], effects.features, measure=measure)
+            estimate = attribute(lm, site, [row], effects.features, measure=measure, next_ids=[token])
             correlation = rank_correlation(estimate.change, getattr(effects, measure))
             report[f"{measure}_rank_correlation"] = round(correlation, 4) if np.isfinite(correlation) else None
     return report
@@ -168,7 +180,7 @@ def _entries(effects: FeatureEffects, top: int) -> list[dict[str, Any]]:
 
 
 def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int) -> None:
-    columns = ["feature", "KL", "loss", f"log p({report['next']!r})"]
+    columns = ["feature", "KL", "loss", f"log p({report['answer']!r})"]
     has_readout = any("readout" in entry for entry in entries)
     rows = []
     for entry in entries:
