@@ -23,10 +23,10 @@ def rows(lm, tok_ids):
 
 def test_means_and_intervals_are_those_of_the_rows(lm, rows):
     found = causal_importance(lm, "M1", rows)
-    kl = np.full((3, 12), np.nan)
+    kl, streams = np.full((3, 12), np.nan), np.zeros((3, 12, 16))
     for row, ids in enumerate((rows[0], rows[1, :7], rows[2])):
         effects = sweeps.ablate(lm, "M1", ids)
-        kl[row, effects.features] = effects.kl
+        kl[row, effects.features], streams[row, effects.features] = effects.kl, effects.final_stream
     active = np.isfinite(kl)
     np.testing.assert_array_equal(found.active_rows, active.sum(axis=0))
     often = found.active_rows > 1
@@ -35,6 +35,8 @@ def test_means_and_intervals_are_those_of_the_rows(lm, rows):
     spread = np.nanstd(kl[:, often], axis=0, ddof=1) / np.sqrt(found.active_rows[often])
     np.testing.assert_allclose(found.kl.half_width[often], NORMAL_95 * spread, atol=1e-5)
     np.testing.assert_allclose(found.kl_all.mean, np.where(active, kl, 0).mean(axis=0), atol=1e-5)
+    means = streams.sum(axis=0) / np.maximum(found.active_rows, 1)[:, None]
+    np.testing.assert_allclose(found.final_stream, means, atol=1e-5)
     once = found.active_rows == 1
     assert np.isnan(found.kl.half_width[once]).all()
 
@@ -75,6 +77,7 @@ def test_finished_work_stays_until_its_result_is_kept(lm, rows, tmp_path, monkey
 def assert_equal(one, other):
     assert one.n_rows == other.n_rows
     np.testing.assert_array_equal(one.active_rows, other.active_rows)
+    np.testing.assert_array_equal(one.final_stream, other.final_stream)
     for name in ("kl", "loss", "kl_all", "loss_all"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 

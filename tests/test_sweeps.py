@@ -75,6 +75,9 @@ def test_each_strength_of_steering_is_the_single_one(lm, row):
         hooks = interventions.steer("blocks.1.hook_mlp_out", 2.0 * directions[feature])
         found = [float(x[place, 2]) for x in (effects.kl, effects.loss, effects.next_logprob)]
         assert found == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
+        change = np.asarray(lm.run_with_hooks(row, hooks)[0] - lm(row)).mean(axis=(0, 1))
+        logits = effects.final_stream[place, 2] @ np.asarray(lm.params["W_U"])
+        np.testing.assert_allclose(logits - logits.mean(), change - change.mean(), atol=F32)
 
 
 def test_in_bfloat16_the_unembedding_is_the_rounded_one_that_the_model_computes_with(lm, row):

@@ -50,6 +50,8 @@ class CausalImportance(NamedTuple):
     """KL divergence averaged over all `n_rows`: frequent features weigh more."""
     loss_all: MeanEffect
     """Change of the loss averaged over all `n_rows`."""
+    final_stream: Float[np.ndarray, "n_features d_model"]
+    """`FeatureEffects.final_stream`, averaged over the rows where the feature is active; 0 where there is none."""
 
     def order(self) -> Int[np.ndarray, " n_features"]:
         """Return the features by their KL over all rows, the most important first."""
@@ -83,7 +85,7 @@ def causal_importance(
     dictionary = lm[tag].dictionary
     progress = None if work_file is None else Progress(work_file, _key(lm, tag, ids))
     saved = None if progress is None else progress.load()
-    sums = _zeros(dictionary.config.n_features) if saved is None else saved.arrays
+    sums = _zeros(dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
     written = time.monotonic()
     for row in track(list(range(0 if saved is None else saved.done, len(ids)))):
         _add_row(sums, lm, tag, ids[row])
@@ -95,9 +97,10 @@ def causal_importance(
     return _finish(sums, len(ids))
 
 
-def _zeros(n_features: int) -> dict[str, np.ndarray]:
+def _zeros(n_features: int, d_model: int) -> dict[str, np.ndarray]:
     sums = {f"{name}_{power}": np.zeros(n_features) for name in _MEASURES for power in ("sum", "squares")}
-    return {"active_rows": np.zeros(n_features, np.int64), **sums}
+    stream = np.zeros((n_features, d_model), np.float32)
+    return {"active_rows": np.zeros(n_features, np.int64), "final_stream_sum": stream, **sums}
 
 
 def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, tag: str, row: np.ndarray) -> None:
@@ -105,6 +108,7 @@ def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, tag: str, row: np.ndarr
     width = bucket(int(real[-1]) + 1, lm.config.n_ctx)
     effects = ablate(lm, tag, row[None, :width])
     sums["active_rows"][effects.features] += 1
+    sums["final_stream_sum"][effects.features] += effects.final_stream
     for name in _MEASURES:
         values = getattr(effects, name).astype(np.float64)
         sums[f"{name}_sum"][effects.features] += values
@@ -119,7 +123,8 @@ def _finish(sums: dict[str, np.ndarray], n_rows: int) -> CausalImportance:
         for suffix, count in (("", active), ("_all", everywhere))
     }
     named = {f"{name}{suffix}": effect for suffix, found in over.items() for name, effect in found.items()}
-    return CausalImportance(n_rows, active, **named)
+    stream = sums["final_stream_sum"] / np.maximum(active, 1)[:, None].astype(np.float32)
+    return CausalImportance(n_rows, active, **named, final_stream=stream)
 
 
 def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffect:
@@ -130,4 +135,5 @@ def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffe
 
 
 def _key(lm: TinyModel, tag: str, ids: np.ndarray) -> dict[str, Any]:
-    return {"site": tag, "rows": fingerprint(ids), **fingerprints(lm[tag], lm.splice_hooks())}
+    sums = sorted(_zeros(0, 0))  # of other versions
+    return {"site": tag, "rows": fingerprint(ids), "sums": sums, **fingerprints(lm[tag], lm.splice_hooks())}

@@ -9,7 +9,7 @@ where `hook_out` is the residual stream or is added to it; all sites of `sites.K
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +51,24 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
     wanted = slice(None) if features is None else features
     chosen = np.atleast_1d(resolve_indices(wanted, dictionary.config.n_features))
-    W_dec = dictionary.params["W_dec"]
-    starts = range(0, len(chosen), TOGETHER)
-    parts = (_strongest(W_dec[chosen[start : start + TOGETHER]], lm.params["W_U"], top=top) for start in starts)
+    return LogitEffects(chosen, *strongest_tokens(lm, dictionary.params["W_dec"][chosen], top))
+
+
+def strongest_tokens(
+    lm: TinyModel, directions: Float[Any, "n d_model"], top: int = 10
+) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"], Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:
+    """Return the tokens that directions of the last layer's residual stream promote and suppress, with the logits.
+
+    Args:
+        directions: such as decoder rows, or the `final_stream` of a sweep, which makes the logits mean changes.
+
+    Returns:
+        promoted, their logits, suppressed, theirs; strongest first.
+    """
+    starts = range(0, len(directions), TOGETHER)
+    parts = (_strongest(jnp.asarray(directions[i : i + TOGETHER]), lm.params["W_U"], top=top) for i in starts)
     up, promoted, down, suppressed = np.concatenate([np.zeros((4, 0, top)), *map(np.stack, parts)], axis=1)
-    return LogitEffects(
-        chosen, promoted.astype(np.int32), up.astype(np.float32), suppressed.astype(np.int32), down.astype(np.float32)
-    )
+    return promoted.astype(np.int32), up.astype(np.float32), suppressed.astype(np.int32), down.astype(np.float32)
 
 
 def _strongest_effects(

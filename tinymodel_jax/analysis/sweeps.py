@@ -50,6 +50,9 @@ class FeatureEffects(NamedTuple):
     """Change of the mean next-token loss, nats: positive where the feature helps and was turned off."""
     next_logprob: Float[np.ndarray, "n *strengths"]
     """Change of the log-probability of `next_ids` after the last position, averaged over rows, nats."""
+    final_stream: Float[np.ndarray, "n *strengths d_model"]
+    """Change of the last layer's residual stream, averaged over positions: times W_U, the mean change of the logits, as
+    there is no layer norm. `logit_effects.strongest_tokens` names the tokens that it moves most."""
     readout_features: Int[np.ndarray, "n *strengths top"] | None = None
     """Features of the readout dictionary that change most, the most changed first."""
     readout_changes: Float[np.ndarray, "n *strengths top"] | None = None
@@ -154,13 +157,15 @@ def _sweep(
     flat = amounts.reshape(-1, *amounts.shape[-2:])
     of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
     found = np.zeros((3, len(flat)), np.float32)
+    streams = np.zeros((len(flat), lm.config.d_model), np.float32)
     top = 0 if prepared.readout is None else min(READOUT_TOP, prepared.readout.config.n_features)
     widest = max(lm.config.d_vocab, 0 if prepared.readout is None else prepared.readout.config.n_features)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
     for items, size, length in track(list(_chunks(flat, widest))):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
-        effects, moved = _run(lm, prepared, changes, length)
+        effects, final_stream, moved = _run(lm, prepared, changes, length)
         found[:, items] = np.asarray(effects)[:, : len(items)]
+        streams[items] = np.asarray(final_stream)[: len(items)]
         overflown = items[~np.isfinite(found[:, items]).all(axis=0)]
         if len(overflown):
             raise ValueError(
@@ -171,7 +176,7 @@ def _sweep(
             order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]
             changed[items], by[items] = order, np.take_along_axis(moved[: len(items)], order, axis=-1)
     read = () if prepared.readout is None else (changed.reshape(*shape, top), by.reshape(*shape, top))
-    return FeatureEffects(features, *found.reshape(3, *shape), *read)
+    return FeatureEffects(features, *found.reshape(3, *shape), streams.reshape(*shape, -1), *read)
 
 
 def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -218,9 +223,9 @@ def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], 
     return Changes(*map(jnp.asarray, (rows, filled, values)))
 
 
-def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> tuple[Any, np.ndarray | None]:
+def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> tuple[Any, Any, np.ndarray | None]:
     dictionary = prepared.readout
-    effects, moved = effects_of_changes(
+    effects, final_stream, moved = effects_of_changes(
         lm.params,
         prepared.clean,
         prepared.weights,
@@ -233,7 +238,7 @@ def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> 
         readout_config=None if dictionary is None else dictionary.config,
         sharding=_over_devices(),
     )
-    return effects, None if moved is None else np.asarray(moved)
+    return effects, final_stream, None if moved is None else np.asarray(moved)
 
 
 def _over_devices() -> NamedSharding | None:

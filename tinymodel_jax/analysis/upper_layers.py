@@ -112,8 +112,9 @@ def _effects(
     length: int,
     readout_config: DictionaryConfig | None = None,
     sharding: NamedSharding | None = None,
-) -> tuple[Float[Array, "3 n"], Float[Array, "n n_read"] | None]:
-    """Return KL, change of the loss and of the log-probability of `next_ids`, and of a dictionary's mean activations.
+) -> tuple[Float[Array, "3 n"], Float[Array, "n d_model"], Float[Array, "n n_read"] | None]:
+    """Return KL, change of the loss and of the log-probability of `next_ids`; and the mean change over positions of the
+    final stream, and of a dictionary's activations.
 
     Args:
         length: positions at the end of the rows that the changes may reach.
@@ -123,15 +124,16 @@ def _effects(
     keep = () if readout_config is None else (readout_config.hook_in,)
     final, values = _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
-    effects = _compare(
+    effects, final_stream = _compare(
         _unembedding(params, config), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
     )
     if readout_config is None:
-        return effects, None
+        return effects, final_stream, None
     assert readout is not None
     before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
-    return effects, jnp.einsum("nbsf,bs->nf", after - before, counted.real.astype(before.dtype))
+    read = jnp.einsum("nbsf,bs->nf", after - before, counted.real.astype(before.dtype))
+    return effects, final_stream, read
 
 
 def _changed_pass(
@@ -219,8 +221,8 @@ def _compare(
     clean: Clean,
     weights: Weights,
     final: Float[Array, "n batch length d_model"],
-) -> Float[Array, "3 n"]:
-    """Return the three effects; everything is of the last `length` positions."""
+) -> tuple[Float[Array, "3 n"], Float[Array, "n d_model"]]:
+    """Return the three effects, and the mean change of the final stream; all is of the last `length` positions."""
     moved = final - clean.final
     rows = moved.reshape(-1, moved.shape[-1])
     logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
@@ -237,7 +239,8 @@ def _compare(
         (-token_change(weights.targets), weights.loss),
         (token_change(weights.next_ids), weights.last),
     )
-    return jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
+    effects = jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
+    return effects, jnp.einsum("nbsd,bs->nd", moved, weights.real)
 
 
 _STATIC = ("config", "entry", "length", "readout_config", "sharding")
