@@ -161,7 +161,7 @@ def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, n
         (["generate", "9" * 20, "--ids"], f"id {'9' * 20} is outside the vocabulary 0..210"),
         (["generate", "Once"], "no tokenizer"),
         (["features", "1", "--ids", "--site", "M9"], "layer 9"),
-        (["features", "1", "--ids", "--site", "M0"], "lm.attach('M0', path) (Python) or --dictionary PATH"),
+        (["features", "1", "--ids", "--site", "M0"], "lm.attach('M0', path); on the command line, --dictionary PATH"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_1(

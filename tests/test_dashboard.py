@@ -301,7 +301,14 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)
     (other / "index.html").write_text("my own page")
+    mine = tmp_path / "older.replaced"
+    mine.mkdir()
+    (mine / "notes").touch()
     capsys.readouterr()
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", str(older)]) == 1  # before hours of work that could not take its place
+    assert "older.replaced is where the older dashboard is put, but holds something else" in capsys.readouterr().err
+    assert (mine / "notes").exists()
     with as_users_run_it():
         assert cli.main([*MINI, "-o", str(other)]) == 1
     assert "is there and no dashboard; name another folder" in capsys.readouterr().err
@@ -320,6 +327,7 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
         (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
         (["-o", f"{__file__}/where"], f"--out: the folder {__file__} cannot be made"),
         (["--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--limit", "2", "--effects", "3"], "--effects 3: 2 of the rows read have a token to predict"),
     ],
 )
 def test_bad_input_is_one_line(options, says, capsys, tmp_path, monkeypatch):

@@ -106,7 +106,9 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
     acts = np.zeros((*contexts.row.shape, BEFORE + 1 + AFTER), np.float32)
     acts[..., BEFORE] = contexts.value
     effect = MeanEffect(*(np.where(np.arange(n) == 7, number, 0) for number in (0.5, 0.25)))
-    importance = CausalImportance(8, np.where(np.arange(n) == 7, 2, 0), effect, effect, effect, effect, np.zeros((n, 1), np.float32))
+    importance = CausalImportance(
+        8, np.where(np.arange(n) == 7, 2, 0), effect, effect, effect, effect, np.zeros((n, 1), np.float32)
+    )
     words = tokens[:, :3]
     promoted = {"M0": words, "M1": words, "M3": words}
     return Facts(found, contexts, acts, logits, graph, promoted, importance=importance), rows

@@ -9,7 +9,9 @@ from conftest import as_users_run_it, make_dictionary
 
 from tinymodel_jax import TinyModel, cli, evaluate
 from tinymodel_jax.analysis.evaluation import density_histogram, numbers_of
+from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.dictionary import Dictionary
 
 STORIES = ["Once upon a time there was a dog.", "Mia went to the lake.", "Leo was happy."]
 
@@ -60,6 +62,23 @@ def test_json_is_one_line_also_of_the_sparse_model_alone(capsys):
     assert sparse["sites"] == ["M0", "M1", "M2", "M3"]
     assert sparse["results"]["ce_with_errors"] == pytest.approx(sparse["results"]["ce_clean"], abs=1e-4)
     assert sparse["results"]["ce_sparse"] > sparse["results"]["ce_clean"]
+
+
+def test_the_sparse_model_takes_the_transcoders_that_are_given(stories, tmp_path, capsys):
+    lm = TinyModel("mini")
+    own = lm["M1"].dictionary
+    silent = Dictionary.from_params(own.config, own.params | {"W_dec": 0 * own.params["W_dec"]})
+    silent.save_pretrained(tmp_path / "silent")
+    data = ["--data", stories, "--limit", "4", "--sparse-model"]
+    assert cli.main(["eval", "--model", "mini", *data, "--dictionaries", str(tmp_path / "silent"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sparse_model"]["results"]["ce_sparse"]
+    lm.attach("M1", silent)
+    expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, stories, 4)))
+    assert found == pytest.approx(expected.ce_sparse, abs=1e-4)
+    own.save_pretrained(tmp_path / "other")
+    assert "silent and other are both of M1" in failing(
+        capsys, *data, "--dictionaries", str(tmp_path / "silent"), str(tmp_path / "other")
+    )
 
 
 def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):

@@ -9,6 +9,7 @@ from tinymodel_jax.analysis import patching
 from tinymodel_jax.analysis.patching import patch
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import BLOCK_HOOKS
+from tinymodel_jax.lm import TinyModel
 
 
 @pytest.fixture
@@ -114,6 +115,9 @@ def test_what_does_not_fit_is_refused(lm, prompts):
         padded = np.where(np.arange(11) < 8, corrupted, lm.config.pad_id)
         with pytest.raises(ValueError, match=r"a prompt holds \[PAD\]"):
             patch(lm, clean, padded, answer=4)
+        overflowing = TinyModel.from_params(lm.config, lm.params | {"W_U": lm.params["W_U"] * 3e38})
+        with pytest.raises(ValueError, match="output on these prompts is not finite"):
+            patch(overflowing, clean, corrupted, ["hook_mlp_out"], answer=4)
 
 
 def test_one_kind_may_be_named_alone(lm, prompts):

@@ -35,6 +35,12 @@ def test_a_prompt_is_swept(capsys, no_type_checks):
     edited, _ = lm.run_with_hooks(row, interventions.ablate(lm["M3"].dictionary, first["feature"]))
     token = lm.tokenizer.encode(" Lily")[0]
     assert first["next_logprob"] == pytest.approx(float((edited - lm(row))[0, -1, token]), abs=1e-4)
+    moved = np.asarray(edited - lm(row)).mean(axis=(0, 1))
+    moved -= moved.mean()
+    most = int(np.abs(moved).argmax())
+    assert first["tokens"][0] == {"token": lm.tokenizer.decode([most]), "logit": pytest.approx(moved[most], abs=1e-4)}
+    smallest = min(entry["kl"] for entry in found["features"] if entry["kl"])
+    assert smallest < 1e-7  # which no number of decimals would show
 
 
 def test_the_token_that_is_followed_is_named(capsys, no_type_checks):

@@ -334,8 +334,8 @@ class TinyModel(WeightViews):
                 has = ", ".join(self.dictionary_tags) or "none"
                 raise ValueError(
                     f"{site.tag!r}: this model has no dictionary there (it has: {has}), and the published ones fit the "
-                    f"published sizes only. Give one: lm.attach({site.tag!r}, path) (Python) or --dictionary PATH "
-                    "(command line)."
+                    f"published sizes only. Give one: lm.attach({site.tag!r}, path); on the command line, "
+                    "--dictionary PATH is that of --site, and tinymodel eval takes --dictionaries."
                 )
             if isinstance(own, artifacts.ConvertedDictionary):
                 self.attach(site.tag, Dictionary.from_params(*own))

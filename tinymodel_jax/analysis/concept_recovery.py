@@ -148,7 +148,12 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
 
 def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
     if not isinstance(dictionaries, Mapping):
-        return {lm[tag].site.tag: lm[tag] for tag in dictionaries}
+        readers = [lm[tag] for tag in dictionaries]
+        for reader in readers:
+            if reader.feature is not None:
+                tag = reader.site.tag
+                raise ValueError(f"{tag}N{reader.feature} names a feature; all of a dictionary are scored, {tag!r}.")
+        return {reader.site.tag: reader for reader in readers}
     return {name: FeatureReader.of(lm, dictionary) for name, dictionary in dictionaries.items()}
 
 

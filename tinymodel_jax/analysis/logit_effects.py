@@ -44,9 +44,13 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
         features: one index or several; None is all.
 
     Raises:
-        ValueError: the tag has no dictionary, a feature is out of range, or `top` is outside 1..d_vocab.
+        ValueError: the tag has no dictionary or names a feature, a feature is out of range, or `top` is outside
+            1..d_vocab.
     """
-    dictionary = lm[tag].dictionary
+    reader = lm[tag]
+    if reader.feature is not None:
+        raise ValueError(f"logit_effects: {tag!r} names a feature; name the site, {reader.site.tag!r}, and features.")
+    dictionary = reader.dictionary
     if not 1 <= top <= lm.config.d_vocab:
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
     wanted = slice(None) if features is None else features

@@ -77,7 +77,7 @@ def patch(
 
     Raises:
         ValueError: the prompts differ in length or hold `[PAD]`, a kind does not exist, both answers are one token, or
-            the metric is the same in both runs.
+            the metric is the same in both runs, or not finite.
     """
     rows = _rows(lm, clean, corrupted)
     kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -91,6 +91,11 @@ def patch(
             lm.params, rows, jnp.asarray(tokens), hooks, config=lm.config, kind=kind, at_once=at_once
         )
         ends = np.asarray(ends)
+        if not np.isfinite(ends).all():
+            raise ValueError(
+                f"patch: the model's output on these prompts is not finite (metric {ends[0]}, {ends[1]}); look for "
+                "NaN and infinity in lm.params, or take another checkpoint."
+            )
         if abs(ends[0] - ends[1]) < 1e-6:
             raise ValueError(
                 f"patch: both prompts give the same metric, {ends[0]:.6f}; there is nothing to restore. Choose an "

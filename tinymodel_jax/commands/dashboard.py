@@ -68,11 +68,17 @@ def dashboard(
     reader = lm[place.tag]
     tags = _other_tags(lm, place, others)
     rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
+    measured = rows[(rows[:, 1:] != lm.config.pad_id).any(axis=1)][:effects]
+    if len(measured) < effects:
+        raise ValueError(
+            f"--effects {effects}: {len(measured)} of the rows read have a token to predict; give at most that many, "
+            "or a larger --limit."
+        )
     clock = Clock()
     partial = open_partial(out)
     told = limit if data == STORY_WORLD else None
     try:
-        facts = _measure(reader, rows, tags, partial, told, effects, clock)
+        facts = _measure(reader, rows, tags, partial, told, measured, clock)
     except OtherWorkError as error:
         raise ValueError(
             f"--out {out}: {partial} holds the work of a dashboard that was stopped, with other options; give those "
@@ -125,10 +131,14 @@ def _measure(
     tags: Sequence[str],
     partial: Path,
     told: int | None,
-    effects: int,
+    measured: np.ndarray,
     clock: Clock,
 ) -> Facts:
-    """Return what the pages show; `told` is the number of stories of the story world that the rows hold."""
+    """Return what the pages show; `told` is the number of stories of the story world that the rows hold.
+
+    Args:
+        measured: rows that every feature is turned off on; none leaves effects out.
+    """
     from tinymodel_jax.analysis.causal_importance import causal_importance
     from tinymodel_jax.analysis.dashboard.build import EFFECTS, SEARCH, gather
     from tinymodel_jax.analysis.feature_queries import concept_f1
@@ -139,11 +149,11 @@ def _measure(
         truth = storyworld_truth(reader.lm, rows, told)
         f1 = concept_f1(reader, rows, truth, track=lambda parts: clock.track(parts, "concepts"))
         facts = dataclasses.replace(facts, f1=f1)
-    if effects:
+    if len(measured):
         importance = causal_importance(
             reader.lm,
             reader.site.tag,
-            rows[:effects],
+            measured,
             work_file=partial / EFFECTS,
             track=lambda left: clock.track(left, "effects"),
         )

@@ -54,7 +54,8 @@ def evaluate(
             `storyworld`.
         sites: tags, as M0,A1, of the model's own or published dictionaries to measure.
         dictionaries: folders of dictionaries to measure, or folders that hold such folders; each knows its site.
-        sparse_model: measure the model with all MLPs replaced by their transcoders at once, too.
+        sparse_model: measure the model with all MLPs replaced at once by their transcoders, too: by those of
+            --dictionaries where there are some, else by its own.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         limit: rows (stories) to read at most.
         count_begin: let [BEGIN], the same in every story, count in L0, explained variance, MSE, cosine and densities.
@@ -69,6 +70,7 @@ def evaluate(
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = load_lm(model, n_heads)
     named = named_dictionaries(lm, tags, folders)
+    sparse_lm = _with_transcoders(lm, named[len(tags) :]) if sparse_model else None
     rows = open_rows(lm, data, limit)
     content = {
         "format": "tinymodel_jax/evaluation",
@@ -78,7 +80,7 @@ def evaluate(
         "rows": len(rows),
         "count_begin": count_begin,
         "dictionaries": _measure(lm, named, rows, count_begin) if named else [],
-        "sparse_model": _measure_sparse_model(lm, rows) if sparse_model else None,
+        "sparse_model": None if sparse_lm is None else _measure_sparse_model(sparse_lm, rows),
     }
     if out is not None:
         _write(content, out)
@@ -110,6 +112,28 @@ def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, 
     return records
 
 
+def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) -> TinyModel:
+    """Return the model with a transcoder at every MLP, the given ones first.
+
+    Raises:
+        ValueError: two are of one layer, or a layer has none.
+    """
+    from tinymodel_jax.analysis.sparse_lm import mlp_tags
+
+    attached, names = lm.splice([]), dict[str, str]()
+    for name, dictionary in given:
+        tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
+        if tag not in mlp_tags(lm):
+            continue
+        if tag in names:
+            raise ValueError(f"--sparse-model: {names[tag]} and {name} are both of {tag}; give one for each layer.")
+        attached.attach(tag, dictionary)
+        names[tag] = name
+    for tag in mlp_tags(lm):
+        attached[tag]  # refuses here, before hours of measuring, what has no dictionary
+    return attached
+
+
 def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
     from tinymodel_jax.analysis.evaluation import numbers_of
     from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model, mlp_tags
@@ -136,8 +160,9 @@ def _write(content: Mapping[str, Any], out: Path) -> None:
 
 def _print_tables(content: Mapping[str, Any]) -> None:
     if content["dictionaries"]:
-        first = content["dictionaries"][0]["results"]
-        title = f"{first['tokens']:,} tokens of {content['rows']:,} rows; CE clean {first['ce_clean']:.4f} nats"
+        first = content["dictionaries"][0]
+        clean = _cell(first, "ce_clean", with_margin=False)
+        title = f"{first['results']['tokens']:,} tokens of {content['rows']:,} rows; CE clean {clean} nats"
         rows = [
             [record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS)]
             for record in content["dictionaries"]

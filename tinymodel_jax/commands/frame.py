@@ -77,6 +77,11 @@ def finite_or_none(number: int | float) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
+def significant(number: float, digits: int = 6) -> float | None:
+    """Return a number with so many significant digits, so that small ones stay; None for infinity and NaN."""
+    return finite_or_none(float(f"{number:.{digits}g}"))
+
+
 def _let_every_character_print() -> None:
     """Show a character that the terminal's encoding lacks as `?`, instead of failing."""
     for stream in (sys.stdout, sys.stderr):

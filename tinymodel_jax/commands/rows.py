@@ -42,7 +42,8 @@ def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     from tinymodel_jax.training.data_folder import open_data
 
     prepared = open_data(data)
-    if prepared.vocab_size > lm.config.d_vocab or prepared.row_length > lm.config.n_ctx:
+    # special ids are the last of the vocabulary: in a larger one they would be words
+    if prepared.vocab_size != lm.config.d_vocab or prepared.row_length > lm.config.n_ctx:
         raise ValueError(
             f"--data {data} has {prepared.vocab_size} ids in rows of {prepared.row_length}; the model takes "
             f"{lm.config.d_vocab} ids in rows of {lm.config.n_ctx} at most. Prepare it with the model's tokenizer."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tinymodel_jax.commands.frame import finite_or_none, print_json
+from tinymodel_jax.commands.frame import print_json, significant
 from tinymodel_jax.commands.options import check_dictionary, prepare_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_id, token_rows
 from tinymodel_jax.progress import with_progress
@@ -17,11 +17,15 @@ from tinymodel_jax.sites import Site
 from tinymodel_jax.tables import print_table
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from tinymodel_jax.analysis.causal_importance import CausalImportance
     from tinymodel_jax.analysis.sweeps import FeatureEffects
     from tinymodel_jax.lm import TinyModel
 
 Kind = Literal["ablate", "clamp", "steer"]
+MOVED_TOKENS = 10
+"""Tokens told of each feature."""
 ROWS = 64
 """Rows of --data that are measured on, if --limit is left out."""
 
@@ -58,7 +62,7 @@ def sweep(
         features: indices; by default all that are active on the prompt.
         answer: next token whose log-probability is followed; by default the model's most likely one.
         readout: tag of a later dictionary, whose most changed features are shown.
-        top: features shown, those that change the predictions most.
+        top: features in the table, those that change the predictions most; --json prints all.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         dictionary: folder or file to use at the site, instead of the model's own or published one.
         n_heads: attention heads of a file whose width is not the published 768.
@@ -84,9 +88,9 @@ def sweep(
         effects = _effects(lm, site, row, kind, amount, features, token, readout)
         report = _report(lm, site, row, effects, kind, token, ids)
         if json:
-            print_json(report | {"features": _entries(effects, len(effects.features))})
+            print_json(report | {"features": _entries(lm, effects, len(effects.features), ids)})
         else:
-            _print_effects(report, _entries(effects, top), len(effects.features))
+            _print_effects(report, _entries(lm, effects, top, ids), len(effects.features))
 
 
 def _check(
@@ -166,17 +170,37 @@ def _report(
     return report
 
 
-def _entries(effects: FeatureEffects, top: int) -> list[dict[str, Any]]:
+def _entries(lm: TinyModel, effects: FeatureEffects, top: int, ids: bool) -> list[dict[str, Any]]:
     """Return the features that change the predictions most, the most important first."""
     entries = []
-    for place in (-effects.kl).argsort(kind="stable")[:top]:
-        numbers = {name: round(float(getattr(effects, name)[place]), 6) for name in ("kl", "loss", "next_logprob")}
-        entry: dict[str, Any] = {"feature": int(effects.features[place]), **numbers}
+    order = (-effects.kl).argsort(kind="stable")[:top]
+    for place, tokens in zip(order, _moved_tokens(lm, effects.final_stream[order], ids), strict=True):
+        numbers = {name: significant(getattr(effects, name)[place]) for name in ("kl", "loss", "next_logprob")}
+        entry: dict[str, Any] = {"feature": int(effects.features[place]), **numbers, "tokens": tokens}
         if effects.readout_features is not None and effects.readout_changes is not None:
             changed = zip(effects.readout_features[place], effects.readout_changes[place], strict=True)
             entry["readout"] = [{"feature": int(f), "change": round(float(change), 6)} for f, change in changed]
         entries.append(entry)
     return entries
+
+
+def _moved_tokens(lm: TinyModel, final_streams: np.ndarray, ids: bool) -> list[list[dict[str, Any]]]:
+    """Return, for each change of the final stream, the tokens whose mean logit it moves most."""
+    from tinymodel_jax.analysis.logit_effects import strongest_tokens
+
+    ups, ups_by, downs, downs_by = strongest_tokens(lm, final_streams, MOVED_TOKENS)
+    found = []
+    for tokens, logits in zip(zip(ups, downs, strict=True), zip(ups_by, downs_by, strict=True), strict=True):
+        moved = zip(
+            (int(token) for some in tokens for token in some), (x for some in logits for x in some), strict=True
+        )
+        order = sorted(moved, key=lambda pair: -abs(pair[1]))[:MOVED_TOKENS]
+        found.append([{"token": shown(lm, [t], ids), "logit": significant(x)} for t, x in order])
+    return found
+
+
+def _tokens_cell(tokens: list[dict[str, Any]], count: int = 2) -> str:
+    return "  ".join(f"{one['token']!r} {one['logit']:+.3f}" for one in tokens[:count])
 
 
 def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int) -> None:
@@ -185,11 +209,14 @@ def _print_effects(report: dict[str, Any], entries: list[dict[str, Any]], n: int
     rows = []
     for entry in entries:
         row = [str(entry["feature"]), f"{entry['kl']:.4f}", f"{entry['loss']:+.4f}", f"{entry['next_logprob']:+.4f}"]
+        row.append(_tokens_cell(entry["tokens"]))
         if has_readout:
             row.append("  ".join(f"{x['feature']} {x['change']:+.3f}" for x in entry["readout"][:4]))
         rows.append(row)
     title = f"{report['kind']} each of {n} features of {report['site']} on {_end(report['text'])!r}: changes, nats"
-    print_table(columns + ["readout: mean change"] * has_readout, rows, title=title, right=columns)
+    print_table(
+        [*columns, "tokens: mean logit", *["readout: mean change"] * has_readout], rows, title=title, right=columns
+    )
     if report.get("loss_rank_correlation") is not None:
         print(
             "activation x gradient ranks the features like this (Spearman): loss "
@@ -211,8 +238,9 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
 
     rows = open_rows(lm, data, limit)
     work = work_file(out)
+    ids = _has_no_tokenizer(lm)
     found = causal_importance(lm, site, rows, work_file=work, track=track)
-    table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(found)}
+    table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(lm, found, ids)}
     if out is not None:
         from tinymodel_jax.analysis.report.dictionary_charts import plot_importance
 
@@ -224,31 +252,41 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     if json:
         print_json(table)
         return
-    columns = ["feature", "rows", "KL, all rows", "KL, where active", "loss, where active"]
+    columns = ["feature", "rows", "KL, all rows", "loss, where active"]
     numbers = [
         [
             str(entry["feature"]),
             str(entry["active_rows"]),
-            *(_interval(entry[name]) for name in ("kl_all", "kl", "loss")),
+            *(_interval(entry[name]) for name in ("kl_all", "loss")),
+            _tokens_cell(entry["tokens"]),
         ]
         for entry in table["features"][:top]
     ]
     n_active = int((found.active_rows > 0).sum())
     title = f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
-    print_table(columns, numbers, title=title, right=columns)
+    print_table([*columns, "tokens: mean logit"], numbers, title=title, right=columns)
 
 
-def _importance(found: CausalImportance) -> list[dict[str, Any]]:
+def _has_no_tokenizer(lm: TinyModel) -> bool:
+    """Say whether tokens can be shown as ids only: prepared rows are read without a tokenizer."""
+    try:
+        return not lm.tokenizer
+    except (ValueError, OSError):  # the model has none, or the published one cannot be loaded
+        return True
+
+
+def _importance(lm: TinyModel, found: CausalImportance, ids: bool) -> list[dict[str, Any]]:
     """Return the features that were active, the most important first; what is not known is None."""
-
+    order = found.order()
+    order = order[found.active_rows[order] > 0]
     return [
         {"feature": int(feature), "active_rows": int(found.active_rows[feature])}
         | {
-            name: [finite_or_none(round(float(part[feature]), 8)) for part in getattr(found, name)]
+            name: [significant(part[feature]) for part in getattr(found, name)]
             for name in ("kl", "loss", "kl_all", "loss_all")
         }
-        for feature in found.order()
-        if found.active_rows[feature]
+        | {"tokens": tokens}
+        for feature, tokens in zip(order, _moved_tokens(lm, found.final_stream[order], ids), strict=True)
     ]
 
 

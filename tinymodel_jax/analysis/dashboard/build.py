@@ -137,6 +137,9 @@ def open_partial(out: Path) -> Path:
     strange = sorted({path.name for path in partial.iterdir()} - {*WORK, *PAGES})
     if strange:
         raise ValueError(f"{partial} is where the dashboard is made, but holds {strange[0]}; move that away.")
+    replaced = _beside(out, "replaced")
+    if replaced.exists() and not _holds_pages(replaced):
+        raise ValueError(f"{replaced} is where the older dashboard is put, but holds something else; move that away.")
     (partial / PAGES[0]).unlink(missing_ok=True)
     shutil.rmtree(partial / FOLDER, ignore_errors=True)
     return partial
@@ -148,20 +151,25 @@ def publish(partial: Path, out: Path) -> None:
     Raises:
         OSError: a file cannot be moved.
     """
-    for name in WORK:
-        (partial / name).unlink(missing_ok=True)
     replaced = _beside(out, "replaced")
     if out.exists():
         _remove_pages(replaced)  # that a run left which was stopped after the next line
         os.replace(out, replaced)
+    for name in WORK:  # only now, when little is left that can fail
+        (partial / name).unlink(missing_ok=True)
     os.replace(partial, out)
     _remove_pages(replaced)
 
 
 def _remove_pages(folder: Path) -> None:
     """Remove a folder of pages, or what is left of it; another one stays."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {*PAGES}:
+    if _holds_pages(folder):
         shutil.rmtree(folder)
+
+
+def _holds_pages(folder: Path) -> bool:
+    """Say whether a folder holds pages, or what is left of them, and nothing else."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {*PAGES}
 
 
 def _beside(out: Path, ending: str) -> Path:
