@@ -29,7 +29,7 @@ from tinymodel_jax.weights import flatten, unflatten
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 DATA = Path(__file__).parent / "data"
-TINY = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=12, d_vocab=29)
+TINY = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=12, d_vocab=29)
 
 
 @functools.cache

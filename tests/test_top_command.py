@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import param_shapes, random_params
+from runs import write_counting_data
 from test_commands import error_line
 
 from tinymodel_jax import cli
@@ -144,6 +145,12 @@ def test_people_get_a_table_and_a_page(capsys, searched):
 def test_bad_input_is_one_line(options, says, capsys):
     assert cli.main(["top", "--model", "mini", *options]) == 1
     assert says in error_line(capsys)
+
+
+def test_prepared_data_of_another_vocabulary_is_refused(tmp_path, capsys):
+    folder = write_counting_data(tmp_path)
+    assert cli.main(["top", "--model", "mini", "--site", "M2", "--data", str(folder)]) == 1
+    assert "ids in rows of" in error_line(capsys)
 
 
 def test_short_stories_are_searched_at_the_width_that_they_need(lm, tmp_path):

@@ -270,7 +270,7 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
 def _has_no_tokenizer(lm: TinyModel) -> bool:
     """Say whether tokens can be shown as ids only: prepared rows are read without a tokenizer."""
     try:
-        return not lm.tokenizer
+        return lm.tokenizer.vocab_size != lm.config.d_vocab
     except (ValueError, OSError):  # the model has none, or the published one cannot be loaded
         return True
 
