@@ -177,7 +177,7 @@ def test_a_link_to_a_feature_loads_its_shard_alone(many, browser):
     assert texts(browser, "h1") == ["M2 feature 12345"]
     loaded = "return [...document.querySelectorAll('script[src]')].map((s) => s.getAttribute('src'))"
     assert sorted(browser.execute_script(loaded)) == ["data/index.js", "data/shard-0192.js", "data/vocabulary.js"]
-    assert browser.execute_script("return performance.now()") < 4000
+    assert browser.execute_script("return performance.now()") < 2000
     assert problems(browser) == []
 
 
