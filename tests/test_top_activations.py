@@ -222,14 +222,14 @@ def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, 
     done = []
     for n in (2, 3):
         with pytest.raises(Stopped):
-            top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work=work, progress=stop_after(n))
+            top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work_file=work, track=stop_after(n))
 
     def noting(starts):
         for start in starts:
             done.append(start)
             yield start
 
-    resumed = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work=work, progress=noting)
+    resumed = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work_file=work, track=noting)
     assert done == [12, 16, 20, 24, 28]
     assert_equal(resumed, found)
 
@@ -245,7 +245,7 @@ def test_a_work_file_of_another_search_is_refused(lm, rows, tmp_path, monkeypatc
     monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
     work = tmp_path / "work"
     with pytest.raises(Stopped):
-        top_activations(lm, "M1", rows, batch=4, work=work, progress=stop_after(2))
+        top_activations(lm, "M1", rows, batch=4, work_file=work, track=stop_after(2))
     other = lm.splice([])
     other.params = {**lm.params, "W_pos": lm.params["W_pos"] + 1}
     reader = lm["M1"].dictionary
@@ -263,7 +263,7 @@ def test_a_work_file_of_another_search_is_refused(lm, rows, tmp_path, monkeypatc
         ("dictionary", (lm, "Rm1", rows), {}),
     ]:
         with as_users_run_it(), pytest.raises(ValueError, match=f"changed: .*{changed} "):
-            top_activations(*arguments, batch=4, work=work, **options)
+            top_activations(*arguments, batch=4, work_file=work, **options)
 
 
 def test_the_file_gives_back_all_of_it(found, tmp_path):

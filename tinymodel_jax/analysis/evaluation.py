@@ -97,7 +97,7 @@ def evaluate(
     rows: Int[np.ndarray, "rows seq"],
     *,
     count_begin: bool = False,
-    progress: Track = lambda batches, _: batches,
+    track: Track = lambda batches, _: batches,
 ) -> list[DictionaryEvaluation]:
     """Measure each dictionary, alone in the model, on the same tokens; several sites may be mixed.
 
@@ -105,7 +105,7 @@ def evaluate(
         lm: the model; its splices, if any, are part of what "clean" means.
         rows: token ids, right-padded with `[PAD]`; a row is what the confidence intervals take as independent.
         count_begin: let `[BEGIN]` count in L0, explained variance, MSE, cosine and frequencies.
-        progress: shows the progress over batches.
+        track: shows the progress over batches.
 
     Raises:
         ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
@@ -116,10 +116,10 @@ def evaluate(
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows, lm.config)
     hooks = lm.splice_hooks()
-    means = _means(lm, hooks, batches, places, count_begin, progress)
+    means = _means(lm, hooks, batches, places, count_begin, track)
     sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in dictionaries]
     active = [np.zeros(d.config.n_features) for d in dictionaries]
-    for ids in progress(batches, "measuring"):
+    for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
         for i, (totals, found) in enumerate(_measure_batch(lm, hooks, dictionaries, means, ids, count_begin)):
             sums[i].add(np.stack(totals, axis=1)[has_targets])
@@ -152,12 +152,12 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
 
 
 def _means(
-    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, progress: Track
+    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, track: Track
 ) -> dict[str, Float[np.ndarray, " d_out"]]:
     """Return the mean over the counted tokens of the value at each place."""
     sums: dict[str, Any] = dict.fromkeys(places, 0.0)
     tokens = 0
-    for ids in progress(batches, "taking means"):
+    for ids in track(batches, "taking means"):
         counted = _counted(ids, lm.config, begin)
         found = sum_values(lm.params, ids, counted, hooks, config=lm.config, places=places)
         sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}

@@ -74,7 +74,7 @@ def evaluate_sparse_model(
     rows: Int[np.ndarray, "rows seq"],
     tags: str | Iterable[str] | None = None,
     *,
-    progress: Track = lambda batches, _: batches,
+    track: Track = lambda batches, _: batches,
 ) -> SparseModelEvaluation:
     """Measure the model that runs through several dictionaries at once, with and without their errors.
 
@@ -97,7 +97,7 @@ def evaluate_sparse_model(
         lm.splice_hooks() | {place: Scale(0.0) for place in places},
     ]
     sums = RowSums(_SUMS)
-    for ids in progress(batches_of(rows, lm.config), "measuring the sparse model"):
+    for ids in track(batches_of(rows, lm.config), "measuring the sparse model"):
         clean = clean_pass(lm.params, ids, lm.splice_hooks(), config=lm.config)
         losses = [losses_against(lm.params, ids, hooks, clean.logprobs, config=lm.config) for hooks in variants]
         targets = np.sum(ids[:, 1:] != lm.config.pad_id, axis=1)

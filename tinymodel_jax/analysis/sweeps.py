@@ -176,7 +176,8 @@ def _sweep(
             order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]
             changed[items], by[items] = order, np.take_along_axis(moved[: len(items)], order, axis=-1)
     read = () if prepared.readout is None else (changed.reshape(*shape, top), by.reshape(*shape, top))
-    return FeatureEffects(features, *found.reshape(3, *shape), streams.reshape(*shape, -1), *read)
+    kl, loss, next_logprob = found.reshape(3, *shape)
+    return FeatureEffects(features, kl, loss, next_logprob, streams.reshape(*shape, lm.config.d_model), *read)
 
 
 def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:

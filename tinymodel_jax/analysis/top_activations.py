@@ -154,8 +154,8 @@ def top_activations(
     n_partners: int = 10,
     seed: int = 0,
     batch: int = 8,
-    work: Path | None = None,
-    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    work_file: Path | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> TopActivations:
     """Search rows of tokens for what the features of a dictionary react to.
 
@@ -167,13 +167,13 @@ def top_activations(
         n_partners: co-active features of each.
         seed: of the samples.
         batch: rows of a device in one pass; the devices of this process share the rows.
-        work: file that holds the state of the work, so that the same call goes on; delete it when the result is kept.
-            None: no file.
-        progress: wraps the batches' numbers, to show how many are done.
+        work_file: file that holds the state of the work, so that the same call goes on; delete it when the result is
+            kept. None: no file.
+        track: wraps the batches' numbers, to show how many are done.
 
     Raises:
         ValueError: the site has no dictionary, the tag names a feature, no token counts, a count is below 1, the seed
-            is out of range, rows are no valid input, or `work` is of another search.
+            is out of range, rows are no valid input, or `work_file` is of another search.
     """
     rows = as_array(rows)
     reader = lm[tag]
@@ -187,14 +187,14 @@ def top_activations(
         search_fingerprints(reader, rows),
     )
     saved = None
-    if work is not None:
+    if work_file is not None:
         options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
-        saved = Progress(work, {"site": reader.site.tag, **prints, **options})
+        saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
     every = max(1, n_tokens // HISTOGRAM_TOKENS)
     measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
-    run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, progress)
+    run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, track)
     if saved is not None:
         saved.save(sums.arrays(), len(rows))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
@@ -256,11 +256,11 @@ def run_pass(
     sums: Sums,
     starts: Sequence[int],
     saved: Progress | None,
-    progress: Callable[[Sequence[int]], Iterable[int]],
+    track: Callable[[Sequence[int]], Iterable[int]],
 ) -> None:
     """Measure the batches; each is taken in while the next one is computed."""
     measured, when = None, time.monotonic()
-    for start in progress(starts):
+    for start in track(starts):
         ahead = measuring.measure(start)
         if measured is not None:
             sums.take_in(measured, measuring.seed)

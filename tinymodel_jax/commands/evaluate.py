@@ -94,7 +94,7 @@ def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, 
     from tinymodel_jax.analysis import evaluation
 
     dictionaries = [dictionary for _, dictionary in named]
-    found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, progress=with_progress)
+    found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, track=with_progress)
     records = []
     for (name, dictionary), one in zip(named, found, strict=True):
         features, dead = evaluation.density_histogram(one.frequency)
@@ -138,7 +138,7 @@ def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
     from tinymodel_jax.analysis.evaluation import numbers_of
     from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model, mlp_tags
 
-    found = evaluate_sparse_model(lm, rows, progress=with_progress)
+    found = evaluate_sparse_model(lm, rows, track=with_progress)
     return {
         "sites": list(mlp_tags(lm)),
         "results": _finite(numbers_of(found)),

@@ -59,7 +59,7 @@ def search(
             )
         return found
     work = work_file(out)
-    found = top_activations(reader.lm, reader.site.tag, rows, k=max(CONTEXTS, needed), work=work, progress=track)
+    found = top_activations(reader.lm, reader.site.tag, rows, k=max(CONTEXTS, needed), work_file=work, track=track)
     if out is not None and work is not None:
         found.save(out)
         work.unlink(missing_ok=True)  # only now: until the result is written, it is all there is of the search

@@ -87,7 +87,7 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     held_out = full_rows(
         lm, [s.text for s in storyworld.stories(0, amounts.held_out, storyworld.FIRST_UNSEEN + amounts.labelled)]
     )
-    evaluations = evaluate(lm, [trained, bundled], held_out, progress=with_progress)
+    evaluations = evaluate(lm, [trained, bundled], held_out, track=with_progress)
     curve = training_curve(
         range(1, amounts.steps + 1), [h["explained_variance"] for h in history], [h["l0"] for h in history]
     )
