@@ -11,7 +11,7 @@ from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 
 from tinymodel_jax import interventions
-from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.analysis import attribution, patching, sweeps
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import TinyModel
@@ -190,6 +190,19 @@ def test_padding_counts_nowhere(lm, row):
     padded = np.pad(row, ((0, 0), (0, 4)), constant_values=lm.config.pad_id)
     for one, other in zip(sweeps.ablate(lm, "M1", row)[:4], sweeps.ablate(lm, "M1", padded)[:4], strict=True):
         np.testing.assert_allclose(one, other, atol=F32)
+
+
+def test_prompts_of_similar_lengths_share_their_programs(lm, row, compilations):
+    def measure(ids: np.ndarray) -> None:
+        sweeps.clamp(lm, "M1", ids, 1.0)
+        attribution.attribute(lm, "M1", ids)
+        patching.patch(lm, ids, (ids + 1) % 19, "hook_resid_pre", answer=3)
+
+    measure(row[:, :9])
+    with compilations() as count:
+        measure(row[:, :10])
+        measure(row)
+    assert count.value == 0
 
 
 @pytest.mark.slow

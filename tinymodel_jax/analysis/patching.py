@@ -25,7 +25,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import BLOCK_HOOKS
 from tinymodel_jax.interventions import Hooks, Replace, combine
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.padding import check_tok_ids
+from tinymodel_jax.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.transformer import Params, Transformer, run_with_hooks
 
 MEMORY = 2**28
@@ -79,7 +79,7 @@ def patch(
         ValueError: the prompts differ in length or hold `[PAD]`, a kind does not exist, both answers are one token, or
             the metric is the same in both runs, or not finite.
     """
-    rows = _rows(lm, clean, corrupted)
+    rows, length = _rows(lm, clean, corrupted)
     kinds = [kinds] if isinstance(kinds, str) else kinds
     _check_kinds(kinds)
     tokens = _tokens(answer, wrong, lm.config.d_vocab)
@@ -88,7 +88,14 @@ def patch(
     for kind in track(list(dict.fromkeys(kinds))):
         at_once = _places_at_once(lm.config, rows[0].shape[1])
         effects, ends = _patch_kind(
-            lm.params, rows, jnp.asarray(tokens), hooks, config=lm.config, kind=kind, at_once=at_once
+            lm.params,
+            rows,
+            jnp.asarray(length - 1),
+            jnp.asarray(tokens),
+            hooks,
+            config=lm.config,
+            kind=kind,
+            at_once=at_once,
         )
         ends = np.asarray(ends)
         if not np.isfinite(ends).all():
@@ -101,13 +108,15 @@ def patch(
                 f"patch: both prompts give the same metric, {ends[0]:.6f}; there is nothing to restore. Choose an "
                 "answer that the clean prompt gives and the corrupted one does not."
             )
-        tables.append(Patched(kind, "head" if kind in _HEAD_AXIS else "position", np.asarray(effects)))
+        axis = "head" if kind in _HEAD_AXIS else "position"
+        tables.append(Patched(kind, axis, np.asarray(effects)[:, : None if axis == "head" else length]))
     return Patching(tuple(tables), float(ends[0]), float(ends[1]))
 
 
 def _patch_rows(
     params: Params,
     rows: tuple[Int[Array, "1 seq"], Int[Array, "1 seq"]],
+    last: Int[Array, ""],
     tokens: Int[Array, " tokens"],
     hooks: Hooks,
     *,
@@ -121,7 +130,7 @@ def _patch_rows(
 
     def run(ids: Array, edits: Hooks, keep: Sequence[str] = ()) -> tuple[Array, Mapping[str, Array]]:
         _, acts = run_with_hooks(params, config, ids, combine(hooks, edits), (*keep, final))
-        logits = Transformer(config).apply({"params": params}, acts[final][0, -1], method="unembed")
+        logits = Transformer(config).apply({"params": params}, acts[final][0, last], method="unembed")
         assert isinstance(logits, jax.Array)
         return _metric(logits, tokens), acts
 
@@ -152,7 +161,8 @@ def _metric(logits: Float[Array, " d_vocab"], tokens: Int[Array, " tokens"]) -> 
     return jax.nn.log_softmax(logits)[tokens[0]]
 
 
-def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[Array, Array]:
+def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[tuple[Array, Array], int]:
+    """Return both prompts, padded to a compiled length, and their own length."""
     rows = [check_tok_ids(ids, lm.config) for ids in (clean, corrupted)]
     if any(len(ids) != 1 for ids in rows) or rows[0].shape != rows[1].shape or not rows[0].size:
         shapes = " and ".join(str(ids.shape) for ids in rows)
@@ -162,7 +172,9 @@ def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[Array, Array]:
         )
     if any((ids == lm.config.pad_id).any() for ids in rows):
         raise ValueError("patch: a prompt holds [PAD], which the model would read as a word; leave padding out.")
-    return jnp.asarray(rows[0]), jnp.asarray(rows[1])
+    length = rows[0].shape[1]
+    padded = [pad_right(ids, bucket(length, lm.config.n_ctx), lm.config.pad_id) for ids in rows]
+    return (jnp.asarray(padded[0]), jnp.asarray(padded[1])), length
 
 
 def _check_kinds(kinds: Sequence[str]) -> None:

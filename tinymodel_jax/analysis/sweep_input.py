@@ -1,6 +1,7 @@
 """What a sweep works on: rows of tokens with their clean pass, features with their activations; checked.
 
-Everything that a caller may get wrong is refused here, in one line, before anything is swept.
+Everything that a caller may get wrong is refused here, in one line, before anything is swept. Rows are padded to one of
+a few lengths, so that prompts of many lengths share compiled programs; `[PAD]` counts nowhere.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tinymodel_jax.analysis.upper_layers import Clean, Weights, clean_streams
 from tinymodel_jax.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.forward import encode
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.padding import check_tok_ids
+from tinymodel_jax.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.sites import Site
 
 
@@ -53,7 +54,8 @@ def prepare(
         raise ValueError(f"sweep: {tag!r} names a feature; name the site, {site.tag!r}, and features=[{feature}].")
     if site.layer >= lm.config.n_layers:
         raise ValueError(f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{lm.config.n_layers - 1}.")
-    ids = check_tok_ids(tok_ids, lm.config)
+    given = check_tok_ids(tok_ids, lm.config)
+    ids = pad_right(given, bucket(given.shape[1], lm.config.n_ctx), lm.config.pad_id)
     real = ids != lm.config.pad_id
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("sweep: a row has no token; every row needs at least one that is not [PAD].")
@@ -75,7 +77,7 @@ def prepare(
             "sweep: the model's own next-token probabilities are not finite on these rows, so there is nothing to "
             "compare with; look for NaN and infinity in lm.params, or take another checkpoint."
         )
-    mask = real & _mask(positions, ids.shape)
+    mask = real & np.pad(_mask(positions, given.shape), ((0, 0), (0, ids.shape[1] - given.shape[1])))
     weights = _weights(ids, real, clean, next_ids)
     return SweepInput(ids, mask, clean, entry, weights, None if reader is None else reader.dictionary)
 
