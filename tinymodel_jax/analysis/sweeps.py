@@ -214,8 +214,8 @@ def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], 
     """Lay out a chunk in arrays of few shapes."""
     places = np.argwhere(amounts).T.astype(np.int32)
     capacity = size * amounts.shape[1] * length
-    while capacity // 4 >= places.shape[1]:
-        capacity //= 4
+    while capacity // 8 >= places.shape[1]:
+        capacity //= 8
     missing = capacity - places.shape[1]
     filled = np.pad(places, ((0, 0), (0, missing)))
     filled[0, places.shape[1] :] = size
