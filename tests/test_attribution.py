@@ -10,19 +10,21 @@ from tinymodel_jax.analysis.attribution import attribute, rank_correlation
 
 
 @pytest.mark.parametrize(("tag", "measure"), [("Ra1", "loss"), ("A1", "next_logprob"), ("M0", "loss")])
-def test_they_are_finite_differences(lm, tok_ids, tag, measure):
-    lm = lm.splice(["Rm1"])
-    found = attribute(lm, tag, tok_ids, measure=measure, next_ids=[1, 2, 3])
+def test_they_are_finite_differences_also_of_rows_of_different_lengths(lm, tok_ids, tag, measure):
+    lm, ends = lm.splice(["Rm1"]), np.array([11, 8, 6])
+    real = np.arange(11) < ends[:, None]
+    ids = np.where(real, tok_ids, lm.config.pad_id)
+    found = attribute(lm, tag, ids, measure=measure, next_ids=[1, 2, 3])
     step = 1e-2
     for place in np.argsort(-np.abs(found.change))[:3]:
         feature = int(found.features[place])
 
         def value(factor: float, feature: int = feature) -> float:
             hooks = interventions.scale_features(lm[tag].dictionary, feature, factor)
-            logprobs = np.asarray(lm.run_with_hooks(tok_ids, hooks)[0], np.float64)
+            logprobs = np.asarray(lm.run_with_hooks(ids, hooks)[0], np.float64)
             if measure == "next_logprob":
-                return float(logprobs[[0, 1, 2], -1, [1, 2, 3]].mean())
-            return -float(np.take_along_axis(logprobs[:, :-1], tok_ids[:, 1:, None], axis=-1).mean())
+                return float(logprobs[[0, 1, 2], ends - 1, [1, 2, 3]].mean())
+            return -float(np.take_along_axis(logprobs[:, :-1], ids[:, 1:, None], axis=-1)[real[:, 1:]].mean())
 
         slope = (value(1 - step) - value(1 + step)) / (2 * step)
         assert found.change[place] == pytest.approx(slope, rel=2e-2, abs=1e-4)

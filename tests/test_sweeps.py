@@ -35,12 +35,12 @@ def lm(lm: TinyModel) -> TinyModel:
 
 def by_hand(lm: TinyModel, ids: np.ndarray, hooks: Hooks, next_ids: list[int]) -> list[float]:
     """Return KL and the changes of loss and of the next tokens' log-probability of one edit, from whole passes."""
-    clean = lm(ids)
-    edited, _ = lm.run_with_hooks(ids, hooks)
-    kl = jnp.mean(jnp.sum(jnp.exp(clean) * (clean - edited), axis=-1))
-    loss = -jnp.mean(jnp.take_along_axis(edited[:, :-1] - clean[:, :-1], ids[:, 1:, None], axis=-1))
-    chosen = jnp.mean((edited - clean)[jnp.arange(len(ids)), -1, jnp.asarray(next_ids)])
-    return [float(kl), float(loss), float(chosen)]
+    clean, real = np.asarray(lm(ids)), ids != lm.config.pad_id
+    moved = np.asarray(lm.run_with_hooks(ids, hooks)[0]) - clean
+    kl = -np.sum(np.exp(clean) * moved, axis=-1)[real]
+    loss = -np.take_along_axis(moved[:, :-1], ids[:, 1:, None], axis=-1)[real[:, 1:]]
+    chosen = moved[np.arange(len(ids)), real.sum(axis=1) - 1, next_ids]
+    return [float(numbers.mean()) for numbers in (kl, loss, chosen)]
 
 
 def measured(effects: sweeps.FeatureEffects, place: int) -> list[float]:
@@ -56,14 +56,15 @@ def test_each_ablation_is_the_single_one(lm, row, tag):
         assert measured(effects, place) == pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
 
 
-@pytest.mark.parametrize("tag", TAGS)
-def test_each_clamp_at_chosen_positions_of_several_rows_is_the_single_one(lm, tok_ids, tag):
+@pytest.mark.parametrize("tag", ["Ra1", "A1", "M0"])
+def test_each_clamp_at_chosen_positions_of_rows_of_different_lengths_is_the_single_one(lm, tok_ids, tag):
+    ids = np.where(np.arange(11) < [[11], [8], [6]], tok_ids, lm.config.pad_id)
     positions = np.isin(np.arange(11), [4, 7])
     next_ids = [3, 1, 2]
-    effects = sweeps.clamp(lm, tag, tok_ids, 0.7, range(12), positions=positions, next_ids=next_ids)
+    effects = sweeps.clamp(lm, tag, ids, 0.7, range(12), positions=positions, next_ids=next_ids)
     for place in (0, 5, 11):
         hooks = interventions.clamp(lm[tag].dictionary, place, 0.7, positions)
-        assert measured(effects, place) == pytest.approx(by_hand(lm, tok_ids, hooks, next_ids), abs=F32)
+        assert measured(effects, place) == pytest.approx(by_hand(lm, ids, hooks, next_ids), abs=F32)
 
 
 def test_each_strength_of_steering_is_the_single_one(lm, row):
@@ -115,7 +116,8 @@ def test_a_spliced_model_is_swept_as_it_is(lm, row, tag, spliced):
     for place, feature in enumerate([1, 2, 3]):
         hooks = interventions.ablate(lm[tag].dictionary, feature)
         assert measured(effects, place) == pytest.approx(by_hand(through, row, hooks, [3]), abs=F32)
-    assert not np.allclose(effects.kl, sweeps.ablate(lm, tag, row, [1, 2, 3], next_ids=[3]).kl)
+    hooks = interventions.ablate(lm[tag].dictionary, 1)
+    assert measured(effects, 0) != pytest.approx(by_hand(lm, row, hooks, [3]), abs=F32)
 
 
 @pytest.mark.parametrize(("tag", "readout"), [("M0", "M1"), ("M0", "Ra1"), ("A1", "M1"), ("Ra1", "Rm1"), ("Rm1", "M1")])
