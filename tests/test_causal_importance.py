@@ -101,12 +101,6 @@ def test_a_row_without_a_token_to_predict_counts_in_no_mean(lm, rows):
         causal_importance(lm, "M1", alone)
 
 
-def test_the_interval_of_all_analyses_is_one(monkeypatch):
-    monkeypatch.setattr(module, "NORMAL_95", 1.0)
-    two = module._mean(np.array([4.0]), np.array([10.0]), np.array([2]))  # of 1 and 3
-    assert (two.mean[0], two.half_width[0]) == pytest.approx((2.0, 1.0))
-
-
 def test_a_work_file_of_another_site_and_empty_data_are_refused(lm, rows, tmp_path, monkeypatch, no_type_checks):
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
 

@@ -167,18 +167,22 @@ def test_chunks_hold_what_memory_allows():
 
 
 def test_the_activations_of_a_large_readout_count_in_a_chunk(lm, row, monkeypatch):
-    seen = []
-    size = sweeps._chunk_size
-    monkeypatch.setattr(
-        sweeps, "_chunk_size", lambda n, nbytes, devices: seen.append(nbytes) or size(n, nbytes, devices)
-    )
+    seen: list[int] = []
+
+    def track(chunks):
+        seen.extend(size for _, size, _ in chunks)
+        return chunks
+
     lm.attach("M1", make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=100))
-    sweeps.ablate(lm, "M0", row, [1], readout="M1")
-    sweeps.ablate(lm, "M0", row, [1])
-    assert seen == [4 * 100 * 11, 4 * 23 * 11]
+    monkeypatch.setattr(sweeps, "MEMORY", 2 * 4 * 100 * 12)  # two interventions of 100 features at 12 positions
+    sweeps.clamp(lm, "M0", row, 1.0, readout="M1", track=track)
+    assert seen == [2] * 6
+    seen.clear()
+    sweeps.clamp(lm, "M0", row, 1.0, track=track)
+    assert seen == [8, 8]  # 23 ids
 
 
-def test_inactive_features_are_exactly_zero_and_not_run(lm, row, compilations, monkeypatch):
+def test_inactive_features_are_exactly_zero_and_not_run(lm, row, monkeypatch):
     acts = np.asarray(lm["M1"](row))
     inactive = np.flatnonzero((acts == 0).all(axis=(0, 1)))
     assert len(inactive)
