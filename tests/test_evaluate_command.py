@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import as_users_run_it, make_dictionary
+from conftest import as_users_run_it, make_dictionary, param_shapes, random_params
+from runs import write_counting_data
 
 from tinymodel_jax import TinyModel, cli, evaluate
 from tinymodel_jax.analysis.evaluation import density_histogram, numbers_of
 from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 
 STORIES = ["Once upon a time there was a dog.", "Mia went to the lake.", "Leo was happy."]
@@ -64,16 +66,16 @@ def test_json_is_one_line_also_of_the_sparse_model_alone(capsys):
     assert sparse["results"]["ce_sparse"] > sparse["results"]["ce_clean"]
 
 
-def test_the_sparse_model_takes_the_transcoders_that_are_given(stories, tmp_path, capsys):
+def test_the_sparse_model_takes_the_transcoders_that_are_given(tmp_path, capsys):
     lm = TinyModel("mini")
     own = lm["M1"].dictionary
     silent = Dictionary.from_params(own.config, own.params | {"W_dec": 0 * own.params["W_dec"]})
     silent.save_pretrained(tmp_path / "silent")
-    data = ["--data", stories, "--limit", "4", "--sparse-model"]
+    data = ["--data", "storyworld", "--limit", "4", "--sparse-model"]  # of the test above, so compiled
     assert cli.main(["eval", "--model", "mini", *data, "--dictionaries", str(tmp_path / "silent"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["sparse_model"]["results"]["ce_sparse"]
     lm.attach("M1", silent)
-    expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, stories, 4)))
+    expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, "storyworld", 4)))
     assert found == pytest.approx(expected.ce_sparse, abs=1e-4)
     own.save_pretrained(tmp_path / "other")
     assert "silent and other are both of M1" in failing(
@@ -97,8 +99,24 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)
     assert "belongs to no site" in failing(capsys, "--dictionaries", str(tmp_path / "arrays"), *data)
+    (tmp_path / "counting").mkdir()
+    counting = str(write_counting_data(tmp_path / "counting"))  # fewer ids than the model's: its specials are words
+    assert "has 64 ids in rows of 24; the model takes 1024" in failing(capsys, "--sites", "A0", "--data", counting)
     (tmp_path / "blank.txt").write_text("\n")
     assert "no story found" in failing(capsys, "--sites", "A0", "--data", str(tmp_path / "blank.txt"))
+
+
+def test_a_model_whose_output_overflows_has_a_dash_for_its_cross_entropy(tmp_path, capsys, monkeypatch, no_type_checks):
+    config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=32, d_vocab=64)
+    params = random_params(param_shapes(config), 0)
+    lm = TinyModel.from_params(config, params | {"W_U": params["W_U"] * 3e38})
+    lm.attach("A0", make_dictionary("blocks.0.hook_attn_out", "blocks.0.hook_attn_out"))
+    lm.save_pretrained(tmp_path / "lm")
+    options = ["--model", str(tmp_path / "lm"), "--sites", "A0", "--data", str(write_counting_data(tmp_path))]
+    assert cli.main(["eval", *options, "--limit", "2"]) == 0
+    assert "CE clean – nats" in capsys.readouterr().out
+    monkeypatch.setattr("tinymodel_jax.analysis.evaluation.evaluate", None)  # what is missing shows before measuring
+    assert "'M0': this model has no dictionary there (it has: A0)" in failing(capsys, *options, "--sparse-model")
 
 
 def test_densities_count_every_feature_once():
