@@ -53,6 +53,9 @@ def test_the_result_does_not_depend_on_what_else_is_scored(found, told):
     np.testing.assert_array_equal(alone[0].scores.f1, found[2].scores.f1)
 
 
-def test_one_story_is_too_few(told):
-    with as_users_run_it(), pytest.raises(ValueError, match="two stories or more, got 1"):
-        recover_concepts(TinyModel("mini"), told[:1])
+def test_bad_input_is_one_line(told):
+    with as_users_run_it():
+        with pytest.raises(ValueError, match="two stories or more, got 1"):
+            recover_concepts(TinyModel("mini"), told[:1])
+        with pytest.raises(ValueError, match="M2N5 names a feature; all of a dictionary are scored, 'M2'"):
+            recover_concepts(TinyModel("mini"), told, ["M2N5"])
