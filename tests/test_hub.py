@@ -308,6 +308,7 @@ def test_a_file_that_the_hub_lacks_is_named_with_a_way_out(
     message = refused(FileNotFoundError, lambda: hub.dictionary_folder("M0_S-3_R1_P0"))
     assert "mlp/M0_S-3_R1_P0.pt" in message
     assert "mlp_map_test/M0_S-3_R1_P0.pt" in message
+    assert "where --site names M0_S-3_R1_P0, --dictionary FILE.pt; or convert it:" in message  # eval has no such option
     assert "tinymodel-convert dictionary FILE.pt DEST --site M0" in message
     assert left_in(cache) == []
 

@@ -115,8 +115,8 @@ def dictionary_folder(tag: str) -> Path:
 
     sources = [_Source(REPOSITORY, (f"{file}.pt",)) for file in site.published_files()]
     otherwise = (
-        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt') or --dictionary FILE.pt, or convert it: "
-        f"tinymodel-convert dictionary FILE.pt DEST --site {site.tag}."
+        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt'), or where --site names {site.tag}, "
+        f"--dictionary FILE.pt; or convert it: tinymodel-convert dictionary FILE.pt DEST --site {site.tag}."
     )
     return _converted(cache_folder() / "dictionaries" / site.tag, sources, build, otherwise)
 
