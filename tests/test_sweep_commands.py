@@ -59,12 +59,15 @@ def test_the_token_that_is_followed_is_named(capsys, no_type_checks):
 def test_features_are_steered_and_read_out(capsys, no_type_checks, monkeypatch):
     monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
     monkeypatch.setattr("tinymodel_jax.analysis.sweeps.SMALL", 0)  # a chunk for each
-    options = ("--kind", "steer", "--amount", "2", "--features", "3", "4", "--readout", "M3")
+    options = ("--kind", "steer", "--amount", "0.01", "--features", "3", "4", "--readout", "M3")
     assert main(["sweep", "One day,", "--site", "M2", *MINI, *options]) == 0
     shown = capsys.readouterr()
     assert "steer each of 2 features of M2" in shown.out
     assert "readout" in shown.out
     assert shown.err == "sweeping: 1 of 2\n"
+    assert main(["sweep", "One day,", "--site", "M2", *MINI, *options, "--json"]) == 0
+    changes = [x["change"] for x in json.loads(capsys.readouterr().out)["features"][0]["readout"]]
+    assert changes != [round(change, 6) for change in changes]  # small ones keep their digits
 
 
 def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):

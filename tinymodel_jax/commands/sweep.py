@@ -179,7 +179,7 @@ def _entries(lm: TinyModel, effects: FeatureEffects, top: int, ids: bool) -> lis
         entry: dict[str, Any] = {"feature": int(effects.features[place]), **numbers, "tokens": tokens}
         if effects.readout_features is not None and effects.readout_changes is not None:
             changed = zip(effects.readout_features[place], effects.readout_changes[place], strict=True)
-            entry["readout"] = [{"feature": int(f), "change": round(float(change), 6)} for f, change in changed]
+            entry["readout"] = [{"feature": int(f), "change": significant(change)} for f, change in changed]
         entries.append(entry)
     return entries
 
