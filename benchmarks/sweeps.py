@@ -2,12 +2,12 @@
 
     python benchmarks/sweeps.py [--rounds 3] [--only NAME …] [--json FILE] [--quiet 0.05]
 
-Needs PyTorch and the reference (PyPI `torch`, `tinymodel`), and Linux. 256 features at Rm2 (the residual stream before
-the MLP of layer 2) are turned off one at a time on a prompt of 64 tokens; KL and the change of the loss must agree
-before anything is timed. `dense`: the random dictionary's features that are active most. `sparse`: the encoder's bias
-is lowered until 30 of the 25,000 features are active a token, as in a trained dictionary, and 256 of the active ones
-are drawn; nearly all of these are active at one position. The reference gets the change of the stream handed to it: its
-loop is one whole forward pass a feature, with a hook that adds it.
+Needs Linux; `dense` and `sparse` need PyTorch and the reference (PyPI `torch`, `tinymodel`), too. 256 features at Rm2
+(the residual stream before the MLP of layer 2) are turned off one at a time on a prompt of 64 tokens; KL and the change
+of the loss must agree before anything is timed. `dense`: the random dictionary's features that are active most.
+`sparse`: the encoder's bias is lowered until 30 of the 25,000 features are active a token, as in a trained dictionary,
+and 256 of the active ones are drawn; nearly all of these are active at one position. The reference gets the change of
+the stream handed to it: its loop is one whole forward pass a feature, with a hook that adds it.
 
 Two cases measure this package by itself. `evaluate`: eight dictionaries of one site of the bundled model on 32 stories,
 together and one after the other. `top`: the search over 25,000 features of a full-size model, on 65,536 of the 600,000
@@ -77,7 +77,8 @@ def main(
     """
     console, times, facts = Console(), {}, describe_machine()
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(Path(folder))
+        if {*only} & {*get_args(Swept)}:
+            write_weights(Path(folder))
         for name in only:
             times[name], left_out = measure(name, folder, rounds, quiet)
             facts[name] = f"{rounds} rounds; {left_out} left out because others used over {quiet:.0%} of the cores"

@@ -35,6 +35,19 @@ def test_the_accelerator_s_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None
     assert all(len(times) == 2 and min(times) > 0 for sides in seconds.values() for times in sides.values())
 
 
+@pytest.mark.slow
+def test_the_sweeps_benchmark_s_own_cases_run_small() -> None:
+    code = """
+import sweeps
+from sweeps_top import search_and_products
+sweeps.STORIES, sweeps.EVALUATED = 2, 2
+for call in (*search_and_products(512, 64), *sweeps.evaluation_calls()):
+    call()
+"""
+    done = run("-c", f"import sys; sys.path.insert(0, 'benchmarks')\n{code}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_an_accelerator_it_says_what_to_do() -> None:
     done = run("benchmarks/gpu.py")
     assert done.returncode == 1
