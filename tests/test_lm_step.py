@@ -156,7 +156,7 @@ def test_muon_takes_steps_of_one_size_in_every_direction_that_a_matrix_has() -> 
     params = first_params()
     gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
     updates: Any = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
-    update, gradient = updates["blocks_1"], gradients["blocks_1"]
+    update, gradient = updates["blocks_0"], gradients["blocks_0"]
     matrices: dict[str, Callable[[Any], np.ndarray]] = {  # rows read, columns write; the heads of a layer together
         "attn/W_Q": lambda x: np.moveaxis(x, 1, 0).reshape(16, 16),
         "attn/W_O": lambda x: x.reshape(16, 16),
