@@ -15,7 +15,7 @@ def test_they_are_finite_differences_also_of_rows_of_different_lengths(lm, tok_i
     real = np.arange(11) < ends[:, None]
     ids = np.where(real, tok_ids, lm.config.pad_id)
     found = attribute(lm, tag, ids, measure=measure, next_ids=[1, 2, 3])
-    step = 1e-2
+    step = 5e-3  # less than to the next kink: at 1 % more of a feature another ReLU has turned
     for place in np.argsort(-np.abs(found.change))[:3]:
         feature = int(found.features[place])
 

@@ -235,7 +235,7 @@ def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, 
 
 
 def test_a_finished_search_stays_until_its_result_is_kept(lm, rows, found, tmp_path, monkeypatch):
-    options = {"k": K, "n_sampled": SAMPLED, "batch": 7, "work": tmp_path / "work"}
+    options = {"k": K, "n_sampled": SAMPLED, "batch": 7, "work_file": tmp_path / "work"}
     top_activations(lm, "M1", rows, **options)
     monkeypatch.setattr(module.ActivationPass, "measure", None)  # nothing is measured again
     assert_equal(top_activations(lm, "M1", rows, **options), found)
