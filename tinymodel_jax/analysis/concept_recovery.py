@@ -81,8 +81,8 @@ def recover_concepts(
         track: sees the places pass by, to show a progress bar.
 
     Raises:
-        ValueError: there are fewer than two stories, a tag has no dictionary, a dictionary does not fit the model, or
-            the tokenizer does not fit the stories.
+        ValueError: there are fewer than two stories, a tag has no dictionary or names a feature, a dictionary does not
+            fit the model, or the tokenizer does not fit the stories.
     """
     told = list(stories)
     if len(told) < 2:

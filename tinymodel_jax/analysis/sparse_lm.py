@@ -81,6 +81,7 @@ def evaluate_sparse_model(
     Args:
         rows: token ids, right-padded with `[PAD]`.
         tags: sites; None is the transcoders of all MLPs.
+        track: shows the progress over batches.
 
     Raises:
         ValueError: no site is named, one has no dictionary, the model is spliced there, or the rows hold no token to

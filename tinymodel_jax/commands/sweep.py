@@ -186,17 +186,17 @@ def _entries(lm: TinyModel, effects: FeatureEffects, top: int, ids: bool) -> lis
 
 def _moved_tokens(lm: TinyModel, final_streams: np.ndarray, ids: bool) -> list[list[dict[str, Any]]]:
     """Return, for each change of the final stream, the tokens whose mean logit it moves most."""
+    import numpy as np
+
     from tinymodel_jax.analysis.logit_effects import strongest_tokens
 
-    ups, ups_by, downs, downs_by = strongest_tokens(lm, final_streams, MOVED_TOKENS)
-    found = []
-    for tokens, logits in zip(zip(ups, downs, strict=True), zip(ups_by, downs_by, strict=True), strict=True):
-        moved = zip(
-            (int(token) for some in tokens for token in some), (x for some in logits for x in some), strict=True
-        )
-        order = sorted(moved, key=lambda pair: -abs(pair[1]))[:MOVED_TOKENS]
-        found.append([{"token": shown(lm, [t], ids), "logit": significant(x)} for t, x in order])
-    return found
+    up, raised, down, lowered = strongest_tokens(lm, final_streams, MOVED_TOKENS)
+    tokens, logits = np.concatenate([up, down], axis=1), np.concatenate([raised, lowered], axis=1)
+    order = np.argsort(-np.abs(logits), axis=1, kind="stable")[:, :MOVED_TOKENS]
+    moved = zip(np.take_along_axis(tokens, order, 1).tolist(), np.take_along_axis(logits, order, 1), strict=True)
+    return [
+        [{"token": shown(lm, [t], ids), "logit": significant(x)} for t, x in zip(*one, strict=True)] for one in moved
+    ]
 
 
 def _tokens_cell(tokens: list[dict[str, Any]], count: int = 2) -> str:
