@@ -102,7 +102,7 @@ def _attention(w: Mapping[str, np.ndarray], b: str, at: Any, x: np.ndarray, conf
     )
     scores = np.stack([q[:, :, h] @ k[:, :, h].swapaxes(1, 2) for h in heads], axis=1) / np.sqrt(config.d_head)
     future = np.triu(np.ones(scores.shape[-2:], bool), 1)
-    scores = at(f"{b}.attn.hook_attn_scores", np.where(future, -np.inf, scores))
+    scores = at(f"{b}.attn.hook_attn_scores", np.where(future, -1e9, scores))
     pattern = at(f"{b}.attn.hook_pattern", softmax(scores))
     z = at(f"{b}.attn.hook_z", np.stack([pattern[:, h] @ v[:, :, h] for h in heads], axis=2))
     return sum(z[:, :, h] @ w[f"{b}.attn.W_O"][h] for h in heads) + w[f"{b}.attn.b_O"]

@@ -254,7 +254,7 @@ def test_edits_of_one_place_act_in_the_order_they_are_combined(check):
 def test_combining_keeps_single_edits_and_flattens_nothing_twice():
     add, double = Add(f32(VECTOR)), Scale(2.0)
     merged = combine({"a": add}, {"b": double}, {"a": double}, {})
-    assert merged == {"a": Chain((add, double)), "b": double}
+    assert merged == {"a": Chain((add, double), readers=(0, 1)), "b": double}
     assert combine() == {}
 
 
@@ -279,3 +279,80 @@ def test_edits_are_trees_of_arrays():
 def test_a_feature_that_does_not_exist_is_an_error():
     dictionary = make_dictionary(*SITES[0])
     assert "feature 12 is out of range" in error_of(lambda: interventions.ablate(dictionary, 12))
+
+
+KNOCKED_OUT = np.where(np.arange(11) == 0, -np.inf, 0)
+
+
+def attention_gradient(params, config, tok_ids, name, *more):
+    """Differentiate a logit by a factor on the values at a hook point of the last block's attention."""
+
+    def logit(factor):
+        hooks = combine(*more, interventions.scale(f"blocks.1.attn.{name}", factor))
+        return run_compiled(params, config, jnp.asarray(tok_ids), hooks)[0][0, -1, 5]
+
+    return float(jax.grad(logit)(1.0))
+
+
+def test_scores_have_the_gradient_of_the_queries_that_they_are_linear_in(params, config, tok_ids):
+    by_scores, by_queries = (attention_gradient(params, config, tok_ids, f"hook_{n}") for n in ("attn_scores", "q"))
+    assert abs(by_queries) > 1e-4
+    assert_close(by_scores, by_queries, F32)
+
+
+def test_gradients_are_finite_where_an_earlier_edit_masks_keys(params, config, tok_ids):
+    masked = interventions.steer("blocks.1.attn.hook_attn_scores", KNOCKED_OUT)
+    by_scores, by_queries = (
+        attention_gradient(params, config, tok_ids, f"hook_{n}", masked) for n in ("attn_scores", "q")
+    )
+    assert_close(by_scores, by_queries, F32)
+
+
+@pytest.mark.parametrize("masked", [-np.inf, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("cut", [4, 11])
+def test_a_query_that_sees_no_key_attends_to_nothing(check, masked, cut):
+    scores, pattern = "blocks.0.attn.hook_attn_scores", "blocks.0.attn.hook_pattern"
+    hidden = np.arange(11) < cut  # from every query, so that the first `cut` queries see no key
+
+    def shares(value, seen):
+        kept = value * ~hidden
+        return kept / np.where(kept.sum(-1, keepdims=True) > 0, kept.sum(-1, keepdims=True), 1)
+
+    check(interventions.steer(scores, f32(np.where(hidden, masked, 0))), {pattern: shares}, keep=(pattern,))
+
+
+def test_gradients_are_finite_where_a_query_sees_no_key(params, config, tok_ids):
+    hooks = interventions.steer("blocks.0.attn.hook_attn_scores", f32(KNOCKED_OUT))
+
+    def loss(tree):
+        return jnp.mean(run_with_hooks(tree, config, jnp.asarray(tok_ids), hooks)[0] ** 2)
+
+    gradients = flatten(jax.jit(jax.grad(loss))(params))
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+    assert np.any(gradients["blocks.0.attn.W_Q"])
+
+
+@pytest.mark.parametrize("name", ["hook_attn_scores", "hook_pattern"])
+@pytest.mark.parametrize("edit", [Add(f32(3.0)), Replace(f32(0.3)), Scale(f32(-2.0)), Scale(f32(0.0))])
+def test_no_edit_lets_a_query_attend_to_a_later_key(params, config, tok_ids, name, edit):
+    hooks = {f"blocks.0.attn.{name}": edit}
+    ids = jnp.asarray(tok_ids)
+    logits, _ = run_compiled(params, config, ids, hooks)
+    changed, _ = run_compiled(params, config, ids.at[:, -1].set((ids[:, -1] + 1) % 19), hooks)
+    assert_close(changed[:, :-1], logits[:, :-1], F32)
+
+
+def test_hooks_get_finite_scores(params, config, tok_ids):
+    def record(value, acts):
+        found.append(value)
+        return value
+
+    found = []
+    run_with_hooks(params, config, jnp.asarray(tok_ids), {"blocks.0.attn.hook_attn_scores": record})
+    assert np.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_scores_that_are_not_numbers_are_not_hidden(params, config, tok_ids, broken):
+    hooks = interventions.steer("blocks.0.attn.hook_attn_scores", f32(np.full(11, broken)))
+    assert not np.isfinite(run_compiled(params, config, jnp.asarray(tok_ids), hooks)[0]).any()

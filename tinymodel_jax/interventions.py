@@ -3,10 +3,15 @@
 Each function returns hooks (hook name -> edit) for `run_with_hooks`; `combine` merges several. An edit is a pytree of
 arrays that is called with `(value, acts)`: N edits stacked under `vmap` are N interventions in one compiled call, and
 gradients flow through an edit's arrays. The transformer and the dictionaries meet only here.
+
+A dictionary reads a value once in a pass: before any splice of an SAE at that hook point. Splices and edits of the same
+dictionary share that reading, in whatever order they are combined, and each edit changes the activations that the
+edits before it left. So in a model that is spliced with a dictionary, edits change exactly what the splice decodes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,6 +72,26 @@ class Scale:
         return _where(self.positions, value * _fitting(self.factor, value), value)
 
 
+@dataclasses.dataclass
+class Reading:
+    """What one dictionary reads in one pass, and what edits made of its activations."""
+
+    source: Array
+    """Value that the encoder reads."""
+    edited: list[tuple[Array, Array]] = dataclasses.field(default_factory=list)
+    """Features (n,) of each edit so far, and their new activations (batch, seq, n)."""
+    change: Any = 0.0
+    """What the edits so far added to the value at `hook_out`."""
+
+    def activations(self, edit: EditFeatures, features: Array) -> Array:
+        """Return the activations (batch, seq, n) of features, as the edits so far left them."""
+        acts = encode(edit.params, edit.config, self.source, features)
+        for changed, new in self.edited:
+            same = features[:, None] == changed
+            acts = jnp.where(same.any(axis=1), new @ same.T.astype(new.dtype), acts)
+        return acts
+
+
 @struct.dataclass
 class EditFeatures:
     """Change some features of a dictionary by their decoder directions; everything else, error included, stays.
@@ -85,12 +110,18 @@ class EditFeatures:
     """Whether `amount` is a factor on the old activation rather than the new activation."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        source = acts[self.config.hook_in] if self.config.is_transcoder else value
+        return self.edit(value, Reading(_source(self.config, value, acts)))
+
+    def edit(self, value: Array, reading: Reading) -> Array:
+        """Return the edited value, and note the new activations in the reading."""
         features = jnp.atleast_1d(jnp.asarray(self.features))
-        old = encode(self.params, self.config, source, features)
+        old = reading.activations(self, features)
         new = old * self.amount if self.scale else jnp.broadcast_to(jnp.asarray(self.amount, old.dtype), old.shape)
-        change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
-        return _where(self.positions, value + change.astype(value.dtype), value)
+        new = _where(self.positions, new, old)
+        change = ((new - old) @ self.params["W_dec"][features].astype(old.dtype)).astype(value.dtype)
+        reading.edited.append((features, new))
+        reading.change += change
+        return value + change
 
 
 @struct.dataclass
@@ -107,8 +138,11 @@ class Splice:
     """Let no gradient through the dictionary."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        source = acts[self.config.hook_in] if self.config.is_transcoder else value
-        prediction = reconstruct(self.params, self.config, source).astype(value.dtype)
+        return self.edit(value, Reading(_source(self.config, value, acts)))
+
+    def edit(self, value: Array, reading: Reading) -> Array:
+        """Return the prediction, with the changes that edits noted in the reading."""
+        prediction = reconstruct(self.params, self.config, reading.source).astype(value.dtype) + reading.change
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
         if not self.include_error:
@@ -122,10 +156,21 @@ class Chain:
     """Several edits of one hook point, applied one after the other."""
 
     edits: tuple[Any, ...]
+    readers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    """For each edit, the index of the first edit of the same dictionary; None where they have none in common."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        for edit in self.edits:
-            value = edit(value, acts)
+        unspliced, readings = None, {}
+        for i, (reader, edit) in enumerate(zip(self.readers or range(len(self.edits)), self.edits, strict=True)):
+            value = _above_minus_infinity(value) if i else value
+            if not isinstance(edit, Splice | EditFeatures):
+                value = edit(value, acts)
+                continue
+            here = value if unspliced is None else unspliced
+            reading = readings.setdefault(reader, Reading(_source(edit.config, here, acts)))
+            if isinstance(edit, Splice) and not edit.config.is_transcoder:
+                unspliced = here
+            value = edit.edit(value, reading)
         return value
 
 
@@ -180,12 +225,45 @@ def splice(
 
 
 def combine(*hooks: Mapping[str, Hook]) -> Hooks:
-    """Merge hooks; several edits of one hook point act one after the other."""
+    """Merge hooks; several edits of one hook point act one after the other.
+
+    Edits and splices of one dictionary, the same arrays, act on the same activations.
+    """
     merged: dict[str, list[Hook]] = {}
     for group in hooks:
         for name, edit in group.items():
             merged.setdefault(name, []).append(edit)
-    return {name: edits[0] if len(edits) == 1 else Chain(tuple(edits)) for name, edits in merged.items()}
+    return {name: edits[0] if len(edits) == 1 else _chain(edits) for name, edits in merged.items()}
+
+
+def _chain(edits: list[Hook]) -> Chain:
+    """Return one chain of the edits, and of those in the chains among them."""
+    flat: list[tuple[Hook, Any]] = []
+    for edit in edits:
+        inner = edit if isinstance(edit, Chain) else Chain((edit,))
+        flat += [(e, (id(edit), r)) for e, r in zip(inner.edits, inner.readers or range(len(inner.edits)), strict=True)]
+    readers: list[int] = []
+    for edit, mark in flat:
+        same = (r for r, (other, m) in zip(readers, flat, strict=False) if m == mark or _same_dictionary(other, edit))
+        readers.append(next(same, len(readers)))
+    return Chain(tuple(edit for edit, _ in flat), readers=tuple(readers))
+
+
+def _same_dictionary(one: Hook, other: Hook) -> bool:
+    """Whether both edits are of one dictionary: of the same arrays, which compiled code could not tell."""
+    if not (isinstance(one, Splice | EditFeatures) and isinstance(other, Splice | EditFeatures)):
+        return False
+    leaves = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=False)
+    return one.config == other.config and all(a is b for a, b in leaves)
+
+
+def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
+    return acts[config.hook_in] if config.is_transcoder else value
+
+
+def _above_minus_infinity(value: Array) -> Array:
+    """Return what the next edit gets: masked scores stay finite, since 0 times infinity is NaN, in gradients too."""
+    return jnp.maximum(value, jnp.finfo(value.dtype).min)
 
 
 def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:

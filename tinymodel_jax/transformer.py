@@ -28,6 +28,11 @@ from tinymodel_jax.padding import check_shape
 
 Params = Mapping[str, Any]
 
+MASKED_SCORE = -1e9
+"""Attention score of a key that the query does not see; so is any lower one, such as minus infinity in an edit. It is
+finite, so that edits of scores have gradients. A query that sees no key attends to nothing: its pattern is all zeros.
+"""
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer for the positions seen so far, laid out as writes and products run fastest."""
@@ -86,10 +91,13 @@ class Attention(nn.Module):
             cache = cache.followed_by(k, v) if positions is None else cache.with_token(k[:, 0], v[:, 0], positions)
             k, v = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
-        scores = HookPoint(name="hook_attn_scores")(_causal(scores, positions))
-        scores = _causal(scores, positions)  # an edit may have scaled -inf
+        scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # one that overflows is not masked
+        visible = _causal(x.shape[1], k.shape[1], positions)
+        scores = HookPoint(name="hook_attn_scores")(jnp.where(visible, scores, MASKED_SCORE))
+        scores = jnp.maximum(jnp.where(visible, scores, MASKED_SCORE), MASKED_SCORE)
         pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
-        pattern = HookPoint(name="hook_pattern")(pattern)
+        pattern = HookPoint(name="hook_pattern")(jnp.where(scores <= MASKED_SCORE, 0, pattern))
+        pattern = jnp.where(visible, pattern, 0)  # edits may mask more keys, not fewer
         z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
         z = z.reshape(*z.shape[:2], cfg.n_heads * cfg.d_head)
         return _affine(z, W_O.reshape(-1, cfg.d_model).astype(cfg.dtype), b_O.astype(cfg.dtype)), cache
@@ -264,12 +272,9 @@ def _heads(x: Float[Array, "batch seq d_model"], W: Float[Array, "n_heads d_mode
     return rows.reshape(*x.shape[:-1], *rows.shape[1:])
 
 
-def _causal(scores: Float[Array, "batch n_heads seq key_pos"], positions: Int[Array, " batch"] | None) -> Array:
-    """Mask later keys; without `positions`, the queries stand at the last of the keys' positions."""
-    n_queries, n_keys = scores.shape[-2:]
+def _causal(n_queries: int, n_keys: int, positions: Int[Array, " batch"] | None) -> Array:
+    """Say which keys each query sees; without `positions`, the queries stand at the last of the keys' positions."""
     key_pos = jnp.arange(n_keys)
     if positions is None:
-        allowed = key_pos <= jnp.arange(n_keys)[n_keys - n_queries :, None]
-    else:
-        allowed = (key_pos <= positions[:, None])[:, None, None]
-    return jnp.where(allowed, scores, -jnp.inf)
+        return key_pos <= jnp.arange(n_keys)[n_keys - n_queries :, None]
+    return (key_pos <= positions[:, None])[:, None, None]

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int
 
 from tinymodel_jax.analysis.stream_entry import Entry, comes_after, entry_of
 from tinymodel_jax.analysis.upper_layers import Clean, Weights, clean_streams
-from tinymodel_jax.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.dictionary import resolve_indices
 from tinymodel_jax.forward import encode
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.sites import Site
 
@@ -31,7 +31,7 @@ class SweepInput(NamedTuple):
     clean: Clean
     entry: Entry
     weights: Weights
-    readout: Dictionary | None
+    readout: FeatureReader | None
 
 
 def prepare(
@@ -43,8 +43,6 @@ def prepare(
     readout: str | None = None,
 ) -> SweepInput:
     """Check the arguments of a sweep at a site, and run the clean pass.
-
-    Where the model is spliced at the site itself, a dictionary reads what the splice wrote, as an edit there does.
 
     Raises:
         ValueError: a tag names a feature or no dictionary, or an argument does not fit the rows.
@@ -68,9 +66,15 @@ def prepare(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
             "readout must read further up; name a site that the forward pass meets later."
         )
-    sources = (site.hook_in,) if reader is None else (site.hook_in, reader.dictionary.config.hook_in)
+    read_by = (site,) if reader is None else (site, reader.site)
     clean = clean_streams(
-        lm.params, jnp.asarray(ids), lm.splice_hooks(), config=lm.config, entry=entry, sources=sources
+        lm.params,
+        jnp.asarray(ids),
+        lm.splice_hooks(),
+        tuple(lm.splice_hooks(before=site) for site in read_by),
+        config=lm.config,
+        entry=entry,
+        sources=tuple(site.hook_in for site in read_by),
     )
     if not np.isfinite(np.asarray(clean.expected)[real]).all():
         raise ValueError(
@@ -79,7 +83,7 @@ def prepare(
         )
     mask = real & np.pad(_mask(positions, given.shape), ((0, 0), (0, ids.shape[1] - given.shape[1])))
     weights = _weights(ids, real, clean, next_ids)
-    return SweepInput(ids, mask, clean, entry, weights, None if reader is None else reader.dictionary)
+    return SweepInput(ids, mask, clean, entry, weights, reader)
 
 
 def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence[int] | None) -> Weights:

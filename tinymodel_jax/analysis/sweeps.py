@@ -158,8 +158,8 @@ def _sweep(
     of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
     found = np.zeros((3, len(flat)), np.float32)
     streams = np.zeros((len(flat), lm.config.d_model), np.float32)
-    top = 0 if prepared.readout is None else min(READOUT_TOP, prepared.readout.config.n_features)
-    widest = max(lm.config.d_vocab, 0 if prepared.readout is None else prepared.readout.config.n_features)
+    n_read = 0 if prepared.readout is None else prepared.readout.dictionary.config.n_features
+    top, widest = min(READOUT_TOP, n_read), max(lm.config.d_vocab, n_read)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
     for items, size, length in track(list(_chunks(flat, widest))):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
@@ -225,7 +225,8 @@ def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], 
 
 
 def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> tuple[Any, Any, np.ndarray | None]:
-    dictionary = prepared.readout
+    reader = prepared.readout
+    dictionary = None if reader is None else reader.dictionary
     effects, final_stream, moved = effects_of_changes(
         lm.params,
         prepared.clean,
@@ -233,6 +234,7 @@ def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> 
         changes,
         lm.splice_hooks(),
         None if dictionary is None else dictionary.params,
+        {} if reader is None else lm.splice_hooks(before=reader.site),
         config=lm.config,
         entry=prepared.entry,
         length=length,

@@ -44,7 +44,7 @@ class Clean(NamedTuple):
     expected: Float[Array, "batch seq d_model"]
     """Mean column of W_U, as the model computes with it, under the next-token distribution."""
     sources: tuple[Array, ...]
-    """Values at the hook points that were asked for."""
+    """What the dictionaries that were asked for read."""
 
 
 class Weights(NamedTuple):
@@ -73,11 +73,18 @@ def _clean_streams(
     params: Params,
     tok_ids: Int[Array, "batch seq"],
     hooks: Hooks,
+    below: tuple[Hooks, ...],
     *,
     config: ModelConfig,
     entry: Entry,
     sources: tuple[str, ...],
 ) -> Clean:
+    """Run the model once.
+
+    Args:
+        below: for each of the `sources`, the hooks in front of the dictionary that reads there.
+        sources: hook points that dictionaries read.
+    """
     linear, attention = entry.linear_hooks(config), entry.attention_hooks(config)
     blocks = range(entry.first_block, config.n_layers)
     keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
@@ -86,6 +93,11 @@ def _clean_streams(
     keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *sources}
     logits, acts = run_with_hooks(params, config, tok_ids, hooks, sorted(keep))
     logprobs = jax.nn.log_softmax(logits)
+
+    def read(name: str, below: Hooks) -> Array:
+        # spliced there itself, the dictionary reads what is not in this pass; the compiler shares the layers below
+        return run_with_hooks(params, config, tok_ids, below, (name,))[1][name] if name in hooks else acts[name]
+
     return Clean(
         entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),
         joined=acts[entry.joined],
@@ -95,7 +107,7 @@ def _clean_streams(
         final=acts[final],
         logprobs=logprobs,
         expected=jnp.exp(logprobs) @ _unembedding(params, config).T,
-        sources=tuple(acts[name] for name in sources),
+        sources=tuple(map(read, sources, below)),
     )
 
 
@@ -106,6 +118,7 @@ def _effects(
     changes: Changes,
     hooks: Hooks,
     readout: DictionaryParams | None,
+    below_readout: Hooks,
     *,
     config: ModelConfig,
     entry: Entry,
@@ -119,10 +132,15 @@ def _effects(
     Args:
         length: positions at the end of the rows that the changes may reach.
         readout: dictionary whose activations are compared; its input is the last of the clean pass's `sources`.
+        below_readout: the hooks in front of it.
         sharding: spreads the changes over devices.
     """
     keep = () if readout_config is None else (readout_config.hook_in,)
-    final, values = _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
+
+    def run(hooks: Hooks) -> tuple[Array, list[Array]]:
+        return _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
+
+    final, values = run(hooks)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
     effects, final_stream = _compare(
         _unembedding(params, config), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
@@ -130,6 +148,8 @@ def _effects(
     if readout_config is None:
         return effects, final_stream, None
     assert readout is not None
+    if readout_config.hook_in in hooks:  # spliced there itself, as in `_clean_streams`
+        _, values = run(below_readout)
     before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
     read = jnp.einsum("nbsf,bs->nf", after - before, counted.real.astype(before.dtype))
