@@ -142,6 +142,14 @@ def test_dictionaries_of_all_sites_together_measure_as_each_alone(model, tok_ids
         assert_equal_evaluations(found, *evaluate(model, [dictionary], tok_ids), tolerance=1e-6)
 
 
+def test_a_dictionary_is_named_by_its_tag_its_reader_or_itself(model, tok_ids):
+    model.attach("M1", transcoder("M1", 24, 3))
+    (expected,) = evaluate(model, [model["M1"].dictionary], tok_ids)
+    for given in ("M1", ["M1"], model["M1"], [model["M1"]], model["M1"].dictionary):
+        (found,) = evaluate(model, given, tok_ids)
+        assert_equal_evaluations(found, expected)
+
+
 def test_how_the_stories_are_batched_and_what_padding_holds_change_nothing(model, tok_ids, monkeypatch):
     dictionary = transcoder("M1", 20, 4)
     (whole,) = evaluate(model, [dictionary], tok_ids)

@@ -15,7 +15,7 @@ from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.hook_points import hook_names
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.transformer import Transformer, run_with_hooks
 from tinymodel_jax.weights import flatten
 
 # The model against NumPy
@@ -110,7 +110,7 @@ def test_the_gradient_flows_through_an_edit_into_its_vector(lm, tok_ids):
 def test_every_length_up_to_256_compiles_at_most_six_programs(compilations):
     config = ModelConfig(n_layers=1, d_model=8, n_heads=2, d_mlp=8, n_ctx=256, d_vocab=17)
     lm = TinyModel.from_params(config, random_params(param_shapes(config), 0))
-    ids = np.random.default_rng(0).integers(0, 17, (1, 256))
+    ids = np.random.default_rng(0).integers(0, 13, (1, 256))
     with compilations() as compiled:
         for length in range(1, 257):
             assert jax.block_until_ready(lm(ids[:, :length])).shape == (1, length, 17)
@@ -126,7 +126,7 @@ def test_the_other_reads_compile_for_few_lengths_too(compilations):
     config = ModelConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, n_ctx=16, d_vocab=17)
     lm = TinyModel.from_params(config, random_params(param_shapes(config), 0))
     lm.attach("Ra0", make_dictionary("any", "any", d_in=8, d_out=8))
-    ids = np.random.default_rng(0).integers(0, 17, (1, 16))
+    ids = np.random.default_rng(0).integers(0, 13, (1, 16))
     for read in (lm["Ra0"], lm["Ra0N3"], lm.loss, lambda ids: lm.residual(ids, 0)):
         with compilations() as compiled:
             for length in range(2, 17):
@@ -274,3 +274,26 @@ def test_parameters_of_a_fresh_transformer_make_a_model():
     variables = jax.jit(Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
     logprobs = TinyModel.from_params(config, variables["params"])([[1, 2, 3, 4]])
     assert_close(np.exp(np.asarray(logprobs, np.float64)).sum(-1), np.ones((1, 4)), F32)
+
+
+def test_padding_is_never_a_target_of_the_loss(lm, tok_ids):
+    ids = np.where(np.arange(11) < [[11], [8], [6]], tok_ids, lm.config.pad_id)
+    expected = next_token_loss(np.asarray(lm.logits(ids)), ids, ids != lm.config.pad_id)
+    for mask in (None, np.ones(ids.shape), np.ones(ids.shape, bool), (ids != lm.config.pad_id).astype(np.int32)):
+        assert_close(lm.loss(ids, mask), expected, F32)
+        assert_close(jax.jit(lm.loss)(ids, mask), expected, F32)
+
+
+def test_one_sequence_is_a_batch_of_one_inside_transformations_too(lm, tok_ids):
+    row = tok_ids[0]
+    for call in (lm, lm.loss, lm["M0"], lambda ids: lm.run_with_hooks(ids, {})[0]):
+        assert_close(jax.jit(call)(row), call(row), F32)
+        assert_close(jax.vmap(call)(jnp.asarray(tok_ids))[0], call(row), F32)
+    assert_close(lm.loss(row, np.ones(11)), lm.loss(row), F32)
+
+
+def test_a_string_is_one_name_to_keep(lm, tok_ids):
+    for kept in (lm.run_with_hooks(tok_ids, {}, "hook_embed")[1], lm.run_with_cache(tok_ids, "hook_embed")[1]):
+        assert list(kept) == ["hook_embed"]
+    _, acts = run_with_hooks(lm.params, lm.config, jnp.asarray(tok_ids), keep="hook_embed")
+    assert list(acts) == ["hook_embed"]

@@ -9,11 +9,17 @@ import pytest
 from conftest import make_dictionary
 from oracle import error_of
 
-from tinymodel_jax import interventions
+from tinymodel_jax import evaluate, interventions
+from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.analysis.causal_importance import causal_importance
+from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
+from tinymodel_jax.analysis.top_activations import top_activations
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 
 IDS = [[1, 2, 3]]
+LEFT_PADDED = [[19, 2, 3], [21, 21, 3]]
+PADDED = "row 1 has [PAD] (id 21) at position 1, before a token. Pad on the right"
 NOTHING: Any = None
 
 
@@ -26,6 +32,24 @@ def not_finite() -> Dictionary:
 
 CALLS = {
     "id": (lambda lm: lm([[1, 23]]), "id 23 at row 0, position 1 is outside the vocabulary 0..22"),
+    "left padding": (lambda lm: lm(LEFT_PADDED), PADDED),
+    "padding within": (
+        lambda lm: lm.logits([[19, 21, 3], [19, 21, 3]]),
+        "row 0 has [PAD] (id 21) at position 1, before a token (2",
+    ),
+    "left padding, residual": (lambda lm: lm.residual(LEFT_PADDED, 1), PADDED),
+    "left padding, loss": (lambda lm: lm.loss(LEFT_PADDED), PADDED),
+    "left padding, features": (lambda lm: lm["M0"](LEFT_PADDED), PADDED),
+    "left padding, hooks": (lambda lm: lm.run_with_hooks(LEFT_PADDED, {}), PADDED),
+    "left padding, cache": (lambda lm: lm.run_with_cache(LEFT_PADDED, "hook_embed"), PADDED),
+    "left padding, generation": (lambda lm: lm.generate_ids(LEFT_PADDED, 2), PADDED),
+    "left padding, evaluation": (lambda lm: evaluate(lm, "M0", LEFT_PADDED), PADDED),
+    "left padding, sparse model": (lambda lm: evaluate_sparse_model(lm, LEFT_PADDED, "M0"), PADDED),
+    "left padding, sweep": (lambda lm: sweeps.ablate(lm, "M0", LEFT_PADDED), PADDED),
+    "left padding, importance": (lambda lm: causal_importance(lm, "M0", LEFT_PADDED), PADDED),
+    "left padding, attribution": (lambda lm: attribution.attribute(lm, "M0", LEFT_PADDED), PADDED),
+    "left padding, search": (lambda lm: top_activations(lm, "M0", LEFT_PADDED), PADDED),
+    "left padding, search in batches": (lambda lm: top_activations(lm, "M0", LEFT_PADDED, batch=1), PADDED),
     "too long": (lambda lm: lm(np.zeros((1, 17), int)), "sequences of 17 tokens; the model's context is 16"),
     "float": (lambda lm: lm["M0"]([[1.0]]), "got float64 values; token ids are integers"),
     "rank": (lambda lm: lm.loss([[[1]]]), "got shape (1, 1, 1); expected (batch, seq)"),
@@ -56,6 +80,9 @@ CALLS = {
         "attach: the dictionary for M0 has values that are NaN or infinite (16 in W_dec, 1 in b_enc)",
     ),
     "attach unbound": (lambda lm: lm.attach("M0", Dictionary(lm.dictionaries["M0"].config)), "holds no parameters"),
+    "evaluate feature": (lambda lm: evaluate(lm, ["M0N3"], IDS), "whole dictionaries; got feature 3 of M0"),
+    "evaluate without site": (lambda lm: evaluate(lm, make_dictionary("x", "y"), IDS), "has no site yet. Attach it"),
+    "edit without site": (lambda lm: interventions.ablate(make_dictionary("x", "x"), 1), "has no site yet. Attach it"),
     "splice feature": (lambda lm: lm.splice("M0N3"), "a whole dictionary is spliced, 'M0'"),
     "splice none": (lambda lm: lm.splice(["M0", "A0"]), "'A0': this model has no dictionary"),
     "hook": (
@@ -112,6 +139,8 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
         (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
+        (lambda lm: evaluate(lm, [None], IDS), "takes tags such as 'M2', lm['M2'] or a Dictionary"),
+        (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=3), "next_ids has shape ()"),
         (lambda lm: TinyModel(NOTHING), "a model is named by its path or published name, got None"),
         (lambda lm: TinyModel(""), "a model is named by its path or published name, got ''"),
     ],

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import error_of
 
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.padding import bucket, bucket_lengths, check_tok_ids, cut, is_traced, pad_right
 
 
@@ -100,3 +101,9 @@ def test_tracers_are_found_inside_trees():
     jax.make_jaxpr(lambda x: found.append((is_traced({"a": [1, x]}), is_traced(3, [x]))))(1.0)
     assert found == [(True, True)]
     assert not is_traced({"a": jnp.ones(3)}, None, 1)
+
+
+def test_arbitrary_ids_may_hold_padding_within_as_in_the_reference():
+    config = ModelConfig(n_layers=1, d_model=8, n_heads=1, d_mlp=8, n_ctx=16, d_vocab=23)
+    ids = [[3, config.pad_id, 4], [3, 4, config.pad_id]]
+    assert check_tok_ids(ids, config).tolist() == ids

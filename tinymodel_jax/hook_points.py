@@ -79,6 +79,11 @@ def position_axes(name: str) -> tuple[int, ...]:
     return (2, 3) if name.endswith(("hook_attn_scores", "hook_pattern")) else (1,)
 
 
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Return names as a tuple; a string is one name."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
     """Raise for names that are no hook points of the model, naming the closest valid ones.
 

@@ -30,6 +30,7 @@ from tinymodel_jax.dictionary import (
 )
 from tinymodel_jax.hook_points import Hook, position_axes
 from tinymodel_jax.padding import is_traced
+from tinymodel_jax.sites import require_site
 
 Hooks = dict[str, Hook]
 Acts = Mapping[str, Array]
@@ -281,6 +282,7 @@ def _require_dictionary(dictionary: Any) -> Dictionary:
             f"expected a Dictionary, got {dictionary!r:.80}; lm['M1'].dictionary is the one of a model at M1, and "
             "Dictionary.from_pretrained(path) loads one."
         )
+    require_site(dictionary.config.hook_in, dictionary.config.hook_out)
     return dictionary
 
 

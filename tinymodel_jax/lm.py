@@ -23,10 +23,18 @@ from tinymodel_jax.config import ModelConfig, dtype_name
 from tinymodel_jax.dictionary import Dictionary, Indices, own_array, require_finite, resolve_indices
 from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
 from tinymodel_jax.generate import continue_prompts, strip_padding
-from tinymodel_jax.hook_points import Hook, hook_names, hook_width, position_axes, require_edits, require_hook_names
+from tinymodel_jax.hook_points import (
+    Hook,
+    as_names,
+    hook_names,
+    hook_width,
+    position_axes,
+    require_edits,
+    require_hook_names,
+)
 from tinymodel_jax.interventions import Hooks, Splice, combine
 from tinymodel_jax.io import artifacts
-from tinymodel_jax.padding import bucket, check_shape, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
 from tinymodel_jax.sites import Site
 from tinymodel_jax.weights import WeightViews, flatten, unflatten
 
@@ -144,20 +152,24 @@ class TinyModel(WeightViews):
         return self._run(tok_ids, "none", (name,), hooks)[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
-        """Return the mean next-token cross-entropy in nats.
+        """Return the mean next-token cross-entropy in nats; `[PAD]` never counts as a target.
 
         Args:
-            attn_mask: (batch, seq), 1 where the token counts as a target; the tokenizer's second output. All count
-                when it is left out.
+            attn_mask: (batch, seq), 1 where the token counts as a target; the tokenizer's second output. All but
+                `[PAD]` count when it is left out.
 
         Raises:
             ValueError: the mask has another shape, or no token counts.
         """
         ids, length = self._prepare(tok_ids)
-        mask = np.ones((ids.shape[0], length)) if attn_mask is None else attn_mask
+        given = ids[:, :length]
+        mask = np.ones(given.shape) if attn_mask is None else attn_mask
         mask = mask if is_traced(mask) else np.asarray(mask)
+        mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
         if mask.shape != (ids.shape[0], length):
             raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {(ids.shape[0], length)}; they must agree.")
+        where = jnp.where if is_traced(given, mask) else np.where
+        mask = where(given != self.config.pad_id, mask, np.zeros((), mask.dtype))
         if not is_traced(mask) and not np.any(mask[:, 1:]):
             raise ValueError(
                 "loss: no token to predict; it takes at least two tokens a row, and a mask that is not all 0."
@@ -174,27 +186,27 @@ class TinyModel(WeightViews):
         Raises:
             ValueError: a name is no hook point; the closest are listed.
         """
-        keep = hook_names(self.config) if names is None else (names,) if isinstance(names, str) else tuple(names)
+        keep = hook_names(self.config) if names is None else as_names(names)
         require_hook_names(keep, self.config)
         return self._run(tok_ids, "logprobs", keep)
 
     def run_with_hooks(
-        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: Iterable[str] = ()
+        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: str | Iterable[str] = ()
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
         """Return log-probabilities and kept activations of a pass with edits.
 
         Args:
             hooks: hook name -> edit. Pytrees of arrays (`tinymodel_jax.interventions`) run compiled, once a kind of
                 edit; plain functions `(value, acts) -> value` run operation by operation, always as they are now.
-            keep: hook names whose values, after their edit, come back.
+            keep: hook names, or one, whose values, after their edit, come back.
 
         Raises:
             ValueError: a name is no hook point, a hook is no edit, or an edit does not fit the value there.
         """
-        keep = tuple(keep)
+        keep = as_names(keep)
         require_hook_names((*hooks, *keep), self.config)
         require_edits(hooks)
-        ids = tok_ids if is_traced(tok_ids) else check_tok_ids(tok_ids, self.config)
+        ids = batch_of(tok_ids, self.config)
         edits = combine(self.splice_hooks(), hooks)
         run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
         logprobs, acts = run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
@@ -211,11 +223,10 @@ class TinyModel(WeightViews):
 
     def _prepare(self, tok_ids: Any) -> tuple[Any, int]:
         """Return ids padded to a compiled length, and their own length."""
-        if is_traced(tok_ids):
-            check_shape(tok_ids, self.config)
-            return tok_ids, tok_ids.shape[1]
-        ids = check_tok_ids(tok_ids, self.config)
+        ids = batch_of(tok_ids, self.config)
         length = ids.shape[1]
+        if is_traced(ids):
+            return ids, length
         return pad_right(ids, bucket(length, self.config.n_ctx), self.config.pad_id), length
 
     # Dictionaries

@@ -1,7 +1,8 @@
 """Token ids from callers: checked, padded to one of a few lengths, and results cut back to the length asked for.
 
-Attention is causal and padding is on the right, so a position's values do not depend on it. At most six lengths are
-ever compiled for a batch size.
+Attention is causal and padding is on the right, so a position's values do not depend on it. A row that starts with
+`[BEGIN]` or `[PAD]` and has `[PAD]` before a token is an error. In other rows `[PAD]` is an id like any other, as in the
+reference, so that the model can be run on arbitrary ids. At most six lengths are ever compiled for a batch size.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ def is_traced(*values: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
-def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
+def check_tok_ids(tok_ids: Any, config: ModelConfig, first_row: int = 0) -> np.ndarray:
     """Return token ids as an int32 array (batch, seq); 1-D ids are a batch of one.
 
+    Args:
+        first_row: number of the first row, for messages about a part of the caller's rows.
+
     Raises:
-        ValueError: wrong rank or type, a sequence longer than the context, or an id outside the vocabulary.
+        ValueError: wrong rank or type, a sequence longer than the context, an id outside the vocabulary, or `[PAD]` before
+            a token in a row that starts with `[BEGIN]` or `[PAD]`.
     """
     ids = as_array(tok_ids)
     if ids.dtype.kind == "U":
@@ -46,10 +51,37 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig) -> np.ndarray:
     if len(outside):
         row, column = outside[0]
         raise ValueError(
-            f"tok_ids: id {ids[row, column]} at row {row}, position {column} is outside the vocabulary "
+            f"tok_ids: id {ids[row, column]} at row {first_row + row}, position {column} is outside the vocabulary "
             f"0..{config.d_vocab - 1} ({len(outside)} such ids)."
         )
+    _require_right_padding(ids, config, first_row)
     return ids.astype(np.int32)
+
+
+def batch_of(tok_ids: Any, config: ModelConfig) -> Any:
+    """Return token ids as (batch, seq): checked, or as they are where they are traced, whose values nobody can see.
+
+    Raises:
+        ValueError: as `check_tok_ids`, as far as it can be seen.
+    """
+    if not is_traced(tok_ids):
+        return check_tok_ids(tok_ids, config)
+    ids = tok_ids[None] if getattr(tok_ids, "ndim", None) == 1 else tok_ids
+    check_shape(ids, config)
+    return ids
+
+
+def _require_right_padding(ids: np.ndarray, config: ModelConfig, first_row: int) -> None:
+    is_pad = ids == config.pad_id
+    is_story = is_pad[:, :1] | (ids[:, :1] == config.begin_id)
+    wrong = np.argwhere(is_pad[:, :-1] & ~is_pad[:, 1:] & is_story)
+    if len(wrong):
+        row, column = wrong[0]
+        rows = len(np.unique(wrong[:, 0]))
+        raise ValueError(
+            f"tok_ids: row {first_row + row} has [PAD] (id {config.pad_id}) at position {column}, before a token"
+            f"{f' ({rows} such rows)' if rows > 1 else ''}. Pad on the right: the row's tokens first, then [PAD]."
+        )
 
 
 def as_array(tok_ids: Any) -> np.ndarray:
@@ -75,7 +107,9 @@ def check_shape(ids: Any, config: ModelConfig) -> None:
     if not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"tok_ids: got {ids.dtype} values; token ids are integers, shape (batch, seq).")
     if ids.ndim != 2:
-        raise ValueError(f"tok_ids: got shape {ids.shape}; expected (batch, seq), or (seq,) for one sequence.")
+        raise ValueError(
+            f"tok_ids: got shape {ids.shape}; expected (batch, seq), and for the methods of TinyModel also (seq,)."
+        )
     if ids.shape[1] > config.n_ctx:
         raise ValueError(
             f"tok_ids: sequences of {ids.shape[1]} tokens; the model's context is {config.n_ctx}. Cut them."

@@ -40,6 +40,9 @@ _DEFAULT_FILES = {
     "Rm": tuple(f"res_pre_mlp/Rm{layer}_S-3_R1_P0" for layer in range(4)),
 }
 
+NO_SITE = frozenset({"x", "y"})
+"""Hook points of dictionaries that were trained on arrays, which belong to no site until they are attached."""
+
 _TAG = re.compile(
     r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]{1,9}))?"
 )
@@ -82,6 +85,7 @@ class Site:
         Raises:
             ValueError: no kind of site does.
         """
+        require_site(hook_in, hook_out)
         for kind in sorted(KINDS, key="T".__eq__):
             match = re.fullmatch(r"blocks\.([0-9]{1,9})\..*", hook_in)
             site = Site(kind, int(match[1])) if match else None
@@ -119,3 +123,16 @@ class Site:
             return tuple(f"{folder}/{letter}{self.layer}{self.suffix}" for folder in KINDS[self.kind].folders)
         files = _DEFAULT_FILES.get(self.kind, ())
         return files[self.layer : self.layer + 1]
+
+
+def require_site(hook_in: str, hook_out: str) -> None:
+    """Refuse the hook points of a dictionary that was trained on arrays.
+
+    Raises:
+        ValueError: they are no places of a model.
+    """
+    if {hook_in, hook_out} <= NO_SITE:
+        raise ValueError(
+            "this dictionary was trained on arrays, so it has no site yet. Attach it to the site whose activations it "
+            "was trained on, for example lm.attach('M2', dictionary), and take lm['M2'].dictionary from there."
+        )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, require_hook_names
+from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, as_names, require_hook_names
 from tinymodel_jax.initializers import uniform_fan_in
 from tinymodel_jax.padding import check_shape
 
@@ -225,7 +225,7 @@ def run_with_hooks(
     config: ModelConfig,
     tok_ids: Int[Array, "batch seq"],
     hooks: Mapping[str, Hook] | None = None,
-    keep: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
     """Run the model with edits; return its logits and the asked-for activations.
 
@@ -236,12 +236,12 @@ def run_with_hooks(
     Args:
         hooks: hook name to edit: a pytree of `interventions`, or any `(value, acts) -> value`, where `acts` holds
             the values of the hook points passed so far.
-        keep: hook names whose values (after their edit) come back.
+        keep: hook names, or one, whose values (after their edit) come back.
 
     Raises:
         ValueError: a hook name does not exist, or an edit changes a shape.
     """
-    hooks, keep = hooks or {}, tuple(keep)
+    hooks, keep = hooks or {}, as_names(keep)
     require_hook_names((*hooks, *keep), config)
     check_shape(tok_ids, config)
     return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)

@@ -63,7 +63,7 @@ class ActivationPass:
         Raises:
             ValueError: its ids are not valid for the model.
         """
-        tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config)
+        tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config, first)
         n_rows = len(tok_ids)
         tok_ids = pad_below(tok_ids, self.batch, self.lm.config.pad_id)
         real = self.lm.config.is_text(tok_ids)

@@ -35,7 +35,8 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionary import Dictionary, DictionaryParams, encode, predict
 from tinymodel_jax.hook_points import hook_width, require_hook_names
 from tinymodel_jax.interventions import Hooks
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.sites import require_site
 
 Track = Callable[[list[Any], str], Iterable[Any]]
 """Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
@@ -93,8 +94,8 @@ _RATIOS = {
 
 def evaluate(
     lm: TinyModel,
-    dictionaries: Sequence[Dictionary],
-    rows: Int[np.ndarray, "rows seq"],
+    dictionaries: Sequence[Dictionary | FeatureReader | str] | Dictionary | FeatureReader | str,
+    rows: Any,
     *,
     count_begin: bool = False,
     track: Track = lambda batches, _: batches,
@@ -103,7 +104,8 @@ def evaluate(
 
     Args:
         lm: the model; its splices, if any, are part of what "clean" means.
-        rows: token ids, right-padded with `[PAD]`; a row is what the confidence intervals take as independent.
+        dictionaries: tags of the model's dictionaries (`"M2"`), what `lm[tag]` returns, or dictionaries; or one.
+        rows: integers (rows, seq), right-padded with `[PAD]`; a row is one unit of the confidence intervals.
         count_begin: let `[BEGIN]` count in L0, explained variance, MSE, cosine and frequencies.
         track: shows the progress over batches.
 
@@ -111,6 +113,7 @@ def evaluate(
         ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
             the ids are no valid input; or there is no token to predict, or none that counts.
     """
+    dictionaries = _resolve(lm, dictionaries)
     places = tuple(dict.fromkeys(d.config.hook_out for d in dictionaries))
     for dictionary in dictionaries:
         _check_fits(dictionary.config, lm)
@@ -139,8 +142,25 @@ def numbers_of(evaluation: Any) -> dict[str, float]:
     return {name: value for name, value in evaluation._asdict().items() if isinstance(value, int | float)}
 
 
+def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
+    """Return the dictionaries that are meant by tags, readers and dictionaries, or by one of them."""
+    found = []
+    for item in [given] if isinstance(given, str | FeatureReader | Dictionary) else given:
+        reader = lm[item] if isinstance(item, str) else item
+        if isinstance(reader, FeatureReader) and reader.feature is not None:
+            raise ValueError(
+                f"evaluate measures whole dictionaries; got feature {reader.feature} of {reader.site.tag}. "
+                f"Give {reader.site.tag!r}."
+            )
+        found.append(reader.dictionary if isinstance(reader, FeatureReader) else reader)
+        if not isinstance(found[-1], Dictionary):
+            raise ValueError(f"evaluate takes tags such as 'M2', lm['M2'] or a Dictionary; got {item!r:.80}.")
+    return found
+
+
 def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
     names = (config.hook_in, config.hook_out)
+    require_site(*names)
     require_hook_names(names, lm.config)
     require_unspliced(lm, names)
     for name, width in zip(names, (config.d_in, config.d_out), strict=True):

@@ -36,7 +36,7 @@ class CleanPass(NamedTuple):
     acts: dict[str, Array]
 
 
-def batches_of(rows: Int[np.ndarray, "rows seq"], config: ModelConfig) -> list[Int[np.ndarray, "batch width"]]:
+def batches_of(rows: Any, config: ModelConfig) -> list[Int[np.ndarray, "batch width"]]:
     """Return the rows in batches of one compiled shape: padded with rows of `[PAD]`, cut to the longest row's bucket.
 
     Raises:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from tinymodel_jax.analysis.evaluation import Track
 from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_against, require_unspliced
@@ -71,7 +71,7 @@ def mlp_tags(lm: TinyModel) -> tuple[str, ...]:
 
 def evaluate_sparse_model(
     lm: TinyModel,
-    rows: Int[np.ndarray, "rows seq"],
+    rows: Any,
     tags: str | Iterable[str] | None = None,
     *,
     track: Track = lambda batches, _: batches,
@@ -79,7 +79,7 @@ def evaluate_sparse_model(
     """Measure the model that runs through several dictionaries at once, with and without their errors.
 
     Args:
-        rows: token ids, right-padded with `[PAD]`.
+        rows: integers (rows, seq), right-padded with `[PAD]`.
         tags: sites; None is the transcoders of all MLPs.
         track: shows the progress over batches.
 

@@ -49,18 +49,18 @@ def prepare(
     """
     site, feature = Site.parse(tag)
     if feature is not None:
-        raise ValueError(f"sweep: {tag!r} names a feature; name the site, {site.tag!r}, and features=[{feature}].")
+        raise ValueError(f"{tag!r} names a feature; name the site, {site.tag!r}, and features=[{feature}].")
     if site.layer >= lm.config.n_layers:
         raise ValueError(f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{lm.config.n_layers - 1}.")
     given = check_tok_ids(tok_ids, lm.config)
     ids = pad_right(given, bucket(given.shape[1], lm.config.n_ctx), lm.config.pad_id)
     real = ids != lm.config.pad_id
     if not ids.size or not real.any(axis=1).all():
-        raise ValueError("sweep: a row has no token; every row needs at least one that is not [PAD].")
+        raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.hook_out)
     reader = None if readout is None else lm[readout]
     if reader is not None and reader.feature is not None:
-        raise ValueError(f"sweep: readout {readout!r} names a feature; name the site, {reader.site.tag!r}.")
+        raise ValueError(f"readout {readout!r} names a feature; name the site, {reader.site.tag!r}.")
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited, lm.config):
         raise ValueError(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
@@ -78,7 +78,7 @@ def prepare(
     )
     if not np.isfinite(np.asarray(clean.expected)[real]).all():
         raise ValueError(
-            "sweep: the model's own next-token probabilities are not finite on these rows, so there is nothing to "
+            "the model's own next-token probabilities are not finite on these rows, so there is nothing to "
             "compare with; look for NaN and infinity in lm.params, or take another checkpoint."
         )
     mask = real & np.pad(_mask(positions, given.shape), ((0, 0), (0, ids.shape[1] - given.shape[1])))
@@ -92,9 +92,9 @@ def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence
     chosen = np.asarray(np.asarray(clean.logprobs)[rows, last].argmax(axis=-1) if next_ids is None else next_ids)
     vocabulary = clean.logprobs.shape[-1]
     if chosen.shape != (len(ids),):
-        raise ValueError(f"sweep: next_ids has shape {chosen.shape}; it names one token for each of {len(ids)} rows.")
+        raise ValueError(f"next_ids has shape {chosen.shape}; it names one token for each of {len(ids)} rows.")
     if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= vocabulary).any():
-        raise ValueError(f"sweep: next_ids={chosen.tolist()!r:.80} must be token ids, 0..{vocabulary - 1}.")
+        raise ValueError(f"next_ids={chosen.tolist()!r:.80} must be token ids, 0..{vocabulary - 1}.")
     targets, predicted = np.roll(ids, -1, axis=1), np.roll(real, -1, axis=1)
     predicted[:, -1] = False
     at_last = np.arange(ids.shape[1]) == last[:, None]
@@ -119,7 +119,7 @@ def activations(
     if len(overflown):
         first = overflown[0] if indices is None else indices[overflown[0]]
         raise ValueError(
-            f"sweep: the activation of feature {first} of {tag} is too large for float32 ({len(overflown)} such "
+            f"the activation of feature {first} of {tag} is too large for float32 ({len(overflown)} such "
             "features); name other features, or a dictionary with smaller weights."
         )
     if indices is not None:
@@ -157,7 +157,7 @@ def finite(name: str, numbers: Any, ndim: int) -> Float[np.ndarray, "*axes"]:
         array = np.full(1, np.nan, np.float32)
     if array.ndim > ndim or array.size == 0 or not np.isfinite(array).all():
         expected = "a finite number" if ndim == 0 else "a finite number or a flat list of them"
-        raise ValueError(f"sweep: {name}={numbers!r:.80}; expected {expected}.")
+        raise ValueError(f"{name}={numbers!r:.80}; expected {expected}.")
     return array
 
 
@@ -168,11 +168,11 @@ def as_vectors(vectors: Any, features: Any, width: int) -> Float[np.ndarray, "n 
         ValueError: they are no finite numbers of that shape, or features are named, too.
     """
     if features is not None:
-        raise ValueError("sweep: features and vectors do not go together; vectors are added as they are.")
+        raise ValueError("features and vectors do not go together; vectors are added as they are.")
     try:
         array = np.asarray(vectors, np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"sweep: vectors are no numbers of shape (n, {width}): {error}.") from error
+        raise ValueError(f"vectors are no numbers of shape (n, {width}): {error}.") from error
     if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
-        raise ValueError(f"sweep: vectors has shape {array.shape}; expected finite numbers of shape (n, {width}).")
+        raise ValueError(f"vectors has shape {array.shape}; expected finite numbers of shape (n, {width}).")
     return array

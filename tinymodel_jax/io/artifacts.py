@@ -25,7 +25,7 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.state_files import load_state_file, read_safetensors
 from tinymodel_jax.shapes import require_shapes
-from tinymodel_jax.sites import Site
+from tinymodel_jax.sites import NO_SITE, Site
 
 if TYPE_CHECKING:
     from tinymodel_jax.dictionary import Dictionary
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
-_NO_PLACES = {"x", "y"}
-"""Hook points of a dictionary that was trained on arrays: it may go anywhere."""
 
 
 class ModelFiles(NamedTuple):
@@ -192,7 +190,7 @@ def _named(kind: str, name_or_path: Any) -> Path:
 
 def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
     own, hooks = (config.hook_in, config.hook_out), (place.hook_in, place.hook_out)
-    if own != hooks and not set(own) <= _NO_PLACES:
+    if own != hooks and not set(own) <= NO_SITE:
         raise ValueError(
             f"{os.fspath(given)} is a dictionary from {own[0]} to {own[1]}; {place.tag!r} is from {hooks[0]} to "
             f"{hooks[1]}. Name its own site, or move it on purpose (Python): "
