@@ -1,8 +1,8 @@
 """Token ids from callers: checked, padded to one of a few lengths, and results cut back to the length asked for.
 
 Attention is causal and padding is on the right, so a position's values do not depend on it. A row that starts with
-`[BEGIN]` or `[PAD]` and has `[PAD]` before a token is an error. In other rows `[PAD]` is an id like any other, as in the
-reference, so that the model can be run on arbitrary ids. At most six lengths are ever compiled for a batch size.
+`[BEGIN]` or `[PAD]` and has `[PAD]` before a token is an error. In other rows `[PAD]` is an id like any other, as in
+the reference, so that the model can be run on arbitrary ids. At most six lengths are ever compiled for a batch size.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig, first_row: int = 0) -> np.n
         first_row: number of the first row, for messages about a part of the caller's rows.
 
     Raises:
-        ValueError: wrong rank or type, a sequence longer than the context, an id outside the vocabulary, or `[PAD]` before
-            a token in a row that starts with `[BEGIN]` or `[PAD]`.
+        ValueError: wrong rank or type, a sequence longer than the context, an id outside the vocabulary, or `[PAD]`
+            before a token in a row that starts with `[BEGIN]` or `[PAD]`.
     """
     ids = as_array(tok_ids)
     if ids.dtype.kind == "U":
