@@ -15,6 +15,7 @@ from tinymodel_jax.analysis.causal_importance import causal_importance
 from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.analysis.top_activations import top_activations
 from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.interventions import Add
 from tinymodel_jax.lm import TinyModel
 
 IDS = [[1, 2, 3]]
@@ -137,6 +138,7 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
         (lambda lm: lm("Once"), "got text; turn it into ids first"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
+        (lambda lm: lm.run_with_hooks(IDS, [("hook_embed", Add(1.0))]), "hooks is a list; expected a mapping"),
         (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
         (lambda lm: evaluate(lm, [None], IDS), "takes tags such as 'M2', lm['M2'] or a Dictionary"),

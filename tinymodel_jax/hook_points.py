@@ -104,11 +104,16 @@ def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
 
 
 def require_edits(hooks: Mapping[str, Any]) -> None:
-    """Raise for hooks that cannot be called.
+    """Raise for hooks that are no mapping, or cannot be called.
 
     Raises:
-        ValueError: a hook is neither an edit nor a function.
+        ValueError: `hooks` is no mapping, or a hook is neither an edit nor a function.
     """
+    if not isinstance(hooks, Mapping):
+        raise ValueError(
+            f"hooks is a {type(hooks).__name__}; expected a mapping from hook names to edits, such as "
+            "{'blocks.1.hook_mlp_out': edit}. For a list of pairs: dict(hooks)."
+        )
     for name, hook in hooks.items():
         if not callable(hook):
             raise ValueError(

@@ -204,8 +204,8 @@ class TinyModel(WeightViews):
             ValueError: a name is no hook point, a hook is no edit, or an edit does not fit the value there.
         """
         keep = as_names(keep)
-        require_hook_names((*hooks, *keep), self.config)
         require_edits(hooks)
+        require_hook_names((*hooks, *keep), self.config)
         ids = batch_of(tok_ids, self.config)
         edits = combine(self.splice_hooks(), hooks)
         run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
