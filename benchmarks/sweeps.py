@@ -175,9 +175,11 @@ def evaluation_calls() -> tuple[Callable[[], None], Callable[[], None]]:
     from tinymodel_jax.bundled import storyworld
     from tinymodel_jax.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
+    from tinymodel_jax.texts import story_rows
 
     lm = TinyModel("mini")
-    rows, _ = lm.tokenizer([story.text for story in storyworld.stories(0, STORIES, storyworld.FIRST_UNSEEN)])
+    told = storyworld.stories(0, STORIES, storyworld.FIRST_UNSEEN)
+    rows = story_rows(lm.tokenizer, [story.text for story in told], lm.config.n_ctx)
     config, params = lm["M1"].dictionary.config, lm["M1"].dictionary.params
     thresholds = [params | {"threshold": params["threshold"] * (1 + i / 8)} for i in range(EVALUATED)]
     dictionaries = [Dictionary.from_params(config, changed) for changed in thresholds]

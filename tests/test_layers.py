@@ -27,9 +27,10 @@ LAYERS = {
     "weights": 0,
     "atomic_files": 0,
     "shapes": 0,
-    # 1: the two things with parameters, which do not know each other
+    # 1: the two things with parameters, which do not know each other; texts as rows of ids
     "transformer": 1,
     "dictionary": 1,
+    "texts": 1,
     # 2: what runs them
     "forward": 2,
     "interventions": 2,

@@ -83,7 +83,7 @@ def sweep(
     if data is not None:
         _over_data(lm, site, data, ROWS if limit is None else limit, top, out, json)
         return
-    for row in token_rows(lm, given, [], lm.config.n_ctx):
+    for row in token_rows(lm, given):
         token = token_id(lm, answer, row)
         effects = _effects(lm, site, row, kind, amount, features, token, readout)
         report = _report(lm, site, row, effects, kind, token, ids)
