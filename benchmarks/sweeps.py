@@ -33,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from sides import QUIET, Calls, Side, once, quiet_rounds
 
+from tinymodel_jax.commands.frame import USER_PATHS
+
 
 class Case(NamedTuple):
     """What is compared."""
@@ -253,4 +255,4 @@ def as_table(times: dict[str, dict[str, list[float]]]) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

@@ -30,6 +30,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import resolve_indices
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import as_array
+from tinymodel_jax.paths import user_path
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
@@ -141,7 +142,7 @@ class TopActivations:
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
         names = ("tag", "data", "model", "dictionary", "n_rows", "n_tokens", "histogram_every")
         facts = {name: getattr(self, name) for name in names}
-        replace_file(Path(path), save(arrays, {"top_activations": json.dumps(facts)}))
+        replace_file(user_path(path), save(arrays, {"top_activations": json.dumps(facts)}))
 
 
 def top_activations(
@@ -218,6 +219,7 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or another file.
     """
+    path = user_path(path)
     try:
         with safe_open(path, "numpy") as file:
             facts = json.loads((file.metadata() or {})["top_activations"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.prompts import STORY_FILES, read_stories
+from tinymodel_jax.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     if data == STORY_WORLD:
         instead = "--data takes a folder of python -m train prepare, or a file of stories, too"
         return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit, instead)], data)
-    path = Path(data)
+    path = user_path(data)
     if data.removesuffix(".gz").endswith(STORY_FILES):
         return _rows_of_stories(lm, read_stories(path, limit), f"{path}, story")
     from tinymodel_jax.training.data_folder import open_data
