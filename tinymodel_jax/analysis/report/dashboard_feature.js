@@ -73,6 +73,7 @@ function contextLine([row, peak, ids, acts], largest) {
 const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], pairs.map(([id, effect]) => [word(id), signed(effect)]));
 
 function relatedTable(caption, measure, pairs) {
+  if (pairs === null) return element("p", { class: "hint" }, `${caption}: undefined, as it is active at all sampled tokens or at none.`);
   if (!pairs.length) return element("p", { class: "hint" }, `${caption}: none.`);
   return table(caption, [["feature", null], [measure, null], ["peaks on", "words"]], pairs.map(([f, value]) => [featureLink(f), number(value), index.columns.peaks[f].map(word)]));
 }
