@@ -263,7 +263,8 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
         for entry in table["features"][:top]
     ]
     n_active = int((found.active_rows > 0).sum())
-    title = f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
+    on = "one row: nats" if found.n_rows == 1 else f"{found.n_rows} rows: nats, 95 % intervals"
+    title = f"turning off each of {n_active} active features of {site} on {on}"
     print_table([*columns, "tokens: mean logit"], numbers, title=title, right=columns)
 
 

@@ -1,7 +1,8 @@
 """What a dashboard's files say: the columns of its index, the record of a feature, the record of a text.
 
-Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits, and features that were
-never active are there like all others. The script of the pages (analysis/report/dashboard_*.js) reads these names.
+Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits (effects in the index
+six), and features that were never active are there like all others. The script of the pages
+(analysis/report/dashboard_*.js) reads these names.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
         columns["concept"] = facts.f1.argmax(axis=1).tolist()
         columns["f1"] = rounded(facts.f1.max(axis=1), 3)
     if facts.importance is not None:
-        columns["effect"] = rounded(facts.importance.kl_all.mean)
+        columns["effect"] = rounded(facts.importance.kl_all.mean, 6)
     return columns
 
 
