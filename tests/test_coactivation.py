@@ -33,7 +33,7 @@ def expected_phi(active: np.ndarray) -> np.ndarray:
 
 def assert_partners(active: np.ndarray, partners: np.ndarray, correlation: np.ndarray) -> None:
     phi, n = expected_phi(active), partners.shape[1]
-    varies = active.any(axis=0) & ~active.all(axis=0)
+    varies = np.asarray(active.any(axis=0) & ~active.all(axis=0))
     assert np.isnan(correlation[~varies]).all()
     assert (partners[~varies] == -1).all()
     for feature in np.flatnonzero(varies):
@@ -86,7 +86,9 @@ def test_the_command_the_pages_and_the_file_agree_on_what_is_undefined(found, tm
     result, active = found
     always, varies = int(np.argmax(active.all(axis=0))), int(np.argmax(result.partners[:, 0] >= 0))
     assert _partners(result)[always] is None
-    assert _partners(result)[varies][0][0] == result.partners[varies, 0]
+    listed = _partners(result)[varies]
+    assert listed is not None
+    assert listed[0][0] == result.partners[varies, 0]
     result.save(tmp_path / "found.safetensors")
     stories = tmp_path / "stories.txt"
     stories.write_text("Mia saw a dog. The dog was big and happy.\n")

@@ -79,7 +79,7 @@ def partners_of_all(
     correlation[(alone == 0) | (alone == len(active))] = np.nan
     for start in range(0, n_features, FEATURES_AT_ONCE):
         together = sparse.csr_matrix(table[:, start : start + FEATURES_AT_ONCE].T @ table)
-        for feature in range(start, start + together.shape[0]):
+        for feature in range(start, min(start + FEATURES_AT_ONCE, n_features)):
             span = slice(*together.indptr[feature - start : feature - start + 2])
             others, phi = _correlations(feature, together.indices[span], together.data[span], alone, len(active))
             if len(phi) > n:
