@@ -28,6 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from sides import Side
 
+from tinymodel_jax.commands.frame import USER_PATHS
 from tinymodel_jax.training.flops import training_flops_per_token
 
 OURS, PYTORCH = "tinymodel_jax", "PyTorch"
@@ -147,4 +148,4 @@ def as_table(rows: list[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

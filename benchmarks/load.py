@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tinymodel_jax.commands.frame import USER_PATHS
+
 CONVERTER = Path(__file__).parents[1] / "convert_torch_weights.py"
 
 WRITE = """
@@ -163,4 +165,4 @@ def write_json(path: Path, machine: dict[str, str], measurements: list[Measureme
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

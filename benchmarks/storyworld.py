@@ -23,6 +23,7 @@ import tyro
 from machine import describe_machine
 
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.frame import USER_PATHS
 
 SEED = 1
 NGRAM = 5
@@ -102,4 +103,4 @@ def quantiles(values: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

@@ -33,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from sides import QUIET, Calls, Side, once, quiet_rounds
 
+from tinymodel_jax.commands.frame import USER_PATHS
+
 
 class Case(NamedTuple):
     """What is compared."""
@@ -175,9 +177,11 @@ def evaluation_calls() -> tuple[Callable[[], None], Callable[[], None]]:
     from tinymodel_jax.bundled import storyworld
     from tinymodel_jax.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
+    from tinymodel_jax.texts import story_rows
 
     lm = TinyModel("mini")
-    rows, _ = lm.tokenizer([story.text for story in storyworld.stories(0, STORIES, storyworld.FIRST_UNSEEN)])
+    told = storyworld.stories(0, STORIES, storyworld.FIRST_UNSEEN)
+    rows = story_rows(lm.tokenizer, [story.text for story in told], lm.config.n_ctx)
     config, params = lm["M1"].dictionary.config, lm["M1"].dictionary.params
     thresholds = [params | {"threshold": params["threshold"] * (1 + i / 8)} for i in range(EVALUATED)]
     dictionaries = [Dictionary.from_params(config, changed) for changed in thresholds]
@@ -251,4 +255,4 @@ def as_table(times: dict[str, dict[str, list[float]]]) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

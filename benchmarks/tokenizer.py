@@ -19,6 +19,7 @@ import tyro
 from tokenizers import models, pre_tokenizers
 from unidecode import unidecode
 
+from tinymodel_jax.commands.frame import USER_PATHS
 from tinymodel_jax.tokenization import Tokenizer, clean_text
 
 MAX_LENGTH = 256
@@ -97,4 +98,4 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

@@ -35,6 +35,8 @@ from training_ours import our_calls, solo_calls
 from training_peers import dictionary_learning_calls, saelens_calls, sparsify_calls
 from training_pytorch import pytorch_calls
 
+from tinymodel_jax.commands.frame import USER_PATHS
+
 Name = Literal[
     "lm-full",
     "lm-small",
@@ -204,4 +206,4 @@ def write_json(path: Path, machine: dict[str, str], results: dict[str, Times], t
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

@@ -33,6 +33,8 @@ from rich.progress import track
 from rich.table import Table
 from sides import QUIET, Calls, Measured, Side, quiet_rounds
 
+from tinymodel_jax.commands.frame import USER_PATHS
+
 Name = Literal[
     "forward-8x256",
     "forward-8x256-plain-jit",
@@ -256,4 +258,4 @@ def write_json(path: Path, facts: dict[str, str], times: Times) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=USER_PATHS)

@@ -148,7 +148,7 @@ def test_a_record_says_what_was_found(facts, rows, lm):
     for feature, record in enumerate(records, 3):
         assert record["histogram"] == found.histogram[feature].tolist()
         assert record["mean"] == pytest.approx(found.mean[feature], rel=1e-3)
-        assert [f for f, _ in record["partners"]] == [f for f in found.partners[feature] if f >= 0]
+        assert [f for f, _ in record["partners"] or []] == [f for f in found.partners[feature] if f >= 0]
         assert [token for token, _ in record["promoted"]] == facts.logits.promoted[feature].tolist()
         assert [f for f, _, _ in record["upstream"]["M0"]] == facts.graph.upstream["M0"].features[feature].tolist()
         assert record["concepts"][0] == [facts.f1[feature].argmax(), pytest.approx(facts.f1[feature].max(), rel=1e-3)]
@@ -219,7 +219,8 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
     alone = gather(lm["M1"], rows, top_activations(lm, "M1", rows), [], silent)
     write_dashboard(tmp_path, Heading("lm", "M1", ""), alone, rows, [""] * 23, lm.config, {}, [], silent)
     [record] = read_data(tmp_path, "shard-0000")
-    assert record["neighbours"] == record["partners"] == []
+    assert record["neighbours"] == []
+    assert record["partners"] is None
     assert record["contexts"] == [None] * TOP
     assert read_data(tmp_path, "index")["columns"]["active"] == [0]
 

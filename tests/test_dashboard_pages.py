@@ -44,6 +44,17 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dashboard without concepts, with effects that were measured on one row."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "stories.txt").write_text("Mia saw a dog. The dog was big.\nLeo lost his red ball.\n")
+    options = ["--site", "M2", "--model", "mini", "--data", str(folder / "stories.txt"), "--with", "M3"]
+    with as_users_run_it():
+        assert cli.main(["dashboard", *options, "--effects", "1", "-o", str(folder / "pages")]) == 0
+    return folder / "pages"
+
+
+@pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile."""
     out = tmp_path_factory.mktemp("many")
@@ -198,6 +209,72 @@ def test_features_that_were_never_active_on_text_are_there_when_asked_for(many, 
     assert "Never active on the text of these rows; [BEGIN] and [END] do not count." in texts(browser, "main")[0]
     assert "over the 2 where it is active (95 % intervals; [BEGIN] and [END] count here)" in texts(browser, "main")[0]
     assert "Strongest contexts" not in texts(browser, "main")[0]
+    assert problems(browser) == []
+
+
+def test_effects_of_one_row_have_no_interval_to_speak_of(plain, browser):
+    open_page(browser, plain, "#?sort=-effect")
+    first = texts(browser, "#features tbody td")[0]
+    go(browser, f"#feature/{first}")
+    said = texts(browser, ".numbers dd")[-1]
+    assert "nats per position over 1 row; KL +" in said
+    assert said.endswith(" nats over the one where it is active ([BEGIN] and [END] count here)")
+    assert "±" not in said
+    assert "Seen on 19 tokens of 2 rows." in " ".join(texts(browser, "header p")[0].split())
+    assert problems(browser) == []
+
+
+def test_the_search_speaks_of_concepts_only_where_there_are_some(plain, mini, browser):
+    hint = "return document.getElementById('find').placeholder + document.getElementById('find').ariaLabel"
+    open_page(browser, plain)
+    assert "concept" not in browser.execute_script(hint) + texts(browser, "main")[0]
+    open_page(browser, mini)
+    assert browser.execute_script(hint).count("number, concept or token") == 2
+
+
+def test_a_column_s_numbers_have_the_same_decimals(plain, mini, many, browser):
+    for page, columns in ((plain, "density largest effect"), (mini, "density largest F1"), (many, "density largest")):
+        open_page(browser, page)
+        for name in columns.split():
+            label = "effect (nats)" if name == "effect" else name
+            shown = texts(browser, f"#features td[data-label='{label}']")
+            numbers = [text.removesuffix(" %") for text in shown if text not in ("≈ 0", "≈ 0 %")]
+            assert len(numbers) > 10
+            assert len({len(text.partition(".")[2]) for text in numbers}) == 1
+    open_page(browser, plain, "#feature/3")
+    assert "e-" not in " ".join(texts(browser, "dd") + texts(browser, "td"))
+    assert problems(browser) == []
+
+
+def test_small_and_large_numbers_are_written_alike(mini, browser):
+    open_page(browser, mini)
+    values = [0, 0.000143, 0.001284, 0.02, -1.23456, 12.3456, 1234.56, 3e-8]
+    shown = browser.execute_script("return arguments[0].map(number)", values)
+    assert shown == ["0", "0.000143", "0.001284", "0.02", "-1.235", "12.35", "1235", "≈ 0"]
+
+
+@pytest.mark.parametrize("width", [360, 420])
+def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for page in (plain, mini, many):
+            for address in ("", "#?find=word0", "#feature/12"):
+                open_page(browser, page, address)
+                assert fits(browser)
+                outside = """
+                  const width = document.documentElement.clientWidth;
+                  const parts = document.querySelectorAll("td, th, .word, input, select");
+                  const isOutside = (e) => e.getBoundingClientRect().right > width + 0.5;
+                  return [...parts].filter(isOutside).map((e) => e.textContent);
+                """
+                assert browser.execute_script(outside) == []
+        open_page(browser, mini)
+        assert texts(browser, "#features tbody tr:first-child td")[0].isdecimal()
+        browser.execute_script("document.querySelector('th[data-column=\"F1\"] button').click()")
+        assert texts(browser, "th[aria-sort=descending]") == ["F1"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert problems(browser) == []
 
 

@@ -123,3 +123,15 @@ def test_densities_count_every_feature_once():
     features, dead = density_histogram(np.array([0, 0, 1e-9, 0.02, 0.5, 1.0]))
     assert (sum(features), dead) == (4, 2)
     assert (features[0], features[-1]) == (1, 2)
+
+
+def test_one_row_has_no_interval_to_speak_of(stories, capsys):
+    command = ["--model", "mini", "--data", stories, "--limit", "1"]
+    with as_users_run_it():
+        assert cli.main(["eval", "--sites", "M0", *command]) == 0
+        assert cli.main(["sweep", "--site", "M0", *command]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "CE and KL are in nats." in shown
+    assert "on one row: nats" in shown
+    assert "±" not in shown
+    assert "interval" not in shown

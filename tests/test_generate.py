@@ -213,6 +213,25 @@ def test_one_candidate_is_the_greedy_choice(lm):
         assert sample(lm, seed=5, **options) == greedy
 
 
+@pytest.mark.parametrize("temperature", [1.17e-38, 1e-40, 1e-46, 5e-324])
+def test_a_temperature_that_float32_holds_as_a_subnormal_number_is_greedy(lm, temperature):
+    greedy = sample(lm, temperature=0.0)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        assert sample(lm, temperature=temperature, **options) == greedy
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.2e-38}, {"top_p": 1.2e-38}])
+def test_the_smallest_normal_numbers_take_the_most_likely_token(lm, options):
+    greedy = sample(lm, temperature=0.0)
+    assert sample(lm, **options) == greedy
+    assert sample(lm, **options, top_k=3) == greedy
+
+
+def test_the_largest_temperature_draws_every_token_alike(lm):
+    drawn = sample(lm, prompts=[(3, 1, 4)] * 400, temperature=3.4e38, n_toks=1)
+    assert len({row[-1] for row in drawn}) > lm.config.d_vocab / 2
+
+
 def test_filters_that_let_everything_pass_change_nothing(lm):
     plain = sample(lm, seed=6)
     assert sample(lm, seed=6, top_k=10**12) == plain
@@ -251,6 +270,10 @@ def test_changing_the_numbers_of_the_sampling_compiles_nothing(lm, compilations)
         ({"temperature": -0.1}, "temperature=-0.1 must be 0 (greedy) or more"),
         ({"temperature": float("nan")}, "temperature=nan must be"),
         ({"temperature": float("inf")}, "temperature=inf must be"),
+        ({"temperature": 1e39}, r"temperature=1e+39 must be at most 3.403e+38, the largest float32"),
+        ({"top_p": 1e-46}, "top_p=1e-46 is 0 in float32; top_k=1 takes the most likely token"),
+        ({"top_p": 1e-40}, "top_p=1e-40 is 0 in float32"),
+        ({"top_p": float("nan")}, "top_p=nan must be above 0"),
         ({"top_k": 0}, "top_k=0 must be 1 or more"),
         ({"top_k": 1.5}, "top_k=1.5 must be 1 or more"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),

@@ -660,7 +660,7 @@ def test_another_vocabulary_is_refused(server: HubServer, cache: Path) -> None:
 def test_gpt2s_files_are_the_published_ones_and_give_the_published_ids(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, fresh_default_tokenizer: Callable[[], Tokenizer]
 ) -> None:
-    folder = Path(os.environ.get("TINYMODEL_TEST_GPT2", REPOSITORY.parent / "shared/data/gpt2"))
+    folder = Path(os.environ.get("TINYMODEL_TEST_GPT2", REPOSITORY.parent / "shared/data/gpt2")).expanduser()
     if not (folder / "vocab.json").is_file():
         pytest.skip(f"GPT-2's vocab.json and merges.txt are not in {folder}; TINYMODEL_TEST_GPT2 names another folder")
     monkeypatch.setattr(hub, "SHA256", PUBLISHED_SHA256)

@@ -26,10 +26,12 @@ LAYERS = {
     "padding": 0,
     "weights": 0,
     "atomic_files": 0,
+    "paths": 0,
     "shapes": 0,
-    # 1: the two things with parameters, which do not know each other
+    # 1: the two things with parameters, which do not know each other; texts as rows of ids
     "transformer": 1,
     "dictionary": 1,
+    "texts": 1,
     # 2: what runs them
     "forward": 2,
     "interventions": 2,
@@ -61,6 +63,9 @@ SIBLINGS = {
     ("tokenization", "tokenizer_files"),
     # how a file is written
     ("tokenizer_files", "atomic_files"),
+    # what a user's path means
+    ("tokenization", "paths"),
+    ("atomic_files", "paths"),
     # how a command reports errors and progress
     ("convert_torch_weights", "commands"),
     # where the model is that comes with the package

@@ -657,6 +657,7 @@ def test_an_error_before_the_first_batch_leaves_nothing(run: Callable[..., None]
         ("a.txt", b"", r"a\.txt (is empty|has no story to train on: 0 read)"),
         ("a.txt", b"\n \n", r"has no story to train on: 2 read, 0 refused, 2 empty, 0 held out"),
         ("a.jsonl", b'{"text": "\xe2\x82\xac"}\n', r"no story to train on: 1 read, 1 refused"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b[END]c"}\n', r"a\.jsonl, story 2 'b\[END\]c' holds \[END\]"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', r"line 2: expected a JSON object, got list"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: not valid JSON .*surrogates not allowed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a \xff"}\n', r"story 2 is not valid UTF-8"),

@@ -279,6 +279,7 @@ def test_what_does_not_fit_is_refused_in_one_line(lm, row):
         "names a feature": lambda: sweeps.ablate(lm, "M1N3", row),
         "strengths=.*finite": lambda: sweeps.steer(lm, "M1", row, [1.0, np.inf]),
         "value=nan; expected a finite number": lambda: sweeps.clamp(lm, "M1", row, np.nan),
+        r"value=1e\+39; expected a finite number": lambda: sweeps.clamp(lm, "M1", row, 1e39),
         "boolean mask of shape": lambda: sweeps.ablate(lm, "M1", row, positions=[1, 2]),
         "a row has no token": lambda: sweeps.ablate(lm, "M1", [[lm.config.pad_id] * 3]),
         "readout 'M1N3' names a feature": lambda: sweeps.ablate(lm, "M0", row, readout="M1N3"),

@@ -177,7 +177,7 @@ def other_split(request: pytest.FixtureRequest) -> tuple[Tokenizer, tokenizers.T
 
 @pytest.fixture(scope="session")
 def gpt2_folder() -> Path:
-    folder = Path(os.environ.get("TINYMODEL_TEST_GPT2", SHARED / "gpt2"))
+    folder = Path(os.environ.get("TINYMODEL_TEST_GPT2", SHARED / "gpt2")).expanduser()
     if not (folder / "vocab.json").is_file():
         pytest.skip(f"GPT-2's vocab.json and merges.txt are not in {folder}; TINYMODEL_TEST_GPT2 names another folder")
     return folder

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinymodel_jax.paths import user_path
+
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
@@ -15,6 +17,7 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: of the kind that stopped the writing; it names `path` and not the file beside it.
     """
+    path = user_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -6,7 +6,6 @@ dictionaries. Text is not known here: ids in, ids out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +22,10 @@ from tinymodel_jax.transformer import KVCache, LayerCache, Params, Transformer
 
 Method = Literal["greedy", "sample", "filtered"]
 """How the next token is chosen: the largest logit, by all probabilities, or after top-k and top-p."""
+
+
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Of the normal numbers of float32; compiled programs take what is smaller for 0."""
 
 
 class Sampling(NamedTuple):
@@ -62,7 +65,7 @@ def continue_prompts(
 
     Args:
         n_toks: tokens to add to each row at most; a row also stops where the context is full.
-        temperature: divides the logits; 0 takes the largest.
+        temperature: divides the logits; 0, and what float32 holds as 0 or a subnormal number, takes the largest.
         end_id: a row stops after this token, which is kept, and is finished if it ends with it; None for never.
         top_k: sample from the k largest logits only; None for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
@@ -78,9 +81,8 @@ def continue_prompts(
     longest = int(lengths.max())
     width = bucket(longest, config.n_ctx)
     capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
-    method: Method = (
-        "greedy" if np.float32(temperature) == 0 else "sample" if top_k is None and top_p is None else "filtered"
-    )
+    is_greedy = temperature < _SMALLEST
+    method: Method = "greedy" if is_greedy else "sample" if top_k is None and top_p is None else "filtered"
     sampling = Sampling(
         np.float32(temperature),
         np.int32(min(top_k or config.d_vocab, config.d_vocab)),
@@ -211,12 +213,16 @@ def check_options(n_toks: int, temperature: float, top_k: int | None, top_p: flo
     problems = []
     if not (isinstance(n_toks, int | np.integer) and n_toks >= 0):
         problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")
-    if not (math.isfinite(temperature) and temperature >= 0):
+    if not temperature >= 0:  # nor NaN
         problems.append(f"temperature={temperature!r} must be 0 (greedy) or more")
+    elif temperature > _LARGEST:
+        problems.append(f"temperature={temperature!r} must be at most {_LARGEST:.4g}, the largest float32")
     if top_k is not None and not (isinstance(top_k, int | np.integer) and top_k >= 1):
         problems.append(f"top_k={top_k!r} must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         problems.append(f"top_p={top_p!r} must be above 0 and at most 1")
+    elif top_p is not None and top_p < _SMALLEST:
+        problems.append(f"top_p={top_p!r} is 0 in float32; top_k=1 takes the most likely token")
     if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
         problems.append(f"seed={seed!r} must be a whole number, 0 to {2**32 - 1}")
     if problems:

@@ -36,6 +36,7 @@ from tinymodel_jax.interventions import Hooks, Splice, combine
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
 from tinymodel_jax.sites import Site
+from tinymodel_jax.texts import prompt_ids
 from tinymodel_jax.weights import WeightViews, flatten, unflatten
 
 if TYPE_CHECKING:
@@ -396,6 +397,8 @@ class TinyModel(WeightViews):
         """Continue a prompt, or several in one batch; return prompts and continuations as text.
 
         Args:
+            prompt: text, which gets `[BEGIN]` in front unless it has it; it may hold no other special token, so that a
+                story that ended has to lose its `[END]` to be continued.
             n_toks: tokens to add at most; a row also stops where the context is full.
             temperature: divides the logits; 0 takes the most likely token.
             break_on_end: stop a row at `[END]`, which stays in the text.
@@ -404,14 +407,15 @@ class TinyModel(WeightViews):
             seed: of the random draws, 0 to 2**32 - 1; a batch's rows draw differently.
 
         Raises:
-            ValueError: a prompt is longer than the context or no text, or an option is out of range.
+            ValueError: a prompt is longer than the context or no text, holds `[END]`, `[PAD]` or a second `[BEGIN]`, or
+                an option is out of range.
         """
         if not isinstance(prompt, Iterable):
             raise ValueError(f"generate takes a text or a list of texts, got {prompt!r:.80}.")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not texts:
             return []
-        rows = [[self.config.begin_id, *self.tokenizer.encode(text, max_length=None)] for text in texts]
+        rows = [prompt_ids(self.tokenizer, text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if len(row) > self.config.n_ctx:
                 raise ValueError(

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeGuard, overload
 
 import numpy as np
@@ -20,6 +19,7 @@ from jaxtyping import Int32
 from tokenizers import pre_tokenizers
 from unidecode import unidecode
 
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.tokenizer_files import SPECIAL_TOKENS, read_gpt2, read_saved, saved_form, write_saved
 
 TokenIds = int | Sequence[Any] | npt.ArrayLike
@@ -99,7 +99,7 @@ class Tokenizer:
 
         Source: ids are ranks by frequency in TinyStoriesV2 (noanabeshima/tiny_model); BPE of openai-community/gpt2.
         """
-        return cls(*read_gpt2(Path(dir_or_file)))
+        return cls(*read_gpt2(user_path(dir_or_file)))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
@@ -109,14 +109,14 @@ class Tokenizer:
             FileNotFoundError: the folder, its `tokenizer.json` or its `token_table.json` is missing.
             ValueError: a file cannot be read, or the two do not belong together.
         """
-        return cls(*read_saved(Path(directory)))
+        return cls(*read_saved(user_path(directory)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json`, as the `tokenizers` library reads it, and our `token_table.json`.
 
         The folder is made when missing; each file appears whole or not at all.
         """
-        write_saved(Path(directory), self._bpe, self._table.tolist())
+        write_saved(user_path(directory), self._bpe, self._table.tolist())
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tinymodel_jax.texts import story_ids
 from tinymodel_jax.tokenization import Tokenizer, clean_text, keep_story
 from tinymodel_jax.training.data_folder import ID_DTYPE, SPLITS
 
@@ -63,7 +64,8 @@ class Encoder:
         """Return the ids of a batch.
 
         Raises:
-            ValueError: a row is no story, or holds an id that is not in the vocabulary; its number is given.
+            ValueError: a row is no story, or holds a special token or an id that is not in the vocabulary; its number
+                is given.
         """
         is_text = pa.types.is_string(batch.column.type) or pa.types.is_large_string(batch.column.type)
         self._require_no_nulls(batch)
@@ -86,14 +88,15 @@ class Encoder:
                     f"{self.source}, story {number} is {_DIVIDER!r}, which divides stories of several lines; "
                     "in a .txt file a line is a story. Use the .jsonl form of the data."
                 )
-        sound = [text for text in texts if keep_story(text)]
-        kept = [text for text in sound if clean_text(text).strip()]
+        sound = [(number, text) for number, text in enumerate(texts, batch.first + 1) if keep_story(text)]
+        kept = [(number, text) for number, text in sound if clean_text(text).strip()]
         left_out = {"refused": len(texts) - len(sound), "empty": len(sound) - len(kept)}
-        contents = [text.encode("utf-8") for text in kept]
-        if self.packed:  # one by one: a batch would be padded to its longest story
-            return contents, [self.tokenizer(text, add_end=True, max_length=None)[0][0] for text in kept], left_out
-        rows, _ = self.tokenizer(kept, add_end=True, max_length=self.row_length, padding="max_length")
-        return contents, list(rows), left_out
+        cut = None if self.packed else self.row_length
+        rows = [
+            np.array(story_ids(self.tokenizer, text, cut, f"{self.source}, story {number}"), ID_DTYPE)
+            for number, text in kept
+        ]
+        return [text.encode("utf-8") for _, text in kept], rows if self.packed else self._padded(rows), left_out
 
     def _encode_lists(self, batch: Batch) -> tuple[list[bytes], Sequence[np.ndarray], dict[str, int]]:
         lengths, values = self._flatten(batch)
@@ -109,12 +112,15 @@ class Encoder:
         rows = [row[: np.max(np.flatnonzero(row != pad), initial=-1) + 1] for row in all_rows]
         kept = [row for row in rows if row.size]
         contents = [row.tobytes() for row in kept]
-        if not self.packed:
-            matrix = np.full((len(kept), self.row_length), pad, ID_DTYPE)
-            for place, row in zip(matrix, kept, strict=True):
-                place[: row.size] = row[: self.row_length]
-            kept = list(matrix)
-        return contents, kept, {"refused": 0, "empty": len(rows) - len(kept)}
+        left_out = {"refused": 0, "empty": len(rows) - len(kept)}
+        return contents, kept if self.packed else self._padded(kept), left_out
+
+    def _padded(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return rows of `row_length`, cut or padded on the right."""
+        matrix = np.full((len(rows), self.row_length), self.tokenizer.pad_id, ID_DTYPE)
+        for place, row in zip(matrix, rows, strict=True):
+            place[: row.size] = row[: self.row_length]
+        return list(matrix)
 
     def _flatten(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Return the lengths of the lists, and their values in a row."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def open_run(out: str, settings: Mapping[str, Any], may_change: Sequence[str]) -
     Args:
         settings, may_change: as `open_run_folder`, whose errors these are.
     """
-    folder = epath.Path(out)
+    folder = epath.Path(os.path.expanduser(out))
     with stop_requests() as stop_requested:
         open_run_folder(folder, settings, may_change)
         checkpoints = Checkpoints(folder / "checkpoints")

@@ -25,6 +25,7 @@ import tyro
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
 from tinymodel_jax.io.hub import cache_folder
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.tokenization import Tokenizer
 from tinymodel_jax.training.data import MAX_SEED
 from tinymodel_jax.training.data_folder import (
@@ -77,6 +78,7 @@ def prepare(
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     _check_numbers(limit, row_length, valid_fraction, seed, workers)
+    dest = os.path.expanduser(dest)
     _require_free(dest)
     found = load_tokenizer(tokenizer)
     source = open_source(src)
@@ -122,8 +124,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         found = default_tokenizer()
     elif name == "mini":
         found = storyworld.tokenizer()
-    elif Path(name).exists():
-        found = saved_tokenizer(Path(name)) or Tokenizer.from_gpt2(name)
+    elif user_path(name).exists():
+        found = saved_tokenizer(user_path(name)) or Tokenizer.from_gpt2(name)
     else:
         raise FileNotFoundError(
             f"tokenizer {name!r}: neither tiny_model nor mini nor a folder with a saved tokenizer or GPT-2's files."

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ def open_source(src: str) -> Source:
         return StoryWorld(storyworld.fingerprint())
     if src.startswith(HUB_PREFIX):
         return _open_hub(src)
+    src = os.path.expanduser(src)
     path = Path(src)
     if path.is_dir():
         return _open_folder(src, path)

@@ -11,12 +11,12 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from tinymodel_jax.config import Architecture
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
 from tinymodel_jax.training.dictionary_step import stack_members
@@ -212,7 +212,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
 
 def _fields_of(path: str) -> dict[str, Any]:
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(user_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--recipe {path} cannot be read as JSON ({error}).") from None
     if not isinstance(fields, dict):

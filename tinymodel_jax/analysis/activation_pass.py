@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from tinymodel_jax.analysis.coactivation import STRONGEST, active_features, sampled_places
+from tinymodel_jax.analysis.coactivation import active_features, n_bytes, sampled_places
 from tinymodel_jax.analysis.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
 from tinymodel_jax.analysis.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.forward import forward
@@ -32,7 +32,7 @@ class MeasuredBatch(NamedTuple):
     chunks: list[BatchStatistics]
     """Of all features, in order; rows beyond `n_rows` are padding."""
     active: list[Array]
-    """Strongest features of the sampled tokens."""
+    """Active features of the sampled tokens, as bits."""
     n_sampled: int
 
 
@@ -93,8 +93,8 @@ class Sums:
     """(n_features,) float64."""
     top: Contexts
     sampled: Contexts
-    together: np.ndarray
-    """(sampled tokens, strongest) features for co-activation; -1 where there are fewer."""
+    together: list[np.ndarray]
+    """(sampled tokens, bytes) in parts: which features are active at each, as bits, for co-activation."""
 
     @staticmethod
     def zero(n_features: int, k: int, n_sampled: int) -> Sums:
@@ -105,7 +105,7 @@ class Sums:
             np.zeros(n_features),
             no_contexts(n_features, k),
             no_contexts(n_features, n_sampled),
-            np.zeros((0, min(STRONGEST, n_features)), np.int32),
+            [np.zeros((0, n_bytes(n_features)), np.uint8)],
         )
 
     def take_in(self, batch: MeasuredBatch, seed: int) -> None:
@@ -122,20 +122,19 @@ class Sums:
         keep_first(self.top, peak, position, rows, by_value)
         keep_first(self.sampled, peak, position, rows, at_random(seed))
         if batch.n_sampled:
-            strongest = np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled]
-            self.together = np.concatenate([self.together, strongest])
+            self.together.append(np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return everything by name, for a work file."""
-        plain = ("histogram", "active", "total", "together")
-        found = {name: getattr(self, name) for name in plain}
+        found = {name: getattr(self, name) for name in ("histogram", "active", "total")}
+        found["together"] = np.concatenate(self.together)
         return found | named_contexts("top", self.top) | named_contexts("sampled", self.sampled)
 
     @staticmethod
     def of_arrays(arrays: dict[str, np.ndarray]) -> Sums:
         """Return the sums that `arrays` named."""
         top, sampled = contexts_named("top", arrays), contexts_named("sampled", arrays)
-        return Sums(arrays["histogram"], arrays["active"], arrays["total"], top, sampled, arrays["together"])
+        return Sums(arrays["histogram"], arrays["active"], arrays["total"], top, sampled, [arrays["together"]])
 
 
 def named_contexts(name: str, contexts: Contexts) -> dict[str, np.ndarray]:

@@ -1,21 +1,24 @@
-"""Which features are active together, from a sample of tokens, in memory that neither tokens nor pairs make grow.
+"""Which features are active together, on a sample of tokens, in memory that does not grow with the number of tokens.
 
 Counting all pairs of 25,000 features takes 2.5 GB and, on all tokens, many times the work of the encoder. So the pairs
-are counted on a sample of tokens, and of each token the strongest `STRONGEST` features count as active: all of them,
-unless more are. The correlation is the phi coefficient over the n sampled tokens,
+are counted on a sample of tokens, and exactly there. The correlation is the phi coefficient over the n sampled tokens,
 
     phi = (n n_ij - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))
 
-with n_i the tokens at which feature i is active and n_ij those of both. Unlike n_ij / n_i it is 0 for a feature that is
-active everywhere. Pairs that met at fewer than `MET` tokens are left out: two features active once would have phi 1.
+with n_i the tokens at which feature i is active and n_ij those of both. It is undefined (0 / 0) for a feature that is
+active at all of them, or at none. Pairs that met at fewer than `MET` tokens are left out: two features active once
+would have phi 1. The sample is thinned where counting would take more than `PAIRS`: with `COACTIVATION_TOKENS` of it,
+that takes more than 256 active features per token on average.
 """
 
 from __future__ import annotations
 
-import jax
+import math
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from scipy import sparse
 
 from tinymodel_jax.analysis.contexts import uniform
@@ -23,8 +26,11 @@ from tinymodel_jax.compilation import fast_jit
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionary import DictionaryParams, encode
 
-STRONGEST = 64
 MET = 3
+PAIRS = 2**29
+"""Pairs of active features that are counted, about; seconds of work."""
+AS_ONE = 256
+"""Pairs of any features that a matrix product counts in the time that a sparse one takes for a pair of active ones."""
 AT_ONCE = 64
 """Tokens that are encoded together."""
 FEATURES_AT_ONCE = 256
@@ -47,31 +53,48 @@ def sampled_places(real: Bool[np.ndarray, "rows seq"], first: int, share: float,
 def active_features(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "rows seq d_in"], places: Int[np.ndarray, " n"]
 ) -> list[Array]:
-    """Return the strongest active features at places of the flattened rows, (`AT_ONCE`, strongest) at a time.
+    """Return which features are active at places of the flattened rows, a bit each, `AT_ONCE` places at a time.
 
-    -1 where fewer are active; the last array is longer than what is left of the places. Does not wait for the result.
+    The last array is longer than what is left of the places. Does not wait for the result.
     """
     padded = np.resize(places, -(-len(places) // AT_ONCE) * AT_ONCE).reshape(-1, AT_ONCE)
-    return [_strongest(params, x, part.astype(np.int32), config=config) for part in padded]
+    return [_active(params, x, part.astype(np.int32), config=config) for part in padded]
+
+
+def n_bytes(n_features: int) -> int:
+    """Return how many bytes hold a bit for each feature."""
+    return -(-n_features // 8)
 
 
 def partners_of_all(
-    active: Int[np.ndarray, "tokens strongest"], n_features: int, n: int
+    bits: UInt8[np.ndarray, "tokens bytes"], n_features: int, n: int
 ) -> tuple[Int[np.ndarray, "n_features n"], Float[np.ndarray, "n_features n"]]:
-    """Return the `n` features whose activity correlates most with each, and phi; -1 and 0 where there are fewer."""
-    tokens, places = np.nonzero(active >= 0)
-    ones = np.ones(len(tokens), np.float32)
-    table = sparse.csc_matrix((ones, (tokens, active[tokens, places])), shape=(len(active), n_features))
-    alone = np.asarray(table.sum(axis=0), np.float64).ravel()
+    """Return the `n` features whose activity correlates most with each, and phi; -1 and 0 where there are fewer.
+
+    Phi is NaN where it is undefined: for a feature that is active at all tokens, or at none.
+    """
+    active, table = _counted(np.unpackbits(bits, axis=1, count=n_features).view(bool))
+    alone = active.sum(axis=0).astype(np.float64)
     partners, correlation = np.full((n_features, n), -1, np.int32), np.zeros((n_features, n), np.float32)
+    correlation[(alone == 0) | (alone == len(active))] = np.nan
     for start in range(0, n_features, FEATURES_AT_ONCE):
-        together = (table[:, start : start + FEATURES_AT_ONCE].T @ table).tocsr()
-        for feature in range(start, start + together.shape[0]):
+        together = sparse.csr_matrix(table[:, start : start + FEATURES_AT_ONCE].T @ table)
+        for feature in range(start, min(start + FEATURES_AT_ONCE, n_features)):
             span = slice(*together.indptr[feature - start : feature - start + 2])
             others, phi = _correlations(feature, together.indices[span], together.data[span], alone, len(active))
+            if len(phi) > n:
+                likely = phi >= np.partition(phi, -n)[-n]
+                others, phi = others[likely], phi[likely]
             best = np.lexsort((others, -phi))[:n]
             partners[feature, : len(best)], correlation[feature, : len(best)] = others[best], phi[best]
     return partners, correlation
+
+
+def _counted(active: Bool[np.ndarray, "tokens n_features"]) -> tuple[Bool[np.ndarray, "some n_features"], Any]:
+    """Return the tokens that are counted, evenly spread, and the same as a matrix: sparse where that counts faster."""
+    of_active, of_any = np.square(active.sum(axis=1, dtype=float)).sum(), active.size * active.shape[1] / AS_ONE
+    active = active[:: max(1, math.ceil(min(of_active, of_any) / PAIRS))]
+    return active, sparse.csc_matrix(active, dtype=np.float32) if of_active < of_any else active.astype(np.float32)
 
 
 def _correlations(
@@ -83,16 +106,14 @@ def _correlations(
     i, j = alone[feature], alone[others]
     with np.errstate(invalid="ignore", divide="ignore"):
         phi = (n * met - i * j) / np.sqrt(i * (n - i) * j * (n - j))
-    positive = phi > 0  # also not NaN, where one is active everywhere
+    positive = phi > 0  # nor NaN, where it is undefined
     return others[positive], phi[positive].astype(np.float32)
 
 
-def _strongest_active(
+def _bits(
     params: DictionaryParams, x: Float[Array, "rows seq d_in"], places: Int[Array, " n"], *, config: DictionaryConfig
-) -> Int[Array, "n strongest"]:
-    acts = encode(params, config, x.reshape(-1, x.shape[-1])[places])
-    values, features = jax.lax.top_k(acts, min(STRONGEST, config.n_features))
-    return jnp.where(values > 0, features, -1)
+) -> UInt8[Array, "n bytes"]:
+    return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[places]) > 0, axis=1)
 
 
-_strongest = fast_jit(_strongest_active, static_argnames=("config",))
+_active = fast_jit(_bits, static_argnames=("config",))

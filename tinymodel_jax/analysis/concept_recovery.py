@@ -25,6 +25,7 @@ from tinymodel_jax.forward import forward
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import pad_below
 from tinymodel_jax.sites import Site
+from tinymodel_jax.texts import story_rows
 
 BATCH = 16
 """Stories in one pass of the model."""
@@ -160,7 +161,7 @@ def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionar
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
     """Return the activations and the truth at every token of the stories that is text."""
     config, tokenizer = lm.config, lm.tokenizer
-    tok_ids, _ = tokenizer([story.text for story in told], max_length=config.n_ctx)
+    tok_ids = story_rows(tokenizer, [story.text for story in told], config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
     text = config.is_text(tok_ids)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.interventions import Hooks
 from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.paths import user_path
 
 
 class OtherWorkError(ValueError):
@@ -45,7 +46,7 @@ class Progress:
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]):
-        self.path = path
+        self.path = user_path(path)
         self.key = json.loads(json.dumps(dict(key)))
 
     def load(self) -> Saved | None:

@@ -152,7 +152,8 @@ def finite(name: str, numbers: Any, ndim: int) -> Float[np.ndarray, "*axes"]:
         ValueError: they are no finite numbers, none, or have more axes.
     """
     try:
-        array = np.asarray(numbers, np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            array = np.asarray(numbers, np.float32)
     except (TypeError, ValueError):
         array = np.full(1, np.nan, np.float32)
     if array.ndim > ndim or array.size == 0 or not np.isfinite(array).all():

@@ -30,6 +30,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import resolve_indices
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import as_array
+from tinymodel_jax.paths import user_path
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
@@ -73,9 +74,10 @@ class TopActivations:
     sampled: Contexts
     """Uniform sample of the rows at which a feature is active, largest peak first; `bands` cuts it by quantiles."""
     partners: Int[np.ndarray, "n_features p"]
-    """Features most often active together with each, best first; -1 where there are fewer."""
+    """Features whose activity correlates most with each one's, best first; -1 where there are fewer."""
     correlation: Float[np.ndarray, "n_features p"]
-    """Correlation (phi) of the activity of each with its partner; 0 where there is none."""
+    """Correlation (phi) of the activity of each with its partner; 0 where there is none, NaN where it is undefined: of
+    a feature that is active at all sampled tokens, or at none."""
 
     @property
     def n_features(self) -> int:
@@ -141,7 +143,7 @@ class TopActivations:
         arrays = {name: np.ascontiguousarray(array) for name, array in _arrays(self).items()}
         names = ("tag", "data", "model", "dictionary", "n_rows", "n_tokens", "histogram_every")
         facts = {name: getattr(self, name) for name in names}
-        replace_file(Path(path), save(arrays, {"top_activations": json.dumps(facts)}))
+        replace_file(user_path(path), save(arrays, {"top_activations": json.dumps(facts)}))
 
 
 def top_activations(
@@ -164,7 +166,7 @@ def top_activations(
         rows: integers (rows, seq), padded with `[PAD]`; may map a file, of which a batch is read at a time.
         k: top contexts of each feature.
         n_sampled: contexts of each feature that are sampled from all rows at which it is active.
-        n_partners: co-active features of each.
+        n_partners: co-active features of each, counted on a sample of about 8,192 tokens.
         seed: of the samples.
         batch: rows of a device in one pass; the devices of this process share the rows.
         work_file: file that holds the state of the work, so that the same call goes on; delete it when the result is
@@ -218,6 +220,7 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or another file.
     """
+    path = user_path(path)
     try:
         with safe_open(path, "numpy") as file:
             facts = json.loads((file.metadata() or {})["top_activations"])
@@ -275,7 +278,7 @@ def run_pass(
 def _result(facts: dict[str, Any], sums: Sums, n_partners: int) -> TopActivations:
     order = np.argsort(-sums.sampled.value, axis=1, kind="stable")
     sampled = Contexts(*(np.take_along_axis(field, order, axis=1) for field in sums.sampled))
-    partners, correlation = partners_of_all(sums.together, len(sums.total), n_partners)
+    partners, correlation = partners_of_all(np.concatenate(sums.together), len(sums.total), n_partners)
     return TopActivations(
         **facts,
         histogram=np.ascontiguousarray(sums.histogram.T),

@@ -119,7 +119,7 @@ def _other_tags(lm: TinyModel, place: Site, others: str) -> list[str]:
 
 
 def _encoded(lm: TinyModel, text: str) -> list[int]:
-    (ids,) = token_rows(lm, [text], [], lm.config.n_ctx)
+    (ids,) = token_rows(lm, [text])
     if not 1 < len(ids) <= lm.config.n_ctx:
         raise ValueError(f"--text {text[:30]!r} has {len(ids) - 1} tokens; a page takes 1 to {lm.config.n_ctx - 1}.")
     return ids

@@ -175,7 +175,7 @@ def _print_tables(content: Mapping[str, Any]) -> None:
             for name in sparse["results"]
         ]
         print_table([f"{', '.join(sparse['sites'])} at once", ""], rows)
-    print("CE and KL are in nats; ± is half of a 95 % confidence interval over rows.")
+    print(f"CE and KL are in nats{'; ± is half of a 95 % confidence interval over rows' * (content['rows'] > 1)}.")
 
 
 def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:

@@ -51,9 +51,11 @@ def features(
     place, _ = Site.parse(site)
     check_dictionary(dictionary)
     given, told = read_prompts(prompts, stories, limit, ids)
+    from tinymodel_jax.texts import story_ids
+
     lm = load_lm(model, n_heads, place.tag, dictionary)
     reader = lm[site]
-    rows = token_rows(lm, given, told, lm.config.n_ctx)
+    rows = [*token_rows(lm, given), *(story_ids(lm.tokenizer, story, lm.config.n_ctx) for story in told)]
     for row in with_progress(rows, "reading"):
         acts = np.asarray(reader([row]))[0]
         chosen = _strongest(acts, top) if reader.feature is None else [[(reader.feature, float(a))] for a in acts]

@@ -13,11 +13,29 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from tinymodel_jax import __version__
+from tinymodel_jax.paths import user_path
+
+USER_PATHS = tyro.constructors.ConstructorRegistry()
+"""Expands `~` in every option that is a `Path`: a shell leaves it in `--out=~/x`, and a program has no shell."""
+
+
+@USER_PATHS.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: user_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def run_commands(
@@ -35,14 +53,15 @@ def run_commands(
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            dict(commands),
-            prog=program,
-            description=f"{description} Any command takes --debug, which shows the traceback of an error; "
-            "--version alone says which release this is.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with USER_PATHS:
+            tyro.extras.subcommand_cli_from_dict(
+                dict(commands),
+                prog=program,
+                description=f"{description} Any command takes --debug, which shows the traceback of an error; "
+                "--version alone says which release this is.",
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as stop:  # tyro's own, after --help or bad usage
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:

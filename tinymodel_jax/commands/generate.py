@@ -27,7 +27,7 @@ def generate(
     """Continue prompts.
 
     Args:
-        prompts: texts to continue, all in one batch.
+        prompts: texts to continue, all in one batch; a finished story has to lose its [END] first.
         model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         n_toks: tokens to add at most.
         temperature: divides the logits; 0 takes the most likely token.
@@ -36,7 +36,7 @@ def generate(
         seed: of the random draws.
         stories: file of stories (.jsonl with "text", .txt with a story a line, also .gz) whose beginnings to continue.
         limit: stories to read at most.
-        prompt_toks: tokens of each story that make its prompt.
+        prompt_toks: tokens of each story that make its prompt, [BEGIN] included; no [END] follows a short one.
         ids: prompts are token ids, as "9996 51 56", and so is the answer.
         n_heads: attention heads of a file whose width is not the published 768.
         json: print a JSON object a line.
@@ -48,7 +48,7 @@ def generate(
 
     check_options(n_toks, temperature, top_k, top_p, seed)
     lm = load_lm(model, n_heads)
-    rows = token_rows(lm, given, told, prompt_toks)
+    rows = [*token_rows(lm, given), *(row[:prompt_toks] for row in token_rows(lm, told))]
     width = max(map(len, rows))
     padded = [[*row, *[lm.config.pad_id] * (width - len(row))] for row in rows]
     out = lm.generate_ids(padded, n_toks, temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -50,7 +50,7 @@ def patch(
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
     prepare_output("--out", out)
     lm = load_lm(model, n_heads)
-    rows = token_rows(lm, [clean, corrupted], [], lm.config.n_ctx)
+    rows = token_rows(lm, [clean, corrupted])
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
             f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; choose words of as many tokens, so that "

@@ -69,16 +69,15 @@ def read_stories(path: Path, limit: int) -> list[str]:
     return found
 
 
-def token_rows(
-    lm: TinyModel, prompts: Sequence[str | list[int]], told: Sequence[str], story_toks: int
-) -> list[list[int]]:
-    """Return rows of token ids; text gets `[BEGIN]` in front, and stories are cut to `story_toks` tokens with it."""
+def token_rows(lm: TinyModel, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Return rows of token ids; text gets `[BEGIN]` in front unless it has it.
 
-    def encoded(text: str) -> list[int]:
-        return [lm.config.begin_id, *lm.tokenizer.encode(text, max_length=None)]
+    Raises:
+        ValueError: a text holds another special token.
+    """
+    from tinymodel_jax.texts import prompt_ids
 
-    rows = [encoded(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return [*rows, *(encoded(story)[:story_toks] for story in told)]
+    return [prompt_ids(lm.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def token_id(lm: TinyModel, text: str | None, row: Sequence[int]) -> int:

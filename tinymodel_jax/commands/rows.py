@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.prompts import STORY_FILES, read_stories
+from tinymodel_jax.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,8 @@ STORY_WORLD = "storyworld"
 def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     """Return rows of token ids (rows, seq), `[BEGIN]` first and padded with `[PAD]`.
 
-    Stories are padded to the compiled length that holds the longest; prepared rows have a length of their own.
+    A story that fits the context ends with `[END]`. Stories are padded to the compiled length that holds the longest;
+    prepared rows have a length of their own.
 
     Args:
         data: folder of `python -m train prepare`, whose held-out rows are read; a file of stories (.jsonl, .txt, also
@@ -29,16 +30,17 @@ def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it holds nothing to read, or does not fit the model's vocabulary and context.
+        ValueError: it holds nothing to read, does not fit the model's vocabulary and context, or a story holds a
+            special token.
     """
     if limit < 1:
         raise ValueError(f"--limit {limit} must be 1 or more.")
     if data == STORY_WORLD:
         instead = "--data takes a folder of python -m train prepare, or a file of stories, too"
-        return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit, instead)])
-    path = Path(data)
+        return _rows_of_stories(lm, [story.text for story in unseen_stories(lm, limit, instead)], data)
+    path = user_path(data)
     if data.removesuffix(".gz").endswith(STORY_FILES):
-        return _rows_of_stories(lm, read_stories(path, limit))
+        return _rows_of_stories(lm, read_stories(path, limit), f"{path}, story")
     from tinymodel_jax.training.data_folder import open_data
 
     prepared = open_data(data)
@@ -74,8 +76,9 @@ def unseen_stories(
     return list(storyworld.stories(seed=0, count=count, first=storyworld.FIRST_UNSEEN))
 
 
-def _rows_of_stories(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
+def _rows_of_stories(lm: TinyModel, texts: Sequence[str], name: str) -> np.ndarray:
     from tinymodel_jax.padding import bucket, pad_right
+    from tinymodel_jax.texts import story_rows
 
-    tok_ids, _ = lm.tokenizer(list(texts), max_length=lm.config.n_ctx)
+    tok_ids = story_rows(lm.tokenizer, texts, lm.config.n_ctx, name=name)
     return pad_right(tok_ids, bucket(tok_ids.shape[1], lm.config.n_ctx), lm.config.pad_id)

@@ -83,7 +83,7 @@ def sweep(
     if data is not None:
         _over_data(lm, site, data, ROWS if limit is None else limit, top, out, json)
         return
-    for row in token_rows(lm, given, [], lm.config.n_ctx):
+    for row in token_rows(lm, given):
         token = token_id(lm, answer, row)
         effects = _effects(lm, site, row, kind, amount, features, token, readout)
         report = _report(lm, site, row, effects, kind, token, ids)
@@ -263,7 +263,8 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
         for entry in table["features"][:top]
     ]
     n_active = int((found.active_rows > 0).sum())
-    title = f"turning off each of {n_active} active features of {site} on {found.n_rows} rows: nats, 95 % intervals"
+    on = "one row: nats" if found.n_rows == 1 else f"{found.n_rows} rows: nats, 95 % intervals"
+    title = f"turning off each of {n_active} active features of {site} on {on}"
     print_table([*columns, "tokens: mean logit"], numbers, title=title, right=columns)
 
 

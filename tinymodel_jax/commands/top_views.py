@@ -94,7 +94,11 @@ def feature_record(
         for kind in ("promoted", "suppressed")
     }
     shown = found.histogram[feature]
-    partners = zip(found.partners[feature], found.correlation[feature], strict=True)
+    partners = [
+        {"feature": int(partner), "correlation": round(float(phi), 4)}
+        for partner, phi in zip(found.partners[feature], found.correlation[feature], strict=True)
+        if partner >= 0
+    ]
     return {
         **_numbers(found, feature),
         **_known(reader, rows, truth, alone)[0],
@@ -104,7 +108,7 @@ def feature_record(
         "contexts": _contexts(lm, rows, found.top, feature, top),
         "bands": [_contexts(lm, rows, band, 0, OF_A_BAND) for band in found.bands(feature, BANDS)],
         **words,
-        "partners": [{"feature": int(f), "correlation": round(float(c), 4)} for f, c in partners if f >= 0],
+        "partners": None if np.isnan(found.correlation[feature, 0]) else partners,
     }
 
 
@@ -144,8 +148,13 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
     for kind in ("promoted", "suppressed"):
         words = "  ".join(f"{escape(one['token'])} {one['effect']:+.3f}" for one in record[kind])
         console.print(f"{kind} next tokens: {words}")
-    partners = "  ".join(f"{one['feature']} ({one['correlation']:.2f})" for one in record["partners"]) or "none"
-    console.print(f"active together with: {partners}")
+    console.print(f"active together with: {_partners(record['partners'])}")
+
+
+def _partners(partners: Sequence[dict[str, Any]] | None) -> str:
+    if partners is None:
+        return "– (undefined: it is active at all sampled tokens, or at none)"
+    return "  ".join(f"{one['feature']} ({one['correlation']:.2f})" for one in partners) or "none"
 
 
 def _print_contexts(console: Console, title: str, contexts: Sequence[dict[str, Any]]) -> None:

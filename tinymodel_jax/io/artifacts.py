@@ -24,6 +24,7 @@ from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.state_files import load_state_file, read_safetensors
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.shapes import require_shapes
 from tinymodel_jax.sites import NO_SITE, Site
 
@@ -185,7 +186,7 @@ def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
 def _named(kind: str, name_or_path: Any) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"a {kind} is named by its path or published name, got {name_or_path!r:.80}.")
-    return Path(name_or_path)
+    return user_path(name_or_path)
 
 
 def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
@@ -208,7 +209,7 @@ def _load_model_folder(folder: Path) -> ModelFiles:
 
 def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
     """Make the folder; refuse one that holds a configuration of something else, which would be lost."""
-    folder = Path(directory)
+    folder = user_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG_FILE).exists():
         try:

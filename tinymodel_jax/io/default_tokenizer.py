@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.tokenization import Tokenizer
 
 ENVIRONMENT_VARIABLE = "TINYMODEL_TOKENIZER"
@@ -32,7 +33,7 @@ def default_tokenizer() -> Tokenizer:
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
-        folder = Path(named)
+        folder = user_path(named)
         saved = saved_tokenizer(folder)
         return Tokenizer.from_gpt2(folder) if saved is None else saved
     from tinymodel_jax.io import hub  # the network part loads when it is needed

@@ -25,6 +25,7 @@ from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
 from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.paths import user_path
 from tinymodel_jax.sites import KINDS, Site
 from tinymodel_jax.tokenization import Tokenizer
 
@@ -147,7 +148,7 @@ def tokenizer_folder() -> Path:
 def cache_folder() -> Path:
     """Return where conversions are kept: `$TINYMODEL_CACHE`, else `~/.cache/tinymodel_jax`; it need not exist."""
     named = os.environ.get(CACHE_VARIABLE)
-    root = Path(named).expanduser() if named else Path.home() / ".cache" / "tinymodel_jax"
+    root = user_path(named) if named else Path.home() / ".cache" / "tinymodel_jax"
     # A release with another format finds nothing of this one, and converts anew.
     return root / f"v{artifacts.FORMAT_VERSION}"
 

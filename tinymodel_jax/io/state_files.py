@@ -7,7 +7,6 @@ starts with the path. What the names mean is not looked at here.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,26 @@ import safetensors
 from safetensors.numpy import load_file
 
 from tinymodel_jax.io.torch_files import TensorEntry, TorchFileSummary, describe_torch_file, load_torch_file
+from tinymodel_jax.paths import user_path
 
 SAFETENSORS = ".safetensors"
 
 
 def load_state_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """Read a state dict: {name: array}. A `.pt` file as `load_torch_file`, whose errors these are."""
-    return read_safetensors(path) if Path(path).suffix == SAFETENSORS else load_torch_file(path)
+    return read_safetensors(path) if user_path(path).suffix == SAFETENSORS else load_torch_file(path)
 
 
 def describe_state_file(path: str | os.PathLike[str]) -> TorchFileSummary:
     """Say what is in a file, as `describe_torch_file`; a safetensors file has the form `safetensors`."""
-    if Path(path).suffix != SAFETENSORS:
+    path = user_path(path)
+    if path.suffix != SAFETENSORS:
         return describe_torch_file(path)
     entries = (
         TensorEntry(name, array.shape, array.dtype.name, name, array.nbytes, is_view=False)
         for name, array in read_safetensors(path).items()
     )
-    return TorchFileSummary("safetensors", Path(path).stat().st_size, (), (), tuple(entries))
+    return TorchFileSummary("safetensors", path.stat().st_size, (), (), tuple(entries))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -42,6 +43,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
+    path = user_path(path)
     try:
         return load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from tinymodel_jax.io.torch_records import (
     TensorRecord,
     row_major_strides,
 )
+from tinymodel_jax.paths import user_path
 
 _ALIGNMENT = 64
 _PUSH_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
@@ -122,7 +122,7 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
     if wrong:
         allowed = ", ".join(dtype.name for dtype in _TORCH_DTYPE_OF)
         raise ValueError(f"PyTorch cannot hold {', '.join(wrong)}; allowed are string names and the dtypes {allowed}")
-    with replaced(Path(path)) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with replaced(user_path(path)) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         _write_member(archive, file.tell(), "data.pkl", _state_dict_pickle(tensors))
         _write_member(archive, file.tell(), "byteorder", b"little")
         for index, array in enumerate(tensors.values()):
@@ -134,17 +134,18 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Container, int]]:
     """Map the file and open its container; any ValueError inside the block is told as one about the path."""
+    path = user_path(path)
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{os.fspath(path)} is a folder, not a PyTorch file")
+        raise IsADirectoryError(f"{path} is a folder, not a PyTorch file")
     if not stat.S_ISREG(mode) or not os.path.getsize(path):
-        raise ValueError(f"{os.fspath(path)} is empty, or a pipe or a device; a PyTorch file is neither")
+        raise ValueError(f"{path} is empty, or a pipe or a device; a PyTorch file is neither")
     with open(path, "rb") as file:
         try:
             mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
             yield open_container(file, mapped), len(mapped)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)} cannot be read as a PyTorch file: {error}") from error
+            raise ValueError(f"{path} cannot be read as a PyTorch file: {error}") from error
 
 
 def _array(record: TensorRecord, storage: memoryview) -> np.ndarray:

@@ -11,8 +11,8 @@ from rich.console import Console
 from tinymodel_jax.analysis.concepts import concepts_of_units
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.padding import pad_right
 from tinymodel_jax.progress import with_progress
+from tinymodel_jax.texts import story_rows
 
 SITE = "Rm2"
 """Whose features are shown: an SAE of the residual stream."""
@@ -59,5 +59,4 @@ def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Cons
 
 def full_rows(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
     """Return token ids (texts, n_ctx), padded with `[PAD]`."""
-    tok_ids, _ = lm.tokenizer(texts)
-    return pad_right(tok_ids, lm.config.n_ctx, lm.config.pad_id)
+    return story_rows(lm.tokenizer, texts, lm.config.n_ctx, width=lm.config.n_ctx)

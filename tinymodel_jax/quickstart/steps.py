@@ -19,6 +19,7 @@ from tinymodel_jax.interventions import ablate, clamp
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.progress import with_progress
 from tinymodel_jax.quickstart.named_features import NAMED_FROM, SITE, Named
+from tinymodel_jax.texts import prompt_ids
 
 PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
@@ -31,7 +32,7 @@ STRONG = 0.9
 def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
     """Return the ids of a story without special tokens."""
     console.rule("1 · The bundled model tells a story")
-    begin = [lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]
+    begin = prompt_ids(lm.tokenizer, PROMPT)
     row = lm.generate_ids([begin], STORY_TOKENS, 0.6, seed=seed)[0]
     story = [int(i) for i in row if lm.config.is_text(i)]
     console.print(lm.tokenizer.decode(story), markup=False, highlight=False)

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt16
 
+from tinymodel_jax.paths import user_path
+
 FORMAT = "tinymodel_jax/data"
 FORMAT_VERSION = 1
 DESCRIPTION_FILE = "data.json"
@@ -127,7 +129,7 @@ def open_data(path: str | os.PathLike[str]) -> TokenData:
         FileNotFoundError: there is no prepared folder, or it was not finished.
         ValueError: the folder holds something else, or is damaged.
     """
-    folder = _local_copy(os.fspath(path)) if is_remote(path) else Path(path)
+    folder = _local_copy(os.fspath(path)) if is_remote(path) else user_path(path)
     meta = _read_meta(folder, path)
     _check_sizes(folder, meta)
     matrices = {split: _matrix(folder / f"{split}.bin", meta.rows[split], meta.row_length) for split in SPLITS}

@@ -1,7 +1,8 @@
 """What a dashboard's files say: the columns of its index, the record of a feature, the record of a text.
 
-Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits, and features that were
-never active are there like all others. The script of the pages (analysis/report/dashboard_*.js) reads these names.
+Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits (effects in the index
+six), and features that were never active are there like all others. The script of the pages
+(analysis/report/dashboard_*.js) reads these names.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
         columns["concept"] = facts.f1.argmax(axis=1).tolist()
         columns["f1"] = rounded(facts.f1.max(axis=1), 3)
     if facts.importance is not None:
-        columns["effect"] = rounded(facts.importance.kl_all.mean)
+        columns["effect"] = rounded(facts.importance.kl_all.mean, 6)
     return columns
 
 
@@ -91,7 +92,7 @@ def feature_records(
         "bands": [[of_one[i : i + OF_A_BAND] for i in range(TOP, len(of_one), OF_A_BAND)] for of_one in shown],
         "promoted": _pairs(facts.logits.promoted[part], facts.logits.promoted_effect[part]),
         "suppressed": _pairs(facts.logits.suppressed[part], facts.logits.suppressed_effect[part]),
-        "partners": _pairs(found.partners, found.correlation),
+        "partners": _partners(found),
         "neighbours": _pairs(facts.graph.neighbours.features[part], facts.graph.neighbours.values[part]),
     }
     if facts.f1 is not None:
@@ -174,6 +175,12 @@ def _pairs(features: np.ndarray, values: np.ndarray) -> list[list[list[Any]]]:
         [[f, value] for f, value in zip(row, of_row, strict=True) if f >= 0]
         for row, of_row in zip(features.tolist(), rounded(values), strict=True)
     ]
+
+
+def _partners(found: TopActivations) -> list[list[list[Any]] | None]:
+    """Return [feature, correlation] pairs of each feature; None where the correlation is undefined."""
+    pairs, undefined = _pairs(found.partners, found.correlation), np.isnan(found.correlation[:, 0])
+    return [None if unknown else of_one for of_one, unknown in zip(pairs, undefined, strict=True)]
 
 
 def _links(links: Links, promoted: np.ndarray, part: slice) -> list[list[list[Any]]]:

@@ -25,7 +25,7 @@ async function featurePage(feature) {
 function numbers(feature, record) {
   const { active, largest } = index.columns;
   const entries = [
-    ["density", `${share(active[feature])}: ${active[feature].toLocaleString("en")} of ${index.n_tokens.toLocaleString("en")} tokens`],
+    ["density", `${share(active[feature])}: ${active[feature].toLocaleString("en")} of ${counted(index.n_tokens, "token")}`],
     ["activation", `mean ${number(record.mean)} where active, largest ${number(largest[feature])}`],
     ["quantiles", index.quantiles.map((q, i) => `${100 * q} %: ${number(record.quantiles[i])}`).join(", ")],
   ];
@@ -33,8 +33,9 @@ function numbers(feature, record) {
   if (record.concepts && active[feature]) entries.push(["concepts", record.concepts.filter(([, f1]) => f1 > 0).map(([c, f1]) => `${index.concepts[c][0]} (${index.concepts[c][1]}), F1 ${f1.toFixed(2)}`).join("; ")]);
   if (record.effects) {
     const { kl_all: all, kl, loss, active_rows: rows } = record.effects;
-    const where = rows ? `; KL ${plusMinus(kl)}, loss ${plusMinus(loss)} over the ${rows} where it is active` : "";
-    entries.push(["turned off", `KL ${plusMinus(all)} nats a position over ${index.effect_rows} rows${where} (95 % intervals; [BEGIN] and [END] count here)`]);
+    const where = rows ? `; KL ${plusMinus(kl)}, loss ${plusMinus(loss)} nats over the ${rows === 1 ? "one" : rows} where it is active` : "";
+    const intervals = [all, kl, loss].some(([, half]) => half !== null) ? "95 % intervals; " : ""; // one row has none
+    entries.push(["turned off", `KL ${plusMinus(all)} nats per position over ${counted(index.effect_rows, "row")}${where} (${intervals}[BEGIN] and [END] count here)`]);
   }
   const list = element("dl", { class: "numbers" }, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
   const bars = record.histogram.some((n) => n > 0) ? [histogram(record.histogram)] : []; // a sample may miss a rare feature
@@ -47,8 +48,8 @@ function histogram(counts) {
   const shown = counts.slice(first, last + 1);
   const most = Math.max(...shown);
   const [from, to] = [number(index.edges[first]), number(index.edges[last + 1])];
-  const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${n.toLocaleString("en")} tokens` }));
-  const label = `Histogram of activations, ${from} to ${to}; most, ${most} tokens, from ${number(index.edges[first + shown.indexOf(most)])}`;
+  const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${counted(n, "token")}` }));
+  const label = `Histogram of activations, ${from} to ${to}; most, ${counted(most, "token")}, from ${number(index.edges[first + shown.indexOf(most)])}`;
   return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins an octave${index.histogram_every > 1 ? `; one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
 }
 
@@ -70,16 +71,23 @@ function contextLine([row, peak, ids, acts], largest) {
   return element("div", { class: "context" }, element("span", { class: "peak" }, number(acts[peak])), line);
 }
 
-const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], pairs.map(([id, effect]) => [word(id), signed(effect)]));
+const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], aligned(pairs).map(([id, effect]) => [word(id), effect]));
+
+// Pairs (and what follows) with their numbers as text, all with the same decimals.
+function aligned(pairs) {
+  const decimals = decimalsOf(pairs.map(([, value]) => value));
+  return pairs.map(([of, value, ...rest]) => [of, sign(value, fixed(value, decimals)), ...rest]);
+}
 
 function relatedTable(caption, measure, pairs) {
+  if (pairs === null) return element("p", { class: "hint" }, `${caption}: undefined, as it is active at all sampled tokens or at none.`);
   if (!pairs.length) return element("p", { class: "hint" }, `${caption}: none.`);
-  return table(caption, [["feature", null], [measure, null], ["peaks on", "words"]], pairs.map(([f, value]) => [featureLink(f), number(value), index.columns.peaks[f].map(word)]));
+  return table(caption, [["feature", null], [measure, null], ["peaks on", "words"]], aligned(pairs).map(([f, value]) => [featureLink(f), value, index.columns.peaks[f].map(word)]));
 }
 
 function linkSection(title, about, dictionaries) {
   const tables = Object.entries(dictionaries).map(([tag, links]) =>
-    table(tag, [["feature", null], ["weight", null], ["promotes", "words"]], links.map(([f, weight, ids]) => [String(f), signed(weight), ids.map(word)])),
+    table(tag, [["feature", null], ["weight", null], ["promotes", "words"]], aligned(links).map(([f, weight, ids]) => [String(f), weight, ids.map(word)])),
   );
   return tables.length ? section(title, element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables)) : "";
 }

@@ -6,13 +6,14 @@ let lastFeature = null; // opened last: where the keyboard is after going back
 const COLUMNS = {
   feature: { cell: (f) => featureLink(f), key: (f) => f },
   density: { cell: (f) => share(index.columns.active[f]), key: (f) => index.columns.active[f] },
-  largest: { cell: (f) => number(index.columns.largest[f]), key: (f) => index.columns.largest[f] },
-  effect: { needs: "effect", title: "KL divergence when it is turned off, nats a position, over all rows; [BEGIN] and [END] count here", cell: (f) => number(index.columns.effect[f]), key: (f) => index.columns.effect[f] },
+  largest: { cell: (f) => fixed(index.columns.largest[f], largestDecimals()), key: (f) => index.columns.largest[f] },
+  effect: { needs: "effect", label: "effect (nats)", title: "KL divergence when it is turned off, nats per position, over all rows; [BEGIN] and [END] count here", cell: (f) => fixed(index.columns.effect[f], 6), key: (f) => index.columns.effect[f] },
   concept: { needs: "concept", kind: "words", cell: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "–"), key: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "") },
   F1: { needs: "f1", title: "how well its activity tells the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
   "peaks on": { kind: "words", cell: (f) => index.columns.peaks[f].map(word), key: (f) => firstWord(index.columns.peaks[f]) },
   promotes: { kind: "words", cell: (f) => index.columns.promoted[f].map(word), key: (f) => firstWord(index.columns.promoted[f]) },
 };
+const largestDecimals = () => (index.largest_decimals ??= decimalsOf(index.columns.largest));
 const firstWord = (ids) => (ids.length ? vocabulary[ids[0]] : "");
 
 function readState() {
@@ -52,6 +53,8 @@ function chosenFeatures({ find, show, sort }) {
   return features.sort((a, b) => way * order(a, b) || a - b);
 }
 
+const label = (name) => COLUMNS[name].label || name;
+
 function indexPage() {
   const state = readState();
   const names = Object.keys(COLUMNS).filter((name) => !COLUMNS[name].needs || index.columns[COLUMNS[name].needs]);
@@ -60,13 +63,14 @@ function indexPage() {
   const count = element("p", { class: "hint", role: "status", id: "count" });
   const body = element("tbody", { keydown: moveBetweenRows });
   const pager = element("div", { class: "pager" });
-  const find = element("input", { type: "search", id: "find", "aria-label": "search: number, concept or token", placeholder: "number, concept or token, as in 12, animal, happy  ( / )" });
+  const [kindsOfText, examples] = index.columns.concept ? ["number, concept or token", "12, animal, happy"] : ["number or token", "12, happy"];
+  const find = element("input", { type: "search", id: "find", "aria-label": `search: ${kindsOfText}`, placeholder: `${kindsOfText}, as in ${examples}  ( / )` });
   find.value = state.find;
   const kinds = [["active", "active on text"], ["dead", "never active on text"], ["all", "all"]].map(([value, text]) => element("option", { value }, text));
   const kind = element("select", { id: "show", "aria-label": "which features" }, ...kinds);
   kind.value = state.show;
   const heads = names.map((name) => {
-    const button = element("button", { type: "button", title: COLUMNS[name].title || null, click: () => sortBy(name) }, name);
+    const button = element("button", { type: "button", title: COLUMNS[name].title || null, click: () => sortBy(name) }, label(name));
     return element("th", { scope: "col", class: COLUMNS[name].kind || null, "data-column": name }, button);
   });
 
@@ -74,9 +78,9 @@ function indexPage() {
     const features = chosenFeatures(state);
     const pages = Math.max(1, Math.ceil(features.length / ROWS));
     state.page = Math.min(state.page, pages - 1);
-    count.textContent = `${features.length.toLocaleString("en")} of ${index.n_features.toLocaleString("en")} features`;
+    count.textContent = `${features.length.toLocaleString("en")} of ${counted(index.n_features, "feature")}`;
     const shown = features.slice(state.page * ROWS, (state.page + 1) * ROWS);
-    body.replaceChildren(...shown.map((f) => element("tr", {}, ...names.map((name) => element("td", { class: COLUMNS[name].kind || null }, ...[COLUMNS[name].cell(f)].flat())))));
+    body.replaceChildren(...shown.map((f) => element("tr", {}, ...names.map((name) => element("td", { class: COLUMNS[name].kind || null, "data-label": label(name) }, ...[COLUMNS[name].cell(f)].flat())))));
     const turn = (step, text) => {
       const button = element("button", { type: "button", click: () => change({ page: state.page + step }) }, text);
       button.disabled = !(state.page + step in [...Array(pages).keys()]);
@@ -104,7 +108,7 @@ function indexPage() {
   const form = element("form", { role: "search", submit: (event) => openFirst(event, body) }, find, kind);
   const caption = element("caption", {}, "A heading sorts; a number opens the feature's page.");
   const wide = element("table", { id: "features" }, caption, element("thead", {}, element("tr", {}, ...heads)), body);
-  const title = element("h1", { tabindex: -1 }, `${index.n_features.toLocaleString("en")} features of `, element("code", {}, index.site));
+  const title = element("h1", { tabindex: -1 }, `${counted(index.n_features, "feature")} of `, element("code", {}, index.site));
   return [title, ...(texts.length ? [element("nav", { "aria-label": "texts" }, "Texts:", ...texts)] : []), form, count, wide, pager];
 }
 

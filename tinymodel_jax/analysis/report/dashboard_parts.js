@@ -10,10 +10,18 @@ function element(tag, attributes = {}, ...children) {
 }
 
 const word = (id) => element("span", { class: "word" }, vocabulary[id]);
-const number = (value) => (value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4))));
-const signed = (value) => (value > 0 ? `+${number(value)}` : number(value));
-const share = (active) => `${number((100 * active) / index.n_tokens)} %`;
+// Numbers have four significant digits and at most six decimals; in a column all have the decimals of the largest.
+const decimalsOf = (values) => Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6)))));
+const fixed = (value, decimals) => (value !== 0 && Number(value.toFixed(decimals)) === 0 ? "≈ 0" : value.toFixed(decimals));
+const number = (value) => {
+  const text = fixed(value, decimalsOf([value]));
+  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+};
+const sign = (value, text) => (value > 0 ? `+${text}` : text);
+const signed = (value) => sign(value, number(value));
+const share = (active) => `${fixed((100 * active) / index.n_tokens, Math.min(6, Math.max(0, Math.ceil(Math.log10(index.n_tokens / 100)))))} %`;
 const plusMinus = ([mean, half]) => signed(mean) + (half === null ? "" : ` ± ${number(half)}`);
+const counted = (n, thing) => `${n.toLocaleString("en")} ${thing}${n === 1 ? "" : "s"}`;
 const featureLink = (feature) => element("a", { href: `#feature/${feature}` }, String(feature));
 
 function table(caption, headings, rows) {

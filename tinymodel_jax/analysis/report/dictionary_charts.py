@@ -69,9 +69,8 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
     means, margins = zip(*((mean, margin or 0) for mean, margin in (one["kl_all"] for one in shown)), strict=True)
     first.errorbar(means, range(len(shown)), xerr=margins, fmt="o", capsize=2, markersize=4)
     first.set_yticks(range(len(shown)), [str(one["feature"]) for one in shown], fontsize=8)
-    first.set(
-        xlabel="KL of turning it off (nats a position, 95 %)", ylabel=f"feature of {table['site']}", xlim=(0, None)
-    )
+    unit = "nats per position, 95 %" if any(margins) else "nats per position"
+    first.set(xlabel=f"KL of turning it off ({unit})", ylabel=f"feature of {table['site']}", xlim=(0, None))
     first.invert_yaxis()
     carried = np.cumsum([one["kl_all"][0] for one in table["features"]])
     share.plot(np.arange(1, len(carried) + 1), carried / max(carried[-1], np.finfo(float).tiny))
