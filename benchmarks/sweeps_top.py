@@ -45,7 +45,7 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
     def search() -> None:
         sums = Sums.zero(n_features, 20, 40)
         run_pass(searching, sums, range(0, n_rows, searching.batch), None, iter)
-        partners_of_all(sums.together, n_features, 10)
+        partners_of_all(np.concatenate(sums.together), n_features, 10)
 
     def products() -> None:
         for x in searching.drawn:
