@@ -133,12 +133,16 @@ def member_of(stacked: Any, index: int | Int[Array, ""]) -> Any:
 
 
 def learning_rate_share(step: Array, recipe: DictionaryRecipe) -> Float[Array, ""]:
-    """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end."""
+    """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end.
+
+    Where the warm-up reaches into the decay, the lower of the two holds.
+    """
+    rise = _ramp(step, min(recipe.warmup_steps, recipe.steps))
     decay_steps = recipe.decay_fraction * recipe.steps
     if not decay_steps:
-        return _ramp(step, recipe.warmup_steps)
+        return rise
     left = jnp.clip((recipe.steps - step.astype(jnp.float32)) / decay_steps, 0, 1)
-    return _ramp(step, recipe.warmup_steps) * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * left)
+    return jnp.minimum(rise, recipe.final_learning_rate + (1 - recipe.final_learning_rate) * left)
 
 
 def _ramp(step: Array, steps: int) -> Array:
