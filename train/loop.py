@@ -23,6 +23,7 @@ from train.hosts import on_first, settled, stop_requests
 from train.progress import TrainingProgress
 from train.run_files import write_file
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_lock import held_folder
 
 State = TypeVar("State")
 _TIME_FILE = "time.json"
@@ -44,10 +45,10 @@ def open_run(out: str, settings: Mapping[str, Any], may_change: Sequence[str]) -
     """Open a run's folder, and hear signals: an exception in a handler would crash a compilation.
 
     Args:
-        settings, may_change: as `open_run_folder`, whose errors these are.
+        settings, may_change: as `open_run_folder`, whose errors these are, beside those of `held_folder`.
     """
     folder = epath.Path(out)
-    with stop_requests() as stop_requested:
+    with stop_requests() as stop_requested, held_folder(folder):
         open_run_folder(folder, settings, may_change)
         checkpoints = Checkpoints(folder / "checkpoints")
         try:
