@@ -288,6 +288,23 @@ def test_a_folder_that_may_not_be_written_is_one_line(data: Path, whole: Path, t
     assert sorted(out.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"loss": np.float32(np.nan), "gradient_norm": np.float32(1)}, "the loss is nan at step 1"),
+        ({"loss": np.float32(1), "gradient_norm": np.float32(np.inf)}, "the gradient norm is inf at step 1"),
+        ({"M0": {"gradient_norm": np.array([1, np.nan])}}, "the gradient norm of M0 member 1 is nan at step 1"),
+    ],
+)
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, line: dict[str, Any], says: str) -> None:
+    checkpoints = Mock()
+    run = loop.OpenRun(epath.Path(tmp_path), {"steps": 1, "save_every": 1}, checkpoints, lambda: False)
+    options: Any = {"observe": lambda done, state: {}, "log": Mock(), "progress": Mock()}
+    with pytest.raises(ValueError, match=says):
+        loop.run_steps(run, lambda state, batch: (state, line), 0, lambda number: number, first_step=0, **options)
+    checkpoints.save.assert_not_called()
+
+
 def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])

@@ -2,7 +2,8 @@
 
 Shared by the programs; what a step computes, where its arrays live and what is done with the result is theirs. Rely on:
 metrics of a step are where they belong before a checkpoint of it is begun; SIGTERM and Ctrl-C, at any of several
-processes, finish the step, save and return; a loss that is not finite ends the run before anything of it is saved.
+processes, finish the step, save and return; a loss or gradient that is not finite ends the run before
+anything of it is saved.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def run_steps(
         log: closed at the end, as is `progress`.
 
     Raises:
-        ValueError: a loss is not finite; the step is named.
+        ValueError: a loss or a gradient is not finite; the step is named.
         OSError: metrics or a checkpoint cannot be written.
     """
     steps, save_every = run.settings["steps"], run.settings["save_every"]
@@ -130,12 +131,14 @@ def _write_seconds(folder: epath.Path, before: float | None, now: float) -> None
 
 
 def _require_finite(line: Mapping[str, Any], step: int) -> None:
+    """Check the loss, and the gradient's norm, which is not finite in the last step before the parameters are not."""
     for path, value in jax.tree_util.tree_leaves_with_path(line):
         names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-        if "loss" in names and not math.isfinite(value):
-            whose = " of " + " member ".join(name for name in names if name != "loss") if len(names) > 1 else ""
+        what = next((name for name in ("loss", "gradient_norm") if name in names), None)
+        if what is not None and not math.isfinite(value):
+            whose = " of " + " member ".join(name for name in names if name != what) if len(names) > 1 else ""
             raise ValueError(
-                f"the loss{whose} is {value} at step {step}; the last good checkpoint is kept. "
+                f"the {what.replace('_', ' ')}{whose} is {value} at step {step}; the last good checkpoint is kept. "
                 "A lower --learning-rate with another --out may train."
             )
 

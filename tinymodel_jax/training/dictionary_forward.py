@@ -131,8 +131,7 @@ def select(
     slots: int,
 ) -> BatchSelection:
     """Choose the active features of topk or batch_topk, for a `k` up to `slots`. Carries no gradient."""
-    norms = losses.row_norms(params["W_dec"])
-    z = jax.nn.relu(x @ params["W_enc_T"].T + effective_bias(params, recipe)) * norms
+    norms, z = losses.row_norms(params["W_dec"]), weighted_activations(params, recipe, x)
     if recipe.architecture == "batch_topk":
         selection = select_of_batch(z, k, slots)
     else:
@@ -141,6 +140,14 @@ def select(
         inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
         selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
     return selection._replace(values=selection.values / norms[selection.positions])
+
+
+def weighted_activations(
+    params: TrainParams, recipe: DictionaryRecipe, x: Float[Array, "batch d_in"]
+) -> Float[Array, "batch f"]:
+    """Return what topk and batch_topk choose the largest of: positive pre-activations times decoder norms."""
+    linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
+    return jax.nn.relu(linear) * losses.row_norms(params["W_dec"])
 
 
 def effective_bias(params: TrainParams, recipe: DictionaryRecipe) -> Float[Array, " n_features"]:
