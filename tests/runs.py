@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from tinymodel_jax.training.data import DataMeta
 
 ROOT = Path(__file__).parent.parent
 VOCAB, ROW = 64, 24
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if shutil.which("setpriv") else []
+"""Before a command, lets the permissions of files count for root too."""
 
 
 def write_counting_data(folder: Path) -> Path:
@@ -45,11 +48,11 @@ def write_counting_data(folder: Path) -> Path:
     return folder
 
 
-def start(*arguments: str | Path, devices: int = 1) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, devices: int = 1, privileged: bool = True) -> subprocess.Popen[str]:
     """Start `python -m train` in a process of its own, with so many virtual devices."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    command = [sys.executable, "-m", "train", *map(str, arguments)]
+    command = [*([] if privileged else WITHOUT_PRIVILEGES), sys.executable, "-m", "train", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -93,6 +93,40 @@ def test_every_mesh_gives_the_loss_curves_of_one_device_and_moves_no_dictionary(
     assert curves["data=2,model=2,sweep=2"]["shard"] == [1, FEATURES // 2, WIDTH]
 
 
+TIES = """
+import functools, json
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tinymodel_jax.training.dictionary_forward import execution_for, loss_and_gradient
+from tinymodel_jax.training.dictionary_recipe import recipe_preset
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
+from tinymodel_jax.training.sharding import make_mesh
+
+recipe = recipe_preset("house", "ARCHITECTURE", 24, 10, k=5, batch_size=16)
+state = init_state(jax.random.key(0), recipe, ActivationStatistics.zero(4).update(jnp.ones((1, 4))))
+W = jnp.zeros((24, 4)).at[jnp.array([3, 4, 9, 15, 16, 23]), 0].set(1.0).at[20, 1].set(2.0)
+params = state.params | {"W_enc_T": W, "W_dec": W, "b_enc": jnp.zeros(24), "b_dec": jnp.zeros(4)}
+x, result = jnp.ones((16, 4)), {}
+for axes in ("", "data=8", "data=4,model=2", "model=8", "data=2,model=4"):
+    mesh = make_mesh(axes) if axes else make_mesh("data=1", jax.devices()[:1])
+    execution = execution_for(recipe, mesh=mesh)
+    place = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))
+    placed = {name: place(leaf, *([] if name == "b_dec" else ["model"])) for name, leaf in params.items()}
+    compute = jax.jit(functools.partial(loss_and_gradient, recipe=recipe, execution=execution, widths=(24,)))
+    outcome, _ = compute(placed, hyper=recipe.hyper(k=3), x=place(x, "data"), y=place(x, "data"))
+    result[axes] = [float(outcome.l0), outcome.fired.tolist(), outcome.residual.tolist()]
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_every_mesh_keeps_the_same_of_equal_activations(architecture: str) -> None:
+    found = on_eight_devices(TIES.replace("ARCHITECTURE", architecture))
+    assert found[""][0] == 3
+    assert all(each == found[""] for each in found.values()), found
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_array_of_a_sweep_has_its_place(architecture: Architecture) -> None:
     members = parse_members({"seed": "0,1"})

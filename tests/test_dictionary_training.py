@@ -122,6 +122,15 @@ def test_the_learning_rate_warms_up_stays_and_decays():
     np.testing.assert_allclose(shares, [0.1, 0.5, 1, 1, 1, 0.55, 0.1], atol=F32)
 
 
+def test_the_decay_ends_where_it_should_under_a_warm_up_of_any_length():
+    for warmup in (0, 95, 100, 1000):
+        recipe = small_recipe("relu", warmup_steps=warmup, decay_fraction=0.2, final_learning_rate=0.1)
+        rise = [min(1, (i + 1) / max(min(warmup, 100), 1)) for i in range(101)]
+        line = [min(1, 0.1 + 0.9 * (100 - i) / 20) for i in range(101)]
+        shares = jax.vmap(functools.partial(learning_rate_share, recipe=recipe))(jnp.arange(101))
+        np.testing.assert_allclose(shares, np.minimum(rise, line), atol=F32)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rescaling_encoder_and_decoder_reciprocally_changes_nothing(architecture):
     recipe, x = small_recipe(architecture), batch()

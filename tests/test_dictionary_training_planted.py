@@ -11,6 +11,7 @@ import pytest
 from conftest import as_users_run_it
 
 from tinymodel_jax.config import Architecture
+from tinymodel_jax.training.array_training import train_on_arrays
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dead_features import add_aux_gradient, reinitialise_dead, update_reservoir
 from tinymodel_jax.training.dictionary_forward import execution_for
@@ -18,7 +19,6 @@ from tinymodel_jax.training.dictionary_losses import aux_loss
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_reservoir, init_state
 from tinymodel_jax.training.dictionary_step import train_step
-from tinymodel_jax.training.train_on_arrays import train_on_arrays
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 WIDTH, FEATURES, ACTIVE = 32, 64, 3

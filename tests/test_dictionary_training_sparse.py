@@ -1,17 +1,26 @@
 """The sparse way of TopK and BatchTopK: selections against sorting, products and gradients against dense ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinymodel_jax.training.batch_selection import select_of_batch
 from tinymodel_jax.training.dictionary_forward import Execution, loss_and_gradient
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
-from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, scatter_rows, selected_values, top_k
+from tinymodel_jax.training.sparse_rows import (
+    gather_decode,
+    kth_largest,
+    largest_of_all,
+    scatter_rows,
+    selected_values,
+    top_k,
+)
 
 F32 = 1e-5
 
@@ -26,6 +35,57 @@ def test_two_stage_top_k_equals_lax_top_k(n, k):
 def test_two_stage_top_k_gives_ties_to_the_lower_position():
     values = jax.random.randint(jax.random.key(0), (20, 256), 0, 5).astype(jnp.float32)
     np.testing.assert_array_equal(top_k(values, 8, two_stage=True)[1], jax.lax.top_k(values, 8)[1])
+
+
+@given(data=st.data())
+def test_the_largest_of_a_batch_are_never_more_and_ties_go_to_the_lower_place(data):
+    values = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=24, max_size=24))
+    z, rank = np.array(values, np.float32).reshape(4, 6), data.draw(st.integers(1, 24))
+    kept = sorted(range(24), key=lambda i: (-z.ravel()[i], i))[:rank]
+    mask, smallest = jax.jit(largest_of_all)(jnp.asarray(z), jnp.int32(rank))
+    np.testing.assert_array_equal(np.flatnonzero(mask), sorted(kept))
+    assert smallest == z.ravel()[kept].min()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_equal_activations_are_kept_by_one_rule_however_it_is_computed(architecture):
+    twins, larger, rows = [3, 4, 9, 15, 16, 23], 20, 3
+    recipe = recipe_preset("house", architecture, 24, 10, k=5, batch_size=rows)
+    state = init_state(jax.random.key(0), recipe, ActivationStatistics.zero(4).update(jnp.ones((1, 4))))
+    W = jnp.zeros((24, 4)).at[jnp.array(twins), 0].set(1.0).at[larger, 1].set(2.0)
+    params = state.params | {"W_enc_T": W, "W_dec": jnp.ones((24, 4)), "b_enc": jnp.zeros(24), "b_dec": jnp.zeros(4)}
+    x, kept = jnp.ones((rows, 4)), {}
+    for k in (5, 3):
+        kept[k] = np.zeros((rows, 24))
+        places = [(row, twin) for row in range(rows) for twin in twins][: (k - 1) * rows]
+        if architecture == "topk":
+            places = [(row, twin) for row in range(rows) for twin in twins[: k - 1]]
+        kept[k][tuple(np.transpose(places))] = 1
+        kept[k][:, larger] = 2
+    for execution in (Execution(True, True, True), Execution(True, False, False), Execution(False, False, False)):
+        compute = jax.jit(functools.partial(loss_and_gradient, recipe=recipe, execution=execution, widths=(24,)))
+        for k, acts in kept.items():
+            outcome, _ = compute(params, hyper=recipe.hyper(k=k), x=x, y=x)
+            assert outcome.l0 == k
+            np.testing.assert_array_equal(outcome.fired, acts.any(axis=0))
+            np.testing.assert_allclose(outcome.residual[:, 0], 1 - acts.sum(axis=1), atol=F32)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=20)
+def test_the_selection_of_a_batch_with_ties_equals_sorting_all_of_it(data):
+    n, k_max = 24, 6
+    values = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 2.5]), min_size=4 * n, max_size=4 * n))
+    z, k = np.array(values, np.float32).reshape(4, n), data.draw(st.integers(1, k_max))
+    found = jax.jit(select_of_batch, static_argnums=2)(jnp.asarray(z), jnp.int32(k), k_max)
+    kept = sorted(range(4 * n), key=lambda i: (-z.ravel()[i], i))[: 4 * k]
+    wanted = np.zeros(4 * n)
+    wanted[kept] = z.ravel()[kept]
+    laid_out = np.zeros((5, n))
+    np.add.at(laid_out, (np.asarray(found.owner)[:, None], np.asarray(found.positions)), np.asarray(found.values))
+    np.testing.assert_array_equal(laid_out[:4].ravel(), wanted)
 
 
 @pytest.mark.parametrize("size", [1, 2, 30])  # each is a program of its own

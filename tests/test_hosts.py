@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -278,6 +279,29 @@ def test_an_error_of_the_first_process_ends_both_with_a_line_each(data: Path, tm
     assert "the first process met an error" in results[1][1]
     assert all(len(said(err)) == 1 for _, err, _ in results)
     assert time.monotonic() - started < SECONDS_TO_STOP, "neither waits for the other's end"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_at_either_process_ends_both_within_seconds(data: Path, tmp_path: Path, failing: int) -> None:
+    out = tmp_path / "run"
+    processes = start_two(data, out, "--steps", "100000", "--save-every", "20", "--eval-every", "1000000")
+    while not (out / "checkpoints" / "40").exists():
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.002)
+    failed = time.monotonic()
+    if failing == 0:  # the first process alone makes folders
+        (out / "checkpoints").rename(out / "before")
+        (out / "checkpoints").write_text("not a folder")
+    else:
+        resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (100, 100))
+    results = [(*process.communicate(timeout=300), process.returncode) for process in processes]
+    assert time.monotonic() - failed < 10, "5 s, and the steps to the next save"
+    assert [code for _, _, code in results] == [1, 1]
+    lines = [[line for line in said(err) if not line.startswith("step ")] for _, err, _ in results]
+    assert [len(each) for each in lines] == [1, 1]
+    assert f"{out}/checkpoints cannot be written: " in lines[failing][0]
+    assert lines[1 - failing] == ["train: stopped, because another process met an error; see what it printed."]
 
 
 @pytest.mark.slow

@@ -138,6 +138,26 @@ def test_cosine_ends_at_a_tenth() -> None:
     assert float(rate(jnp.int32(110))) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(110, 100), (60, 200), (60, 60), (100, 81), (1000, 10), (5, 0)])
+@pytest.mark.parametrize("decay_fraction", [0.2, 0.5, 1.0])
+def test_wsd_ends_on_its_line_to_zero_whatever_the_warm_up(steps: int, warmup: int, decay_fraction: float) -> None:
+    options = LMOptimizer(learning_rate=1.0, warmup_steps=warmup, decay_fraction=decay_fraction)
+    rates = np.asarray(learning_rate_schedule(options, steps)(jnp.arange(steps + 1)))
+    decay = int(decay_fraction * steps)
+    line = np.minimum(1, (steps - np.arange(steps + 1)) / decay)
+    rise = np.minimum(1, (np.arange(steps + 1) + 1) / max(min(warmup, steps), 1))
+    np.testing.assert_allclose(rates, np.minimum(rise, line), atol=1e-6)
+    assert rates[-2] == pytest.approx(1 / decay, abs=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(110, 100), (60, 200), (60, 60), (1000, 10)])
+def test_cosine_ends_near_a_tenth_whatever_the_warm_up(steps: int, warmup: int) -> None:
+    rate = learning_rate_schedule(LMOptimizer(learning_rate=1.0, schedule="cosine", warmup_steps=warmup), steps)
+    assert float(rate(jnp.int32(steps))) == pytest.approx(0.1)
+    assert float(rate(jnp.int32(steps - 1))) < 0.13
+    assert float(rate(jnp.int32(0))) == pytest.approx(1 / min(warmup, steps))
+
+
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_weight_decay_touches_matrices_only(method: Literal["adamw", "muon"]) -> None:
     optimizer = make_optimizer(LMOptimizer(method, learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ import pytest
 from bucket_server import BucketServer
 from etils import epath
 from etils.epath import backend
-from runs import ROOT, VOCAB, checkpoint_arrays, finish, start, write_counting_data
+from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, start, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
 from train import loop
 from train.__main__ import main
 from train.run_files import local_folder
-from train.run_folder import MetricsLog, open_run_folder
+from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_lock import held_folder
 
 OPTIONS = ("--steps", "8", "--save-every", "2", "--eval-every", "4", "--batch-size", "4")
 
@@ -158,6 +160,12 @@ def test_a_bucket_that_is_full_is_one_line_and_the_run_goes_on_when_it_is_not(
     assert bucket.objects[f"run/{model.as_posix()}"] == (whole / model).read_bytes()
 
 
+def test_a_bucket_has_no_lock_and_says_so(bucket: BucketServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with held_folder("gs://bucket/run"):
+        assert bucket.objects == {}
+    assert "warning: gs://bucket/run is in an object store, which cannot be locked" in capsys.readouterr().err
+
+
 def test_a_bucket_that_holds_something_else_is_left_alone(bucket: BucketServer) -> None:
     bucket.objects["letters/thesis.tex"] = b"dear"
     with pytest.raises(ValueError, match="no run of ours"):
@@ -200,12 +208,62 @@ def test_a_disk_that_fills_is_one_line_and_earlier_checkpoints_are_whole(
     assert_same_result(out, whole)
 
 
+@pytest.mark.parametrize("moment", ["before a save", "while it is saved"])
+def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path: Path, moment: str) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints, state = Checkpoints(folder), {"a": np.ones(1000)}
+
+    def take_away() -> None:
+        shutil.rmtree(folder)
+        folder.write_text("not a folder")
+
+    checkpoints.save(1, state)
+    while not (folder / "1").exists():
+        time.sleep(0.002)
+    failed = time.monotonic()
+    if moment == "before a save":
+        take_away()
+        with pytest.raises(OSError, match="checkpoints cannot be written: "):
+            checkpoints.save(2, state)
+    else:
+        checkpoints.save(2, state)
+        take_away()
+        with pytest.raises(OSError, match="checkpoints cannot be written: "):
+            checkpoints.close()
+    checkpoints.close()  # which has nothing to wait for
+    waiting = [thread for thread in threading.enumerate() if not thread.daemon and "metadata_store" not in thread.name]
+    for thread in waiting:  # the executor's thread, which ends with the process, is left out
+        if thread is not threading.main_thread():
+            thread.join(5)
+    assert time.monotonic() - failed < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["a file takes its place", "it may not be written"])
+def test_a_run_whose_checkpoints_cannot_be_saved_ends_within_seconds(data: Path, tmp_path: Path, how: str) -> None:
+    out = tmp_path / "run"
+    options = ("--steps", "100000", "--save-every", "20", "--eval-every", "1000000")
+    process = start(*arguments(data, out), *options, privileged=False)
+    while not (out / "checkpoints" / "40").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    failed = time.monotonic()
+    if how == "a file takes its place":
+        (out / "checkpoints").rename(out / "before")
+        (out / "checkpoints").write_text("not a folder")
+    else:
+        (out / "checkpoints").chmod(0o555)
+    _, err = process.communicate(timeout=300)
+    assert time.monotonic() - failed < 5
+    assert process.returncode == 1
+    assert err.splitlines()[-1].startswith(f"train: {out}/checkpoints cannot be written: ")
+    assert [line for line in err.splitlines() if not line.startswith(("compiling", "step "))] == err.splitlines()[-1:]
+
+
 def run_without_privileges(*command: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m train`, by root too, so that the permissions of files count."""
-    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if shutil.which("setpriv") else []
-    return subprocess.run(
-        [*drop, sys.executable, "-m", "train", *command], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
+    whole = [*WITHOUT_PRIVILEGES, sys.executable, "-m", "train", *command]
+    return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 @pytest.mark.slow
@@ -228,6 +286,23 @@ def test_a_folder_that_may_not_be_written_is_one_line(data: Path, whole: Path, t
     assert "cannot be written: Permission denied" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(out.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"loss": np.float32(np.nan), "gradient_norm": np.float32(1)}, "the loss is nan at step 1"),
+        ({"loss": np.float32(1), "gradient_norm": np.float32(np.inf)}, "the gradient norm is inf at step 1"),
+        ({"M0": {"gradient_norm": np.array([1, np.nan])}}, "the gradient norm of M0 member 1 is nan at step 1"),
+    ],
+)
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, line: dict[str, Any], says: str) -> None:
+    checkpoints = Mock()
+    run = loop.OpenRun(epath.Path(tmp_path), {"steps": 1, "save_every": 1}, checkpoints, lambda: False)
+    options: Any = {"observe": lambda done, state: {}, "log": Mock(), "progress": Mock()}
+    with pytest.raises(ValueError, match=says):
+        loop.run_steps(run, lambda state, batch: (state, line), 0, lambda number: number, first_step=0, **options)
+    checkpoints.save.assert_not_called()
 
 
 def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -181,10 +182,55 @@ def test_activations_of_ones_own_train_sparse_codes_of_planted_features(tmp_path
     assert main(["dictionaries", *files, "--out", str(tmp_path / "out"), *options]) == 0
     (record,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["dictionaries"]
     assert record["results"]["explained_variance"] > 0.9
-    assert record["results"]["l0"] < 6
+    assert record["results"]["l0"] == pytest.approx(4, rel=0.1)
     assert record["results"]["tokens"] == 1000, "the last twentieth is held out"
     config = Dictionary.from_pretrained(tmp_path / "out" / record["folder"]).config
     assert (config.hook_in, config.hook_out) == ("x", "y")
+
+
+@pytest.mark.parametrize("steps", ["20", "40", "80"])
+def test_short_batch_topk_runs_have_their_l0_also_when_one_was_stopped(
+    model: Path, data: Path, tmp_path: Path, steps: str
+) -> None:
+    options = ["--sites", "M0,Ra1", "--architecture", "batch_topk", "--k", "4,8", "--steps", steps]
+    assert main(arguments(model, data, tmp_path / "out", *options)) == 0
+    records = json.loads((tmp_path / "out" / "sweep.json").read_text())["dictionaries"]
+    l0 = [record["results"]["l0"] for record in records]
+    assert l0 == pytest.approx([record["settings"]["k"] for record in records], rel=0.1)
+    before = final_bytes(tmp_path / "out")
+    for later in ("15", "20", steps):  # as if it had been stopped at step 10
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / later, ignore_errors=True)
+    (tmp_path / "out" / "sweep.json").unlink()
+    assert main(arguments(model, data, tmp_path / "out", *options)) == 0
+    assert final_bytes(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("spoilt", ["x", "y"])
+@pytest.mark.parametrize("row", [11, 39], ids=["trained on", "held out"])
+def test_a_row_of_a_file_that_is_not_finite_is_named_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoilt: str, row: int
+) -> None:
+    for name in ("x", "y"):
+        array = np.ones((40, 3), np.float32)
+        array[row, 1] = np.nan if name == spoilt else 1
+        np.save(tmp_path / f"{name}.npy", array)
+    files = ["--activations", str(tmp_path / "x.npy"), "--targets", str(tmp_path / "y.npy")]
+    assert main(["dictionaries", *files, "--out", str(tmp_path / "out"), *OPTIONS, "--k", "4"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"train: {tmp_path}/{spoilt}.npy: row {row} (the first is 0) holds nan; ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_activations_are_not_finite_is_one_line(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = TinyModel(model)
+    params = {**lm.params, "W_E": lm.params["W_E"] * 1e30}
+    TinyModel.from_params(lm.config, params).save_pretrained(tmp_path / "loud")
+    options = ["--sites", "M1", "--k", "4"]
+    assert main(arguments(tmp_path / "loud", data, tmp_path / "out", *options)) == 1
+    assert "the activations at M1 are NaN or infinite" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -77,4 +77,7 @@ if __name__ == "__main__":
     from tinymodel_jax.allocator import keep_freed_memory
 
     keep_freed_memory()  # not in main: it holds for the whole process, and who calls main has one of their own
-    sys.exit(main())
+    status = main()
+    if status and "train.hosts" in sys.modules:
+        sys.modules["train.hosts"].end_all(status)
+    sys.exit(status)

@@ -24,10 +24,12 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
+from tinymodel_jax.training.array_training import require_finite_rows
 from tinymodel_jax.training.data import TokenData, batch_indices
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.sharding import MESH_AXES, rows_on_devices
 from tinymodel_jax.training.site_activations import Vectors, site_vectors
+from train.hosts import on_first
 
 MARGIN = 1.05
 """Tokens of an average batch of stories for each one that is drawn from it."""
@@ -161,12 +163,14 @@ class ArrayActivations:
     flops_per_vector = 0.0
 
     def __init__(self, x: Path, y: Path | None, *, batch_size: int, seed: int, mesh: Mesh) -> None:
-        """Map the files into memory.
+        """Map the files into memory, and read each once.
 
         Raises:
-            ValueError: a file is no matrix of floating-point numbers, or the two have different lengths.
+            ValueError: a file is no matrix of floating-point numbers, a row of it is not finite in float32, or the two
+                have different lengths.
         """
-        arrays = [_map_matrix(path) for path in ((x,) if y is None else (x, y))]
+        paths = (x,) if y is None else (x, y)
+        arrays = [_map_matrix(path) for path in paths]
         if len({len(array) for array in arrays}) > 1:
             raise ValueError(
                 f"{x} has {len(arrays[0])} rows and {y} has {len(arrays[1])}; every input needs its target."
@@ -177,6 +181,7 @@ class ArrayActivations:
             raise ValueError(
                 f"{x} has {n_rows} rows; with {math.ceil(1 / HELD_OUT_SHARE)} or more, some can be held out."
             )
+        on_first(lambda: [require_finite_rows(*each) for each in zip(arrays, map(str, paths), strict=True)])
         self._arrays, self._seed, self._batch_size = arrays, seed, batch_size
         self._layout = NamedSharding(mesh, P("data", None))
         widths = arrays[0].shape[1], arrays[-1].shape[1]

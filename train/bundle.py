@@ -35,6 +35,7 @@ from train.hosts import say
 from train.lm import lm
 from train.loop import trained_seconds
 from train.prepare import prepare
+from train.run_lock import held_folder
 from train.sweep import SweepOptions
 
 KINDS = ("M", "A", "Ra", "Rm", "Mo")
@@ -61,6 +62,11 @@ def bundle(dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DE
     for option, folder in (("DEST", dest), ("--work", work)):
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{option} {folder} is a file; give a folder, which is made if there is none.")
+    with held_folder(work):
+        _make(dest, work)
+
+
+def _make(dest: Path, work: Path) -> None:
     start = time.monotonic()
     data, lm_run, dictionary_run = (str(work / name) for name in ("data", "lm", "dictionaries"))
     prepare("storyworld", data, limit=STORIES, tokenizer="mini", row_length=ROW_LENGTH)

@@ -20,7 +20,7 @@ from train.activation_options import ActivationOptions, open_activations
 from train.activation_sources import ActivationSource
 from train.compile_for import report_step
 from train.devices import open_mesh
-from train.dictionary_program import Program, States, build_program, first_statistics
+from train.dictionary_program import Program, States, build_program, first_statistics, settle_all
 from train.dictionary_results import write_results
 from train.hosts import ONE_PROCESS, Hosts, join_hosts, say
 from train.loop import OpenRun, open_run, run_steps
@@ -137,7 +137,7 @@ def _train(
         return
     speed = f"{progress.tokens_per_second():,.0f} vectors/s" if first_step < steps else "nothing left to do"
     say(f"{run.folder}: {steps} steps done, {speed}")
-    write_results(run, source, states, sweep)
+    write_results(run, source, settle_all(program, source, states, sweep.recipes), sweep)
 
 
 def _describe(line: Mapping[str, Any]) -> str:

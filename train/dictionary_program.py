@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,9 +20,10 @@ from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
-from tinymodel_jax.training.dictionary_step import stack_members, sweep_step
+from tinymodel_jax.training.dictionary_step import settle_thresholds, stack_members, sweep_step, threshold_batches
 from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, shardings
 from train.activation_sources import ActivationSource, Place
+from train.hosts import settled
 from train.sweep import Member, init_members
 
 STATISTICS_BATCHES = 16
@@ -38,6 +40,9 @@ class Program(NamedTuple):
 
     step: Callable[..., tuple[States, dict[str, Any]]]
     """(states, context, batch) -> (states, metrics)."""
+    settle: Callable[..., States]
+    """(states after the last step, context, batch, step of the batch, batches before) -> states with that batch counted
+    into the threshold of batch_topk."""
     init: Callable[..., States]
     """Statistics of every place -> the states before the first step."""
     abstract: States
@@ -66,13 +71,26 @@ def build_program(
             metrics[name] = {metric: found[metric] for metric in RECORDED}
         return after, metrics
 
+    def settle(states: States, context: Any, batch: Any, step: Any, counted: Any) -> States:
+        vectors = source.vectors(context, batch, step)
+        return {
+            name: settle_thresholds(
+                state,
+                hypers[name],
+                vectors[name].x,
+                counted,
+                recipe=recipes[name],
+                execution=execution_for(recipes[name], mesh=mesh),
+            )
+            for name, state in states.items()
+        }
+
+    options = fast_compiler_options(mesh.devices.flat[0].platform)
     return Program(
         step=jax.jit(
-            step,
-            out_shardings=(placed, NamedSharding(mesh, P())),
-            donate_argnums=0,
-            compiler_options=fast_compiler_options(mesh.devices.flat[0].platform),
+            step, out_shardings=(placed, NamedSharding(mesh, P())), donate_argnums=0, compiler_options=options
         ),
+        settle=jax.jit(settle, out_shardings=placed, donate_argnums=0, compiler_options=options),
         init=jax.jit(init, out_shardings=placed),
         abstract=abstract_arrays(shapes, placed),
     )
@@ -89,7 +107,11 @@ def _no_statistics(places: Mapping[str, Place]) -> dict[str, Any]:
 
 
 def first_statistics(source: ActivationSource) -> dict[str, Any]:
-    """Return the statistics of every place over the first batches."""
+    """Return the statistics of every place over the first batches.
+
+    Raises:
+        ValueError: activations are NaN or infinite.
+    """
 
     @functools.partial(jax.jit, compiler_options=fast_compiler_options())
     def add(statistics: dict[str, Any], context: Any, batch: Any, step: Any) -> dict[str, Any]:
@@ -102,7 +124,28 @@ def first_statistics(source: ActivationSource) -> dict[str, Any]:
     statistics = _no_statistics(source.places)
     for step in range(STATISTICS_BATCHES):
         statistics = add(statistics, source.context, source.make_batch(step), jnp.int32(step))
+    finite = jax.jit(lambda tree: [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+    bad = [name for name, pair in statistics.items() if not all(finite(pair))]
+    if bad:
+        raise ValueError(
+            f"the activations at {', '.join(bad)} are NaN or infinite, so nothing can be learnt from them; "
+            "take a language model whose parameters and outputs are finite."
+        )
     return statistics
+
+
+def settle_all(
+    program: Program, source: ActivationSource, states: States, recipes: Mapping[str, DictionaryRecipe]
+) -> States:
+    """Return the states with thresholds of the finished dictionaries, from the batches that follow the training."""
+    shared = next(iter(recipes.values()))
+    if shared.architecture != "batch_topk":
+        return states
+    for counted in range(threshold_batches(shared.batch_size)):
+        step = shared.steps + counted
+        batch = source.make_batch(step)
+        states = settled(program.settle(states, source.context, batch, np.int32(step), np.int32(counted)))
+    return states
 
 
 def _init(statistics: dict[str, Any], *, recipes: Mapping[str, DictionaryRecipe], members: list[Member]) -> States:

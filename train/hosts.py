@@ -7,9 +7,13 @@ work of SLURM, gcloud or a shell: docs/clusters.md.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +22,19 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # JAX has no public way to its key-value store
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SHUTDOWN_SECONDS = 60
 """How long a process that ends waits for the others to end too before all of them are ended."""
+FAILURE_SECONDS = 0.5
+"""How often a process asks whether another one failed; twice as long, it may take to end by itself."""
+_FAILED = "train/failed"
 
 T = TypeVar("T")
+_failing = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,48 @@ def join_hosts(hosts: Hosts) -> None:
         ) from error
     except RuntimeError as error:
         raise RuntimeError(f"--coordinator {hosts.coordinator}: the processes did not meet ({error}).") from error
+    over = threading.Event()
+    atexit.register(over.set)  # before JAX's own, which closes what the thread asks
+    threading.Thread(target=_end_with_the_others, args=(over,), name="failures", daemon=True).start()
+
+
+def end_all(status: int) -> None:
+    """End this process after an error, and every other of the run, which may be waiting for this one.
+
+    A run of one process is left to end by itself.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    _failing.set()
+    client.key_value_set(_FAILED, "", allow_overwrite=True)
+    _end_together(client, status)
+
+
+def _end_with_the_others(over: threading.Event) -> None:
+    """End this process once another one has failed."""
+    client = distributed.global_state.client
+    assert client is not None
+    while not over.wait(FAILURE_SECONDS):
+        try:
+            client.key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError:  # nobody has set it; or the first process is gone, which JAX takes care of
+            continue
+        if not _failing.wait(2 * FAILURE_SECONDS):
+            print("train: stopped, because another process met an error; see what it printed.", file=sys.stderr)
+            _end_together(client, 1)
+        return
+
+
+def _end_together(client: Any, status: int) -> None:
+    """End once every process is about to, without waiting for threads, the first process last: the others need it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # one does not come, and is left to JAX
+        client.wait_at_barrier(_FAILED, int(4000 * FAILURE_SECONDS))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(FAILURE_SECONDS)
+    os._exit(status)
 
 
 def is_first() -> bool:
@@ -80,6 +131,12 @@ def say(message: str) -> None:
     """Print a line, once for all processes."""
     if is_first():
         print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning for the user as one line on stderr, once for all processes."""
+    if is_first():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def all_agree(answer: bool) -> bool:

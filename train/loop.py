@@ -2,7 +2,8 @@
 
 Shared by the programs; what a step computes, where its arrays live and what is done with the result is theirs. Rely on:
 metrics of a step are where they belong before a checkpoint of it is begun; SIGTERM and Ctrl-C, at any of several
-processes, finish the step, save and return; a loss that is not finite ends the run before anything of it is saved.
+processes, finish the step, save and return; a loss or gradient that is not finite ends the run before
+anything of it is saved.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from train.hosts import on_first, settled, stop_requests
 from train.progress import TrainingProgress
 from train.run_files import write_file
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_lock import held_folder
 
 State = TypeVar("State")
 _TIME_FILE = "time.json"
@@ -45,10 +47,10 @@ def open_run(out: str, settings: Mapping[str, Any], may_change: Sequence[str]) -
     """Open a run's folder, and hear signals: an exception in a handler would crash a compilation.
 
     Args:
-        settings, may_change: as `open_run_folder`, whose errors these are.
+        settings, may_change: as `open_run_folder`, whose errors these are, beside those of `held_folder`.
     """
     folder = epath.Path(os.path.expanduser(out))
-    with stop_requests() as stop_requested:
+    with stop_requests() as stop_requested, held_folder(folder):
         open_run_folder(folder, settings, may_change)
         checkpoints = Checkpoints(folder / "checkpoints")
         try:
@@ -79,7 +81,7 @@ def run_steps(
         log: closed at the end, as is `progress`.
 
     Raises:
-        ValueError: a loss is not finite; the step is named.
+        ValueError: a loss or a gradient is not finite; the step is named.
         OSError: metrics or a checkpoint cannot be written.
     """
     steps, save_every = run.settings["steps"], run.settings["save_every"]
@@ -130,12 +132,14 @@ def _write_seconds(folder: epath.Path, before: float | None, now: float) -> None
 
 
 def _require_finite(line: Mapping[str, Any], step: int) -> None:
+    """Check the loss, and the gradient's norm, which is not finite in the last step before the parameters are not."""
     for path, value in jax.tree_util.tree_leaves_with_path(line):
         names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-        if "loss" in names and not math.isfinite(value):
-            whose = " of " + " member ".join(name for name in names if name != "loss") if len(names) > 1 else ""
+        what = next((name for name in ("loss", "gradient_norm") if name in names), None)
+        if what is not None and not math.isfinite(value):
+            whose = " of " + " member ".join(name for name in names if name != what) if len(names) > 1 else ""
             raise ValueError(
-                f"the loss{whose} is {value} at step {step}; the last good checkpoint is kept. "
+                f"the {what.replace('_', ' ')}{whose} is {value} at step {step}; the last good checkpoint is kept. "
                 "A lower --learning-rate with another --out may train."
             )
 

@@ -4,6 +4,7 @@
     OUT/metrics.jsonl   one line a step, the same bytes whether or not the run was interrupted
     OUT/time.json       seconds that the steps up to the last checkpoint took
     OUT/checkpoints/    Orbax; written in the background, the last few kept
+    OUT/run.lock        while a run holds the folder (train/run_lock.py)
     OUT/model/          the published artifact, once the run is done
 
 The order that makes it safe: metrics up to a step are on disk before that step's checkpoint is written, and a run that
@@ -21,6 +22,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +35,9 @@ from etils import epath
 import tinymodel_jax
 from tinymodel_jax.training.checksum import checksum
 from tinymodel_jax.training.data_folder import is_remote
-from train.hosts import all_agree, is_first, on_first
+from train.hosts import all_agree, is_first, on_first, warn
 from train.run_files import send, words, write_file, writing
+from train.run_lock import LOCK_FILE
 from train.trackers import Tracker
 
 CHECKPOINTS_KEPT = 3
@@ -59,12 +62,6 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages whose code makes the numbers."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"tinymodel_jax": tinymodel_jax.__version__, "python": sys.version.split()[0], **packages}
-
-
-def warn(message: str) -> None:
-    """Print a warning for the user as one line on stderr, once for all processes."""
-    if is_first():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -138,7 +135,11 @@ class Checkpoints:
             OSError: it cannot be written.
         """
         self._folder = epath.Path(folder) if is_remote(folder) else epath.Path(Path(folder).absolute())
-        options = ocp.CheckpointManagerOptions(max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True)
+        # Where a folder cannot be made, threads would wait for one that is made in the background for minutes.
+        folders_first = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True, async_options=folders_first
+        )
         self._quiet, self._failed = _QuietLibraries(), False
         with writing(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -176,21 +177,27 @@ class Checkpoints:
             self._manager.delete(later)
 
     def close(self) -> None:
-        """Wait until everything is saved.
+        """Wait until everything is saved, unless a save failed: others may never end then.
 
         Raises:
             OSError: the last save failed.
         """
+        if self._failed:
+            return  # and stay quiet: the echoes of a failure come until the process ends
         with self._saving():
             self._manager.wait_until_finished()
             self._manager.close()
-        if not self._failed:  # the echoes of a failure come until the process ends
-            self._quiet.close()
+        self._quiet.close()
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
+        """Wait for the save before; Orbax itself waits for minutes where it failed in one of several processes."""
         try:
             with writing(self._folder):
+                while self._manager.is_saving_in_progress() and self._quiet.failure is None:
+                    time.sleep(0.01)
+                if self._quiet.failure is not None:
+                    raise self._quiet.failure
                 yield
         except OSError:
             self._failed = True
@@ -208,8 +215,6 @@ class Checkpoints:
 def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
     path = out / "config.json"
     content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out wants a folder.")
     if path.exists():
         before = _read(path)
         changed = _differences(before, content, (*may_change, "format_version", "versions"))
@@ -223,7 +228,7 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
                 then = before.get("versions")
                 warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
             return
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(found.name != LOCK_FILE for found in out.iterdir()):
         raise ValueError(f"{out} holds files but no run of ours (no config.json); choose an empty folder.")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -267,17 +272,23 @@ class _QuietLibraries:
     """Keeps Orbax, asyncio and TensorStore from printing page after page on what a failed save is about to raise."""
 
     def __init__(self) -> None:
-        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-        self._levels, self._hook = [logger.level for logger in self._loggers], sys.unraisablehook
+        self.failure: BaseException | None = None
+        """What stopped the thread in which Orbax saves."""
+        self._loggers, self._hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
         sys.unraisablehook = self._without_echoes
         for logger in self._loggers:
-            logger.setLevel(logging.CRITICAL)
+            logger.addFilter(self._swallow)
 
     def close(self) -> None:
         """Let them print again."""
         sys.unraisablehook = self._hook
-        for logger, level in zip(self._loggers, self._levels, strict=True):
-            logger.setLevel(level)
+        for logger in self._loggers:
+            logger.removeFilter(self._swallow)
+
+    def _swallow(self, record: logging.LogRecord) -> bool:
+        if record.threadName == "async_save" and record.exc_info:
+            self.failure = record.exc_info[1]
+        return False
 
     def _without_echoes(self, unraisable: Any) -> None:
         # of TensorStore's writes that end after the first one failed

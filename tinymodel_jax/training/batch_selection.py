@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.training.sparse_rows import kth_largest
+from tinymodel_jax.training.sparse_rows import largest_of_all
 
 
 class BatchSelection(NamedTuple):
@@ -29,16 +29,19 @@ class BatchSelection(NamedTuple):
 
 
 def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int) -> BatchSelection:
-    """Return the `k * batch` largest of non-negative `z`, for a `k` up to `k_max`. Zeros are never selected."""
+    """Return the `k * batch` largest of non-negative `z`, for a `k` up to `k_max`. Zeros are never selected.
+
+    Of equal values, those of the lower inputs are, and of one input those of the lower features.
+    """
     batch, most = z.shape[0], z.shape[0] * min(k_max, z.shape[1])
     # The n largest values lie in the n groups with the largest maxima: two searches of small arrays instead of one.
     size = 2 ** max(0, round(math.log2(z.shape[1] / k_max) / 2))  # where both are about as large
     grouped = jnp.pad(z, ((0, 0), (0, -z.shape[1] % size))).reshape(batch, -1, size)
     maxima = grouped.max(axis=-1)
-    row, group = _places(_at_least(maxima, kth_largest(maxima, k * batch)), most)
+    row, group = _places(largest_of_all(maxima, k * batch)[0] & (maxima > 0), most)
     held = jnp.where((row < batch)[:, None], grouped[row, group], 0)
-    threshold = kth_largest(held, k * batch)
-    entry, place = _places(_at_least(held, threshold), most)
+    kept, threshold = largest_of_all(held, k * batch)
+    entry, place = _places(kept & (held > 0), most)
     real = entry < most
     owner = jnp.where(real, row.at[entry].get(mode="fill", fill_value=batch), batch)
     position = jnp.where(real, group.at[entry].get(mode="fill", fill_value=0) * size + place, 0)
@@ -63,10 +66,6 @@ def _in_rows(value: Array, position: Array, owner: Array, batch: int, slots: int
         used=jnp.sum(rows_each),
         threshold=jnp.zeros(()),
     )
-
-
-def _at_least(values: Array, limit: Array) -> Array:
-    return (values >= limit) & (values > 0)
 
 
 def _places(mask: Array, size: int) -> tuple[Array, Array]:

@@ -20,6 +20,7 @@ from tinymodel_jax.training.dictionary_state import (
     TrainParams,
     empty_reservoir,
 )
+from tinymodel_jax.training.sparse_rows import kept_of_rows
 
 
 def dead_mask(state: DictionaryTrainState, recipe: DictionaryRecipe) -> Bool[Array, " n_features"]:
@@ -57,7 +58,7 @@ def add_aux_gradient(
             bias = effective_bias(chosen | {"b_dec": params["b_dec"]}, recipe)
             acts = jnp.where(drawn >= 0, jax.nn.relu(x @ chosen["W_enc_T"].T + bias), 0)
             z = jax.lax.stop_gradient(acts * losses.row_norms(chosen["W_dec"]))
-            acts = jnp.where(z >= largest(z, active, execution)[0][:, -1:], acts, 0)
+            acts = jnp.where(kept_of_rows(z, *largest(z, active, execution), active), acts, 0)
             return losses.aux_loss(residual, acts, chosen["W_dec"])
 
         loss, extra = jax.value_and_grad(loss_of)(chosen)
@@ -142,7 +143,8 @@ def _bearable_share(reservoir: Reservoir, reads: Array, bias: Array, rows: Array
     held = reservoir.priority > -jnp.inf
     acts = jax.nn.relu(reservoir.x @ reads.T + bias)
     if recipe.architecture == "topk":  # which never has more of them active
-        acts = jnp.where(acts >= jax.lax.top_k(acts, recipe.k or 1)[0][:, -1:], acts, 0)
+        k = recipe.k or 1
+        acts = jnp.where(kept_of_rows(acts, *jax.lax.top_k(acts, k), k), acts, 0)
     together = acts @ rows
     together, residual = (jnp.where(held[:, None], a, 0) for a in (together, reservoir.residual))
     return jnp.clip(2 * jnp.sum(together * residual) / (jnp.sum(together * together) + TINY), 0, 1)

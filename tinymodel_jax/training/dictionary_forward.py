@@ -6,6 +6,7 @@ activation stays unweighted: it is multiplied with its unnormalised decoder row.
 
     pre  = (x - b_dec if subtract_b_dec else x) @ W_enc_T.T + b_enc         z = pre * |W_dec row|
     topk, batch_topk: acts = relu(pre) of the largest z of an input, or of k times the batch in the whole batch
+        (never more than that: of equal z those of the lower inputs and features are kept)
     jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionary`
 """
 
@@ -24,7 +25,14 @@ from tinymodel_jax.training import dictionary_losses as losses
 from tinymodel_jax.training.batch_selection import BatchSelection, select_of_batch
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import TrainParams
-from tinymodel_jax.training.sparse_rows import gather_decode, kth_largest, selected_values, top_k, top_k_of_shards
+from tinymodel_jax.training.sparse_rows import (
+    gather_decode,
+    kept_of_rows,
+    largest_of_all,
+    selected_values,
+    top_k,
+    top_k_of_shards,
+)
 
 Widths = tuple[int, ...] | Int[Array, " l"]
 """Sizes of the nested dictionaries: known (a tuple) or drawn for this step (an array)."""
@@ -123,8 +131,7 @@ def select(
     slots: int,
 ) -> BatchSelection:
     """Choose the active features of topk or batch_topk, for a `k` up to `slots`. Carries no gradient."""
-    norms = losses.row_norms(params["W_dec"])
-    z = jax.nn.relu(x @ params["W_enc_T"].T + effective_bias(params, recipe)) * norms
+    norms, z = losses.row_norms(params["W_dec"]), weighted_activations(params, recipe, x)
     if recipe.architecture == "batch_topk":
         selection = select_of_batch(z, k, slots)
     else:
@@ -133,6 +140,14 @@ def select(
         inputs = jnp.arange(x.shape[0], dtype=jnp.int32)
         selection = BatchSelection(kept, positions, inputs, jnp.int32(x.shape[0]), jnp.zeros(()))
     return selection._replace(values=selection.values / norms[selection.positions])
+
+
+def weighted_activations(
+    params: TrainParams, recipe: DictionaryRecipe, x: Float[Array, "batch d_in"]
+) -> Float[Array, "batch f"]:
+    """Return what topk and batch_topk choose the largest of: positive pre-activations times decoder norms."""
+    linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
+    return jax.nn.relu(linear) * losses.row_norms(params["W_dec"])
 
 
 def effective_bias(params: TrainParams, recipe: DictionaryRecipe) -> Float[Array, " n_features"]:
@@ -195,8 +210,8 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
             sparsity = losses.variance(y) * losses.target_l0_loss(l0, hyper.target_l0)
     else:
         z = jax.lax.stop_gradient(jax.nn.relu(linear) * norms)
-        limit, threshold = _dense_limit(z, recipe, execution, hyper.k)
-        acts = jnp.where(z >= limit, jax.nn.relu(linear), 0)
+        kept, threshold = _kept(z, recipe, execution, hyper.k)
+        acts = jnp.where(kept, jax.nn.relu(linear), 0)
         sparsity = jnp.zeros(())
     reconstruction, residual = _compare(params, recipe, x, y, losses.decode_prefixes(acts, params["W_dec"], widths))
     counts = jnp.sum(acts > 0, axis=0, dtype=jnp.int32)
@@ -205,13 +220,11 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
     return loss, Outcome(loss, reconstruction, sparsity, l0, counts > 0, residual, threshold)
 
 
-def _dense_limit(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
-    """Return the smallest weighted activation to keep (a column for topk), and it again for batch_topk, else 0."""
+def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
+    """Return which weighted activations are kept, and the smallest of them for batch_topk, else 0."""
     if recipe.architecture == "batch_topk":
-        threshold = kth_largest(z, k * z.shape[0])
-        return threshold, threshold
-    best, _ = largest(z, recipe.k or 0, execution)
-    return jnp.take_along_axis(best, jnp.broadcast_to(k - 1, (z.shape[0], 1)), axis=1), jnp.zeros(())
+        return largest_of_all(z, k * z.shape[0])
+    return kept_of_rows(z, *largest(z, recipe.k or 0, execution), k), jnp.zeros(())
 
 
 def largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:

@@ -89,7 +89,8 @@ class DictionaryTrainState(NamedTuple):
     sparsity_factor: Float[Array, ""]
     """What the controller multiplies the sparsity coefficient with; 1 without one."""
     threshold: Float[Array, ""]
-    """batch_topk: running mean of the smallest weighted activation kept, for use outside of batches; 0 before."""
+    """batch_topk: mean of the smallest weighted activation kept, for use outside of batches; 0 before. In training a
+    running mean; `settle_threshold` makes it that of the finished dictionary."""
     reservoir: Reservoir | None
     """Inputs to re-initialise dead features from; None where the recipe does not."""
     key: UInt32[Array, "..."]

@@ -7,6 +7,7 @@ and re-initialising dead features, the controller, the threshold of batch_topk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +21,22 @@ from tinymodel_jax.training.dead_features import (
     reinitialise_dead,
     update_reservoir,
 )
-from tinymodel_jax.training.dictionary_forward import Execution, Outcome, execution_for, loss_and_gradient
+from tinymodel_jax.training.dictionary_forward import (
+    Execution,
+    Outcome,
+    execution_for,
+    loss_and_gradient,
+    weighted_activations,
+)
 from tinymodel_jax.training.dictionary_losses import random_widths, variance
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import TINY, DictionaryTrainState, TrainParams
+from tinymodel_jax.training.sparse_rows import kth_largest
 
-THRESHOLD_RATE = 0.01
-"""Weight of the newest batch in the running mean of batch_topk's threshold."""
+THRESHOLD_RATE, THRESHOLD_SHARE = 0.01, 0.05
+"""Weight of the newest batch in the running mean of batch_topk's threshold; early, so that it is of the last 5 %."""
+THRESHOLD_BATCHES, THRESHOLD_INPUTS = 16, 8192
+"""Batches, and inputs in them, that the threshold of a finished batch_topk dictionary is the mean of, at least."""
 MAX_SILENCE = 1 << 30
 """Where the count of inputs since a feature was active stops."""
 
@@ -110,16 +120,65 @@ def sweep_step(
     Returns:
         The stacked next states and metrics, each metric with an axis of members.
     """
-    execution = execution or execution_for(recipe)
     step = states.step[0]  # one number for all, so that what happens every n steps stays a branch under vmap
+
+    execution = execution or execution_for(recipe)
 
     def member(state: DictionaryTrainState, hyper: DictionaryHyper) -> tuple[DictionaryTrainState, Metrics]:
         state = state._replace(step=step)
         return train_step(state, hyper, x, y, recipe=recipe, execution=execution)
 
+    return _of_members(member, execution, states, hypers)
+
+
+def settle_threshold(
+    state: DictionaryTrainState,
+    hyper: DictionaryHyper,
+    x: Float[Array, "batch d_in"],
+    counted: Int[Array, ""] | int,
+    *,
+    recipe: DictionaryRecipe,
+) -> DictionaryTrainState:
+    """Count a batch into the threshold of a batch_topk dictionary whose training is over: the mean over such batches.
+
+    The running mean of training is behind where the dictionary still changes quickly, as in short trainings, and keeps
+    too many features. Call this with `threshold_batches` batches before `finalize`. Other architectures stay as they
+    are.
+
+    Args:
+        counted: batches counted before; 0 starts anew.
+    """
+    if recipe.architecture != "batch_topk":
+        return state
+    z = weighted_activations(state.params, recipe, x.astype(jnp.float32) * state.scale_in)
+    found = kth_largest(z, hyper.k * x.shape[0])
+    return state._replace(threshold=(state.threshold * counted + found) / (counted + 1))
+
+
+def threshold_batches(batch_size: int) -> int:
+    """Return how many batches `settle_threshold` wants."""
+    return max(THRESHOLD_BATCHES, -(-THRESHOLD_INPUTS // batch_size))
+
+
+def settle_thresholds(
+    states: DictionaryTrainState,
+    hypers: DictionaryHyper,
+    x: Float[Array, "batch d_in"],
+    counted: Int[Array, ""] | int,
+    *,
+    recipe: DictionaryRecipe,
+    execution: Execution,
+) -> DictionaryTrainState:
+    """Do what `settle_threshold` does for every member of a sweep."""
+    return _of_members(
+        lambda state, hyper: settle_threshold(state, hyper, x, counted, recipe=recipe), execution, states, hypers
+    )
+
+
+def _of_members(member: Callable[..., Any], execution: Execution, *stacked: Any) -> Any:
     if execution.map_members:
-        return jax.lax.map(lambda pair: member(*pair), (states, hypers))
-    return jax.vmap(member, spmd_axis_name="sweep" if execution.mesh is not None else None)(states, hypers)
+        return jax.lax.map(lambda each: member(*each), stacked)
+    return jax.vmap(member, spmd_axis_name="sweep" if execution.mesh is not None else None)(*stacked)
 
 
 def stack_members(members: list[Any]) -> Any:
@@ -133,12 +192,16 @@ def member_of(stacked: Any, index: int | Int[Array, ""]) -> Any:
 
 
 def learning_rate_share(step: Array, recipe: DictionaryRecipe) -> Float[Array, ""]:
-    """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end."""
+    """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end.
+
+    Where the warm-up reaches into the decay, the lower of the two holds.
+    """
+    rise = _ramp(step, min(recipe.warmup_steps, recipe.steps))
     decay_steps = recipe.decay_fraction * recipe.steps
     if not decay_steps:
-        return _ramp(step, recipe.warmup_steps)
+        return rise
     left = jnp.clip((recipe.steps - step.astype(jnp.float32)) / decay_steps, 0, 1)
-    return _ramp(step, recipe.warmup_steps) * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * left)
+    return jnp.minimum(rise, recipe.final_learning_rate + (1 - recipe.final_learning_rate) * left)
 
 
 def _ramp(step: Array, steps: int) -> Array:
@@ -171,8 +234,8 @@ def _count(
         distance = jnp.log(jnp.maximum(outcome.l0, 1e-3) / hyper.target_l0)
         moved = factor * jnp.exp(recipe.controller_rate * jnp.clip(distance, -1, 1))
         factor = jnp.where(state.step >= recipe.sparsity_warmup_steps, moved, factor)
-    running = state.threshold + THRESHOLD_RATE * (outcome.threshold - state.threshold)
-    threshold = jnp.where(state.step == 0, outcome.threshold, running)
+    rate = jnp.maximum(THRESHOLD_RATE, 1 / (1 + THRESHOLD_SHARE * state.step))
+    threshold = state.threshold + rate * (outcome.threshold - state.threshold)
     return state._replace(silent_for=silent_for, sparsity_factor=factor, threshold=threshold)
 
 

@@ -43,9 +43,9 @@ class LMOptimizer:
     schedule: Literal["wsd", "cosine"] = "wsd"
     """After the warm-up: constant, then linear to zero over the last `decay_fraction`; or half a cosine to a tenth."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero."""
+    """Steps over which the learning rate rises linearly from zero; at most all of them."""
     decay_fraction: float = 0.2
-    """Part of all steps in which `wsd` decays."""
+    """Part of all steps in which `wsd` decays, and the least part in which `cosine` does, whatever the warm-up."""
     beta1: float = 0.9
     """Decay of the gradient's mean; Muon's is 0.95."""
     beta2: float = 0.95
@@ -85,14 +85,21 @@ class LMState(NamedTuple):
 
 
 def learning_rate_schedule(optimizer: LMOptimizer, steps: int) -> Schedule:
-    """Return the learning rate as a function of the step, 0 … steps - 1."""
+    """Return the learning rate as a function of the step, 0 … steps - 1: the lower of the warm-up and the decay.
+
+    A warm-up that reaches into the decay, or is longer than the training, delays neither the decay nor its end.
+    """
     peak, warmup = optimizer.learning_rate, min(optimizer.warmup_steps, steps)
+    decay = max(int(optimizer.decay_fraction * steps), 1)
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     if optimizer.schedule == "cosine":
-        return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, max(steps - warmup, 1), 0.1)], [warmup])
-    decay = max(int(optimizer.decay_fraction * steps), 1)
-    fall = optax.linear_schedule(peak, 0.0, decay)
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, max(steps - decay, warmup)])
+        start = min(warmup, steps - decay)
+        fall = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.cosine_decay_schedule(peak, steps - start, 0.1)], [start]
+        )
+    else:
+        fall = optax.linear_schedule(peak, 0.0, decay, steps - decay)
+    return lambda step: jnp.minimum(rise(step), fall(step))
 
 
 def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransformation:

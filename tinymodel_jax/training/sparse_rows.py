@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK = 8
 """Inputs a gathering loop handles at once: their rows (8 x 32 x 768 floats) stay in a core's cache."""
@@ -64,6 +64,36 @@ def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Fl
 
     run = jax.shard_map(search, mesh=mesh, in_specs=P("data", "model"), out_specs=(rows, rows), check_vma=False)
     return run(values)
+
+
+def kept_of_rows(
+    values: Float[Array, "b f"], best: Float[Array, "b n"], positions: Int[Array, "b n"], k: Int[Array, ""] | int
+) -> Bool[Array, "b f"]:
+    """Return where the `k` largest of each row are, of which there are never more; ties go to the lower position.
+
+    Args:
+        best, positions: the `n` largest of each row, as `top_k` gives them; `k` is at most `n`.
+    """
+    nth = jnp.broadcast_to(jnp.asarray(k - 1), (values.shape[0], 1))
+    limit, last = (jnp.take_along_axis(a, nth, axis=1) for a in (best, positions))
+    return (values > limit) | ((values == limit) & (jnp.arange(values.shape[1]) <= last))
+
+
+def largest_of_all(values: Float[Array, "b f"], rank: Int[Array, ""]) -> tuple[Bool[Array, "b f"], Float[Array, ""]]:
+    """Return where the `rank` largest of non-negative `values` are, never more of them, and the smallest of them.
+
+    Ties go to the lower row, and in a row to the lower position.
+    """
+    smallest = kth_largest(values, rank)
+    above, tied = values > smallest, values == smallest
+    room = rank - jnp.sum(above, dtype=jnp.int32)
+    until = jnp.cumsum(jnp.sum(tied, axis=1, dtype=jnp.int32))
+    rows = jnp.arange(values.shape[0])[:, None]
+    row = jnp.sum(until <= room)  # where the room ends
+    tied_there = jnp.sum(tied & (rows == row), axis=0, dtype=jnp.int32)
+    left = room - jnp.max(jnp.where(until <= room, until, 0))
+    fits = (rows < row) | ((rows == row) & (jnp.cumsum(tied_there) <= left))
+    return above | (tied & fits), smallest
 
 
 def kth_largest(values: Float[Array, "*shape"], rank: Int[Array, ""]) -> Float[Array, ""]:

@@ -18,10 +18,12 @@ from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
-from tinymodel_jax.training.dictionary_step import train_step
+from tinymodel_jax.training.dictionary_step import settle_threshold, threshold_batches, train_step
 
 STATISTICS_ROWS = 65_536
 """Rows that mean and scale are taken from."""
+CHECKED_VALUES = 1 << 22
+"""Values that `require_finite_rows` reads at a time (16 MiB of float32)."""
 
 
 def train_on_arrays(
@@ -38,7 +40,8 @@ def train_on_arrays(
         The dictionary, with hook points "x" (and "y"), and every metric of `train_step` as an array over steps.
 
     Raises:
-        ValueError: the arrays are not two-dimensional, empty, or of different lengths.
+        ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
+            the training diverges.
     """
     _check(x, y)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
@@ -51,7 +54,15 @@ def train_on_arrays(
     for i in range(recipe.steps):
         rows = batch_indices(len(x), recipe.batch_size, seed, i)
         state, metrics = step(state, hyper, to_device(x[rows]), None if y is None else to_device(y[rows]))
+        if history:
+            _require_finite_step(history[-1], i)  # of the step before, while this one runs
         history.append(metrics)
+    _require_finite_step(history[-1], recipe.steps)
+    if recipe.architecture == "batch_topk":
+        settle = jax.jit(functools.partial(settle_threshold, recipe=recipe), compiler_options=fast_compiler_options())
+        for i in range(threshold_batches(recipe.batch_size)):
+            rows = batch_indices(len(x), recipe.batch_size, seed, recipe.steps + i)
+            state = settle(state, hyper, to_device(x[rows]), jnp.int32(i))
     config, params = finalize(state, recipe, "x", "x" if y is None else "y")
     recorded = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
     return Dictionary.from_params(config, params), recorded
@@ -71,11 +82,45 @@ def to_device(rows: np.ndarray) -> jax.Array:
     return jnp.asarray(np.asarray(rows, np.float32))
 
 
+def require_finite_rows(array: np.ndarray, name: str) -> None:
+    """Check every row of a matrix, which may be a mapped file: some of it is in memory at a time.
+
+    Args:
+        name: what the error calls the array.
+
+    Raises:
+        ValueError: a row holds NaN or infinity, or numbers whose squares float32 cannot hold.
+    """
+    rows_together = max(1, CHECKED_VALUES // array.shape[1])
+    for start in range(0, len(array), rows_together):
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows = np.asarray(array[start : start + rows_together], np.float32)
+            bad = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", rows, rows)))
+        if bad.size:
+            value = array[start + bad[0]][np.argmax(np.abs(rows[bad[0]]))]  # of NaN and numbers, argmax takes NaN
+            raise ValueError(
+                f"{name}: row {start + bad[0]} (the first is 0) holds {value}; training takes finite numbers whose "
+                "squares float32 can hold. Leave the row out, or mend what made it."
+            )
+
+
+def _require_finite_step(metrics: dict[str, jax.Array], step: int) -> None:
+    bad = next((name for name in ("loss", "gradient_norm") if not np.isfinite(metrics[name])), None)
+    if bad is not None:
+        raise ValueError(
+            f"train_on_arrays: {bad} is {metrics[bad]} at step {step}, on finite data; "
+            "a lower learning_rate in the recipe may train."
+        )
+
+
 def _check(x: np.ndarray, y: np.ndarray | None) -> None:
-    for name, array in (("x", x), ("y", y)):
-        if array is not None and (array.ndim != 2 or not array.size):
+    arrays = {name: array for name, array in (("x", x), ("y", y)) if array is not None}
+    for name, array in arrays.items():
+        if array.ndim != 2 or not array.size:
             raise ValueError(
                 f"train_on_arrays: {name} has shape {array.shape}; expected (rows, width), neither of them 0."
             )
     if y is not None and len(y) != len(x):
         raise ValueError(f"train_on_arrays: x has {len(x)} rows and y has {len(y)}; every input needs its target.")
+    for name, array in arrays.items():
+        require_finite_rows(array, f"train_on_arrays: {name}")

@@ -1,0 +1,124 @@
+"""`train_on_arrays`: its public name, rows that are not finite, and the L0 of short trainings."""
+
+import functools
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import as_users_run_it
+
+from tinymodel_jax import training
+from tinymodel_jax.training import DictionaryRecipe, finalize, init_state, recipe_preset, train_on_arrays, train_step
+from tinymodel_jax.training.array_training import array_statistics, require_finite_rows
+from tinymodel_jax.training.dictionary_forward import execution_for
+from tinymodel_jax.training.dictionary_step import settle_threshold, settle_thresholds, stack_members
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+RECIPE = recipe_preset("house", "topk", 8, 2, k=2, batch_size=4)
+
+
+@functools.cache
+def planted(rows: int = 4000) -> np.ndarray:
+    """Sums of about 3 of 64 directions."""
+    random = np.random.default_rng(0)
+    amounts = (random.random((rows, 64)) < 3 / 64) * (1 + random.random((rows, 64)))
+    return (amounts @ random.normal(size=(64, 16))).astype(np.float32)
+
+
+def test_the_names_of_the_documentation_are_functions_and_load_when_they_are_used() -> None:
+    assert all(callable(getattr(training, name)) for name in dir(training))
+    assert {"DictionaryRecipe", "finalize", "init_state", "recipe_preset", "train_on_arrays", "train_step"} <= {
+        *dir(training)
+    }
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        training.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("which", ["x", "y"])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (np.nan, np.float32),
+        (np.inf, np.float64),
+        (-np.inf, np.float16),
+        (np.nan, ml_dtypes.bfloat16),
+        (-1e300, np.float64),
+        (1e25, np.float32),
+    ],
+)
+def test_a_row_that_is_not_finite_is_named(which: str, value: float, dtype: Any) -> None:
+    arrays = {name: planted(40).astype(dtype) for name in ("x", "y")}
+    arrays[which][23, 5] = value
+    says = rf"^train_on_arrays: {which}: row 23 \(the first is 0\) holds .+ Leave the row out"
+    with as_users_run_it(), pytest.raises(ValueError, match=says):
+        train_on_arrays(arrays["x"], arrays["y"], recipe=RECIPE)
+
+
+def test_a_mapped_file_is_checked_in_parts(tmp_path: Path) -> None:
+    array = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (200_000, 256))
+    array[199_999, 0] = np.nan
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"^x\.npy: row 199999 "):
+        require_finite_rows(mapped, "x.npy")
+    assert tracemalloc.get_traced_memory()[1] < mapped.nbytes / 2
+    tracemalloc.stop()
+
+
+def test_a_training_that_diverges_on_finite_data_speaks_of_the_learning_rate() -> None:
+    recipe = recipe_preset("house", "topk", 8, 30, k=2, batch_size=4, learning_rate=1e38)
+    with (
+        as_users_run_it(),
+        pytest.raises(ValueError, match=r"is \S+ at step \d+, on finite data; a lower learning_rate"),
+    ):
+        train_on_arrays(planted(40), recipe=recipe)
+
+
+def short(steps: int, k: int) -> DictionaryRecipe:
+    return recipe_preset("house", "batch_topk", 128, steps, k=k, batch_size=128)
+
+
+@pytest.mark.parametrize("k", [4, 32])
+@pytest.mark.parametrize(
+    "steps", [20, pytest.param(40, marks=pytest.mark.slow), 80, pytest.param(320, marks=pytest.mark.slow)]
+)
+def test_batch_topk_has_its_l0_after_a_training_of_any_length(steps: int, k: int) -> None:
+    dictionary, history = train_on_arrays(planted(), recipe=short(steps, k))
+    assert history["l0"][-1] == pytest.approx(k, rel=0.01)
+    assert float((dictionary.encode(jnp.asarray(planted())) > 0).sum(axis=1).mean()) == pytest.approx(k, rel=0.1)
+
+
+def test_the_thresholds_of_a_sweep_are_those_of_its_members() -> None:
+    recipe, x = short(20, 8), jnp.asarray(planted()[:128])
+    states = [init_state(jax.random.key(seed), recipe, array_statistics(planted(), 0)) for seed in (0, 1)]
+    step = jax.jit(functools.partial(train_step, recipe=recipe))
+    states = [step(state, recipe.hyper(), x)[0] for state in states]
+    hypers = [recipe.hyper(k=3), recipe.hyper(k=8)]
+    settle = jax.jit(functools.partial(settle_threshold, recipe=recipe))
+    alone = [settle(state, hyper, x, 0) for state, hyper in zip(states, hypers, strict=True)]
+    for mapped in (True, False):
+        execution = execution_for(recipe, "cpu")._replace(map_members=mapped)
+        settle_all = jax.jit(functools.partial(settle_thresholds, recipe=recipe, execution=execution))
+        together = settle_all(stack_members(states), stack_members(hypers), x, 0)
+        np.testing.assert_allclose(together.threshold, [state.threshold for state in alone], rtol=1e-6)
+    for state, k in zip(alone, (3, 8), strict=True):
+        _, params = finalize(state._replace(threshold=state.threshold * (1 - 1e-6)), recipe, "x", "x")
+        pre = x @ params["W_enc"] + params["b_enc"]
+        assert float((pre > params["threshold"]).sum(axis=1).mean()) == pytest.approx(k, abs=0.01)
+
+
+def test_batches_are_counted_alike_in_the_threshold() -> None:
+    recipe = short(20, 8)
+    state = init_state(jax.random.key(0), recipe, array_statistics(planted(), 0))._replace(threshold=jnp.float32(99))
+    parts, single = np.split(planted()[:384], 3), []
+    for i, part in enumerate(parts):
+        state = settle_threshold(state, recipe.hyper(), jnp.asarray(part), i, recipe=recipe)
+        single.append(settle_threshold(state, recipe.hyper(), jnp.asarray(part), 0, recipe=recipe).threshold)
+    assert float(state.threshold) == pytest.approx(np.mean(single), rel=1e-5)
+    other = init_state(jax.random.key(0), RECIPE, array_statistics(planted(), 0))
+    assert settle_threshold(other, RECIPE.hyper(), jnp.asarray(parts[0]), 0, recipe=RECIPE) is other
