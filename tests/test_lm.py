@@ -276,10 +276,15 @@ def test_parameters_of_a_fresh_transformer_make_a_model():
     assert_close(np.exp(np.asarray(logprobs, np.float64)).sum(-1), np.ones((1, 4)), F32)
 
 
-def test_padding_is_never_a_target_of_the_loss(lm, tok_ids):
-    ids = np.where(np.arange(11) < [[11], [8], [6]], tok_ids, lm.config.pad_id)
-    expected = next_token_loss(np.asarray(lm.logits(ids)), ids, ids != lm.config.pad_id)
-    for mask in (None, np.ones(ids.shape), np.ones(ids.shape, bool), (ids != lm.config.pad_id).astype(np.int32)):
+def test_padding_is_never_a_target_of_the_loss_and_end_only_where_the_mask_counts_it(lm, tok_ids):
+    pad, end = lm.config.pad_id, lm.config.end_id
+    ids = np.where(np.arange(11) < [[11], [8], [6]], tok_ids, pad)
+    ids[1, 7] = end
+    logits = np.asarray(lm.logits(ids))
+    without_end = next_token_loss(logits, ids, (ids != pad) & (ids != end))
+    with_end = next_token_loss(logits, ids, ids != pad)
+    masks = [(None, without_end), *((np.ones(ids.shape, kind), with_end) for kind in (float, bool, np.int32))]
+    for mask, expected in masks:
         assert_close(lm.loss(ids, mask), expected, F32)
         assert_close(jax.jit(lm.loss)(ids, mask), expected, F32)
 

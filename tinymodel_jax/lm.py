@@ -153,18 +153,19 @@ class TinyModel(WeightViews):
         return self._run(tok_ids, "none", (name,), hooks)[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
-        """Return the mean next-token cross-entropy in nats; `[PAD]` never counts as a target.
+        """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
 
         Args:
-            attn_mask: (batch, seq), 1 where the token counts as a target; the tokenizer's second output. All but
-                `[PAD]` count when it is left out.
+            attn_mask: (batch, seq), 1 where the token counts as a target. Left out, it is the tokenizer's second
+                output, which is 0 at `[END]` and `[PAD]`; to count `[END]`, as `evaluate` does, pass
+                `tok_ids != lm.config.pad_id`.
 
         Raises:
             ValueError: the mask has another shape, or no token counts.
         """
         ids, length = self._prepare(tok_ids)
         given = ids[:, :length]
-        mask = np.ones(given.shape) if attn_mask is None else attn_mask
+        mask = (given != self.config.end_id) if attn_mask is None else attn_mask
         mask = mask if is_traced(mask) else np.asarray(mask)
         mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
         if mask.shape != (ids.shape[0], length):
