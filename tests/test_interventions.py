@@ -1,5 +1,7 @@
 """Edits of the forward pass against the same edits made by hand in the NumPy model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -342,14 +344,19 @@ def test_no_edit_lets_a_query_attend_to_a_later_key(params, config, tok_ids, nam
     assert_close(changed[:, :-1], logits[:, :-1], F32)
 
 
-def test_hooks_get_finite_scores(params, config, tok_ids):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_hooks_get_finite_scores_after_an_edit_too(params, config, tok_ids, dtype):
     def record(value, acts):
-        found.append(value)
+        found.extend([value, acts.get("blocks.0.attn.hook_attn_scores", value)])
         return value
 
     found = []
-    run_with_hooks(params, config, jnp.asarray(tok_ids), {"blocks.0.attn.hook_attn_scores": record})
-    assert np.isfinite(found[0]).all()
+    masked = interventions.steer("blocks.0.attn.hook_attn_scores", jnp.asarray(KNOCKED_OUT, dtype))
+    recorded = ({f"blocks.0.attn.{name}": record} for name in ("hook_attn_scores", "hook_pattern"))
+    half = dataclasses.replace(config, dtype=dtype)
+    logits, _ = run_with_hooks(params, half, jnp.asarray(tok_ids), combine(masked, *recorded))
+    assert len(found) == 4
+    assert all(np.isfinite(np.asarray(value, np.float32)).all() for value in (*found, logits))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf])

@@ -34,6 +34,7 @@ LAYERS = {
     "texts": 1,
     # 2: what runs them
     "forward": 2,
+    "edits": 2,
     "interventions": 2,
     "generate": 2,
     # 3: files and the network
@@ -70,6 +71,8 @@ SIBLINGS = {
     ("convert_torch_weights", "commands"),
     # where the model is that comes with the package
     ("io", "bundled"),
+    # how edits are built
+    ("interventions", "edits"),
     # what the command runs
     ("commands", "quickstart"),
     ("cli", "commands"),

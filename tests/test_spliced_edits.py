@@ -135,3 +135,48 @@ def test_a_readout_of_a_spliced_site_reads_what_the_splice_reads(lm, tok_ids, sp
     assert effects.readout_changes is not None
     assert_close(effects.readout_changes[0], change[effects.readout_features[0]], F32)
     assert np.abs(change).max() > 1e-2
+
+
+def test_a_feature_edit_reads_what_an_edit_before_it_put_in_place(lm, tok_ids):
+    dictionary, name = lm["Mo1"].dictionary, "blocks.1.hook_mlp_out"
+    other = np.random.default_rng(0).normal(size=(3, 11, 16)).astype(np.float32)
+    hooks = combine(
+        interventions.ablate(dictionary, 5), interventions.patch(name, other), interventions.ablate(dictionary, 3)
+    )
+    acts = oracle.encode(dictionary.params, dictionary.config, other)[..., 3:4]
+    expected = other - acts * np.asarray(dictionary.params["W_dec"])[3]
+    assert_close(lm.run_with_hooks(tok_ids, hooks, name)[1][name], expected, F32)
+
+
+def test_a_splice_reads_a_steered_value(lm, tok_ids):
+    dictionary, name = lm["Mo1"].dictionary, "blocks.1.hook_mlp_out"
+    vector = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    edit, steer = interventions.ablate(dictionary, 5), interventions.steer(name, vector)
+    value = lm.run_with_hooks(tok_ids, combine(edit, steer), name)[1][name]
+    hooks = combine(edit, steer, interventions.splice(dictionary))
+    expected = oracle.reconstruct(dictionary.params, dictionary.config, value)
+    assert_close(lm.run_with_hooks(tok_ids, hooks, name)[1][name], expected, F32)
+
+
+def test_a_second_splice_predicts_what_the_first_one_wrote(lm, tok_ids):
+    name = "blocks.1.hook_mlp_out"
+    first, second = make_dictionary(name, name, 20), make_dictionary(name, name, 21)
+    value = np.asarray(lm.run_with_cache(tok_ids, name)[1][name])
+    for dictionary in (first, second):
+        value = oracle.reconstruct(dictionary.params, dictionary.config, value)
+    found = lm.run_with_hooks(tok_ids, interventions.splice([first, second]), name)[1][name]
+    assert_close(found, value, F32)
+
+
+def test_a_splice_that_lets_no_gradient_through_lets_the_edits_gradient_through(lm, tok_ids):
+    dictionary, name = lm["A1"].dictionary, "blocks.1.hook_attn_out"
+    splice = interventions.splice(dictionary, detach_pred=True)
+
+    def total(amount, edit_first):
+        edit = interventions.clamp(dictionary, 3, amount)
+        hooks = combine(edit, splice) if edit_first else combine(splice, edit)
+        return lm.run_with_hooks(tok_ids, hooks, name)[1][name].sum()
+
+    slope = 33 * float(dictionary.params["W_dec"][3].sum())  # of 3 rows of 11 positions
+    for edit_first in (False, True):
+        assert_close(jax.grad(total)(1.0, edit_first), slope, F32)

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from tinymodel_jax.config import ModelConfig
 
@@ -72,6 +73,19 @@ def hook_width(name: str, config: ModelConfig) -> int | None:
     if name.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")):
         return config.d_head
     return config.d_mlp if ".mlp.hook_" in name else config.d_model
+
+
+def is_scores(name: str) -> bool:
+    """Whether a hook point's values are attention scores."""
+    return name.endswith("hook_attn_scores")
+
+
+def masked_score(dtype: Any) -> float:
+    """Return the score of a key that the query does not see: -1e9, or the lowest number of a smaller format.
+
+    It is finite, since 0 times infinity is NaN, in gradients too.
+    """
+    return max(-1e9, float(jnp.finfo(dtype).min))
 
 
 def position_axes(name: str) -> tuple[int, ...]:
@@ -171,4 +185,5 @@ def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Arra
             f"the hook at {name!r} returned {returned}; the value there has shape "
             f"{tuple(value.shape)}, and an edit must keep it."
         )
-    return edited.astype(value.dtype)
+    edited = edited.astype(value.dtype)
+    return jnp.maximum(edited, masked_score(edited.dtype)) if is_scores(name) else edited

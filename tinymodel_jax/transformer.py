@@ -22,16 +22,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, as_names, require_hook_names
+from tinymodel_jax.hook_points import Hook, HookPoint, apply_with_hooks, as_names, masked_score, require_hook_names
 from tinymodel_jax.initializers import uniform_fan_in
 from tinymodel_jax.padding import check_shape
 
 Params = Mapping[str, Any]
-
-MASKED_SCORE = -1e9
-"""Attention score of a key that the query does not see; so is any lower one, such as minus infinity in an edit. It is
-finite, so that edits of scores have gradients. A query that sees no key attends to nothing: its pattern is all zeros.
-"""
 
 
 class LayerCache(NamedTuple):
@@ -91,13 +86,14 @@ class Attention(nn.Module):
             cache = cache.followed_by(k, v) if positions is None else cache.with_token(k[:, 0], v[:, 0], positions)
             k, v = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
         scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
-        scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # one that overflows is not masked
         visible = _causal(x.shape[1], k.shape[1], positions)
-        scores = HookPoint(name="hook_attn_scores")(jnp.where(visible, scores, MASKED_SCORE))
-        scores = jnp.maximum(jnp.where(visible, scores, MASKED_SCORE), MASKED_SCORE)
+        masked = masked_score(scores.dtype)
+        scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # so that an overflow is seen, and not taken for a mask
+        scores = HookPoint(name="hook_attn_scores")(jnp.where(visible, scores, masked))
+        scores = jnp.where(visible, scores, masked)  # edits may mask more keys, not fewer
         pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
-        pattern = HookPoint(name="hook_pattern")(jnp.where(scores <= MASKED_SCORE, 0, pattern))
-        pattern = jnp.where(visible, pattern, 0)  # edits may mask more keys, not fewer
+        pattern = jnp.where(scores <= masked, 0, pattern)  # a query that sees no key attends to nothing
+        pattern = jnp.where(visible, HookPoint(name="hook_pattern")(pattern), 0)
         z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
         z = z.reshape(*z.shape[:2], cfg.n_heads * cfg.d_head)
         return _affine(z, W_O.reshape(-1, cfg.d_model).astype(cfg.dtype), b_O.astype(cfg.dtype)), cache
