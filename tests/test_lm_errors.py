@@ -22,6 +22,9 @@ IDS = [[1, 2, 3]]
 LEFT_PADDED = [[19, 2, 3], [21, 21, 3]]
 PADDED = "row 1 has [PAD] (id 21) at position 1, before a token. Pad on the right"
 NOTHING: Any = None
+THREE: Any = 3
+PAIRS: Any = [("hook_embed", Add(1.0))]
+MAPPING: Any = {"M0": None}
 
 
 def not_finite() -> Dictionary:
@@ -138,11 +141,13 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
         (lambda lm: lm("Once"), "got text; turn it into ids first"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
-        (lambda lm: lm.run_with_hooks(IDS, [("hook_embed", Add(1.0))]), "hooks is a list; expected a mapping"),
+        (lambda lm: lm.run_with_hooks(IDS, PAIRS), "hooks is a list; expected a mapping"),
         (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
-        (lambda lm: evaluate(lm, [None], IDS), "takes tags such as 'M2', lm['M2'] or a Dictionary"),
-        (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=3), "next_ids has shape ()"),
+        (lambda lm: evaluate(lm, MAPPING, IDS), "takes a tag such as 'M2'"),
+        (lambda lm: evaluate(lm, NOTHING, IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list"),
+        (lambda lm: evaluate(lm, [NOTHING], IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary"),
+        (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=THREE), "next_ids has shape ()"),
         (lambda lm: TinyModel(NOTHING), "a model is named by its path or published name, got None"),
         (lambda lm: TinyModel(""), "a model is named by its path or published name, got ''"),
     ],

@@ -669,6 +669,7 @@ def test_an_error_before_the_first_batch_leaves_nothing(run: Callable[..., None]
         ("a.parquet", b"PAR1", r"a\.parquet cannot be opened: "),
         ("a.jsonl", b'{"tok_ids": [1]}\n{"tok_ids": [2, 304]}\n', r"row 2 holds the id 304; .* ids 0 to 303"),
         ("a.jsonl", b'{"tok_ids": []}\n{"tok_ids": [-1]}\n', r"row 2 holds the id -1"),
+        ("a.jsonl", b'{"tok_ids": [1]}\n{"tok_ids": [302, 300, 1]}\n', r"row 2 has \[PAD\] \(id 302\) before a token"),
         ("a.jsonl", b'{"tok_ids": [1, null]}\n', r"an id among the rows from 1 on is null"),
         ("a.jsonl", b'{"tok_ids": [1.5]}\n', r"rows hold list<item: double>"),
         ("a.csv", b"text\na\n", r"a\.csv: files must have one of the endings \.jsonl"),

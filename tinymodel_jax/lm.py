@@ -306,7 +306,7 @@ class TinyModel(WeightViews):
         lm.__dict__.update(self.__dict__)
         switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
         splices = dict(self._splices)
-        for tag in [tags] if isinstance(tags, str) else tags:
+        for tag in as_names(tags):
             site, feature = self._site(tag)
             if feature is not None:
                 raise ValueError(f"splice: {tag!r} names a feature; a whole dictionary is spliced, {site.tag!r}.")

@@ -110,6 +110,12 @@ class Encoder:
         pad = self.tokenizer.pad_id
         all_rows = np.split(values.astype(ID_DTYPE), np.cumsum(lengths)[:-1])
         rows = [row[: np.max(np.flatnonzero(row != pad), initial=-1) + 1] for row in all_rows]
+        for number, row in enumerate(rows, batch.first + 1):
+            if (row == pad).any():
+                raise ValueError(
+                    f"{self.source}, row {number} has [PAD] (id {pad}) before a token. Pad on the right, or leave "
+                    "padding out: prepare adds it."
+                )
         kept = [row for row in rows if row.size]
         contents = [row.tobytes() for row in kept]
         left_out = {"refused": 0, "empty": len(rows) - len(kept)}

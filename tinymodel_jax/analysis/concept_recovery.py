@@ -22,6 +22,7 @@ from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.forward import forward
+from tinymodel_jax.hook_points import as_names
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.padding import pad_below
 from tinymodel_jax.sites import Site
@@ -64,7 +65,7 @@ class _Half(NamedTuple):
 def recover_concepts(
     lm: TinyModel,
     stories: Iterable[storyworld.Story],
-    dictionaries: Sequence[str] | Mapping[str, Dictionary] | None = None,
+    dictionaries: str | Sequence[str] | Mapping[str, Dictionary] | None = None,
     *,
     baselines: bool = True,
     seed: int = 0,
@@ -75,7 +76,7 @@ def recover_concepts(
     Args:
         lm: a model whose tokenizer knows the stories' characters, such as `TinyModel("mini")`.
         stories: of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
-        dictionaries: tags, or any dictionaries of the model's sites by name; None is all that the model has.
+        dictionaries: tags or one, or any dictionaries of the model's sites by name; None is all that the model has.
         baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
             input as it has features (once for dictionaries that agree in both).
         seed: of the random directions.
@@ -147,9 +148,9 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
         figure.savefig(temporary, dpi=130, format="png")
 
 
-def _readers(lm: TinyModel, dictionaries: Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
+def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
     if not isinstance(dictionaries, Mapping):
-        readers = [lm[tag] for tag in dictionaries]
+        readers = [lm[tag] for tag in as_names(dictionaries)]
         for reader in readers:
             if reader.feature is not None:
                 tag = reader.site.tag

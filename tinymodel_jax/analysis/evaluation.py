@@ -113,21 +113,21 @@ def evaluate(
         ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
             the ids are no valid input; or there is no token to predict, or none that counts.
     """
-    dictionaries = _resolve(lm, dictionaries)
-    places = tuple(dict.fromkeys(d.config.hook_out for d in dictionaries))
-    for dictionary in dictionaries:
+    resolved = _resolve(lm, dictionaries)
+    places = tuple(dict.fromkeys(d.config.hook_out for d in resolved))
+    for dictionary in resolved:
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows, lm.config)
     hooks = lm.splice_hooks()
     means = _means(lm, hooks, batches, places, count_begin, track)
-    sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in dictionaries]
-    active = [np.zeros(d.config.n_features) for d in dictionaries]
+    sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in resolved]
+    active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
-        for i, (totals, found) in enumerate(_measure_batch(lm, hooks, dictionaries, means, ids, count_begin)):
+        for i, (totals, found) in enumerate(_measure_batch(lm, hooks, resolved, means, ids, count_begin)):
             sums[i].add(np.stack(totals, axis=1)[has_targets])
             active[i] += np.asarray(found)
-    return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, dictionaries, strict=True)]
+    return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, resolved, strict=True)]
 
 
 def density_histogram(frequency: Float[np.ndarray, " n_features"]) -> tuple[list[int], int]:
@@ -143,9 +143,11 @@ def numbers_of(evaluation: Any) -> dict[str, float]:
 
 
 def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
-    """Return the dictionaries that are meant by tags, readers and dictionaries, or by one of them."""
-    found = []
-    for item in [given] if isinstance(given, str | FeatureReader | Dictionary) else given:
+    """Return the dictionaries that tags, readers or dictionaries name."""
+    found: list[Any] = []
+    single = isinstance(given, str | FeatureReader | Dictionary | Mapping) or not isinstance(given, Iterable)
+    items: Iterable[Any] = [given] if single else given
+    for item in items:
         reader = lm[item] if isinstance(item, str) else item
         if isinstance(reader, FeatureReader) and reader.feature is not None:
             raise ValueError(
@@ -154,7 +156,9 @@ def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
             )
         found.append(reader.dictionary if isinstance(reader, FeatureReader) else reader)
         if not isinstance(found[-1], Dictionary):
-            raise ValueError(f"evaluate takes tags such as 'M2', lm['M2'] or a Dictionary; got {item!r:.80}.")
+            raise ValueError(
+                f"evaluate takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list; got a {type(item).__name__}."
+            )
     return found
 
 

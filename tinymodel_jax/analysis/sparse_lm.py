@@ -29,6 +29,7 @@ from tinymodel_jax.analysis.model_passes import batches_of, clean_pass, losses_a
 from tinymodel_jax.analysis.row_sums import RowSums
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionary import Dictionary, DictionaryParams
+from tinymodel_jax.hook_points import as_names
 from tinymodel_jax.interventions import Hooks, Scale
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.sites import Site
@@ -152,7 +153,7 @@ def _named(lm: TinyModel, tags: str | Iterable[str] | None) -> tuple[str, ...]:
     """Return tags without repeats; None is the transcoders of all MLPs."""
     if tags is None:
         return mlp_tags(lm)
-    return tuple(dict.fromkeys([tags] if isinstance(tags, str) else tags))
+    return tuple(dict.fromkeys(as_names(tags)))
 
 
 def _require_one_dictionary_a_layer(tag: str, tags: Sequence[str]) -> None:

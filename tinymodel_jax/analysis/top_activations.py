@@ -190,7 +190,15 @@ def top_activations(
     )
     saved = None
     if work_file is not None:
-        options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
+        # a work file of a version that keeps other sums does not fit
+        options = {
+            "sums": sorted(sums.arrays()),
+            "sample": "bits",
+            "k": k,
+            "n_sampled": n_sampled,
+            "n_partners": n_partners,
+            "seed": seed,
+        }
         saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done

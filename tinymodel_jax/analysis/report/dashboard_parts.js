@@ -17,7 +17,7 @@ const number = (value) => {
   const text = fixed(value, decimalsOf([value]));
   return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
 };
-const sign = (value, text) => (value > 0 ? `+${text}` : text);
+const sign = (value, text) => (value > 0 && text !== "≈ 0" ? `+${text}` : text);
 const signed = (value) => sign(value, number(value));
 const share = (active) => `${fixed((100 * active) / index.n_tokens, Math.min(6, Math.max(0, Math.ceil(Math.log10(index.n_tokens / 100)))))} %`;
 const plusMinus = ([mean, half]) => signed(mean) + (half === null ? "" : ` ± ${number(half)}`);
