@@ -146,7 +146,7 @@ def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
     """Return the dictionaries that tags, readers or dictionaries name."""
     found: list[Any] = []
     single = isinstance(given, str | FeatureReader | Dictionary | Mapping) or not isinstance(given, Iterable)
-    items: Iterable[Any] = [given] if single else given
+    items: Any = [given] if single else given
     for item in items:
         reader = lm[item] if isinstance(item, str) else item
         if isinstance(reader, FeatureReader) and reader.feature is not None:
