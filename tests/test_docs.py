@@ -37,7 +37,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets_run_in_order(page: Path, checkout: Path) -> None:
+def test_python_snippets_run_in_order(page: Path, standard_promotion: None, checkout: Path) -> None:
     namespace: dict[str, object] = {}
     for snippet in blocks(page, "python"):
         if NEEDS_THE_HUB not in snippet:

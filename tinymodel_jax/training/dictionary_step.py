@@ -152,7 +152,8 @@ def settle_threshold(
         return state
     z = weighted_activations(state.params, recipe, x.astype(jnp.float32) * state.scale_in)
     found = kth_largest(z, hyper.k * x.shape[0])
-    return state._replace(threshold=(state.threshold * counted + found) / (counted + 1))
+    before = jnp.asarray(counted, jnp.float32)
+    return state._replace(threshold=(state.threshold * before + found) / (before + 1))
 
 
 def threshold_batches(batch_size: int) -> int:
@@ -234,7 +235,7 @@ def _count(
         distance = jnp.log(jnp.maximum(outcome.l0, 1e-3) / hyper.target_l0)
         moved = factor * jnp.exp(recipe.controller_rate * jnp.clip(distance, -1, 1))
         factor = jnp.where(state.step >= recipe.sparsity_warmup_steps, moved, factor)
-    rate = jnp.maximum(THRESHOLD_RATE, 1 / (1 + THRESHOLD_SHARE * state.step))
+    rate = jnp.maximum(THRESHOLD_RATE, 1 / (1 + THRESHOLD_SHARE * state.step.astype(jnp.float32)))
     threshold = state.threshold + rate * (outcome.threshold - state.threshold)
     return state._replace(silent_for=silent_for, sparsity_factor=factor, threshold=threshold)
 
