@@ -99,6 +99,30 @@ CALLS = {
         lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", jnp.ones(8))),
         "the hook at 'hook_embed': the edit's array has shape (8,), the value that is edited (1, 3, 16)",
     ),
+    "positions that are no mask": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=slice(0, 2))),
+        "the hook at 'hook_embed': positions holds object values",
+    ),
+    "amount shape": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.scale_features(lm.dictionaries["M0"], [1, 2], np.ones(3))),
+        "the edit's array has shape (3,), the activations of its features (1, 3, 2)",
+    ),
+    "values for one feature": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.clamp(lm.dictionaries["M0"], 1, [1.0, 2.0])),
+        "the edit's array has shape (2,), the activations of its features (1, 3, 1)",
+    ),
+    "no features": (
+        lambda lm: interventions.ablate(lm.dictionaries["M0"], NOTHING),
+        "features is None; name one feature or more",
+    ),
+    "text as an amount": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.clamp(lm.dictionaries["M0"], 1, ["x"])),
+        "expected a number or an array of numbers",
+    ),
+    "nothing to add": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", NOTHING)),
+        "the hook at 'hook_embed': the edit holds None; expected a number",
+    ),
     "positions": (
         lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=[2])),
         "the hook at 'hook_embed': positions holds int32 values, shape (1,); expected a boolean mask",
@@ -139,6 +163,7 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm("Once"), "got text; turn it into ids first"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
         (lambda lm: lm.run_with_hooks(IDS, [("hook_embed", Add(1.0))]), "hooks is a list; expected a mapping"),
+        (lambda lm: interventions.combine([interventions.steer("hook_embed", 1.0)]), "hooks is a list; expected a map"),
         (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
         (lambda lm: evaluate(lm, [None], IDS), "takes tags such as 'M2', lm['M2'] or a Dictionary"),
