@@ -144,6 +144,11 @@ def test_stories_are_read_from_json_lines_and_text_also_gzipped(tmp_path: Path) 
         ("not json\n", "a.jsonl", "line 1"),
         ('{"story": "x"}\n', "a.jsonl", "'text'"),
         ("x", "a.csv", "expected a .jsonl"),
+        (
+            "One.\nOn.\n<|endoftext|>\nTwo.\n",
+            "a.txt",
+            "a.txt, line 3 is '<|endoftext|>', which divides stories of several",
+        ),
     ],
 )
 def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, name: str, says: str) -> None:

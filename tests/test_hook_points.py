@@ -127,7 +127,7 @@ def test_a_hook_that_cannot_be_called_is_an_error_that_names_the_place():
 @pytest.mark.usefixtures("no_type_checks")
 def test_the_names_are_those_of_a_configuration(config, lm):
     assert hook_names(lm.config) == hook_names(config)
-    assert "takes a ModelConfig, such as lm.config; got a TinyModel" in error_of(lambda: hook_names(lm))
+    assert "hook_names takes a ModelConfig; got a TinyModel" in error_of(lambda: hook_names(lm))
 
 
 def test_a_hook_point_that_the_method_does_not_pass_is_an_error(config, params):

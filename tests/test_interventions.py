@@ -363,3 +363,11 @@ def test_hooks_get_finite_scores_after_an_edit_too(params, config, tok_ids, dtyp
 def test_scores_that_are_not_numbers_are_not_hidden(params, config, tok_ids, broken):
     hooks = interventions.steer("blocks.0.attn.hook_attn_scores", f32(np.full(11, broken)))
     assert not np.isfinite(run_compiled(params, config, jnp.asarray(tok_ids), hooks)[0]).any()
+
+
+def test_factors_of_several_features_may_be_a_list(lm, tok_ids):
+    dictionary = lm.dictionaries["M0"]
+    of_array = lm.run_with_hooks(tok_ids, interventions.scale_features(dictionary, [1, 2], np.array([0.5, 2.0])))[0]
+    for factors in ([0.5, 2.0], (0.5, 2.0)):
+        of_list = lm.run_with_hooks(tok_ids, interventions.scale_features(dictionary, [1, 2], factors))[0]
+        np.testing.assert_array_equal(of_list, of_array)

@@ -10,21 +10,24 @@ from conftest import make_dictionary
 from oracle import error_of
 
 from tinymodel_jax import evaluate, interventions
-from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.analysis import attribution, patching, sweeps
 from tinymodel_jax.analysis.causal_importance import causal_importance
 from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.analysis.top_activations import top_activations
 from tinymodel_jax.dictionary import Dictionary
 from tinymodel_jax.interventions import Add
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.transformer import run_with_hooks
 
 IDS = [[1, 2, 3]]
 LEFT_PADDED = [[19, 2, 3], [21, 21, 3]]
 PADDED = "row 1 has [PAD] (id 21) at position 1, before a token. Pad on the right"
 NOTHING: Any = None
-THREE: Any = 3
-PAIRS: Any = [("hook_embed", Add(1.0))]
-MAPPING: Any = {"M0": None}
+
+
+def untyped(value: Any) -> Any:
+    """Return a value of a type that the function it goes to does not take."""
+    return value
 
 
 def not_finite() -> Dictionary:
@@ -102,6 +105,30 @@ CALLS = {
         lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", jnp.ones(8))),
         "the hook at 'hook_embed': the edit's array has shape (8,), the value that is edited (1, 3, 16)",
     ),
+    "positions that are no mask": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=slice(0, 2))),
+        "the hook at 'hook_embed': positions holds object values",
+    ),
+    "amount shape": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.scale_features(lm.dictionaries["M0"], [1, 2], np.ones(3))),
+        "the edit's array has shape (3,), the activations of its features (1, 3, 2)",
+    ),
+    "values for one feature": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.clamp(lm.dictionaries["M0"], 1, [1.0, 2.0])),
+        "the edit's array has shape (2,), the activations of its features (1, 3, 1)",
+    ),
+    "no features": (
+        lambda lm: interventions.ablate(lm.dictionaries["M0"], NOTHING),
+        "features is None; name one feature or more",
+    ),
+    "text as an amount": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.clamp(lm.dictionaries["M0"], 1, ["x"])),
+        "expected a number or an array of numbers",
+    ),
+    "nothing to add": (
+        lambda lm: lm.run_with_hooks(IDS, interventions.steer("hook_embed", NOTHING)),
+        "the hook at 'hook_embed': the edit holds None; expected a number",
+    ),
     "positions": (
         lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=[2])),
         "the hook at 'hook_embed': positions holds int32 values, shape (1,); expected a boolean mask",
@@ -141,13 +168,46 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
         (lambda lm: lm("Once"), "got text; turn it into ids first"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
-        (lambda lm: lm.run_with_hooks(IDS, PAIRS), "hooks is a list; expected a mapping"),
+        (lambda lm: lm.run_with_hooks(IDS, untyped([("hook_embed", Add(1.0))])), "hooks is a list; expected a mapping"),
+        (
+            lambda lm: interventions.combine(untyped([interventions.steer("hook_embed", 1.0)])),
+            "hooks is a list; expected a map",
+        ),
+        (lambda lm: TinyModel.from_params(lm.config.to_dict(), lm.params), "takes a ModelConfig; got a dict"),
+        (lambda lm: TinyModel.from_params(NOTHING, lm.params), "takes a ModelConfig; got a NoneType"),
+        (lambda lm: TinyModel.from_params(lm.config, NOTHING), "params is a NoneType; expected names and arrays"),
+        (lambda lm: TinyModel.from_params(lm.config, {"params": lm.params}), "params is {'params': …}; expected names"),
+        (
+            lambda lm: TinyModel.from_params(lm.config, lm.params, untyped("mini")),
+            "the tokenizer is 'mini'; Tokenizer.from_pre",
+        ),
+        (lambda lm: lm.with_params({}, lm.params), "takes a ModelConfig; got a dict"),
+        (
+            lambda lm: Dictionary.from_params(untyped({}), {}),
+            "Dictionary.from_params takes a DictionaryConfig; got a dict",
+        ),
+        (lambda lm: Dictionary.from_params(lm.dictionaries["M0"].config, NOTHING), "params is a NoneType"),
+        (lambda lm: run_with_hooks(lm.params, untyped({}), jnp.ones((1, 3), int)), "takes a ModelConfig; got a dict"),
+        (lambda lm: lm.save_pretrained(""), "a model is saved to a folder, got ''; name one"),
+        (lambda lm: lm.save_pretrained(NOTHING), "a model is saved to a folder, got None"),
+        (lambda lm: lm.dictionaries["M0"].save_pretrained(""), "a dictionary is saved to a folder, got ''"),
+        (
+            lambda lm: lm.run_with_cache(IDS, lambda name: "resid" in name),
+            "hook names: got a function; expected a name",
+        ),
+        (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "hook names: got a int; expected a name or several"),
+        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "a FeatureReader is no dictionary tag"),
+        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "a Dictionary is no dictionary tag"),
+        (
+            lambda lm: patching.patch(lm, [1, 2], [1, 3], answer=untyped([3])),
+            "answer [3], wrong None; they are token ids",
+        ),
         (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
-        (lambda lm: evaluate(lm, MAPPING, IDS), "takes a tag such as 'M2'"),
+        (lambda lm: evaluate(lm, untyped({"M0": None}), IDS), "takes a tag such as 'M2'"),
         (lambda lm: evaluate(lm, NOTHING, IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list"),
         (lambda lm: evaluate(lm, [NOTHING], IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary"),
-        (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=THREE), "next_ids has shape ()"),
+        (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=untyped(3)), "next_ids has shape ()"),
         (lambda lm: TinyModel(NOTHING), "a model is named by its path or published name, got None"),
         (lambda lm: TinyModel(""), "a model is named by its path or published name, got ''"),
     ],

@@ -3,6 +3,8 @@
 The oracle is a dictionary's own arithmetic: activations of what it reads, changed by hand, decoded.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import oracle
@@ -61,6 +63,16 @@ def test_edits_act_one_after_the_other_on_the_activations_that_the_splice_decode
     acts[..., 4:6] = 1.5
     acts[:, MASK, 5] = 0
     assert_close(kept, decoded(dictionary, acts), F32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_splice_that_keeps_its_error_leaves_the_value_exactly_as_it_was(lm, tok_ids, dtype):
+    model = TinyModel.from_params(dataclasses.replace(lm.config, dtype=dtype), lm.params)
+    for tag in ("M0", "Ra1", "A1", "Rm1", "M1", "Mo1"):
+        model.attach(tag, lm.dictionaries[tag])
+    for switches in ({}, {"detach_error": False}, {"detach_pred": True}):
+        spliced = model.splice(model.dictionary_tags, include_error=True, **switches)
+        np.testing.assert_array_equal(spliced.logits(tok_ids), model.logits(tok_ids))
 
 
 @pytest.mark.parametrize("tag", ["Ra1", "M1"])

@@ -13,6 +13,7 @@ from tinymodel_jax import cli
 from tinymodel_jax.analysis.concept_recovery import Recovery
 from tinymodel_jax.analysis.concepts import ConceptScores, best_f1_of_all
 from tinymodel_jax.analysis.feature_queries import concept_f1
+from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.concepts import _print_table as print_concepts
@@ -62,8 +63,8 @@ def test_one_feature_shows_the_tokens_at_its_peaks(capsys, searched, lm, rows):
     assert [c["row"] for c in one["contexts"]] == found.top.row[feature, :3].tolist()
     for number, context in enumerate(one["contexts"]):
         row, position = found.top.row[feature, number], found.top.position[feature, number]
-        assert context["peak"] == lm.tokenizer.decode([int(rows[row, position])]).replace("\n", "↵")
-        story = lm.tokenizer.decode([int(i) for i in rows[row] if i < lm.config.begin_id]).replace("\n", "↵")
+        assert context["peak"] == lm.tokenizer.decode([int(rows[row, position])])
+        story = lm.tokenizer.decode([int(i) for i in rows[row] if i < lm.config.begin_id])
         assert context["before"] + context["peak"] + context["after"] in story
     assert sum(part["tokens"] for part in one["histogram"]) == found.active[feature]
     assert len(one["bands"]) == 5
@@ -77,8 +78,19 @@ def test_contains_lists_features_that_peak_on_the_text(capsys, searched, lm, row
         kept = found.top.row[one["feature"]] >= 0
         peaks = rows[found.top.row[one["feature"]][kept], found.top.position[one["feature"]][kept]]
         assert one["score"] == pytest.approx(np.mean(["." in pieces[token] for token in peaks]), abs=1e-4)
+        assert {one["top_token"], *one["promoted"]} <= set(pieces)
     assert [one["score"] for one in shown] == sorted((one["score"] for one in shown), reverse=True)
     assert shown[0]["score"] > 0.9
+
+
+def test_json_holds_the_tokens_themselves(capsys, searched, lm):
+    shown = records(capsys, searched, "--contains", "\n", "--top", "1")
+    assert shown[0]["top_token"] == "\n"
+    (one,) = records(capsys, searched, "--feature", str(shown[0]["feature"]), "--top", "1")
+    assert one["contexts"][0]["peak"] == "\n"
+    effects = logit_effects(lm, "M2", 10, np.array([one["feature"]]))
+    for kind, ids in (("promoted", effects.promoted[0]), ("suppressed", effects.suppressed[0])):
+        assert [word["token"] for word in one[kind]] == [lm.tokenizer.decode([int(i)]) for i in ids]
 
 
 def test_a_text_of_several_tokens_is_found_too(capsys, searched):

@@ -48,6 +48,19 @@ class _JsonConfig:
             raise ValueError(f"{cls.__name__}: {'; '.join(problems)}. Known fields: {', '.join(known)}.")
         return cls(**values)
 
+    @classmethod
+    def require(cls, config: Any, taker: str) -> None:
+        """Refuse what is no such configuration.
+
+        Raises:
+            ValueError: `config` is something else; the message names `taker`, the function that takes it.
+        """
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"{taker} takes a {cls.__name__}; got a {type(config).__name__}. Models and dictionaries have theirs "
+                f"as .config, and {cls.__name__}.from_dict(values) makes one from a dict."
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig(_JsonConfig):

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.initializers import uniform_fan_in
-from tinymodel_jax.shapes import require_shapes
+from tinymodel_jax.shapes import require_shapes, require_tree
 
 DictionaryParams = Mapping[str, Any]
 Indices = Any
@@ -167,8 +167,10 @@ class Dictionary(nn.Module):
         """Bind parameters to a dictionary.
 
         Raises:
-            ValueError: parameters are missing, unexpected or of the wrong shape.
+            ValueError: an argument is of another type, or parameters are missing, unexpected or of the wrong shape.
         """
+        DictionaryConfig.require(config, "Dictionary.from_params")
+        require_tree(params)
         expected = param_shapes(config)
         require_shapes(params, expected, f"a {config.architecture} dictionary")
         arrays = {name: own_array(params[name], config.param_dtype) for name in expected}

@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionary import encode, reconstruct
 from tinymodel_jax.hook_points import masked_score
+from tinymodel_jax.padding import is_traced
 
 Acts = Mapping[str, Array]
 
@@ -103,7 +105,8 @@ class EditFeatures:
         """Return the edited value, and note the new activations in the reading."""
         features = jnp.atleast_1d(jnp.asarray(self.features))
         old = reading.activations(self, features)
-        new = old * self.amount if self.scale else jnp.broadcast_to(jnp.asarray(self.amount, old.dtype), old.shape)
+        amount = _fitting(self.amount, old, "the activations of its features")
+        new = old * amount if self.scale else jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
         new = _where(self.positions, new, old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
         reading.edited.append((features, new))
@@ -135,8 +138,9 @@ class Splice:
         prediction = (prediction + reading.change).astype(value.dtype)
         if not self.include_error:
             return prediction
-        error = value - jax.lax.stop_gradient(prediction)
-        return prediction + (jax.lax.stop_gradient(error) if self.detach_error else error)
+        # prediction + (value - prediction) would round: this adds 0, whose gradient is the prediction's
+        value = jax.lax.stop_gradient(value) if self.detach_error else value
+        return value + (prediction - jax.lax.stop_gradient(prediction))
 
 
 @struct.dataclass
@@ -173,9 +177,9 @@ def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
     return acts[config.hook_in] if config.is_transcoder else value
 
 
-def boolean_mask(positions: Any) -> Array:
+def boolean_mask(positions: Any) -> Any:
     """Return the mask as an array; numbers are refused, since they may count positions or be 0s and 1s."""
-    mask = jnp.asarray(positions)
+    mask = jnp.asarray(positions) if is_traced(positions) else np.asarray(positions)
     if mask.dtype != bool:
         raise ValueError(
             f"positions holds {mask.dtype} values, shape {mask.shape}; expected a boolean mask of shape (seq,) or "
@@ -184,15 +188,17 @@ def boolean_mask(positions: Any) -> Array:
     return mask
 
 
-def _fitting(operand: Any, value: Array) -> Any:
-    """Return what is added, multiplied or put in place, if it broadcasts to the value's shape."""
-    operand = jnp.asarray(operand) if isinstance(operand, list | tuple) else operand
+def _fitting(operand: Any, value: Array, named: str = "the value that is edited") -> Any:
+    """Return what is added, multiplied or put in place, if it is numbers that broadcast to the value's shape."""
+    if isinstance(operand, list | tuple):
+        operand = (jnp if is_traced(operand) else np).asarray(operand)
+    is_array = isinstance(operand, jax.Array | np.ndarray | np.generic) and operand.dtype.kind not in "OUS"
+    if not is_array and not isinstance(operand, int | float):
+        raise ValueError(f"the edit holds {operand!r:.80}; expected a number or an array of numbers.")
     shape = jnp.shape(operand)
     padded = (1,) * (value.ndim - len(shape)) + shape
     if len(padded) != value.ndim or any(n not in (1, size) for n, size in zip(padded, value.shape, strict=True)):
-        raise ValueError(
-            f"the edit's array has shape {shape}, the value that is edited {value.shape}; it must broadcast to that."
-        )
+        raise ValueError(f"the edit's array has shape {shape}, {named} {value.shape}; it must broadcast to that.")
     return operand
 
 

@@ -211,22 +211,35 @@ def check_options(n_toks: int, temperature: float, top_k: int | None, top_p: flo
         ValueError: at least one is out of range; all of them are named.
     """
     problems = []
-    if not (isinstance(n_toks, int | np.integer) and n_toks >= 0):
+    if not (_is_whole(n_toks) and n_toks >= 0):
         problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")
-    if not temperature >= 0:  # nor NaN
+    if not _is_number(temperature):
+        problems.append(f"temperature={temperature!r} must be a number")
+    elif not temperature >= 0:  # nor NaN
         problems.append(f"temperature={temperature!r} must be 0 (greedy) or more")
     elif temperature > _LARGEST:
         problems.append(f"temperature={temperature!r} must be at most {_LARGEST:.4g}, the largest float32")
-    if top_k is not None and not (isinstance(top_k, int | np.integer) and top_k >= 1):
-        problems.append(f"top_k={top_k!r} must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
+        problems.append(f"top_k={top_k!r} must be a whole number, 1 or more")
+    if top_p is not None and not _is_number(top_p):
+        problems.append(f"top_p={top_p!r} must be a number")
+    elif top_p is not None and not 0 < top_p <= 1:
         problems.append(f"top_p={top_p!r} must be above 0 and at most 1")
     elif top_p is not None and top_p < _SMALLEST:
         problems.append(f"top_p={top_p!r} is 0 in float32; top_k=1 takes the most likely token")
-    if not (isinstance(seed, int | np.integer) and 0 <= seed < 2**32):
+    if not (_is_whole(seed) and 0 <= seed < 2**32):
         problems.append(f"seed={seed!r} must be a whole number, 0 to {2**32 - 1}")
     if problems:
         raise ValueError(f"generate: {'; '.join(problems)}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number, as of Python, NumPy or JAX; `True` and `"0.8"` are none."""
+    return _is_whole(value) or (np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, np.floating))
 
 
 def _prefill(

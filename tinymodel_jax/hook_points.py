@@ -53,16 +53,19 @@ class HookPoint(nn.Module):
         return value
 
 
-@functools.cache
 def hook_names(config: ModelConfig) -> tuple[str, ...]:
     """Return every hook point of a model, in the order of the forward pass (TransformerLens names).
 
     Raises:
         ValueError: `config` is no `ModelConfig`.
     """
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"hook_names takes a ModelConfig, such as lm.config; got a {type(config).__name__}.")
-    blocks = (f"blocks.{layer}.{name}" for layer in range(config.n_layers) for name in BLOCK_HOOKS)
+    ModelConfig.require(config, "hook_names")
+    return _names(config.n_layers)
+
+
+@functools.cache
+def _names(n_layers: int) -> tuple[str, ...]:
+    blocks = (f"blocks.{layer}.{name}" for layer in range(n_layers) for name in BLOCK_HOOKS)
     return ("hook_embed", "hook_pos_embed", *blocks)
 
 
@@ -94,7 +97,16 @@ def position_axes(name: str) -> tuple[int, ...]:
 
 
 def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Return names as a tuple; a string is one name."""
+    """Return names as a tuple; a string is one name.
+
+    Raises:
+        ValueError: they are no names, such as the function by which TransformerLens chooses them.
+    """
+    if not isinstance(names, Iterable):
+        raise ValueError(
+            f"hook names: got a {type(names).__name__}; expected a name or several, such as "
+            "[name for name in hook_names(lm.config) if 'resid' in name]."
+        )
     return (names,) if isinstance(names, str) else tuple(names)
 
 

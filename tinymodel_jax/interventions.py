@@ -20,7 +20,7 @@ import numpy as np
 
 from tinymodel_jax.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.edits import Add, Chain, EditFeatures, Replace, Scale, Splice, boolean_mask
-from tinymodel_jax.hook_points import Hook, is_scores, position_axes
+from tinymodel_jax.hook_points import Hook, is_scores, position_axes, require_edits
 from tinymodel_jax.padding import is_traced
 from tinymodel_jax.sites import require_site
 
@@ -86,6 +86,7 @@ def combine(*hooks: Mapping[str, Hook]) -> Hooks:
     """
     merged: dict[str, list[Hook]] = {}
     for group in hooks:
+        require_edits(group)
         for name, edit in group.items():
             merged.setdefault(name, []).append(edit)
     return {name: edits[0] if len(edits) == 1 else _chain(edits, is_scores(name)) for name, edits in merged.items()}
@@ -115,6 +116,8 @@ def _same_dictionary(one: Hook, other: Hook) -> bool:
 def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
     config = _require_dictionary(dictionary).config
     indices = resolve_indices(features, config.n_features)
+    if indices is None:
+        raise ValueError("features is None; name one feature or more, or slice(None) for all.")
     if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
         raise ValueError("features: one is named twice, and would be edited twice; name each once.")
     edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, scale=scale)

@@ -35,6 +35,7 @@ from tinymodel_jax.hook_points import (
 from tinymodel_jax.interventions import Hooks, Splice, combine
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.shapes import require_tree
 from tinymodel_jax.sites import Site
 from tinymodel_jax.texts import prompt_ids
 from tinymodel_jax.weights import WeightViews, flatten, unflatten
@@ -87,10 +88,12 @@ class TinyModel(WeightViews):
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
         Raises:
-            ValueError: the tree does not fit the configuration, the tokenizer has another vocabulary size, or the
-                configuration's dtype is neither float32 nor bfloat16.
+            ValueError: an argument is of another type, the tree does not fit the configuration, the tokenizer has
+                another vocabulary size, or the configuration's dtype is neither float32 nor bfloat16.
         """
+        ModelConfig.require(config, "TinyModel.from_params")
         _compute_dtype(config.dtype)
+        require_tree(params)
         artifacts.require_model_params(config, flatten(params))
         lm = cls.__new__(cls)
         lm._set(config, params, tokenizer)

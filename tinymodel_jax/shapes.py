@@ -6,6 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def require_tree(params: Any) -> None:
+    """Refuse parameters that are no mapping, or what Flax puts around them.
+
+    Raises:
+        ValueError: they are something else, or `{"params": parameters}`.
+    """
+    if not isinstance(params, Mapping) or set(params) == {"params"}:
+        got = "{'params': …}" if isinstance(params, Mapping) else f"a {type(params).__name__}"
+        raise ValueError(
+            f"params is {got}; expected names and arrays: the variables['params'] of a Flax module's init."
+        )
+
+
 def require_shapes(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise unless the arrays have just the expected names and shapes.
 

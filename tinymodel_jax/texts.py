@@ -14,6 +14,24 @@ from jaxtyping import Int32
 
 from tinymodel_jax.tokenization import Tokenizer
 
+_DIVIDER = "<|endoftext|>"
+
+
+def refuse_divider(line: str, name: str) -> None:
+    """Refuse the line that divides stories of several lines, in a file that is read as a story a line.
+
+    Args:
+        name: what the line is, for the error.
+
+    Raises:
+        ValueError: the line is `<|endoftext|>` alone.
+    """
+    if line.startswith(_DIVIDER) and line.strip() == _DIVIDER:
+        raise ValueError(
+            f"{name} is {_DIVIDER!r}, which divides stories of several lines; in a .txt file a line is a story. Use "
+            "the .jsonl form of the data."
+        )
+
 
 def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> list[int]:
     """Return `[BEGIN]` and the ids of a text, which may begin with the literal `[BEGIN]`, as decoded ids do.

@@ -16,11 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tinymodel_jax.texts import story_ids
+from tinymodel_jax.texts import refuse_divider, story_ids
 from tinymodel_jax.tokenization import Tokenizer, clean_text, keep_story
 from tinymodel_jax.training.data_folder import ID_DTYPE, SPLITS
-
-_DIVIDER = "<|endoftext|>"
 
 
 class Batch(NamedTuple):
@@ -83,11 +81,7 @@ class Encoder:
     def _encode_texts(self, batch: Batch) -> tuple[list[bytes], Sequence[np.ndarray], dict[str, int]]:
         texts = self._texts(batch)
         for number, text in enumerate(texts, batch.first + 1):
-            if text.startswith(_DIVIDER) and text.strip() == _DIVIDER:
-                raise ValueError(
-                    f"{self.source}, story {number} is {_DIVIDER!r}, which divides stories of several lines; "
-                    "in a .txt file a line is a story. Use the .jsonl form of the data."
-                )
+            refuse_divider(text, f"{self.source}, story {number}")
         sound = [(number, text) for number, text in enumerate(texts, batch.first + 1) if keep_story(text)]
         kept = [(number, text) for number, text in sound if clean_text(text).strip()]
         left_out = {"refused": len(texts) - len(sound), "empty": len(sound) - len(kept)}

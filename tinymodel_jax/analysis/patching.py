@@ -187,7 +187,7 @@ def _check_kinds(kinds: Sequence[str]) -> None:
 
 def _tokens(answer: int, wrong: int | None, d_vocab: int) -> np.ndarray:
     tokens = np.asarray([answer] if wrong is None else [answer, wrong])
-    if tokens.dtype.kind not in "iu" or (tokens < 0).any() or (tokens >= d_vocab).any():
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (tokens < 0).any() or (tokens >= d_vocab).any():
         raise ValueError(f"patch: answer {answer!r}, wrong {wrong!r}; they are token ids, 0..{d_vocab - 1}.")
     if answer == wrong:
         raise ValueError(f"patch: answer and wrong are the same token, {answer}; they must differ, or leave wrong out.")

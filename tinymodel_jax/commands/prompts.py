@@ -46,7 +46,7 @@ def read_stories(path: Path, limit: int) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line holds no story, or the file has none.
+        ValueError: a line holds no story, or divides stories of several lines, or the file has none.
     """
     kind = path.name.removesuffix(".gz")
     if not kind.endswith(STORY_FILES):
@@ -106,7 +106,10 @@ def shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:
 
 
 def _story(line: str, is_json: bool, where: str) -> str:
+    from tinymodel_jax.texts import refuse_divider  # loads NumPy, not for --help
+
     if not is_json:
+        refuse_divider(line, where)
         return line.rstrip("\n")
     try:
         story = json.loads(line)

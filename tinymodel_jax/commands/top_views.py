@@ -73,7 +73,7 @@ def feature_records(
         if score is not None:
             record["score"] = round(float(score[feature]), 4)
         record["top_token"] = _usual_token(lm, found, rows, int(feature))
-        record["promoted"] = [_word(lm, token) for token in effects.promoted[place].tolist()]
+        record["promoted"] = [lm.tokenizer.decode([token]) for token in effects.promoted[place].tolist()]
         records.append(record)
     return records
 
@@ -86,7 +86,7 @@ def feature_record(
     effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), alone)
     words = {
         kind: [
-            {"token": _word(lm, token), "effect": round(effect, 4)}
+            {"token": lm.tokenizer.decode([token]), "effect": round(effect, 4)}
             for token, effect in zip(
                 getattr(effects, kind)[0].tolist(), getattr(effects, f"{kind}_effect")[0].tolist(), strict=True
             )
@@ -121,9 +121,9 @@ def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> 
     rows = []
     for record in records:
         cells = [str(record["feature"]), *([f"{record['score']:.2f}"] if with_score else [])]
-        cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", record["top_token"]]
+        cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", _word(record["top_token"])]
         cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
-        rows.append([*cells, " ".join(record["promoted"][:3])])
+        rows.append([*cells, " ".join(map(_word, record["promoted"][:3]))])
     print_table(names, rows, title=title, right=("feature", "score", "density", "largest"))
 
 
@@ -146,7 +146,7 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
         high, low = 1 - number / BANDS, 1 - (number + 1) / BANDS
         _print_contexts(console, f"contexts from quantile {low:.1f} to {high:.1f}", band)
     for kind in ("promoted", "suppressed"):
-        words = "  ".join(f"{escape(one['token'])} {one['effect']:+.3f}" for one in record[kind])
+        words = "  ".join(f"{escape(_word(one['token']))} {one['effect']:+.3f}" for one in record[kind])
         console.print(f"{kind} next tokens: {words}")
     console.print(f"active together with: {_partners(record['partners'])}")
 
@@ -161,7 +161,7 @@ def _print_contexts(console: Console, title: str, contexts: Sequence[dict[str, A
     if contexts:
         console.print(f"{title}:")
     for one in contexts:
-        before, peak, after = (escape(one[part]) for part in ("before", "peak", "after"))
+        before, peak, after = (escape(token_text(one[part])) for part in ("before", "peak", "after"))
         console.print(f"  {one['activation']:7.3f}  {before}[reverse bold]«{peak}»[/]{after}", soft_wrap=True)
 
 
@@ -194,16 +194,17 @@ def _contexts(lm: TinyModel, rows: np.ndarray, contexts: Contexts, feature: int,
     return found
 
 
-def _usual_token(lm: TinyModel, found: TopActivations, rows: np.ndarray, feature: int) -> str:
-    """Return the token that most of the top contexts peak on; the strongest of several."""
+def _usual_token(lm: TinyModel, found: TopActivations, rows: np.ndarray, feature: int) -> str | None:
+    """Return the token that most of the top contexts peak on; the strongest of several. None without contexts."""
     present = found.top.row[feature] >= 0
     peaks = rows[found.top.row[feature][present], found.top.position[feature][present]]
-    return _word(lm, Counter(peaks.tolist()).most_common(1)[0][0]) if len(peaks) else "–"
+    return lm.tokenizer.decode([Counter(peaks.tolist()).most_common(1)[0][0]]) if len(peaks) else None
 
 
 def _text(lm: TinyModel, ids: list[int]) -> str:
-    return token_text(lm.tokenizer.decode([token for token in ids if lm.config.is_text(token)]))
+    return lm.tokenizer.decode([token for token in ids if lm.config.is_text(token)])
 
 
-def _word(lm: TinyModel, token: int) -> str:
-    return repr(token_text(lm.tokenizer.decode([token])))
+def _word(token: str | None) -> str:
+    """Return a token as tables show it."""
+    return "–" if token is None else repr(token_text(token))

@@ -117,8 +117,10 @@ def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Check that a tokenizer has as many ids as the model.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has not, or is no tokenizer.
     """
+    if not hasattr(tokenizer, "vocab_size"):
+        raise ValueError(f"the tokenizer is {tokenizer!r:.80}; Tokenizer.from_pretrained(folder) loads one.")
     if tokenizer.vocab_size != config.d_vocab:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
 
@@ -209,6 +211,8 @@ def _load_model_folder(folder: Path) -> ModelFiles:
 
 def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
     """Make the folder; refuse one that holds a configuration of something else, which would be lost."""
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise ValueError(f"a {kind} is saved to a folder, got {directory!r:.80}; name one, '.' for the current one.")
     folder = user_path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG_FILE).exists():
