@@ -1,4 +1,4 @@
-"""Transliteration: equal to Unidecode 1.4.0 at every code point, and without Unidecode at run time."""
+"""Transliteration: equal to Unidecode 1.4.0 at every code point; what the package requires, and its licences."""
 
 import inspect
 import re
@@ -16,6 +16,18 @@ from tinymodel_jax.tokenization import clean_text
 from tinymodel_jax.transliteration import to_ascii
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+@pytest.fixture
+def requirements() -> dict[str, set[str]]:
+    """Names of what the package and each of its extras require."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    parts = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {part: {canonical(re.split(r"[^\w-]", line)[0]) for line in lines} for part, lines in parts.items()}
 
 
 @pytest.fixture
@@ -54,8 +66,11 @@ def test_cleaning_transliterates_each_character_by_itself(text: str, expected: s
     assert clean_text(text) == expected
 
 
-def test_only_tests_need_unidecode() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
-    requirements = {"": project["dependencies"], **project["optional-dependencies"]}
-    users = {extra for extra, lines in requirements.items() for line in lines if re.match(r"(?i)unidecode\b", line)}
-    assert users == {"test"}
+def test_only_tests_need_unidecode(requirements: dict[str, set[str]]) -> None:
+    assert {part for part, names in requirements.items() if "unidecode" in names} == {"test"}
+
+
+def test_the_page_of_licences_lists_every_direct_dependency(requirements: dict[str, set[str]]) -> None:
+    page = (REPOSITORY / "docs/licences.md").read_text("utf-8")
+    listed = {canonical(name) for name in re.findall(r"[\w-]+", page)}
+    assert requirements["core"] | requirements["hub"] | requirements["train"] <= listed
