@@ -1,8 +1,8 @@
 """Stories per second of cleaning and of tokenizing, beside plain calls of the libraries, alternating in one run.
 
-The plain calls are `unidecode` and four regular expressions for cleaning, and `encode_batch_fast` with the library's
-truncation and one NumPy look-up for tokenizing. Both sides must give the same ids before anything is timed. For one
-core: `taskset -c 0 python benchmarks/tokenizer.py --stories STORIES.jsonl.gz --gpt2 FOLDER`.
+The plain calls are Unidecode (of the `test` extra) and four regular expressions for cleaning, and `encode_batch_fast`
+with the library's truncation and one NumPy look-up for tokenizing. Both sides must give the same ids before anything is
+timed. For one core: `taskset -c 0 python benchmarks/tokenizer.py --stories STORIES.jsonl.gz --gpt2 FOLDER`.
 """
 
 import gzip

@@ -17,6 +17,7 @@ LAYERS = {
     "sites": 0,
     "tokenization": 0,
     "tokenizer_files": 0,
+    "transliteration": 0,
     "initializers": 0,
     "compilation": 0,
     "allocator": 0,
@@ -64,6 +65,8 @@ SIBLINGS = {
     ("tokenization", "tokenizer_files"),
     # how a file is written
     ("tokenizer_files", "atomic_files"),
+    # the first step of cleaning
+    ("tokenization", "transliteration"),
     # what a user's path means
     ("tokenization", "paths"),
     ("atomic_files", "paths"),

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import pre_tokenizers
-from unidecode import unidecode
 
 from tinymodel_jax.paths import user_path
 from tinymodel_jax.tokenizer_files import SPECIAL_TOKENS, read_gpt2, read_saved, saved_form, write_saved
+from tinymodel_jax.transliteration import to_ascii
 
 TokenIds = int | Sequence[Any] | npt.ArrayLike
 """One id, a row of ids, or rows of ids: int, nested list or tuple, NumPy or JAX array."""
@@ -32,7 +32,6 @@ _MAX_CACHED_CHARACTERS = 64
 _ID_BYTES = np.dtype(np.int32).itemsize
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _SPACES = re.compile(" {2,}")
-_SURROGATES = re.compile("[\ud800-\udfff]+")
 # GPT-2's split into pieces, for ASCII text, where \p{L} is A-Za-z and \p{N} is 0-9.
 _GPT2_PIECES = re.compile(
     r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
@@ -247,14 +246,14 @@ class Tokenizer:
 def clean_text(text: str) -> str:
     r"""Bring a text into the form that the model was trained on, with the reference's results.
 
-    Transliterate to ASCII (`unidecode`), make a tab two spaces, drop whitespace before a newline (so blank lines and
+    Transliterate to ASCII (`to_ascii`), make a tab two spaces, drop whitespace before a newline (so blank lines and
     carriage returns before one go, too), make a run of spaces one. Nothing else is stripped.
 
     Source: noanabeshima/tiny_model, whose steps after the tab are `\s+\n` -> `\n`, `\n\n+` -> `\n`, ` +` -> ` `. The
     second of these never finds anything after the first. Without regular expressions it is eight to ten times as fast.
     """
     if not text.isascii():
-        text = _NOT_ASCII.sub(_to_ascii, text)
+        text = _NOT_ASCII.sub(lambda found: to_ascii(found.group()), text)
     text = text.replace("\t", "  ")
     if "\n" in text:
         first, *lines, last = text.split("\n")
@@ -290,11 +289,6 @@ class _PieceIds(dict[str, bytes]):
                 self.clear()
             self[piece] = ids
         return ids
-
-
-def _to_ascii(match: re.Match[str]) -> str:
-    # Lone surrogates transliterate to nothing, but unidecode warns about each.
-    return unidecode(_SURROGATES.sub("", match.group()))
 
 
 def _splits_as_gpt2(bpe: tokenizers.Tokenizer) -> bool:
