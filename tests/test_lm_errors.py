@@ -88,8 +88,14 @@ CALLS = {
     ),
     "attach unbound": (lambda lm: lm.attach("M0", Dictionary(lm.dictionaries["M0"].config)), "holds no parameters"),
     "evaluate feature": (lambda lm: evaluate(lm, ["M0N3"], IDS), "whole dictionaries; got feature 3 of M0"),
-    "evaluate without site": (lambda lm: evaluate(lm, make_dictionary("x", "y"), IDS), "has no site yet. Attach it"),
-    "edit without site": (lambda lm: interventions.ablate(make_dictionary("x", "x"), 1), "has no site yet. Attach it"),
+    "evaluate without site": (
+        lambda lm: evaluate(lm, make_dictionary("x", "y"), IDS),
+        "belongs to no site yet: it was trained on arrays. Attach it",
+    ),
+    "edit without site": (
+        lambda lm: interventions.ablate(make_dictionary("x", "x"), 1),
+        "belongs to no site yet: it was trained on arrays. Attach it",
+    ),
     "splice feature": (lambda lm: lm.splice("M0N3"), "a whole dictionary is spliced, 'M0'"),
     "splice none": (lambda lm: lm.splice(["M0", "A0"]), "'A0': this model has no dictionary"),
     "hook": (

@@ -135,6 +135,6 @@ def require_site(hook_in: str, hook_out: str) -> None:
     """
     if {hook_in, hook_out} <= NO_SITE:
         raise ValueError(
-            "this dictionary was trained on arrays, so it has no site yet. Attach it to the site whose activations it "
-            "was trained on, for example lm.attach('M2', dictionary), and take lm['M2'].dictionary from there."
+            "this dictionary belongs to no site yet: it was trained on arrays. Attach it to the site whose activations "
+            "it was trained on, for example lm.attach('M2', dictionary), and take lm['M2'].dictionary from there."
         )
