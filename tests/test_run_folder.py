@@ -214,7 +214,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path: Path, moment: s
     checkpoints, state = Checkpoints(folder), {"a": np.ones(1000)}
 
     def take_away() -> None:
-        shutil.rmtree(folder)
+        folder.rename(tmp_path / "before")  # at once, whatever is being written in it
         folder.write_text("not a folder")
 
     checkpoints.save(1, state)
@@ -226,7 +226,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path: Path, moment: s
         with pytest.raises(OSError, match="checkpoints cannot be written: "):
             checkpoints.save(2, state)
     else:
-        checkpoints.save(2, state)
+        checkpoints.save(2, {"a": np.ones(5_000_000)})  # which takes longer than to rename a folder
         take_away()
         with pytest.raises(OSError, match="checkpoints cannot be written: "):
             checkpoints.close()
