@@ -2,8 +2,8 @@
 
 Shared by the programs; what a step computes, where its arrays live and what is done with the result is theirs. Rely on:
 metrics of a step are where they belong before a checkpoint of it is begun; SIGTERM and Ctrl-C, at any of several
-processes, finish the step, save and return; a loss or gradient that is not finite ends the run before
-anything of it is saved.
+processes, finish the step, save and return; a loss or gradient that is not finite ends the run before anything of it is
+saved.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _correlations(
     i, j = alone[feature], alone[others]
     with np.errstate(invalid="ignore", divide="ignore"):
         phi = (n * met - i * j) / np.sqrt(i * (n - i) * j * (n - j))
-    positive = phi > 0  # nor NaN, where it is undefined
+    positive = phi > 0  # which NaN, where phi is undefined, is not
     return others[positive], phi[positive].astype(np.float32)
 
 

@@ -120,9 +120,8 @@ def sweep_step(
     Returns:
         The stacked next states and metrics, each metric with an axis of members.
     """
-    step = states.step[0]  # one number for all, so that what happens every n steps stays a branch under vmap
-
     execution = execution or execution_for(recipe)
+    step = states.step[0]  # one number for all, so that what happens every n steps stays a branch under vmap
 
     def member(state: DictionaryTrainState, hyper: DictionaryHyper) -> tuple[DictionaryTrainState, Metrics]:
         state = state._replace(step=step)
