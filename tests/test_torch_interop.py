@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 DTYPES = [
     *("float64", "float32", "float16", "complex128", "complex64", "bool"),
-    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    *("int64", "int32", "int16", "int8", "uint8"),
     "bfloat16",
 ]
 
@@ -51,7 +51,6 @@ def test_what_pytorch_writes_is_read_whatever_its_pickle_protocol(tmp_path, zipp
     base = torch.arange(24, dtype=torch.float32)
     saved = {
         "state": torch.nn.BatchNorm1d(3).state_dict(),
-        "unsigned": torch.arange(5).to(torch.uint16)[1:],
         "views": [base, base.view(4, 6).T[::2], base[3:].expand(2, 21)],
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "facts": (1, -1, 1 << 70, 1.5, True, None, "é", {"lr": 0.1}),
@@ -64,7 +63,6 @@ def test_what_pytorch_writes_is_read_whatever_its_pickle_protocol(tmp_path, zipp
     assert type(loaded["state"]) is OrderedDict
     for name, tensor in saved["state"].items():
         np.testing.assert_array_equal(loaded["state"][name], tensor.numpy())
-    np.testing.assert_array_equal(loaded["unsigned"], np.arange(1, 5, dtype=np.uint16))
     for got, want in zip(loaded["views"], saved["views"], strict=True):
         np.testing.assert_array_equal(got, want.numpy())
         assert np.shares_memory(got, loaded["views"][0])

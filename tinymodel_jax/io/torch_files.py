@@ -1,40 +1,38 @@
 """PyTorch `.pt` files without PyTorch: read them, say what is in them, write them.
 
-Reading maps the file and returns read-only NumPy arrays on the mapping; bfloat16 is `ml_dtypes.bfloat16`. A file is
-never run: one whose pickle names anything but tensors and plain containers is refused before anything is built, and a
-damaged one gives a ValueError of one line. The file must not change while the arrays are in use. It deliberately reads
-no pickled modules, TorchScript, sparse or quantized tensors, and writes only flat mappings of names to arrays.
+Reading maps the file and returns read-only NumPy arrays on the mapping; bfloat16 is `ml_dtypes.bfloat16`. Nothing in a
+file runs: a pickle that names anything but tensors and plain containers is refused, and a damaged file gives a
+ValueError of one line. Members of a zip file must be uncompressed and match their CRC-32; the older form has no
+checksums, so only its sizes are checked. The file must not change while the arrays are in use. Not read: pickled
+modules, TorchScript, tar archives, sparse or quantized tensors, big-endian files.
 """
 
+import math
 import os
 import pickle
-import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from tinymodel_jax.atomic_files import replaced
-from tinymodel_jax.io.torch_containers import LOCAL_HEADER, Container, open_container
-from tinymodel_jax.io.torch_pickle import build, survey
-from tinymodel_jax.io.torch_records import (
-    STORAGE_DTYPES,
-    TORCH_DTYPES,
-    UNTYPED_STORAGE,
-    TensorRecord,
-    row_major_strides,
-)
+from tinymodel_jax.io.torch_pickle import STORAGE_DTYPES, PickleStream, RefusedGlobals, TensorRecord, TorchPickle
 from tinymodel_jax.paths import user_path
 
+MAX_PICKLE_BYTES = 16 << 20
+"""Largest pickle read; the tensors' own bytes are not in it."""
 _ALIGNMENT = 64
+_ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _PUSH_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
-_STORAGE_OF = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
-_TORCH_DTYPE_OF = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_STORAGE_OF = {dtype: "c{}\n{}\n".format(*name.split(".")).encode() for name, dtype in STORAGE_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class TorchFileSummary:
     globals: tuple[str, ...]
     """Every global that the pickle names."""
     refused: tuple[str, ...]
-    """Those because of which `load_torch_file` refuses the file."""
+    """Those for which `load_torch_file` refuses the file; with pickle protocol 4 or later, only the first."""
     tensors: tuple[TensorEntry, ...]
     """In the order of the file; empty if something is refused."""
 
@@ -80,16 +78,15 @@ def load_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
         FileNotFoundError: there is no such file.
         IsADirectoryError: the path is a folder.
     """
-    with _opened(path) as (container, _):
-        found = survey(container.pickle).require()
-        if not isinstance(found.tree, dict):
-            kind = "a tensor" if isinstance(found.tree, TensorRecord) else f"a {type(found.tree).__name__}"
+    with _opened(path) as (file, mapped):
+        content, storages = _read(file, mapped)
+        if not isinstance(content.tree, dict):
+            kind = "a tensor" if isinstance(content.tree, TensorRecord) else f"a {type(content.tree).__name__}"
             raise ValueError(f"it holds {kind}, not a mapping of names to tensors; save a state_dict()")
-        storages = container.storages(found.storages)
-        for key, record in found.storages.items():
+        for key, record in content.storages.items():
             if record.dtype == np.bool_ and np.frombuffer(storages[key], np.uint8).max(initial=0) > 1:
                 raise ValueError(f"storage {key!a:.40} of booleans has bytes other than 0 and 1; fetch the file again")
-        return build(container.pickle, lambda record: _array(record, storages[record.storage.key]))
+        return content.build(lambda record: _array(record, storages[record.storage.key]))
 
 
 def describe_torch_file(path: str | os.PathLike[str]) -> TorchFileSummary:
@@ -99,13 +96,14 @@ def describe_torch_file(path: str | os.PathLike[str]) -> TorchFileSummary:
         ValueError, FileNotFoundError, IsADirectoryError: as `load_torch_file`, except that refused globals are returned
             and that the top object may be anything.
     """
-    with _opened(path) as (container, file_bytes):
-        found = survey(container.pickle)
-        if found.refused:
-            return TorchFileSummary(container.form, file_bytes, found.globals, found.refused, ())
-        tree = found.require().tree
-        container.storages(found.storages)
-        return TorchFileSummary(container.form, file_bytes, found.globals, (), tuple(_entries(tree)))
+    with _opened(path) as (file, mapped):
+        form = "zip" if mapped[:4] in _ZIP_STARTS else "legacy"
+        try:
+            content, storages = _read(file, mapped)
+        except RefusedGlobals as refusal:
+            return TorchFileSummary(form, len(mapped), refusal.names, refusal.refused, ())
+        entries = tuple(_entries(content.tree, storages))
+        return TorchFileSummary(form, len(mapped), tuple(content.globals), (), entries)
 
 
 def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -117,10 +115,10 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
     Raises:
         ValueError: a name is not a string or a dtype has no PyTorch counterpart; the message lists them all.
     """
-    wrong = [f"{name!a} ({array.dtype})" for name, array in tensors.items() if array.dtype not in _TORCH_DTYPE_OF]
+    wrong = [f"{name!a} ({array.dtype})" for name, array in tensors.items() if array.dtype not in _STORAGE_OF]
     wrong += [f"{name!a} (a name that is no string)" for name in tensors if not isinstance(name, str)]
     if wrong:
-        allowed = ", ".join(dtype.name for dtype in _TORCH_DTYPE_OF)
+        allowed = ", ".join(dtype.name for dtype in _STORAGE_OF)
         raise ValueError(f"PyTorch cannot hold {', '.join(wrong)}; allowed are string names and the dtypes {allowed}")
     with replaced(user_path(path)) as partial, open(partial, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         _write_member(archive, file.tell(), "data.pkl", _state_dict_pickle(tensors))
@@ -132,44 +130,125 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Container, int]]:
-    """Map the file and open its container; any ValueError inside the block is told as one about the path."""
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], mmap]]:
+    """Open and map a file; any ValueError inside the block becomes one about the path."""
     path = user_path(path)
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a PyTorch file")
-    if not stat.S_ISREG(mode) or not os.path.getsize(path):
-        raise ValueError(f"{path} is empty, or a pipe or a device; a PyTorch file is neither")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a pipe or a device, not a PyTorch file")
     with open(path, "rb") as file:
         try:
-            mapped = mmap(file.fileno(), 0, access=ACCESS_READ)
-            yield open_container(file, mapped), len(mapped)
+            yield file, mmap(file.fileno(), 0, access=ACCESS_READ)
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as a PyTorch file: {error}") from error
 
 
+def _read(file: IO[bytes], mapped: mmap) -> tuple[TorchPickle, dict[str, memoryview]]:
+    """The pickle of the object that was saved, and the bytes of each storage that it declares."""
+    return _read_zip(file, memoryview(mapped)) if mapped[:4] in _ZIP_STARTS else _read_legacy(mapped)
+
+
+def _read_zip(file: IO[bytes], whole: memoryview) -> tuple[TorchPickle, dict[str, memoryview]]:
+    try:
+        infos = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, OverflowError, struct.error) as error:
+        raise ValueError(f"it is a zip archive cut short or damaged ({error}); fetch the file again") from None
+    names = {info.filename for info in infos}
+    roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    if len(roots) != 1 or len(names) != len(infos):
+        raise ValueError(f"it is a zip archive, but not of torch.save: it has {len(roots)} data.pkl")
+    if any(name.startswith((f"{roots[0]}constants.pkl", f"{roots[0]}code/")) for name in names):
+        raise ValueError("it is a TorchScript archive (torch.jit.save), which holds code; save its state_dict()")
+    members = _stored_members(infos, whole)
+    if members.get(f"{roots[0]}byteorder", b"little") != b"little":
+        raise ValueError("it was saved on a big-endian machine; load and save it again on a little-endian one")
+    if len(members[f"{roots[0]}data.pkl"]) > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle is larger than {MAX_PICKLE_BYTES >> 20} MiB, far more than tensors need")
+    content, storages = TorchPickle(PickleStream(members[f"{roots[0]}data.pkl"])), {}
+    for key, record in content.storages.items():
+        storages[key] = members.get(f"{roots[0]}data/{key}")
+        if storages[key] is None or len(storages[key]) != record.nbytes:
+            raise ValueError(f"storage {key!a:.40} is not in the archive with the {record.nbytes} bytes of its pickle")
+    return content, storages
+
+
+def _stored_members(infos: list[zipfile.ZipInfo], whole: memoryview) -> dict[str, memoryview]:
+    """Name -> bytes of every member, whose total is checked first so that overlapping ones cost nothing."""
+    if sum(info.file_size for info in infos) > len(whole):
+        raise ValueError("its zip members claim more bytes than the file has; it is damaged or made to deceive")
+    # torch.serialization.set_crc32_options(False) leaves every checksum zero.
+    unchecked = not any(info.CRC for info in infos)
+    members = {}
+    for info in infos:
+        header = whole[info.header_offset :][: _LOCAL_HEADER.size]
+        signature, *lengths = _LOCAL_HEADER.unpack(header) if len(header) == _LOCAL_HEADER.size else (b"",)
+        view = whole[info.header_offset + _LOCAL_HEADER.size + sum(lengths) :][: info.file_size]
+        shown = ascii(info.filename)[:60]
+        if info.compress_type or info.flag_bits & 1:
+            raise ValueError(f"its zip member {shown} is compressed or encrypted, which torch.save never does")
+        sound = signature == _ZIP_STARTS[0] and len(view) == info.file_size == info.compress_size
+        if not sound or not (unchecked or zlib.crc32(view) == info.CRC):
+            raise ValueError(f"its zip member {shown} does not match its checksum or size; fetch the file again")
+        members[info.filename] = view
+    return members
+
+
+def _read_legacy(mapped: mmap) -> tuple[TorchPickle, dict[str, memoryview]]:
+    """Read the form before PyTorch 1.6: five pickles (magic number, protocol, system, object, keys), then storages."""
+    if mapped[257:262] == b"ustar":
+        raise ValueError("it is a tar archive, as the first PyTorch releases wrote; save it again with a newer PyTorch")
+    stream = PickleStream(mapped[:MAX_PICKLE_BYTES])
+    try:
+        magic = TorchPickle(stream).tree
+    except ValueError as error:
+        if mapped[0] == 0x80 or isinstance(error, RefusedGlobals):
+            raise
+        raise ValueError(f"torch.save did not write it; it begins with {mapped[:16]!r}") from None
+    if magic != _MAGIC:
+        raise ValueError("it is a plain pickle, not a file of torch.save")
+    if TorchPickle(stream).tree != _PROTOCOL:
+        raise ValueError(f"its protocol is not {_PROTOCOL}, the only one of torch.save's older form")
+    facts = TorchPickle(stream).tree
+    if not isinstance(facts, dict) or facts.get("little_endian") is not True:
+        raise ValueError("it was saved on a big-endian machine; load and save it again on a little-endian one")
+    content, keys = TorchPickle(stream), TorchPickle(stream).tree
+    strings = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not strings or sorted(keys) != sorted(content.storages):
+        raise ValueError("its list of storages is not the one that its pickle uses; fetch the file again")
+    whole, storages, at = memoryview(mapped), {}, stream.tell()
+    for key in keys:
+        record, start = content.storages[key], at + 8
+        at = start + record.nbytes
+        if whole[start - 8 : start] != record.numel.to_bytes(8, "little") or at > len(whole):
+            raise ValueError(f"storage {key!a:.40} is cut short or damaged; fetch the file again")
+        storages[key] = whole[start:at]
+    if at != len(whole):
+        raise ValueError(f"{len(whole) - at} bytes follow its last storage; fetch the file again")
+    return content, storages
+
+
 def _array(record: TensorRecord, storage: memoryview) -> np.ndarray:
     """The tensor as a read-only array on its storage; NumPy checks once more that it lies inside."""
-    size = record.dtype.itemsize
+    dtype = record.storage.dtype
     if 0 in record.shape:
-        array = np.empty(record.shape, record.dtype)
-        array.setflags(write=False)
-        return array
+        return np.ndarray(record.shape, dtype, b"")
     # An axis of length one may have any stride in PyTorch, beyond what fits NumPy.
     axes = zip(record.shape, record.strides, strict=True)
-    strides = [stride * size if length > 1 else size for length, stride in axes]
-    return np.ndarray(record.shape, record.dtype, storage, record.offset * size, strides)
+    strides = [stride * dtype.itemsize if length > 1 else dtype.itemsize for length, stride in axes]
+    return np.ndarray(record.shape, dtype, storage, record.offset * dtype.itemsize, strides)
 
 
-def _entries(tree: Any) -> Iterator[TensorEntry]:
+def _entries(tree: Any, storages: Mapping[str, memoryview]) -> Iterator[TensorEntry]:
     """Every tensor, each container visited once, so that shared ones do not multiply."""
     seen: set[int] = set()
     pending = [("", tree)]
     while pending:
         name, node = pending.pop()
         if isinstance(node, TensorRecord):
-            storage = node.storage
-            yield TensorEntry(name, node.shape, node.dtype.name, storage.key, storage.nbytes, node.is_view)
+            array, storage = _array(node, storages[node.storage.key]), node.storage
+            whole = array.flags.c_contiguous and array.nbytes == storage.nbytes
+            yield TensorEntry(name, array.shape, array.dtype.name, storage.key, storage.nbytes, not whole)
         elif isinstance(node, (dict, list, tuple)) and id(node) not in seen:
             seen.add(id(node))
             items = node.items() if isinstance(node, dict) else enumerate(node)
@@ -178,19 +257,15 @@ def _entries(tree: Any) -> Iterator[TensorEntry]:
 
 
 def _state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    items = [_pushing(name) + _pushing_tensor(f"{i}", tensors[name]) for i, name in enumerate(tensors)]
+    """The pickle that `torch.save` writes for tensors that each have their own storage."""
+    items = []
+    for index, (name, array) in enumerate(tensors.items()):
+        # In elements; PyTorch counts an empty axis as one.
+        strides = tuple(math.prod(size or 1 for size in array.shape[axis + 1 :]) for axis in range(array.ndim))
+        items += [_pushing(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
+        items += [_pushing("storage"), _STORAGE_OF[array.dtype], _pushing(f"{index}", "cpu", array.size), b"tQ"]
+        items += [_pushing(0, array.shape, strides), b"\x89", _PUSH_ORDERED_DICT, b"tR"]
     return b"\x80\x02" + _PUSH_ORDERED_DICT + b"(" + b"".join(items) + b"u."
-
-
-def _pushing_tensor(key: str, array: np.ndarray) -> bytes:
-    """The call that `torch.save` writes for a whole storage: v2, or v3 for the dtypes without a storage class."""
-    typed = array.dtype in _STORAGE_OF
-    name, numel = (_STORAGE_OF[array.dtype], array.size) if typed else (UNTYPED_STORAGE, array.nbytes)
-    storage = b"(" + _pushing("storage") + _pushing_global(name) + _pushing(key, "cpu", numel) + b"tQ"
-    geometry = _pushing(0, array.shape, row_major_strides(array.shape))
-    dtype = b"" if typed else _pushing_global(_TORCH_DTYPE_OF[array.dtype])
-    function = _pushing_global(f"torch._utils._rebuild_tensor_v{2 if typed else 3}")
-    return function + b"(" + storage + geometry + b"\x89" + _PUSH_ORDERED_DICT + dtype + b"tR"
 
 
 def _pushing(*values: str | int | tuple[int, ...]) -> bytes:
@@ -198,13 +273,9 @@ def _pushing(*values: str | int | tuple[int, ...]) -> bytes:
     return b"".join(pickle.dumps(value, protocol=2)[2:-1] for value in values)
 
 
-def _pushing_global(name: str) -> bytes:
-    return "c{}\n{}\n".format(*name.rsplit(".", 1)).encode()
-
-
 def _write_member(archive: zipfile.ZipFile, at: int, name: str, data: bytes | memoryview) -> None:
     """Store a member at file position `at` with its bytes on a multiple of 64, padded as PyTorch pads."""
     member = zipfile.ZipInfo(f"archive/{name}")
-    padding = -(at + LOCAL_HEADER.size + len(member.filename) + 4) % _ALIGNMENT
+    padding = -(at + _LOCAL_HEADER.size + len(member.filename) + 4) % _ALIGNMENT
     member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     archive.writestr(member, data)

@@ -1,99 +1,227 @@
-"""The pickle inside a PyTorch file, read as data in two steps: survey it, then build it.
+"""The pickle inside a PyTorch file, read by the standard library's unpickler, restricted to tensors and plain data.
 
-`survey` says what a pickle holds and which globals it names, without building anything from it; `build` is for a pickle
-that a survey found good. Time and memory are bounded by the length of the pickle, and every fault is one line. Nothing
-here imports or calls what a pickle names.
+`pickletools` first checks that the pickle is complete and what it names. The unpickler then loads it with stand-ins for
+the few globals that files of tensors need; it imports and calls nothing else. The length of the pickle bounds time and
+memory: memoized values cannot multiply, and keys are quick to hash.
 """
 
-from collections.abc import Callable
+import io
+import math
+import pickle
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from mmap import mmap
-from typing import Any
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 
-from tinymodel_jax.io.pickle_instructions import dotted_name, instructions
-from tinymodel_jax.io.pickle_machine import ALLOWED_GLOBALS, Machine, describe, shown
-from tinymodel_jax.io.torch_records import StorageRecord, TensorRecord
-
+MAX_INSTRUCTIONS = 250_000
+"""Longest pickle read (instructions); a tensor takes about 40, so this is some 6,000 tensors."""
+MAX_LINE = 1000
+"""Longest line of text in a pickle (characters), such as the name of a global."""
 MAX_DEPTH = 32
-"""Deepest nesting of containers in what a file holds."""
+"""Deepest nesting of containers."""
+MAX_EXPANDED_BYTES = 16 << 20
+"""Largest tensor (bytes) that may be bigger than its storage, as `Tensor.expand` makes them."""
+
+_CLASSES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDouble ComplexFloat"
+_DTYPES = ["f8", "f4", "f2", ml_dtypes.bfloat16, "i8", "i4", "i2", "i1", "u1", "?", "c16", "c8"]
+STORAGE_DTYPES = {f"torch.{c}Storage": np.dtype(dtype) for c, dtype in zip(_CLASSES.split(), _DTYPES, strict=True)}
+"""Storage class that a pickle names -> dtype of its elements."""
+# They hash any value, or take what the process has registered without asking `find_class`.
+_UNNEEDED = (
+    pickle.DICT + pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """What one pickle holds, read without building anything from it."""
+class StorageRecord:
+    """A flat block of `numel` elements of `dtype` that the file keeps under `key`."""
 
-    tree: Any
-    """The object, tensors as `TensorRecord`; None if there is a `problem`, or something `refused`."""
-    end: int
-    """Position in the buffer just after the pickle, or as far as it could be followed."""
-    globals: tuple[str, ...]
-    """Every global named."""
-    storages: dict[str, StorageRecord]
-    """Key -> storage declared."""
-    problem: str
-    """Why the pickle cannot be read; empty if it can."""
+    key: str
+    dtype: np.dtype
+    numel: int
 
     @property
-    def refused(self) -> tuple[str, ...]:
-        """Names of the globals outside `ALLOWED_GLOBALS`."""
-        return tuple(name for name in self.globals if name not in ALLOWED_GLOBALS)
-
-    def require(self) -> "Survey":
-        """Return the survey itself, or raise the ValueError that says what is wrong; refused globals come first."""
-        if self.refused:
-            names = [shown(name) for name in self.refused]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise ValueError(
-                f"its pickle asks for {', '.join(names[:8])}{more}, and nothing was run; only plain tensors, "
-                "parameters, dtypes, dicts, lists, tuples, numbers and strings are allowed; save a state_dict()"
-            )
-        if self.problem:
-            raise ValueError(self.problem)
-        return self
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
 
 
-def survey(buffer: bytes | mmap, start: int = 0) -> Survey:
-    """Read the pickle at `start` in `buffer` and report what it holds and names. A bad pickle raises nothing."""
-    machine = Machine(make_tensor=lambda record: record)
-    tree, end, problem = None, start, ""
-    try:
-        # A first pass over the whole pickle names what an unreadable instruction would hide from the machine.
-        for name, payload, after in instructions(buffer, start):
-            end = after
-            if name in ("GLOBAL", "INST"):
-                machine.look_up(dotted_name(payload))
-        tree = machine.run(buffer, start)
-        if ALLOWED_GLOBALS.issuperset(machine.globals):
-            _require_plain(tree)
-        else:
-            tree = None
-    except ValueError as error:
-        tree, problem = None, str(error)
-    return Survey(tree, end, tuple(machine.globals), machine.storages, problem)
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A strided window that lies inside its storage; `offset` and `strides` count elements."""
+
+    storage: StorageRecord
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
-def build(buffer: bytes, make_tensor: Callable[[TensorRecord], np.ndarray]) -> Any:
-    """Read a pickle that `survey` found good, with the arrays that `make_tensor` gives in place of the records."""
-    return Machine(make_tensor).run(buffer, 0)
+class RefusedGlobals(ValueError):
+    """A pickle names globals that are not allowed: `refused`, among the `names` that were found."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.refused = tuple(name for name in self.names if name not in _STAND_INS)
+        shown = ", ".join(ascii(name[:100])[1:-1] for name in self.refused[:8])
+        more = f" and {len(self.refused) - 8} more" if len(self.refused) > 8 else ""
+        super().__init__(
+            f"its pickle asks for {shown}{more}, and nothing was run; only plain tensors, parameters, dtypes, "
+            "dicts, lists, tuples, numbers and strings are allowed; save a state_dict()"
+        )
+
+
+class PickleStream(io.BytesIO):
+    """Bytes for `pickletools`, with lines of text that are short and plain, so that none is slow to parse."""
+
+    def readline(self, size: int | None = MAX_LINE, /) -> bytes:
+        line = super().readline(MAX_LINE)
+        if b"\\" in line or not line.isascii():
+            raise ValueError("a line of text is not plain ASCII")
+        return line
+
+
+class TorchPickle(pickle._Unpickler):
+    """The next pickle of a stream, read.
+
+    Raises:
+        RefusedGlobals: it names a global that is not allowed.
+        ValueError: it is damaged, too long, or holds anything but tensors and plain data.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, stream: PickleStream) -> None:
+        self.globals: dict[str, None] = {}
+        """Every global that it names."""
+        self.storages: dict[str, StorageRecord] = {}
+        """Key -> storage that it declares."""
+        self._code = self._surveyed(stream)
+        self.tree = self.build(lambda record: record)
+        """What it holds, tensors as records."""
+
+    def build(self, make_tensor: Callable[[TensorRecord], Any]) -> Any:
+        """Return what it holds, with what `make_tensor` gives in place of the records."""
+        super().__init__(io.BytesIO(self._code), encoding="latin-1")
+        self._make_tensor = make_tensor
+        try:
+            tree = self.load()
+        except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError) as error:
+            raise ValueError(f"its pickle is damaged, or not of tensors: {type(error).__name__}: {error}") from error
+        _require_plain(tree)
+        return tree
+
+    def _surveyed(self, stream: PickleStream) -> bytes:
+        """Return the bytes of the pickle after a first look at every instruction."""
+        start, problem = stream.tell(), ""
+        at = start
+        try:
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                length, at = stream.tell() - at, stream.tell()
+                if count == MAX_INSTRUCTIONS:
+                    raise ValueError(f"more than {MAX_INSTRUCTIONS:,} instructions")
+                if opcode.name in ("INT", "LONG", "LONG1", "LONG4") and length > 42:
+                    problem = problem or f"a number in {length} bytes"
+                if opcode.name in ("GLOBAL", "INST"):
+                    self.globals[str(argument).replace(" ", ".", 1)] = None
+        except ValueError as error:
+            problem = problem or str(error)[:200]
+        if not self.globals.keys() <= _STAND_INS.keys():
+            raise RefusedGlobals(self.globals)
+        if problem:
+            raise ValueError(f"its pickle is damaged, or not of tensors: {problem}")
+        return stream.getvalue()[start : stream.tell()]
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.globals[f"{module}.{name}"] = None
+        if f"{module}.{name}" not in _STAND_INS:
+            raise RefusedGlobals(self.globals)
+        stand_in = _STAND_INS[f"{module}.{name}"]
+        return self._tensor if stand_in is TensorRecord else stand_in
+
+    def persistent_load(self, pid: Any) -> StorageRecord:
+        """Return the storage of ("storage", class, key, location, numel), maybe with a None more."""
+        match pid[:5] if isinstance(pid, tuple) and pid[5:] in ((), (None,)) else None:
+            case ("storage", StorageRecord(dtype=dtype), str(key), str(_), int(numel)) if 0 <= numel < 2**60:
+                record = StorageRecord(key, dtype, numel)
+                if self.storages.setdefault(key, record) != record:
+                    raise ValueError(f"storage {key!a:.40} is declared twice, differently")
+                return record
+        raise ValueError("a reference to a storage is malformed, or written by a PyTorch older than 0.4")
+
+    def _tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = 0, hooks: Any = 0, flags: Any = 0
+    ) -> Any:
+        """Check that a tensor lies inside its storage, and that it does not expand a small one to a huge array."""
+        declared = isinstance(storage, StorageRecord) and self.storages.get(storage.key) == storage
+        if not declared or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+            raise ValueError("a tensor is not described by a storage, a shape and strides")
+        if len(shape) != len(strides) or len(shape) > 64:
+            raise ValueError(f"a tensor has {len(shape)} axes and {len(strides)} strides; they must agree, 64 at most")
+        if not all(type(number) is int and 0 <= number < 2**60 for number in (offset, *shape, *strides)):
+            raise ValueError("a tensor's offset, shape or strides are not whole numbers from 0 up to 2^60")
+        if flags:
+            raise ValueError("a tensor is a lazy conjugate or negative; save its resolve_conj() or resolve_neg()")
+        end = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+        if 0 not in shape and end > storage.numel:
+            raise ValueError(f"a tensor of shape {shape} needs {end} elements, but its storage has {storage.numel}")
+        nbytes = math.prod(shape) * storage.dtype.itemsize
+        if nbytes > max(storage.nbytes, MAX_EXPANDED_BYTES):
+            raise ValueError(f"a tensor of shape {shape} expands a storage of {storage.nbytes} bytes to {nbytes}")
+        return self._make_tensor(TensorRecord(storage, offset, shape, strides))
+
+    def load_setitem(self) -> None:
+        self._set_items([self.stack.pop(), self.stack.pop()][::-1])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _set_items(self, items: list[Any]) -> None:
+        """Set keys of the last value. Nested tuples would hash recursively, and huge integers collide at will."""
+        if not all(isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63) for key in items[::2]):
+            raise ValueError("a key of its pickle is neither a string nor a 64-bit integer")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def load_build(self) -> None:
+        """Drop the state: a state dict has one (`_metadata`), which says nothing of the tensors."""
+        state = self.stack.pop()
+        if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
+            raise ValueError("its pickle sets attributes")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: follow for code, follow in pickle._Unpickler.dispatch.items() if code not in _UNNEEDED},
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.BUILD[0]: load_build,
+    }
+
+
+# Each takes few arguments, so that a long memoized tuple is not copied by every call.
+_STAND_INS: dict[str, Any] = {
+    **{name: StorageRecord("", dtype, 0) for name, dtype in STORAGE_DTYPES.items()},
+    **{f"torch.{dtype.name}": dtype for dtype in STORAGE_DTYPES.values()},
+    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), TensorRecord),
+    "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, requires_grad, hooks, state: tensor,
+    "torch.Size": lambda sizes=(): np.broadcast_shapes(sizes),
+    "collections.OrderedDict": lambda: OrderedDict(),
+}
+"""Global that a pickle may name -> its stand-in; `TensorRecord` means `TorchPickle._tensor`."""
+_PLAIN = (dict, list, tuple, str, int, float, bytes, type(None), np.dtype, np.ndarray, TensorRecord)
 
 
 def _require_plain(tree: Any) -> None:
-    """Check what `tree` holds, level by level: a shared container does not multiply, one inside itself is found."""
-    level = {0: [tree]}
+    """Check the values level by level, so that a shared container is not visited many times."""
+    level = [[tree]]
     for _ in range(MAX_DEPTH):
-        below: dict[int, Any] = {}
-        for container in level.values():
-            for child in container.values() if isinstance(container, dict) else container:
-                if isinstance(child, (dict, list, tuple)):
-                    below[id(child)] = child
-                elif not isinstance(child, _LEAVES):
-                    raise ValueError(f"it holds {describe(child)}, which has no NumPy form")
-        if not below:
-            return
-        level = below
-    raise ValueError(f"its containers are nested more than {MAX_DEPTH} deep, or one contains itself")
-
-
-_LEAVES = (str, int, float, bytes, type(None), np.dtype, TensorRecord)
+        below = {id(child): child for node in level for child in (node.values() if isinstance(node, dict) else node)}
+        for child in below.values():
+            if not isinstance(child, _PLAIN):
+                raise ValueError(f"it holds a {type(child).__name__}, which has no NumPy form")
+        level = [child for child in below.values() if isinstance(child, (dict, list, tuple))]
+    if level:
+        raise ValueError(f"its containers are nested more than {MAX_DEPTH} deep, or one contains itself")
