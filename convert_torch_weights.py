@@ -54,7 +54,7 @@ def convert_lm(
     converted = convert_model(load_state_file(src), n_heads)
     found = None
     if tokenizer is not None:
-        from tinymodel_jax.tokenization import Tokenizer
+        from tinymodel_jax.text.tokenizer import Tokenizer
 
         found = Tokenizer.from_gpt2(tokenizer)
     save_model(converted.config, converted.params, dest, found, converted.dictionaries)
@@ -94,10 +94,10 @@ def export_lm(src: Source, dest: Destination) -> None:
     """
     from safetensors.numpy import save
 
-    from tinymodel_jax.atomic_files import replace_file
     from tinymodel_jax.io.artifacts import load_model
     from tinymodel_jax.io.convert import export_model
     from tinymodel_jax.io.torch_files import save_torch_file
+    from tinymodel_jax.runtime.atomic_files import replace_file
 
     if dest.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")

@@ -141,7 +141,7 @@ def _our_dictionaries(
 def _our_steps(step: Any, state: Any, batch: Any, steps: int) -> Callable[[], float]:
     import jax
 
-    from tinymodel_jax.compilation import fast_compiler_options
+    from tinymodel_jax.runtime.compilation import fast_compiler_options
 
     compiled = jax.jit(step, donate_argnums=0, compiler_options=fast_compiler_options())
 

@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Iterable
 
-from tinymodel_jax.machine import processor
+from tinymodel_jax.runtime.machine import processor
 
 PACKAGES = ("tinymodel-jax", "jax", "jaxlib", "flax", "numpy", "safetensors", "torch", "tinymodel")
 TUNED_ALLOCATOR = {

@@ -138,8 +138,8 @@ def our_calls(folder: Path) -> Calls:
         choose(np.asarray(lm[SITE](inputs()))[0], folder / CHOSEN_FILE)
 
     def case(name: str) -> Callable[[], np.ndarray]:
-        from tinymodel_jax.analysis import sweeps
-        from tinymodel_jax.dictionary import Dictionary
+        from tinymodel_jax.analysis.effects import sweeps
+        from tinymodel_jax.dictionaries.dictionary import Dictionary
 
         chosen, swept = np.load(folder / CHOSEN_FILE), full_size().splice([])
         dictionary = swept[SITE].dictionary
@@ -173,11 +173,11 @@ def _full_size(folder: Path) -> Any:
 
 def evaluation_calls() -> tuple[Callable[[], None], Callable[[], None]]:
     """Return the evaluation of dictionaries of M1 with eight thresholds, together, and one after the other."""
-    from tinymodel_jax.analysis.evaluation import evaluate
+    from tinymodel_jax.analysis.evaluation.evaluation import evaluate
     from tinymodel_jax.bundled import storyworld
-    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
-    from tinymodel_jax.texts import story_rows
+    from tinymodel_jax.text.prompts_and_stories import story_rows
 
     lm = TinyModel("mini")
     told = storyworld.stories(0, STORIES, storyworld.FIRST_UNSEEN)

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymodel_jax.analysis.activation_pass import ActivationPass, MeasuredBatch, Sums
-from tinymodel_jax.analysis.coactivation import partners_of_all
-from tinymodel_jax.analysis.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
-from tinymodel_jax.compilation import fast_jit
+from tinymodel_jax.analysis.search.activation_pass import ActivationPass, MeasuredBatch, Sums
+from tinymodel_jax.analysis.search.coactivation import partners_of_all
+from tinymodel_jax.analysis.search.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
-from tinymodel_jax.sites import Site
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.model.transformer import Transformer
+from tinymodel_jax.runtime.compilation import fast_jit
 
 WHOLE_PASS = 600_000
 """Tokens of the pass that the samples are sized for; a shorter measurement takes the same shares."""

@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers
 from unidecode import unidecode
 
 from tinymodel_jax.commands.frame import USER_PATHS
-from tinymodel_jax.tokenization import Tokenizer, clean_text
+from tinymodel_jax.text.tokenizer import Tokenizer, clean_text
 
 MAX_LENGTH = 256
 

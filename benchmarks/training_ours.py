@@ -39,7 +39,7 @@ from training_inputs import (
     tokens,
 )
 
-from tinymodel_jax.allocator import keep_freed_memory
+from tinymodel_jax.runtime.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 STEPS = 1_000_000
@@ -72,8 +72,8 @@ def lm_step(case: LMCase, folder: Path) -> Callable[[], float]:
     """Return a function that trains the language model for a step and returns its loss."""
     import jax
 
-    from tinymodel_jax.compilation import fast_compiler_options
     from tinymodel_jax.lm import TinyModel
+    from tinymodel_jax.runtime.compilation import fast_compiler_options
     from tinymodel_jax.training.lm_step import (
         LMOptimizer,
         LMState,
@@ -101,7 +101,7 @@ def dictionary_step(case: DictionaryCase, architecture: Any, as_by_hand: bool = 
     import jax
     import jax.numpy as jnp
 
-    from tinymodel_jax.compilation import fast_compiler_options
+    from tinymodel_jax.runtime.compilation import fast_compiler_options
     from tinymodel_jax.training.dictionary_recipe import recipe_preset
     from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
     from tinymodel_jax.training.dictionary_step import train_step
@@ -160,7 +160,7 @@ def run_sweep(folder: Path, ks: str) -> float:
 
 def facts() -> str:
     """Say what XLA and the allocator were told."""
-    from tinymodel_jax.compilation import fast_compiler_options
+    from tinymodel_jax.runtime.compilation import fast_compiler_options
 
     return f"YNN fusion {'off' if fast_compiler_options() else 'as XLA does'}, freed memory kept"
 

@@ -122,7 +122,7 @@ def inputs() -> dict[str, np.ndarray]:
 def our_calls(folder: Path) -> Calls:
     """Load this package; return its calls, and the facts that only JAX knows."""
     jax: Any = importlib.import_module("jax")
-    forward: Any = importlib.import_module("tinymodel_jax.forward")
+    forward: Any = importlib.import_module("tinymodel_jax.model.forward")
     from tinymodel_jax.lm import TinyModel
 
     lm, ids = TinyModel(folder / MODEL_FILE), inputs()
@@ -146,7 +146,7 @@ def our_calls(folder: Path) -> Calls:
 
 def ynn_fusion() -> str:
     """Say which matrix products XLA uses in this package's programs."""
-    from tinymodel_jax.compilation import fast_compiler_options
+    from tinymodel_jax.runtime.compilation import fast_compiler_options
 
     return "turned off by this package" if fast_compiler_options() else "as XLA's default"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import convert_torch_weights
-from tinymodel_jax import cli
+from tinymodel_jax.commands import cli
 from train.__main__ import main as train_main
 
 PROGRAMS = {

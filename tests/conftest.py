@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary
-from tinymodel_jax.dictionary import param_shapes as dictionary_shapes
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import param_shapes as dictionary_shapes
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io.convert import convert_dictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.sites import Site
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.model.transformer import Transformer
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # read at the first computation
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tinymodel_jax import allocator
+from tinymodel_jax.runtime import allocator
 
 ROOT = Path(__file__).parent.parent
 FAULTS_OF_A_CALL = """
 import resource, sys
-from tinymodel_jax.allocator import keep_freed_memory
+from tinymodel_jax.runtime.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 import jax, jax.numpy as jnp

@@ -19,9 +19,9 @@ from oracle import error_of
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.config import ARCHITECTURES, DTYPES, ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.artifacts import (
     config_at,
@@ -34,8 +34,8 @@ from tinymodel_jax.io.artifacts import (
 from tinymodel_jax.io.convert import ConvertedDictionary, export_model, model_tensors
 from tinymodel_jax.io.state_files import describe_state_file
 from tinymodel_jax.io.torch_files import save_torch_file
-from tinymodel_jax.sites import Site
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(n_layers=2, d_model=4, n_heads=2, d_mlp=6, n_ctx=5, d_vocab=7)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax import interventions
-from tinymodel_jax.analysis import sweeps
-from tinymodel_jax.analysis.attribution import attribute, rank_correlation
+from tinymodel_jax.analysis.effects import sweeps
+from tinymodel_jax.analysis.effects.attribution import attribute, rank_correlation
+from tinymodel_jax.model import interventions
 
 
 @pytest.mark.parametrize(("tag", "measure"), [("Ra1", "loss"), ("A1", "next_logprob"), ("M0", "loss")])

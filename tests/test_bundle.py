@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.analysis.evaluation import evaluate
+from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.bundled import MINI, storyworld
 from tinymodel_jax.bundled.storyworld import cast
 from tinymodel_jax.lm import TinyModel

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.analysis import causal_importance as module
-from tinymodel_jax.analysis import sweeps
-from tinymodel_jax.analysis.causal_importance import causal_importance
-from tinymodel_jax.analysis.row_sums import NORMAL_95
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.analysis.effects import importance as module
+from tinymodel_jax.analysis.effects import sweeps
+from tinymodel_jax.analysis.effects.importance import causal_importance
+from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 
 
 @pytest.fixture

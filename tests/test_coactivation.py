@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from tinymodel_jax import TinyModel, cli
-from tinymodel_jax.analysis import coactivation
-from tinymodel_jax.analysis.coactivation import partners_of_all
-from tinymodel_jax.analysis.dashboard.records import _partners
-from tinymodel_jax.analysis.top_activations import TopActivations, top_activations
+from tinymodel_jax import TinyModel
+from tinymodel_jax.analysis.report.dashboard.records import _partners
+from tinymodel_jax.analysis.search import coactivation
+from tinymodel_jax.analysis.search.coactivation import partners_of_all
+from tinymodel_jax.analysis.search.top_activations import TopActivations, top_activations
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands import cli
 
 
 def draw(tokens: int, n_features: int, share: float, always: int = 2) -> np.ndarray:

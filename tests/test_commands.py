@@ -14,7 +14,7 @@ import pytest
 
 import convert_torch_weights
 import tinymodel_jax
-from tinymodel_jax import cli
+from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.prompts import read_stories
 from tinymodel_jax.io.artifacts import load_model
 from tinymodel_jax.io.torch_files import load_torch_file
@@ -358,7 +358,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path:
 
 def test_help_loads_neither_jax_nor_torch() -> None:
     code = (
-        "import sys; from tinymodel_jax.cli import main; main(['--help']);"
+        "import sys; from tinymodel_jax.commands.cli import main; main(['--help']);"
         "print([m for m in ('jax', 'torch', 'rich.progress') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

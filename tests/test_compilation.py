@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from oracle import error_of
 
-from tinymodel_jax import compilation
-from tinymodel_jax.compilation import fast_compiler_options, fast_jit
+from tinymodel_jax.runtime import compilation
+from tinymodel_jax.runtime.compilation import fast_compiler_options, fast_jit
 
 
 @pytest.fixture(autouse=True)

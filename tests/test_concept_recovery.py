@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.analysis.concept_recovery import concept_records, n_found, plot_concepts, recover_concepts
+from tinymodel_jax.analysis.concepts.recovery import concept_records, n_found, plot_concepts, recover_concepts
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.analysis.concepts import CHUNK, auc_of_all, score_concepts
+from tinymodel_jax.analysis.concepts.labels import CHUNK, auc_of_all, score_concepts
 
 POSITIONS, CONCEPTS = 4000, 5
 

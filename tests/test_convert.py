@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io.convert import convert_dictionary, convert_model, export_model, model_tensors
 from tinymodel_jax.io.torch_files import load_torch_file
-from tinymodel_jax.sites import Site
 
 DTYPES = [np.float32, np.float16, np.float64, ml_dtypes.bfloat16]
 
@@ -103,7 +103,7 @@ def test_conversion_copies_nothing():
 
 
 def test_names_and_shapes_are_those_of_the_parameter_tree(config, params):
-    from tinymodel_jax.weights import flatten
+    from tinymodel_jax.params import flatten
 
     assert {t.name: t.shape for t in model_tensors(config)} == {n: a.shape for n, a in flatten(params).items()}
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
 
-from tinymodel_jax import cli
-from tinymodel_jax.analysis.causal_importance import causal_importance
-from tinymodel_jax.analysis.dashboard import build, windows
-from tinymodel_jax.analysis.dashboard.build import Heading, gather, text_records, write_dashboard
-from tinymodel_jax.analysis.dashboard.records import Facts, feature_records, text_record
-from tinymodel_jax.analysis.dashboard.shards import read_data, rounded, write_data
-from tinymodel_jax.analysis.dashboard.weights_graph import neighbours, strongest_products, weights_graph
-from tinymodel_jax.analysis.dashboard.windows import BEFORE, TOP, shown_contexts, window_activations
-from tinymodel_jax.analysis.top_activations import top_activations
+from tinymodel_jax.analysis.effects.importance import causal_importance
+from tinymodel_jax.analysis.report.dashboard import build, windows
+from tinymodel_jax.analysis.report.dashboard.build import Heading, gather, text_records, write_dashboard
+from tinymodel_jax.analysis.report.dashboard.records import Facts, feature_records, text_record
+from tinymodel_jax.analysis.report.dashboard.shards import read_data, rounded, write_data
+from tinymodel_jax.analysis.report.dashboard.weights_graph import neighbours, strongest_products, weights_graph
+from tinymodel_jax.analysis.report.dashboard.windows import BEFORE, TOP, shown_contexts, window_activations
+from tinymodel_jax.analysis.search.top_activations import top_activations
+from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 
 SPECIAL, UNK = (19, 20, 21), 22
@@ -89,7 +89,7 @@ def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids):
 
 
 def test_neighbours_are_the_largest_cosines_whatever_the_chunks(monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.analysis.dashboard.weights_graph.TOGETHER", 5)
+    monkeypatch.setattr("tinymodel_jax.analysis.report.dashboard.weights_graph.TOGETHER", 5)
     rng = np.random.default_rng(0)
     W = rng.normal(size=(13, 6)).astype(np.float32)
     W[4] = 2 * W[9]
@@ -242,7 +242,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
         assert cli.main([*MINI, "-o", str(out), "--limit", "5"]) == 1
     assert f"--out {out}: {out}.partial holds the work of a dashboard that was stopped" in capsys.readouterr().err
     with as_users_run_it(), monkeypatch.context() as patch:
-        patch.setattr("tinymodel_jax.analysis.top_activations.top_activations", stop)
+        patch.setattr("tinymodel_jax.analysis.search.top_activations.top_activations", stop)
         assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["n_features"] == TinyModel("mini")["M2"].dictionary.config.n_features

@@ -10,15 +10,15 @@ import pytest
 from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 
-from tinymodel_jax import cli
-from tinymodel_jax.analysis.causal_importance import CausalImportance, MeanEffect
-from tinymodel_jax.analysis.contexts import Contexts
-from tinymodel_jax.analysis.dashboard.build import Heading, write_dashboard
-from tinymodel_jax.analysis.dashboard.records import Facts
-from tinymodel_jax.analysis.dashboard.weights_graph import Links, WeightsGraph
-from tinymodel_jax.analysis.dashboard.windows import AFTER, BEFORE, shown_contexts
-from tinymodel_jax.analysis.logit_effects import LogitEffects
-from tinymodel_jax.analysis.top_activations import TopActivations
+from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
+from tinymodel_jax.analysis.report.dashboard.build import Heading, write_dashboard
+from tinymodel_jax.analysis.report.dashboard.records import Facts
+from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
+from tinymodel_jax.analysis.report.dashboard.windows import AFTER, BEFORE, shown_contexts
+from tinymodel_jax.analysis.search.contexts import Contexts
+from tinymodel_jax.analysis.search.logit_effects import LogitEffects
+from tinymodel_jax.analysis.search.top_activations import TopActivations
+from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
 
 pytestmark = needs_browser

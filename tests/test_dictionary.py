@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import F32, GOLDEN, assert_close, error_of
 
 from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
-from tinymodel_jax.dictionary import Dictionary, keep_top_k, param_shapes, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import Dictionary, keep_top_k, param_shapes, resolve_indices
 
 SAE = ("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out")
 TRANSCODER = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out")

@@ -19,10 +19,10 @@ import json, sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.sites import Site
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.training.data import DataMeta, TokenData
 from tinymodel_jax.training.sharding import make_mesh
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.model.transformer import Transformer
 from train.activation_sources import ModelActivations
 from train.dictionary_program import build_program, first_statistics
 from train.hlo import collectives

@@ -11,7 +11,7 @@ import pytest
 from conftest import as_users_run_it
 
 from tinymodel_jax.config import ARCHITECTURES
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.training.dictionary_forward import Execution, execution_for, loss_and_gradient
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_result import finalize

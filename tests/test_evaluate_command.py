@@ -8,12 +8,13 @@ import pytest
 from conftest import as_users_run_it, make_dictionary, param_shapes, random_params
 from runs import write_counting_data
 
-from tinymodel_jax import TinyModel, cli, evaluate
-from tinymodel_jax.analysis.evaluation import density_histogram, numbers_of
-from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
+from tinymodel_jax import TinyModel, evaluate
+from tinymodel_jax.analysis.evaluation.evaluation import density_histogram, numbers_of
+from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
+from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 
 STORIES = ["Once upon a time there was a dog.", "Mia went to the lake.", "Leo was happy."]
 
@@ -115,7 +116,9 @@ def test_a_model_whose_output_overflows_has_a_dash_for_its_cross_entropy(tmp_pat
     options = ["--model", str(tmp_path / "lm"), "--sites", "A0", "--data", str(write_counting_data(tmp_path))]
     assert cli.main(["eval", *options, "--limit", "2"]) == 0
     assert "CE clean – nats" in capsys.readouterr().out
-    monkeypatch.setattr("tinymodel_jax.analysis.evaluation.evaluate", None)  # what is missing shows before measuring
+    monkeypatch.setattr(
+        "tinymodel_jax.analysis.evaluation.evaluation.evaluate", None
+    )  # what is missing shows before measuring
     assert "'M0': this model has no dictionary there (it has: A0)" in failing(capsys, *options, "--sparse-model")
 
 

@@ -9,16 +9,15 @@ import pytest
 from conftest import as_users_run_it, random_params
 from conftest import param_shapes as model_shapes
 
-from tinymodel_jax.analysis import model_passes
-from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate
-from tinymodel_jax.analysis.metrics import evaluate_reconstruction
+from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate, model_passes
+from tinymodel_jax.analysis.evaluation.metrics import evaluate_reconstruction
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionary import Dictionary, param_shapes
-from tinymodel_jax.interventions import Scale
+from tinymodel_jax.dictionaries.dictionary import Dictionary, param_shapes
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.sites import Site
+from tinymodel_jax.model.interventions import Scale
+from tinymodel_jax.model.transformer import run_with_hooks
 from tinymodel_jax.training.site_activations import draw_tokens, site_vectors
-from tinymodel_jax.transformer import run_with_hooks
 
 WIDTH, VOCAB, F32 = 8, 20, 1e-4
 CONFIG = ModelConfig(n_layers=2, d_model=WIDTH, n_heads=2, d_mlp=16, n_ctx=12, d_vocab=VOCAB)

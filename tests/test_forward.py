@@ -17,11 +17,11 @@ from oracle import (
     program_of,
 )
 
-from tinymodel_jax import forward as passes
-from tinymodel_jax import interventions
-from tinymodel_jax.interventions import Splice
 from tinymodel_jax.io.convert import model_tensors
-from tinymodel_jax.weights import flatten, unflatten
+from tinymodel_jax.model import forward as passes
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.interventions import Splice
+from tinymodel_jax.params import flatten, unflatten
 
 STEP = Tolerance(2e-6, 1e-4)
 """After one optimizer step, which is 1e-3 large whatever the gradient's size."""

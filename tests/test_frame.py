@@ -5,9 +5,9 @@ import json
 import pytest
 from etils import epath
 
-from tinymodel_jax import progress
 from tinymodel_jax.commands import frame, options
 from tinymodel_jax.commands.options import make_output_folder, parse_sites, prepare_output, work_file
+from tinymodel_jax.runtime import progress
 from train import dictionary_results
 
 

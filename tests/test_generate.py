@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import error_of, forward, softmax
 
-from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.generate import continue_prompts, keep_likely
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.generate import continue_prompts, keep_likely
+from tinymodel_jax.params import flatten
 
 GREEDY = [
     "greedy10",

@@ -8,7 +8,7 @@ import pytest
 from oracle import error_of, forward
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import (
+from tinymodel_jax.model.hook_points import (
     HookPoint,
     apply_with_hooks,
     hook_names,
@@ -16,8 +16,8 @@ from tinymodel_jax.hook_points import (
     position_axes,
     require_hook_names,
 )
-from tinymodel_jax.transformer import Transformer, run_with_hooks
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.model.transformer import Transformer, run_with_hooks
+from tinymodel_jax.params import flatten
 
 
 class Doubler(nn.Module):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import VOCAB, finish, metrics_of, start, wait_for_lines, write_counting_data
 
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from train.hosts import Hosts, all_agree, join_hosts, on_first, settled, stop_requests
 

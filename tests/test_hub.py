@@ -28,12 +28,12 @@ from huggingface_hub import close_session, constants, hf_hub_download
 from tokenizers import decoders, models, pre_tokenizers
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io import artifacts, default_tokenizer, hub
 from tinymodel_jax.io.convert import dictionary_tensors, export_model, model_tensors
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 PUBLISHED_SHA256 = dict(hub.SHA256)

@@ -10,11 +10,11 @@ import pytest
 from conftest import make_dictionary
 from oracle import F32, assert_close, error_of, forward
 
-from tinymodel_jax import interventions
 from tinymodel_jax.config import ARCHITECTURES
-from tinymodel_jax.interventions import Add, Chain, EditFeatures, Replace, Scale, Splice, combine
-from tinymodel_jax.transformer import run_with_hooks
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.interventions import Add, Chain, EditFeatures, Replace, Scale, Splice, combine
+from tinymodel_jax.model.transformer import run_with_hooks
+from tinymodel_jax.params import flatten
 
 RNG = np.random.default_rng(11)
 VECTOR = RNG.normal(size=16)

@@ -1,6 +1,7 @@
 """Which file may import which: the package's layers, and what importing it may load."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,82 +12,45 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = {
-    # 0: names, shapes and rules; each stands alone
+    # 0: names, shapes and rules; how programs run here
     "config": 0,
-    "hook_points": 0,
-    "sites": 0,
-    "tokenization": 0,
-    "tokenizer_files": 0,
-    "transliteration": 0,
-    "initializers": 0,
-    "compilation": 0,
-    "allocator": 0,
-    "machine": 0,
-    "progress": 0,
-    "tables": 0,
-    "padding": 0,
-    "weights": 0,
-    "atomic_files": 0,
-    "paths": 0,
-    "shapes": 0,
-    # 1: the two things with parameters, which do not know each other; texts as rows of ids
-    "transformer": 1,
-    "dictionary": 1,
-    "texts": 1,
-    # 2: what runs them
-    "forward": 2,
-    "edits": 2,
-    "interventions": 2,
-    "generate": 2,
-    # 3: files and the network
-    "io": 3,
+    "params": 0,
+    "runtime": 0,
+    # 1: texts as rows of ids; dictionaries and their sites
+    "text": 1,
+    "dictionaries": 1,
+    # 2: the transformer and what runs it
+    "model": 2,
+    # 3: data that comes with the package
     "bundled": 3,
-    # 4: the façade
-    "lm": 4,
-    # 5: what is built on it
-    "analysis": 5,
+    # 4: files and the network
+    "io": 4,
+    # 5: the façade, and training without it
+    "lm": 5,
     "training": 5,
-    # 6: what shows it, and commands
-    "quickstart": 6,
-    "commands": 6,
-    "cli": 6,
-    "__main__": 6,
-    "convert_torch_weights": 6,
-    # 7: programs that are run from a clone
-    "train": 7,
+    # 6: what is built on it
+    "analysis": 6,
+    # 7: commands
+    "quickstart": 7,
+    "commands": 7,
+    "__main__": 7,
+    # 8: programs that are run from a clone
+    "convert_torch_weights": 8,
+    "train": 8,
 }
 """A module or folder, and its layer. A file imports lower layers and its own folder."""
 
 SIBLINGS = {
-    # both describe what a ModelConfig says: names of its hook points, lengths up to its context
-    ("hook_points", "config"),
-    ("padding", "config"),
-    # the file format of what it is
-    ("tokenization", "tokenizer_files"),
-    # how a file is written
-    ("tokenizer_files", "atomic_files"),
-    # the first step of cleaning
-    ("tokenization", "transliteration"),
-    # what a user's path means
-    ("tokenization", "paths"),
-    ("atomic_files", "paths"),
-    # how a command reports errors and progress
-    ("convert_torch_weights", "commands"),
-    # where the model is that comes with the package
-    ("io", "bundled"),
-    # how edits are built
-    ("interventions", "edits"),
     # what the command runs
     ("commands", "quickstart"),
-    ("cli", "commands"),
     # the command itself
-    ("__main__", "cli"),
+    ("__main__", "commands"),
 }
 """Imports inside one layer: (importer, imported)."""
 
 UPWARD = {
     # `Dictionary.from_pretrained` and `.save_pretrained` are methods for the user's sake; the import waits for a call
-    ("dictionary", "io"),
+    ("dictionaries", "io"),
 }
 """Imports of a higher layer, inside functions only."""
 
@@ -200,3 +164,15 @@ def test_every_public_name_is_listed_and_an_unknown_one_is_an_attribute_error():
     assert set(dir(tinymodel_jax)) == set(tinymodel_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'TinyModle'"):
         _ = tinymodel_jax.TinyModle
+
+
+@pytest.mark.parametrize("name", ["attribution", "evaluation", "importance", "patching", "sweeps", "top_activations"])
+def test_an_analysis_is_imported_by_its_name(name):
+    module = getattr(importlib.import_module("tinymodel_jax.analysis"), name)
+    assert module.__name__.split(".")[-1] == name
+
+
+def test_interventions_are_imported_from_the_package():
+    from tinymodel_jax import interventions
+
+    assert interventions.Add.__module__.startswith("tinymodel_jax.model.")

@@ -11,12 +11,12 @@ import pytest
 from conftest import make_dictionary, param_shapes, random_params
 from oracle import BF16, F32, Tolerance, assert_close, forward, log_softmax, next_token_loss
 
-from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import hook_names
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import Transformer, run_with_hooks
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.hook_points import hook_names
+from tinymodel_jax.model.transformer import Transformer, run_with_hooks
+from tinymodel_jax.params import flatten
 
 # The model against NumPy
 

@@ -9,15 +9,16 @@ import pytest
 from conftest import make_dictionary
 from oracle import error_of
 
-from tinymodel_jax import evaluate, interventions
-from tinymodel_jax.analysis import attribution, patching, sweeps
-from tinymodel_jax.analysis.causal_importance import causal_importance
-from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model
-from tinymodel_jax.analysis.top_activations import top_activations
-from tinymodel_jax.dictionary import Dictionary
-from tinymodel_jax.interventions import Add
+from tinymodel_jax import evaluate
+from tinymodel_jax.analysis.effects import attribution, patching, sweeps
+from tinymodel_jax.analysis.effects.importance import causal_importance
+from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
+from tinymodel_jax.analysis.search.top_activations import top_activations
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import run_with_hooks
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.interventions import Add
+from tinymodel_jax.model.transformer import run_with_hooks
 
 IDS = [[1, 2, 3]]
 LEFT_PADDED = [[19, 2, 3], [21, 21, 3]]

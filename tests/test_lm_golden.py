@@ -7,7 +7,7 @@ import pytest
 from conftest import DATA, N_HEADS, OUR_KIND
 from oracle import F32, GOLDEN, Tolerance, assert_close, log_softmax
 
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.torch_files import load_torch_file, save_torch_file
 from tinymodel_jax.lm import TinyModel
 

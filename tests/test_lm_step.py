@@ -14,6 +14,8 @@ import pytest
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.convert import convert_model, model_tensors
 from tinymodel_jax.io.torch_files import load_torch_file
+from tinymodel_jax.model.transformer import Params
+from tinymodel_jax.params import flatten, unflatten
 from tinymodel_jax.training.lm_step import (
     LMOptimizer,
     LMState,
@@ -23,8 +25,6 @@ from tinymodel_jax.training.lm_step import (
     summed_loss,
     train_step,
 )
-from tinymodel_jax.transformer import Params
-from tinymodel_jax.weights import flatten, unflatten
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

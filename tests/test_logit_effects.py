@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
 
-from tinymodel_jax import interventions
-from tinymodel_jax.analysis import logit_effects as module
-from tinymodel_jax.analysis.logit_effects import logit_effects
+from tinymodel_jax.analysis.search import logit_effects as module
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
+from tinymodel_jax.model import interventions
 
 
 @pytest.mark.parametrize("tag", ["M1", "Ra1", "A1"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymodel_jax.analysis.metrics import DictionaryMetrics, finalize_stats, update_stats, zero_stats
+from tinymodel_jax.analysis.evaluation.metrics import DictionaryMetrics, finalize_stats, update_stats, zero_stats
 
 F32 = 1e-5
 

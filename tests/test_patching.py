@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax import interventions
-from tinymodel_jax.analysis import patching
-from tinymodel_jax.analysis.patching import patch
+from tinymodel_jax.analysis.effects import patching
+from tinymodel_jax.analysis.effects.patching import patch
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import BLOCK_HOOKS
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.hook_points import BLOCK_HOOKS
 
 
 @pytest.fixture

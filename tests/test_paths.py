@@ -10,14 +10,15 @@ from conftest import as_users_run_it
 from runs import write_counting_data
 
 import convert_torch_weights
-from tinymodel_jax import TinyModel, cli
-from tinymodel_jax.analysis.top_activations import load_top_activations, top_activations
+from tinymodel_jax import TinyModel
+from tinymodel_jax.analysis.search.top_activations import load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.commands import cli
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io import default_tokenizer, hub
 from tinymodel_jax.io.torch_files import describe_torch_file, load_torch_file, save_torch_file
-from tinymodel_jax.paths import user_path
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data_folder import open_data
 from train.loop import open_run
 from train.prepare import prepare

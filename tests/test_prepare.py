@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data import open_data
 from train import prepare as prepare_module
 from train import sources

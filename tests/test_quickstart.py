@@ -17,9 +17,9 @@ from command_lines import run as run_command
 from conftest import as_users_run_it
 from rich.console import Console
 
-from tinymodel_jax import cli
 from tinymodel_jax.analysis.report.page import write_page
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands import cli
 from tinymodel_jax.quickstart import run as run_module
 from tinymodel_jax.quickstart.transcoder import Amounts
 

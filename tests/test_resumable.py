@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import make_dictionary
 
-from tinymodel_jax.analysis.resumable import Progress, fingerprint, fingerprints
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from tinymodel_jax.commands.prompts import read_stories
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionary import Dictionary
-from tinymodel_jax.generate import strip_padding
-from tinymodel_jax.interventions import clamp, scale
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.weights import flatten, unflatten
+from tinymodel_jax.model.generate import strip_padding
+from tinymodel_jax.model.interventions import clamp, scale
+from tinymodel_jax.params import flatten, unflatten
 
 DATA = Path(__file__).parent / "data"
 TOK_IDS = np.arange(12)[None]

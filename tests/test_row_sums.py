@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tinymodel_jax.analysis.row_sums import RowSums
+from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 
 
 def stories(rng: np.random.Generator, count: int) -> np.ndarray:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import hook_names
-from tinymodel_jax.sites import KINDS, Site
+from tinymodel_jax.dictionaries.sites import KINDS, Site
+from tinymodel_jax.model.hook_points import hook_names
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "parse_mlp_tag.json").read_text("utf-8"))
 """String -> [published file, kind, layer, feature], false (no tag), or the exception that the reference raises."""

@@ -7,10 +7,10 @@ import pytest
 from conftest import as_users_run_it, make_dictionary
 
 from tinymodel_jax import TinyModel
-from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model, export_sparse_lm
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model, export_sparse_lm
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.convert import export_model
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.params import flatten
 
 F32 = 1e-5
 

@@ -12,13 +12,13 @@ import pytest
 from conftest import make_dictionary
 from oracle import F32, assert_close
 
-from tinymodel_jax import interventions
-from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.config import ARCHITECTURES
-from tinymodel_jax.interventions import combine
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.sites import Site
-from tinymodel_jax.transformer import run_with_hooks
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.interventions import combine
+from tinymodel_jax.model.transformer import run_with_hooks
 
 TAGS = ("Ra1", "A1", "Rm1", "M1", "Mo1")
 MASK = np.arange(11) % 3 == 0

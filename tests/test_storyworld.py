@@ -14,7 +14,7 @@ import pytest
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.bundled.storyworld import cast, concepts, grammar, parts, token_labels
 from tinymodel_jax.bundled.storyworld.plots import PLOTS
-from tinymodel_jax.tokenization import Tokenizer, clean_text
+from tinymodel_jax.text.tokenizer import Tokenizer, clean_text
 
 N_CTX = 256
 """Context of the bundled model."""

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinymodel_jax import TinyModel, interventions
-from tinymodel_jax.analysis import sweeps
-from tinymodel_jax.cli import main
+from tinymodel_jax import TinyModel
+from tinymodel_jax.analysis.effects import sweeps
+from tinymodel_jax.commands.cli import main
+from tinymodel_jax.model import interventions
 
 DATA = Path(__file__).parent / "data"
 MINI = ("--model", "mini")
@@ -57,8 +58,8 @@ def test_the_token_that_is_followed_is_named(capsys, no_type_checks):
 
 
 def test_features_are_steered_and_read_out(capsys, no_type_checks, monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
-    monkeypatch.setattr("tinymodel_jax.analysis.sweeps.SMALL", 0)  # a chunk for each
+    monkeypatch.setattr("tinymodel_jax.runtime.progress.SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr("tinymodel_jax.analysis.effects.sweeps.SMALL", 0)  # a chunk for each
     options = ("--kind", "steer", "--amount", "0.01", "--features", "3", "4", "--readout", "M3")
     assert main(["sweep", "One day,", "--site", "M2", *MINI, *options]) == 0
     shown = capsys.readouterr()
@@ -110,10 +111,10 @@ def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, t
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinymodel_jax.atomic_files.replace_file", full)
+        patch.setattr("tinymodel_jax.runtime.atomic_files.replace_file", full)
         assert "No space left" in failure(capsys, *options)
     assert (tmp_path / "importance.json.work").exists()
-    monkeypatch.setattr("tinymodel_jax.analysis.causal_importance.ablate", None)  # nothing is measured again
+    monkeypatch.setattr("tinymodel_jax.analysis.effects.importance.ablate", None)  # nothing is measured again
     assert main(options) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"stories.txt", "importance.json", "importance.png"}
 
@@ -130,7 +131,7 @@ def test_prompts_that_go_on_alike_are_compared_by_the_answer_s_log_probability(c
 
 
 def test_patching_finds_the_name_and_draws_it(capsys, no_type_checks, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.progress.SECONDS_OF_SILENCE", 0.0)
+    monkeypatch.setattr("tinymodel_jax.runtime.progress.SECONDS_OF_SILENCE", 0.0)
     picture = tmp_path / "new" / "patching.png"
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
     assert main(["patch", PROMPT, OTHER, *MINI, *options]) == 0

@@ -10,12 +10,12 @@ import pytest
 from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 
-from tinymodel_jax import interventions
-from tinymodel_jax.analysis import attribution, patching, sweeps
-from tinymodel_jax.dictionary import Dictionary
-from tinymodel_jax.interventions import Hooks
+from tinymodel_jax.analysis.effects import attribution, patching, sweeps
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.sites import Site
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.interventions import Hooks
 
 TAGS = ("Ra1", "A1", "Rm1", "M1", "Mo1", "M0", "Ra0")
 F32 = 1e-5
@@ -220,7 +220,7 @@ def test_spreading_features_over_devices_does_not_change_the_result():
 import json, sys
 sys.path.insert(0, "tests")
 import jax, numpy as np
-from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.lm import TinyModel
 lm = TinyModel("mini")
 ids = np.arange(20)[None]

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax import TinyModel, cli
+from tinymodel_jax import TinyModel
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.rows import open_rows
 from tinymodel_jax.quickstart.named_features import full_rows
-from tinymodel_jax.texts import prompt_ids, story_rows
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.text.prompts_and_stories import prompt_ids, story_rows
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 STORIES = ["Mia saw a dog.", "Mia saw a dog and a cat and a bird."]
 SPECIAL = ["Mia saw [END] a dog.", "A dog.[END]", "Mia [PAD]", "Mia [BEGIN] saw", "[BEGIN][BEGIN]Mia", "［END］"]

@@ -8,12 +8,12 @@ import pytest
 from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 
-from tinymodel_jax.analysis import top_activations as module
-from tinymodel_jax.analysis.contexts import uniform
-from tinymodel_jax.analysis.feature_statistics import feature_chunks, statistics
-from tinymodel_jax.analysis.top_activations import EDGES, TopActivations, load_top_activations, top_activations
+from tinymodel_jax.analysis.search import top_activations as module
+from tinymodel_jax.analysis.search.contexts import uniform
+from tinymodel_jax.analysis.search.feature_statistics import feature_chunks, statistics
+from tinymodel_jax.analysis.search.top_activations import EDGES, TopActivations, load_top_activations, top_activations
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionary import Dictionary, encode
+from tinymodel_jax.dictionaries.dictionary import Dictionary, encode
 from tinymodel_jax.lm import TinyModel
 
 K, SAMPLED = 4, 6
@@ -96,7 +96,7 @@ def test_counts_sums_and_histograms_are_those_of_all_tokens(found, activations, 
 
 def test_the_histogram_of_many_tokens_is_of_every_nth_position(lm, rows, activations, monkeypatch):
     monkeypatch.setattr(
-        "tinymodel_jax.analysis.top_activations.HISTOGRAM_TOKENS", int(np.sum(~np.isin(rows, SPECIAL))) // 3
+        "tinymodel_jax.analysis.search.top_activations.HISTOGRAM_TOKENS", int(np.sum(~np.isin(rows, SPECIAL))) // 3
     )
     found = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
     assert found.histogram_every == 3
@@ -149,7 +149,7 @@ def test_a_sample_of_tokens_does_not_depend_on_the_batch(lm, rows, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_chunks_of_features_do_not_change_the_activations(architecture, monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.analysis.feature_statistics.TOGETHER", 5)
+    monkeypatch.setattr("tinymodel_jax.analysis.search.feature_statistics.TOGETHER", 5)
     dictionary = make_dictionary(
         "blocks.1.hook_mlp_in",
         "blocks.1.hook_mlp_out",
@@ -311,7 +311,7 @@ def test_bands_that_there_are_not_are_refused(found):
 EIGHT = """
 import json
 import jax, numpy as np
-from tinymodel_jax.analysis.top_activations import top_activations
+from tinymodel_jax.analysis.search.top_activations import top_activations
 from tinymodel_jax.lm import TinyModel
 
 lm = TinyModel("mini")

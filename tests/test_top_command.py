@@ -9,17 +9,17 @@ from conftest import param_shapes, random_params
 from runs import write_counting_data
 from test_commands import error_line
 
-from tinymodel_jax import cli
-from tinymodel_jax.analysis.concept_recovery import Recovery
-from tinymodel_jax.analysis.concepts import ConceptScores, best_f1_of_all
-from tinymodel_jax.analysis.feature_queries import concept_f1
-from tinymodel_jax.analysis.logit_effects import logit_effects
-from tinymodel_jax.analysis.top_activations import TopActivations, load_top_activations, top_activations
+from tinymodel_jax.analysis.concepts.labels import ConceptScores, best_f1_of_all
+from tinymodel_jax.analysis.concepts.recovery import Recovery
+from tinymodel_jax.analysis.search.feature_queries import concept_f1
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
+from tinymodel_jax.analysis.search.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.rows import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.padding import pad_right
+from tinymodel_jax.model.padding import pad_right
 
 LIMIT = 12
 
@@ -209,7 +209,7 @@ def test_the_f1_of_some_features_is_theirs_among_all(lm, rows, monkeypatch):
     truth = storyworld.labels(unseen_stories(lm, LIMIT), lm.tokenizer, width=rows.shape[1])
     real = rows < lm.config.begin_id
     expected = best_f1_of_all(np.asarray(lm["M2"](rows))[real], truth[real])
-    monkeypatch.setattr("tinymodel_jax.analysis.feature_queries.TOKENS_AT_ONCE", 1000)
+    monkeypatch.setattr("tinymodel_jax.analysis.search.feature_queries.TOKENS_AT_ONCE", 1000)
     seen = []
     f1 = concept_f1(lm["M2"], rows, truth, track=lambda parts: seen.extend(parts) or parts)
     np.testing.assert_allclose(f1, expected, atol=0.02)  # a threshold may fall between two equal activations
@@ -227,7 +227,7 @@ def test_concepts_are_told_of_the_features_shown_alone(capsys, searched, monkeyp
         scored.append(acts.shape[1])
         return best_f1_of_all(acts, truth)
 
-    monkeypatch.setattr("tinymodel_jax.analysis.feature_queries.best_f1_of_all", noting)
+    monkeypatch.setattr("tinymodel_jax.analysis.search.feature_queries.best_f1_of_all", noting)
     shown = records(capsys, searched, *question, "--top", "3")
     assert scored == [len(shown)]
     assert all("concept" in one for one in shown)

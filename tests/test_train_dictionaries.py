@@ -16,9 +16,9 @@ from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, write
 from safetensors.numpy import load_file
 
 from tinymodel_jax.config import ARCHITECTURES, ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.model.transformer import Transformer
 from train.__main__ import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]

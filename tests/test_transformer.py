@@ -18,11 +18,11 @@ from oracle import (
     program_of,
 )
 
-from tinymodel_jax import interventions
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.hook_points import hook_names
-from tinymodel_jax.transformer import LayerCache, Transformer, run_with_hooks
-from tinymodel_jax.weights import flatten
+from tinymodel_jax.model import interventions
+from tinymodel_jax.model.hook_points import hook_names
+from tinymodel_jax.model.transformer import LayerCache, Transformer, run_with_hooks
+from tinymodel_jax.params import flatten
 
 REFERENCE_NAMES = {
     "res_attn": "hook_resid_pre",

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from unidecode import unidecode
 
-from tinymodel_jax import transliteration
-from tinymodel_jax.tokenization import clean_text
-from tinymodel_jax.transliteration import to_ascii
+from tinymodel_jax.text import transliteration
+from tinymodel_jax.text.tokenizer import clean_text
+from tinymodel_jax.text.transliteration import to_ascii
 
 REPOSITORY = Path(__file__).parents[1]
 

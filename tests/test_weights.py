@@ -8,7 +8,7 @@ from oracle import error_of
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.convert import model_tensors
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.weights import flatten, unflatten
+from tinymodel_jax.params import flatten, unflatten
 
 
 def test_flat_names_are_the_converter_s_names(config, params):

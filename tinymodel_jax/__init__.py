@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinymodel_jax import interventions as interventions
-    from tinymodel_jax.analysis.evaluation import evaluate as evaluate
-    from tinymodel_jax.analysis.sparse_lm import export_sparse_lm as export_sparse_lm
+    from tinymodel_jax.analysis.evaluation.evaluation import evaluate as evaluate
+    from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm as export_sparse_lm
     from tinymodel_jax.config import DictionaryConfig as DictionaryConfig
     from tinymodel_jax.config import ModelConfig as ModelConfig
-    from tinymodel_jax.dictionary import Dictionary as Dictionary
-    from tinymodel_jax.hook_points import HookPoint as HookPoint
-    from tinymodel_jax.hook_points import hook_names as hook_names
+    from tinymodel_jax.dictionaries.dictionary import Dictionary as Dictionary
+    from tinymodel_jax.dictionaries.sites import Site as Site
     from tinymodel_jax.io.torch_files import load_torch_file as load_torch_file
     from tinymodel_jax.lm import TinyModel as TinyModel
-    from tinymodel_jax.sites import Site as Site
-    from tinymodel_jax.tokenization import Tokenizer as Tokenizer
-    from tinymodel_jax.tokenization import keep_story as keep_story
-    from tinymodel_jax.transformer import Transformer as Transformer
-    from tinymodel_jax.transformer import run_with_hooks as run_with_hooks
+    from tinymodel_jax.model import interventions as interventions
+    from tinymodel_jax.model.hook_points import HookPoint as HookPoint
+    from tinymodel_jax.model.hook_points import hook_names as hook_names
+    from tinymodel_jax.model.transformer import Transformer as Transformer
+    from tinymodel_jax.model.transformer import run_with_hooks as run_with_hooks
+    from tinymodel_jax.text.tokenizer import Tokenizer as Tokenizer
+    from tinymodel_jax.text.tokenizer import keep_story as keep_story
 
     tokenizer: Tokenizer
 
@@ -34,21 +34,21 @@ _HOMES = {
     # The model as an object
     "TinyModel": "lm",
     "tokenizer": "io.default_tokenizer",
-    "Tokenizer": "tokenization",
-    "keep_story": "tokenization",
+    "Tokenizer": "text.tokenizer",
+    "keep_story": "text.tokenizer",
     # The functional core
     "ModelConfig": "config",
-    "Transformer": "transformer",
-    "run_with_hooks": "transformer",
-    "hook_names": "hook_points",
-    "HookPoint": "hook_points",
-    "interventions": "interventions",
+    "Transformer": "model.transformer",
+    "run_with_hooks": "model.transformer",
+    "hook_names": "model.hook_points",
+    "HookPoint": "model.hook_points",
+    "interventions": "model.interventions",
     # Dictionaries
-    "Dictionary": "dictionary",
+    "Dictionary": "dictionaries.dictionary",
     "DictionaryConfig": "config",
-    "Site": "sites",
-    "evaluate": "analysis.evaluation",
-    "export_sparse_lm": "analysis.sparse_lm",
+    "Site": "dictionaries.sites",
+    "evaluate": "analysis.evaluation.evaluation",
+    "export_sparse_lm": "analysis.evaluation.sparse_lm",
     # Files
     "load_torch_file": "io.torch_files",
 }

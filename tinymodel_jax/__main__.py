@@ -12,7 +12,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tinymodel`; return its exit status."""
     try:
-        from tinymodel_jax import cli
+        from tinymodel_jax.commands import cli
 
         return cli.main(argv)
     except KeyboardInterrupt:

@@ -20,10 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import ModelConfig, dtype_name
-from tinymodel_jax.dictionary import Dictionary, Indices, own_array, require_finite, resolve_indices
-from tinymodel_jax.forward import Output, features, forward, forward_with_hooks, mean_loss
-from tinymodel_jax.generate import continue_prompts, strip_padding
-from tinymodel_jax.hook_points import (
+from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, own_array, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io import artifacts
+from tinymodel_jax.model.forward import Output, features, forward, forward_with_hooks, mean_loss
+from tinymodel_jax.model.generate import continue_prompts, strip_padding
+from tinymodel_jax.model.hook_points import (
     Hook,
     as_names,
     hook_names,
@@ -32,16 +34,13 @@ from tinymodel_jax.hook_points import (
     require_edits,
     require_hook_names,
 )
-from tinymodel_jax.interventions import Hooks, Splice, combine
-from tinymodel_jax.io import artifacts
-from tinymodel_jax.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
-from tinymodel_jax.shapes import require_tree
-from tinymodel_jax.sites import Site
-from tinymodel_jax.texts import prompt_ids
-from tinymodel_jax.weights import WeightViews, flatten, unflatten
+from tinymodel_jax.model.interventions import Hooks, Splice, combine
+from tinymodel_jax.model.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.params import WeightViews, flatten, require_tree, unflatten
+from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
 if TYPE_CHECKING:
-    from tinymodel_jax.tokenization import Tokenizer
+    from tinymodel_jax.text.tokenizer import Tokenizer
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -201,8 +200,8 @@ class TinyModel(WeightViews):
         """Return log-probabilities and kept activations of a pass with edits.
 
         Args:
-            hooks: hook name -> edit. Pytrees of arrays (`tinymodel_jax.interventions`) run compiled, once a kind of
-                edit; plain functions `(value, acts) -> value` run operation by operation, always as they are now.
+            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` run compiled, once per kind of edit; plain
+                functions `(value, acts) -> value` run operation by operation and are called anew on every call.
             keep: hook names, or one, whose values, after their edit, come back.
 
         Raises:

@@ -74,7 +74,7 @@ def _listed(line: str) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    from tinymodel_jax.allocator import keep_freed_memory
+    from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()  # not in main: it holds for the whole process, and who calls main has one of their own
     status = main()

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.artifacts import parse_site
+from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.data import open_data
-from tinymodel_jax.transformer import Transformer
 from train.activation_sources import ActivationSource, ArrayActivations, ModelActivations
 from train.devices import DType, is_present, number_format
 from train.presets import PRESETS

@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate
-from tinymodel_jax.analysis.metrics import ReconstructionEvaluation, evaluate_reconstruction
+from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation, evaluate
+from tinymodel_jax.analysis.evaluation.metrics import ReconstructionEvaluation, evaluate_reconstruction
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.sites import Site
 from tinymodel_jax.training.array_training import require_finite_rows
 from tinymodel_jax.training.data import TokenData, batch_indices
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH

@@ -18,17 +18,17 @@ import jax
 import numpy as np
 import tyro
 
-from tinymodel_jax.analysis.evaluation import evaluate
-from tinymodel_jax.analysis.model_passes import BATCH_ROWS
-from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.analysis.evaluation.evaluation import evaluate
+from tinymodel_jax.analysis.evaluation.model_passes import BATCH_ROWS
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.bundled.storyworld import cast
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.convert import ConvertedDictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.machine import processor
+from tinymodel_jax.params import flatten
+from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.machine import processor
 from tinymodel_jax.training.data_folder import open_data
-from tinymodel_jax.weights import flatten
 from train.activation_options import ActivationOptions
 from train.dictionaries import dictionaries
 from train.hosts import say

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.training.data_folder import SPLITS, partial_folder
 from train.encoding import Encoded
 

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tinymodel_jax.texts import refuse_divider, story_ids
-from tinymodel_jax.tokenization import Tokenizer, clean_text, keep_story
+from tinymodel_jax.text.prompts_and_stories import refuse_divider, story_ids
+from tinymodel_jax.text.tokenizer import Tokenizer, clean_text, keep_story
 from tinymodel_jax.training.data_folder import ID_DTYPE, SPLITS
 
 

@@ -18,11 +18,12 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.generate import continue_prompts
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
+from tinymodel_jax.model.generate import continue_prompts
+from tinymodel_jax.params import flatten
+from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
@@ -33,7 +34,6 @@ from tinymodel_jax.training.lm_step import (
     summed_loss,
 )
 from tinymodel_jax.training.sharding import rows_on_devices
-from tinymodel_jax.weights import flatten
 from train.compile_for import report_step
 from train.devices import DType, number_format, open_mesh
 from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled

@@ -14,8 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.compilation import fast_compiler_options
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.lm_step import (
     Initialization,
     LMOptimizer,

@@ -25,8 +25,8 @@ import tyro
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
 from tinymodel_jax.io.hub import cache_folder
-from tinymodel_jax.paths import user_path
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data import MAX_SEED
 from tinymodel_jax.training.data_folder import (
     DEFAULT_ROW_LENGTH,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from etils import epath
 
-from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.training.data_folder import is_remote
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tinymodel_jax.config import Architecture
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
 from tinymodel_jax.training.dictionary_step import stack_members

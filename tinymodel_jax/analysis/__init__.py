@@ -1,1 +1,42 @@
-"""What a model and its dictionaries compute, measured: metrics and searches over activations."""
+"""Measurements of what a model and its dictionaries compute, in one folder per question.
+
+    from tinymodel_jax.analysis import attribution, patching, sweeps
+
+The modules that analyses are made of can be imported from here by name; each loads when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinymodel_jax.analysis.concepts import labels as labels
+    from tinymodel_jax.analysis.concepts import recovery as recovery
+    from tinymodel_jax.analysis.effects import attribution as attribution
+    from tinymodel_jax.analysis.effects import importance as importance
+    from tinymodel_jax.analysis.effects import patching as patching
+    from tinymodel_jax.analysis.effects import sweeps as sweeps
+    from tinymodel_jax.analysis.search import coactivation as coactivation
+    from tinymodel_jax.analysis.search import logit_effects as logit_effects
+    from tinymodel_jax.analysis.search import top_activations as top_activations
+
+_HOMES = {
+    "coactivation": "search",
+    "logit_effects": "search",
+    "top_activations": "search",
+    "attribution": "effects",
+    "importance": "effects",
+    "patching": "effects",
+    "sweeps": "effects",
+    "labels": "concepts",
+    "recovery": "concepts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tinymodel_jax.analysis' has no attribute {name!r}")
+    return importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "evaluation"])

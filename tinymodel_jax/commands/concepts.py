@@ -13,11 +13,11 @@ from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_
 from tinymodel_jax.commands.options import parse_sites, prepare_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import unseen_stories
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
-    from tinymodel_jax.analysis.concept_recovery import Recovery
+    from tinymodel_jax.analysis.concepts.recovery import Recovery
 
 
 def concepts(
@@ -49,8 +49,8 @@ def concepts(
     prepare_output("--plot", plot)
     import json as json_format
 
-    from tinymodel_jax.analysis.concept_recovery import concept_records, plot_concepts, recover_concepts
-    from tinymodel_jax.atomic_files import replace_file
+    from tinymodel_jax.analysis.concepts.recovery import concept_records, plot_concepts, recover_concepts
+    from tinymodel_jax.runtime.atomic_files import replace_file
 
     lm = load_lm(model)
     told = unseen_stories(lm, stories)
@@ -73,7 +73,7 @@ def concepts(
 def _print_table(recoveries: Sequence[Recovery], stories: int) -> None:
     import numpy as np
 
-    from tinymodel_jax.analysis.concept_recovery import n_found
+    from tinymodel_jax.analysis.concepts.recovery import n_found
     from tinymodel_jax.bundled.storyworld import CONCEPTS
 
     title = f"{len(CONCEPTS)} concepts, {stories} unseen stories: the best unit of each"

@@ -15,13 +15,13 @@ from tinymodel_jax.commands.options import check_dictionary, make_output_folder,
 from tinymodel_jax.commands.prompts import load_lm, token_rows
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.sites import KINDS, Site
+from tinymodel_jax.dictionaries.sites import KINDS, Site
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinymodel_jax.analysis.dashboard.records import Facts
+    from tinymodel_jax.analysis.report.dashboard.records import Facts
     from tinymodel_jax.lm import FeatureReader, TinyModel
 
 
@@ -59,9 +59,9 @@ def dashboard(
     place, feature = Site.parse(site)
     _check_options(place, feature, effects, dictionary)
     make_output_folder("--out", out.absolute().parent)
-    from tinymodel_jax.allocator import keep_freed_memory
-    from tinymodel_jax.analysis.dashboard.build import open_partial, publish, text_records
-    from tinymodel_jax.analysis.resumable import OtherWorkError
+    from tinymodel_jax.analysis.report.dashboard.build import open_partial, publish, text_records
+    from tinymodel_jax.analysis.search.resumable import OtherWorkError
+    from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     lm = load_lm(model, n_heads, place.tag, dictionary)
@@ -139,9 +139,9 @@ def _measure(
     Args:
         measured: rows that every feature is turned off on; none leaves effects out.
     """
-    from tinymodel_jax.analysis.causal_importance import causal_importance
-    from tinymodel_jax.analysis.dashboard.build import EFFECTS, SEARCH, gather
-    from tinymodel_jax.analysis.feature_queries import concept_f1
+    from tinymodel_jax.analysis.effects.importance import causal_importance
+    from tinymodel_jax.analysis.report.dashboard.build import EFFECTS, SEARCH, gather
+    from tinymodel_jax.analysis.search.feature_queries import concept_f1
 
     found = search(reader, rows, partial / SEARCH, track=lambda starts: clock.track(starts, "search"))
     facts = gather(reader, rows, found, tags, clock.track)
@@ -170,8 +170,8 @@ def _write(
     texts: list[dict[str, Any]],
     clock: Clock,
 ) -> None:
-    from tinymodel_jax.analysis.dashboard.build import Heading, write_dashboard
-    from tinymodel_jax.analysis.feature_queries import token_texts
+    from tinymodel_jax.analysis.report.dashboard.build import Heading, write_dashboard
+    from tinymodel_jax.analysis.search.feature_queries import token_texts
     from tinymodel_jax.bundled.storyworld import CONCEPTS
 
     place, config = reader.site, reader.lm.config

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tinymodel_jax.atomic_files import replace_file
 from tinymodel_jax.commands.frame import finite_or_none, print_json
 from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
 from tinymodel_jax.commands.options import parse_sites, prepare_json_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import open_rows
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.sites import Site
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
-    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
 
 COLUMNS = {
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, begin: bool) -> list[dict[str, Any]]:
-    from tinymodel_jax.analysis import evaluation
+    from tinymodel_jax.analysis.evaluation import evaluation
 
     dictionaries = [dictionary for _, dictionary in named]
     found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, track=with_progress)
@@ -118,7 +118,7 @@ def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) ->
     Raises:
         ValueError: two are of one layer, or a layer has none.
     """
-    from tinymodel_jax.analysis.sparse_lm import mlp_tags
+    from tinymodel_jax.analysis.evaluation.sparse_lm import mlp_tags
 
     attached, names = lm.splice([]), dict[str, str]()
     for name, dictionary in given:
@@ -135,8 +135,8 @@ def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) ->
 
 
 def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
-    from tinymodel_jax.analysis.evaluation import numbers_of
-    from tinymodel_jax.analysis.sparse_lm import evaluate_sparse_model, mlp_tags
+    from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
+    from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model, mlp_tags
 
     found = evaluate_sparse_model(lm, rows, track=with_progress)
     return {

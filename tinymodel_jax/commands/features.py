@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import check_dictionary
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_rows
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.sites import Site
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ def features(
     place, _ = Site.parse(site)
     check_dictionary(dictionary)
     given, told = read_prompts(prompts, stories, limit, ids)
-    from tinymodel_jax.texts import story_ids
+    from tinymodel_jax.text.prompts_and_stories import story_ids
 
     lm = load_lm(model, n_heads, place.tag, dictionary)
     reader = lm[site]

@@ -19,7 +19,7 @@ from typing import Any
 import tyro
 
 from tinymodel_jax import __version__
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.paths import user_path
 
 USER_PATHS = tyro.constructors.ConstructorRegistry()
 """Expands `~` in every option that is a `Path`: a shell leaves it in `--out=~/x`, and a program has no shell."""

@@ -44,7 +44,7 @@ def generate(
     given, told = read_prompts(prompts, stories, limit, ids)
     if prompt_toks < 1:
         raise ValueError(f"--prompt-toks {prompt_toks} must be 1 or more.")
-    from tinymodel_jax.generate import check_options, strip_padding  # JAX loads here, not for --help
+    from tinymodel_jax.model.generate import check_options, strip_padding  # JAX loads here, not for --help
 
     check_options(n_toks, temperature, top_k, top_p, seed)
     lm = load_lm(model, n_heads)

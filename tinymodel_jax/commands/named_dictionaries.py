@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
     from tinymodel_jax.lm import TinyModel
 
 
@@ -38,7 +38,7 @@ def named_dictionaries(lm: TinyModel, tags: Sequence[str], folders: Sequence[Pat
     Raises:
         ValueError: a tag has no dictionary, or one does not fit the model.
     """
-    from tinymodel_jax.dictionary import Dictionary
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
     from tinymodel_jax.lm import FeatureReader
 
     named = [(lm[tag].site.tag, lm[tag].dictionary) for tag in tags]

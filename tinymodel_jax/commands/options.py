@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tinymodel_jax.sites import Site
+from tinymodel_jax.dictionaries.sites import Site
 
 
 def prepare_output(option: str, path: Path | None) -> None:

@@ -10,11 +10,11 @@ import tyro
 from tinymodel_jax.commands.frame import print_json
 from tinymodel_jax.commands.options import prepare_output
 from tinymodel_jax.commands.prompts import load_lm, shown, token_id, token_rows
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
-    from tinymodel_jax.analysis.patching import Patching
+    from tinymodel_jax.analysis.effects.patching import Patching
     from tinymodel_jax.lm import TinyModel
 
 
@@ -56,7 +56,7 @@ def patch(
             f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; choose words of as many tokens, so that "
             "positions correspond."
         )
-    from tinymodel_jax.analysis import patching
+    from tinymodel_jax.analysis.effects import patching
 
     tokens = [token_id(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
     if tokens[0] == tokens[1]:
@@ -108,7 +108,7 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
 
 def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:
     from tinymodel_jax.analysis.report.charts import effects_figure
-    from tinymodel_jax.atomic_files import replaced
+    from tinymodel_jax.runtime.atomic_files import replaced
 
     figure = effects_figure({table.kind: table.effects for table in found.tables}, labels, title)
     with replaced(out) as temporary:

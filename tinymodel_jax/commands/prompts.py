@@ -75,7 +75,7 @@ def token_rows(lm: TinyModel, prompts: Sequence[str | list[int]]) -> list[list[i
     Raises:
         ValueError: a text holds another special token.
     """
-    from tinymodel_jax.texts import prompt_ids
+    from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
     return [prompt_ids(lm.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
@@ -106,7 +106,7 @@ def shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:
 
 
 def _story(line: str, is_json: bool, where: str) -> str:
-    from tinymodel_jax.texts import refuse_divider  # loads NumPy, not for --help
+    from tinymodel_jax.text.prompts_and_stories import refuse_divider  # loads NumPy, not for --help
 
     if not is_json:
         refuse_divider(line, where)

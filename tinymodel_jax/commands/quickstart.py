@@ -25,8 +25,8 @@ def quickstart(*, out: Path = Path("runs/quickstart"), seed: int = 0, no_train: 
     console = Console()
     console.print(f"Looking into the bundled model; it takes {'one to two' if no_train else 'two to four'} minutes …")
 
-    from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.quickstart.run import run_quickstart
+    from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     options = f"{f' --seed {seed}' if seed else ''}{' --no-train' if no_train else ''}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.prompts import STORY_FILES, read_stories
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,8 +77,8 @@ def unseen_stories(
 
 
 def _rows_of_stories(lm: TinyModel, texts: Sequence[str], name: str) -> np.ndarray:
-    from tinymodel_jax.padding import bucket, pad_right
-    from tinymodel_jax.texts import story_rows
+    from tinymodel_jax.model.padding import bucket, pad_right
+    from tinymodel_jax.text.prompts_and_stories import story_rows
 
     tok_ids = story_rows(lm.tokenizer, texts, lm.config.n_ctx, name=name)
     return pad_right(tok_ids, bucket(tok_ids.shape[1], lm.config.n_ctx), lm.config.pad_id)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.options import work_file
 from tinymodel_jax.commands.rows import unseen_stories
-from tinymodel_jax.progress import with_progress
+from tinymodel_jax.runtime.progress import with_progress
 
 CONTEXTS = 20
 """Top contexts of a feature that a search keeps, where no more are asked for."""
@@ -16,7 +16,7 @@ CONTEXTS = 20
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinymodel_jax.analysis.top_activations import TopActivations
+    from tinymodel_jax.analysis.search.top_activations import TopActivations
     from tinymodel_jax.lm import FeatureReader, TinyModel
 
 
@@ -42,8 +42,8 @@ def search(
         OtherWorkError: the file is of another search.
         ValueError: it is damaged, or has fewer contexts.
     """
-    from tinymodel_jax.analysis.resumable import OtherWorkError
-    from tinymodel_jax.analysis.top_activations import load_top_activations, search_fingerprints, top_activations
+    from tinymodel_jax.analysis.search.resumable import OtherWorkError
+    from tinymodel_jax.analysis.search.top_activations import load_top_activations, search_fingerprints, top_activations
 
     needed = min(n_contexts, len(rows))
     if out is not None and out.exists():

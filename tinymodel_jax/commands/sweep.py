@@ -12,15 +12,15 @@ import tyro
 from tinymodel_jax.commands.frame import print_json, significant
 from tinymodel_jax.commands.options import check_dictionary, prepare_json_output, work_file
 from tinymodel_jax.commands.prompts import Prompts, load_lm, read_prompts, shown, token_id, token_rows
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.sites import Site
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinymodel_jax.analysis.causal_importance import CausalImportance
-    from tinymodel_jax.analysis.sweeps import FeatureEffects
+    from tinymodel_jax.analysis.effects.importance import CausalImportance
+    from tinymodel_jax.analysis.effects.sweeps import FeatureEffects
     from tinymodel_jax.lm import TinyModel
 
 Kind = Literal["ablate", "clamp", "steer"]
@@ -136,7 +136,7 @@ def _effects(
     token: int,
     readout: str | None,
 ) -> FeatureEffects:
-    from tinymodel_jax.analysis import sweeps
+    from tinymodel_jax.analysis.effects import sweeps
 
     def track(chunks: list[Any]) -> Iterable[Any]:
         return with_progress(chunks, "sweeping")
@@ -161,7 +161,7 @@ def _report(
         "answer": shown(lm, [token], ids),
     }
     if kind == "ablate" and len(effects.features) > 1:
-        from tinymodel_jax.analysis.attribution import attribute, rank_correlation
+        from tinymodel_jax.analysis.effects.attribution import attribute, rank_correlation
 
         for measure in ("loss", "next_logprob"):
             estimate = attribute(lm, site, [row], effects.features, measure=measure, next_ids=[token])
@@ -188,7 +188,7 @@ def _moved_tokens(lm: TinyModel, final_streams: np.ndarray, ids: bool) -> list[l
     """Return, for each change of the final stream, the tokens whose mean logit it moves most."""
     import numpy as np
 
-    from tinymodel_jax.analysis.logit_effects import strongest_tokens
+    from tinymodel_jax.analysis.search.logit_effects import strongest_tokens
 
     up, raised, down, lowered = strongest_tokens(lm, final_streams, MOVED_TOKENS)
     tokens, logits = np.concatenate([up, down], axis=1), np.concatenate([raised, lowered], axis=1)
@@ -229,9 +229,9 @@ def _end(text: str, width: int = 60) -> str:
 
 
 def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: Path | None, json: bool) -> None:
-    from tinymodel_jax.analysis.causal_importance import causal_importance
-    from tinymodel_jax.atomic_files import replace_file
+    from tinymodel_jax.analysis.effects.importance import causal_importance
     from tinymodel_jax.commands.rows import open_rows
+    from tinymodel_jax.runtime.atomic_files import replace_file
 
     def track(left: list[int]) -> Iterable[int]:
         return with_progress(left, "ablating")

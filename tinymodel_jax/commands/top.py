@@ -12,7 +12,7 @@ from tinymodel_jax.commands.options import check_dictionary, prepare_output
 from tinymodel_jax.commands.prompts import load_lm
 from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
 from tinymodel_jax.commands.searches import search, storyworld_truth
-from tinymodel_jax.sites import Site
+from tinymodel_jax.dictionaries.sites import Site
 
 
 def top(
@@ -53,9 +53,9 @@ def top(
     _check_options(top, (chosen, contains, concept), data, concept)
     check_dictionary(dictionary)
     prepare_output("--out", out)
-    from tinymodel_jax.allocator import keep_freed_memory
     from tinymodel_jax.commands import top_views as views
-    from tinymodel_jax.dictionary import resolve_indices
+    from tinymodel_jax.dictionaries.dictionary import resolve_indices
+    from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     lm = load_lm(model, n_heads, place.tag, dictionary)

@@ -10,15 +10,15 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from tinymodel_jax.analysis.contexts import Contexts
-from tinymodel_jax.analysis.feature_queries import concept_f1, context_window, share_on_text, token_texts
-from tinymodel_jax.analysis.logit_effects import logit_effects
 from tinymodel_jax.analysis.report.page import token_text
-from tinymodel_jax.analysis.top_activations import EDGES, QUANTILES, TopActivations
+from tinymodel_jax.analysis.search.contexts import Contexts
+from tinymodel_jax.analysis.search.feature_queries import concept_f1, context_window, share_on_text, token_texts
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
+from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
+from tinymodel_jax.commands.tables import print_table
 from tinymodel_jax.lm import FeatureReader, TinyModel
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.tables import print_table
+from tinymodel_jax.runtime.progress import with_progress
 
 BANDS, OF_A_BAND = 5, 2
 """Bands of the sampled contexts, and how many are shown of each."""

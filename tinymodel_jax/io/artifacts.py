@@ -19,18 +19,18 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from tinymodel_jax.atomic_files import replace_file, replaced
 from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.dictionaries.sites import NO_SITE, Site
 from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.state_files import load_state_file, read_safetensors
-from tinymodel_jax.paths import user_path
-from tinymodel_jax.shapes import require_shapes
-from tinymodel_jax.sites import NO_SITE, Site
+from tinymodel_jax.params import require_shapes
+from tinymodel_jax.runtime.atomic_files import replace_file, replaced
+from tinymodel_jax.runtime.paths import user_path
 
 if TYPE_CHECKING:
-    from tinymodel_jax.dictionary import Dictionary
-    from tinymodel_jax.tokenization import Tokenizer
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
+    from tinymodel_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
@@ -140,7 +140,10 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
         ValueError: what is there is no dictionary or belongs to another site, a file is given without a site, or a
             parameter is not finite.
     """
-    from tinymodel_jax.dictionary import Dictionary, require_finite  # need JAX, which conversion alone does without
+    from tinymodel_jax.dictionaries.dictionary import (  # need JAX, which conversion alone does without
+        Dictionary,
+        require_finite,
+    )
 
     place = parse_site(site) if isinstance(site, str) else site
     config, params = read_dictionary(path_or_name, place)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymodel_jax.config import DTYPES, DictionaryConfig, ModelConfig
-from tinymodel_jax.sites import Site
+from tinymodel_jax.dictionaries.sites import Site
 
 PUBLISHED_D_MODEL, PUBLISHED_N_HEADS = 768, 16
 

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tinymodel_jax.paths import user_path
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 ENVIRONMENT_VARIABLE = "TINYMODEL_TOKENIZER"
 

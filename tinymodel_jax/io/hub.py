@@ -21,13 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.dictionaries.sites import KINDS, Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
 from tinymodel_jax.io.torch_files import load_torch_file
-from tinymodel_jax.paths import user_path
-from tinymodel_jax.sites import KINDS, Site
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = "noanabeshima/tiny_model"
 MODELS = ("tiny_model", "tiny_model_1_epoch", "tiny_model_2L_1E", "tiny_model_2L_3E")

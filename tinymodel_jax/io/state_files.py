@@ -14,7 +14,7 @@ import safetensors
 from safetensors.numpy import load_file
 
 from tinymodel_jax.io.torch_files import TensorEntry, TorchFileSummary, describe_torch_file, load_torch_file
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.paths import user_path
 
 SAFETENSORS = ".safetensors"
 

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from tinymodel_jax.atomic_files import replaced
 from tinymodel_jax.io.torch_pickle import STORAGE_DTYPES, PickleStream, RefusedGlobals, TensorRecord, TorchPickle
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.atomic_files import replaced
+from tinymodel_jax.runtime.paths import user_path
 
 MAX_PICKLE_BYTES = 16 << 20
 """Largest pickle read; the tensors' own bytes are not in it."""

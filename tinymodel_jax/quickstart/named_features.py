@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
-from tinymodel_jax.analysis.concepts import concepts_of_units
+from tinymodel_jax.analysis.concepts.labels import concepts_of_units
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.progress import with_progress
-from tinymodel_jax.texts import story_rows
+from tinymodel_jax.runtime.progress import with_progress
+from tinymodel_jax.text.prompts_and_stories import story_rows
 
 SITE = "Rm2"
 """Whose features are shown: an SAE of the residual stream."""

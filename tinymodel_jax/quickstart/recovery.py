@@ -7,13 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from tinymodel_jax.analysis.concept_recovery import concept_table, n_found, recover_concepts
+from tinymodel_jax.analysis.concepts.recovery import concept_table, n_found, recover_concepts
 from tinymodel_jax.analysis.report.charts import heat_map
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.progress import with_progress
 from tinymodel_jax.quickstart.named_features import SITE
 from tinymodel_jax.quickstart.transcoder import JUST_NOW, TRAINED
+from tinymodel_jax.runtime.progress import with_progress
 
 SCORED = ("Rm0", "Rm1", "Rm3", "M2")
 """What else concepts are looked for in."""

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tinymodel_jax.analysis import sweeps
+from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.analysis.report.charts import bars
 from tinymodel_jax.analysis.report.page import token_text
-from tinymodel_jax.generate import continue_prompts
-from tinymodel_jax.interventions import ablate, clamp
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.progress import with_progress
+from tinymodel_jax.model.generate import continue_prompts
+from tinymodel_jax.model.interventions import ablate, clamp
 from tinymodel_jax.quickstart.named_features import NAMED_FROM, SITE, Named
-from tinymodel_jax.texts import prompt_ids
+from tinymodel_jax.runtime.progress import with_progress
+from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
 PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from tinymodel_jax.analysis.evaluation import evaluate
+from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.analysis.report.charts import training_curve
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.compilation import fast_compiler_options
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.progress import with_progress
 from tinymodel_jax.quickstart.named_features import full_rows
+from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.runtime.progress import with_progress
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_result import finalize

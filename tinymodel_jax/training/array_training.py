@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymodel_jax.compilation import fast_compiler_options
-from tinymodel_jax.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_result import finalize

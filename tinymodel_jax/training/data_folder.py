@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt16
 
-from tinymodel_jax.paths import user_path
+from tinymodel_jax.runtime.paths import user_path
 
 FORMAT = "tinymodel_jax/data"
 FORMAT_VERSION = 1

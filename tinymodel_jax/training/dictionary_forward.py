@@ -7,7 +7,7 @@ activation stays unweighted: it is multiplied with its unnormalised decoder row.
     pre  = (x - b_dec if subtract_b_dec else x) @ W_enc_T.T + b_enc         z = pre * |W_dec row|
     topk, batch_topk: acts = relu(pre) of the largest z of an input, or of k times the batch in the whole batch
         (never more than that: of equal z those of the lower inputs and features are kept)
-    jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionary`
+    jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionaries.dictionary`
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionary import DictionaryParams
+from tinymodel_jax.dictionaries.dictionary import DictionaryParams
 from tinymodel_jax.training.dictionary_losses import row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState

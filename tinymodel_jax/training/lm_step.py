@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.transformer import Transformer
+from tinymodel_jax.model.transformer import Transformer
 
 Initialization = Literal["reference", "wide"]
 """`reference`: as published, embeddings normal(1e-4). `wide`: embeddings normal(0.3), positions normal(0.1)."""

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.sites import Site
-from tinymodel_jax.transformer import run_with_hooks
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.model.transformer import run_with_hooks
 
 
 class Vectors(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinymodel_jax.atomic_files import replaced
+from tinymodel_jax.runtime.atomic_files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

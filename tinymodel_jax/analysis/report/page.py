@@ -1,4 +1,4 @@
-"""One HTML file from a template of this folder, with its style and its script inside.
+"""One HTML file from a template in `templates/`, with its style and its script inside.
 
 Rely on: the file opens from `file://` without a network, and whatever text goes in is shown as text. Content is plain
 values; what they mean is decided where they are made.
@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinymodel_jax.atomic_files import replace_file
+from tinymodel_jax.runtime.atomic_files import replace_file
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:

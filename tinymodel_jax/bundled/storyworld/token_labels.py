@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from tinymodel_jax.bundled.storyworld.cast import JOBS
 from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
 from tinymodel_jax.bundled.storyworld.generator import Story
-from tinymodel_jax.tokenization import Tokenizer
+from tinymodel_jax.text.tokenizer import Tokenizer
 
 _SAID = "said|asked|called|cried|sobbed|shouted|yelled|whispered|thought"
 _WHO = rf"(?:(?:{'|'.join(JOBS)})\ )?\w+(?:'s\ \w+)?"

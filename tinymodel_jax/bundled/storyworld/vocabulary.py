@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinymodel_jax.bundled.storyworld.generator import Story, stories
-from tinymodel_jax.tokenization import Tokenizer
-from tinymodel_jax.tokenizer_files import SPECIAL_TOKENS
+from tinymodel_jax.text.tokenizer import Tokenizer
+from tinymodel_jax.text.tokenizer_files import SPECIAL_TOKENS
 
 VOCAB_SIZE = 1024
 """Ids, the four special ones included."""

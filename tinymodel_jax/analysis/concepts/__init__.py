@@ -1,0 +1,1 @@
+"""Which known concepts did a dictionary find? Labels, and their recovery."""

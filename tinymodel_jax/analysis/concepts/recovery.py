@@ -1,0 +1,209 @@
+"""Which of the story world's concepts the dictionaries of a language model found.
+
+The truth about every token is known (`bundled.storyworld`), so each concept can be looked for among the features of
+each dictionary. The same search among the neurons of the MLPs and among random directions says what a dictionary adds.
+Stories are split: the first half chooses units and thresholds, the second scores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+
+from tinymodel_jax.analysis.concepts.labels import ConceptScores, score_concepts
+from tinymodel_jax.analysis.report.charts import heat_map_figure
+from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.model.forward import forward
+from tinymodel_jax.model.hook_points import as_names
+from tinymodel_jax.model.padding import pad_below
+from tinymodel_jax.runtime.atomic_files import replaced
+from tinymodel_jax.text.prompts_and_stories import story_rows
+
+BATCH = 16
+"""Stories in one pass of the model."""
+ENCODED_TOGETHER = 4096
+"""Features of a dictionary whose activations are made at once."""
+
+Kind = Literal["dictionary", "neurons", "random directions"]
+
+
+class Recovery(NamedTuple):
+    """How well the units of one place tell the concepts."""
+
+    name: str
+    """`M1`, or what the dictionary was called; `neurons 1`; `random M1`."""
+    kind: Kind
+    layer: int
+    n_units: int
+    scores: ConceptScores
+    """In the order of `storyworld.CONCEPTS`."""
+
+
+class _Place(NamedTuple):
+    """Units to score, which are made of a half's activations when their turn comes."""
+
+    name: str
+    kind: Kind
+    site: Site
+    units: Callable[[_Half], np.ndarray]
+
+
+class _Half(NamedTuple):
+    acts: dict[str, Float[np.ndarray, "positions width"]]
+    truth: Bool[np.ndarray, "positions concepts"]
+
+
+def recover_concepts(
+    lm: TinyModel,
+    stories: Iterable[storyworld.Story],
+    dictionaries: str | Sequence[str] | Mapping[str, Dictionary] | None = None,
+    *,
+    baselines: bool = True,
+    seed: int = 0,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[Recovery]:
+    """Score the best single feature for each concept, for each dictionary.
+
+    Args:
+        lm: a model whose tokenizer knows the stories' characters, such as `TinyModel("mini")`.
+        stories: of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
+        dictionaries: tags or one, or any dictionaries of the model's sites by name; None is all that the model has.
+        baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
+            input as it has features (once for dictionaries that agree in both).
+        seed: of the random directions.
+        track: sees the places pass by, to show a progress bar.
+
+    Raises:
+        ValueError: there are fewer than two stories, a tag has no dictionary or names a feature, a dictionary does not
+            fit the model, or the tokenizer does not fit the stories.
+    """
+    told = list(stories)
+    if len(told) < 2:
+        raise ValueError(f"recover_concepts takes two stories or more, got {len(told)}: half of them choose the units.")
+    readers = _readers(lm, lm.dictionary_tags if dictionaries is None else dictionaries)
+    layers = sorted({reader.site.layer for reader in readers.values()})
+    neurons = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers if baselines}
+    names = {reader.site.hook_in for reader in readers.values()} | set(neurons.values())
+    middle = len(told) // 2
+    choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
+
+    places = list(_places_of(readers, neurons, seed if baselines else None))
+    return [_scored(place, choosing, scoring) for place in track(places)]
+
+
+def n_found(recovery: Recovery, f1: float = 0.8) -> int:
+    """Return how many concepts have a unit with this F1 or more."""
+    return int(np.sum(recovery.scores.f1 >= f1))
+
+
+def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
+    """Return a row for each place and concept, for JSON or a table; NaN (a concept that holds nowhere) is None."""
+    rows: list[dict[str, object]] = []
+    for recovery in recoveries:
+        scores = recovery.scores
+        for column, concept in enumerate(storyworld.CONCEPTS):
+            numbers = {
+                "share": scores.share[column],
+                "f1": scores.f1[column],
+                "chance_f1": scores.chance_f1[column],
+                "auc": scores.auc[column],
+            }
+            rows.append(
+                {
+                    "place": recovery.name,
+                    "kind": recovery.kind,
+                    "layer": recovery.layer,
+                    "concept": concept,
+                    **{key: None if np.isnan(value) else round(float(value), 4) for key, value in numbers.items()},
+                    "f1_unit": int(scores.f1_unit[column]),
+                    "auc_unit": int(scores.auc_unit[column]),
+                }
+            )
+    return rows
+
+
+def concept_table(
+    recoveries: Sequence[Recovery],
+) -> tuple[Float[np.ndarray, "concepts places"], list[str], list[str]]:
+    """Return the F1 of every concept at every place, best-told concepts first, and the names of both."""
+    table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
+    order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
+    names = list(storyworld.CONCEPTS)
+    return table[order], [names[row] for row in order], [recovery.name for recovery in recoveries]
+
+
+def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
+    """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
+    figure = heat_map_figure(*concept_table(recoveries))
+    with replaced(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
+    if not isinstance(dictionaries, Mapping):
+        readers = [lm[tag] for tag in as_names(dictionaries)]
+        for reader in readers:
+            if reader.feature is not None:
+                tag = reader.site.tag
+                raise ValueError(f"{tag}N{reader.feature} names a feature; all of a dictionary are scored, {tag!r}.")
+        return {reader.site.tag: reader for reader in readers}
+    return {name: FeatureReader.of(lm, dictionary) for name, dictionary in dictionaries.items()}
+
+
+def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
+    """Return the activations and the truth at every token of the stories that is text."""
+    config, tokenizer = lm.config, lm.tokenizer
+    tok_ids = story_rows(tokenizer, [story.text for story in told], config.n_ctx)
+    truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
+    text = config.is_text(tok_ids)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for start in range(0, len(told), BATCH):
+        rows = tok_ids[start : start + BATCH]
+        padded = pad_below(rows, BATCH, config.pad_id)
+        _, acts = forward(lm.params, padded, lm.splice_hooks(), config=config, keep=names, output="none")
+        for name in names:
+            kept = np.asarray(acts[name], np.float32)[: len(rows)]
+            parts[name].append(kept[text[start : start + BATCH]])
+    return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[text])
+
+
+def _places_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:
+    """Yield what is scored: dictionaries, with random directions where there is a seed, then the neurons."""
+    drawn = set()
+    for name, reader in readers.items():
+        site, size = reader.site, (reader.site.hook_in, reader.dictionary.config.n_features)
+        yield _Place(name, "dictionary", site, partial(_encoded, reader))
+        if seed is not None and size not in drawn:
+            drawn.add(size)
+            yield _Place(f"random {name}", "random directions", site, partial(_projected, reader, seed))
+    for layer, name in neurons.items():
+        yield _Place(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
+
+
+def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
+    dictionary, x = reader.dictionary, jnp.asarray(half.acts[reader.site.hook_in])
+    starts = range(0, dictionary.config.n_features, ENCODED_TOGETHER)
+    parts = [np.asarray(dictionary.encode(x, slice(start, start + ENCODED_TOGETHER))) for start in starts]
+    return np.concatenate(parts, axis=1)
+
+
+def _projected(reader: FeatureReader, seed: int, half: _Half) -> np.ndarray:
+    """Return the projections on as many random directions, the same for each half, as there are features."""
+    config = reader.dictionary.config
+    directions = np.random.default_rng(seed).normal(size=(config.d_in, config.n_features)).astype(np.float32)
+    return half.acts[reader.site.hook_in] @ directions
+
+
+def _scored(place: _Place, choosing: _Half, scoring: _Half) -> Recovery:
+    chosen_on, scored_on = place.units(choosing), place.units(scoring)
+    scores = score_concepts(chosen_on, choosing.truth, scored_on, scoring.truth)
+    return Recovery(place.name, place.kind, place.site.layer, chosen_on.shape[1], scores)

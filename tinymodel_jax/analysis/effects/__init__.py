@@ -1,0 +1,1 @@
+"""What does a feature do? Sweeps, importance, attribution, patching."""

@@ -1,0 +1,107 @@
+"""What turning features off would do, estimated for all of them by one backward pass: activation x gradient.
+
+    estimate of feature f = - sum over positions of  activation_f x (d measure / d value at hook_out) . W_dec[f]
+
+The first-order change of the measure when the feature is turned off, to be compared with the change itself
+(`sweeps.ablate`): exact where the layers above act linearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.analysis.effects.sweep_input import activations, prepare
+from tinymodel_jax.analysis.effects.upper_layers import Weights
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.interventions import Add, Hooks, combine
+from tinymodel_jax.model.transformer import Params, run_with_hooks
+from tinymodel_jax.runtime.compilation import fast_jit
+
+Measure = Literal["loss", "next_logprob"]
+
+
+class Attribution(NamedTuple):
+    """The estimated change of the measure when each feature is turned off, nats."""
+
+    features: Int[np.ndarray, " n"]
+    change: Float[np.ndarray, " n"]
+
+
+def attribute(
+    lm: TinyModel,
+    tag: str,
+    tok_ids: Any,
+    features: Any = None,
+    *,
+    measure: Measure = "loss",
+    positions: Any = None,
+    next_ids: Sequence[int] | None = None,
+) -> Attribution:
+    """Estimate the effect of ablating each feature on the loss or on the log-probability of `next_ids`.
+
+    Arguments as `sweeps.ablate`, whose `loss` and `next_logprob` are estimated.
+
+    Raises:
+        ValueError: as `sweeps.ablate`; or the measure is another.
+    """
+    if measure not in ("loss", "next_logprob"):
+        raise ValueError(f"attribute: measure={measure!r}; it is 'loss' or 'next_logprob'.")
+    prepared = prepare(lm, tag, tok_ids, positions, next_ids)
+    chosen, acts = activations(lm, tag, prepared, features)
+    gradient = _gradient(
+        lm.params,
+        jnp.asarray(prepared.ids),
+        prepared.weights,
+        lm.splice_hooks(),
+        config=lm.config,
+        hook_name=prepared.entry.edited,
+        measure=measure,
+    )
+    along = np.asarray(gradient, np.float32) @ np.asarray(lm[tag].dictionary.params["W_dec"], np.float32)[chosen].T
+    return Attribution(chosen, -np.einsum("nbs,bsn->n", acts, along))
+
+
+def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
+    """Return Spearman's correlation: Pearson's of the ranks, equal values sharing theirs; NaN if all are equal."""
+    ranks = np.stack([_ranks(values) for values in (one, other)])
+    centred = ranks - ranks.mean(axis=1, keepdims=True)
+    norm = np.sqrt(np.prod((centred**2).sum(axis=1)))
+    return float(centred[0] @ centred[1] / norm) if norm else float("nan")
+
+
+def _gradient_of(
+    params: Params,
+    tok_ids: Int[Array, "batch seq"],
+    weights: Weights,
+    hooks: Hooks,
+    *,
+    config: ModelConfig,
+    hook_name: str,
+    measure: Measure,
+) -> Float[Array, "batch seq d_model"]:
+    """Return the gradient of the measure with respect to the value at a hook point."""
+
+    def value(added: Array) -> Array:
+        logits, _ = run_with_hooks(params, config, tok_ids, combine(hooks, {hook_name: Add(added)}))
+        logprobs = jax.nn.log_softmax(logits)
+        ids = weights.targets if measure == "loss" else jnp.broadcast_to(weights.next_ids, tok_ids.shape)
+        chosen = jnp.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * weights.loss) if measure == "loss" else jnp.sum(chosen * weights.last)
+
+    return jax.grad(value)(jnp.zeros((*tok_ids.shape, config.d_model), config.dtype))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata  # slow to load
+
+    return rankdata(values)
+
+
+_gradient = fast_jit(_gradient_of, static_argnames=("config", "hook_name", "measure"))

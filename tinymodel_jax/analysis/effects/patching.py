@@ -1,0 +1,197 @@
+"""Activation patching: which values of a clean run bring its answer back when they are put into a corrupted run.
+
+Every layer and every position of a kind of hook point, or every head where there are heads, is patched by itself, in
+one compiled call a kind, as many at once as memory allows. The metric is that of the field, 0 for the corrupted run and
+1 for the clean one:
+
+    effect = (metric patched - metric corrupted) / (metric clean - metric corrupted)
+
+metric: logit of the answer minus logit of a wrong answer at the last position; without a wrong answer, the answer's
+log-probability. Source: the convention of TransformerLens' `patching` (denoising).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.hook_points import BLOCK_HOOKS
+from tinymodel_jax.model.interventions import Hooks, Replace, combine
+from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
+from tinymodel_jax.model.transformer import Params, Transformer, run_with_hooks
+from tinymodel_jax.runtime.compilation import fast_jit
+
+MEMORY = 2**28
+"""Bytes that the widest values of the passes that run at once may take."""
+KINDS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+"""What is patched unless others are named."""
+_HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
+
+
+class Patched(NamedTuple):
+    """The effects of patching one kind of hook point."""
+
+    kind: str
+    """Name inside a block, such as `hook_resid_pre`."""
+    axis: Literal["position", "head"]
+    """What the second axis of `effects` counts."""
+    effects: Float[np.ndarray, "n_layers n"]
+    """1 where patching restores the clean answer, 0 where it changes nothing; may lie outside."""
+
+
+class Patching(NamedTuple):
+    """Everything that was patched, and the metric it is measured by."""
+
+    tables: tuple[Patched, ...]
+    clean: float
+    """Metric of the clean run, before it is normalised: nats or logits."""
+    corrupted: float
+
+
+def patch(
+    lm: TinyModel,
+    clean: Any,
+    corrupted: Any,
+    kinds: str | Sequence[str] = KINDS,
+    *,
+    answer: int,
+    wrong: int | None = None,
+    track: Callable[[list[str]], Iterable[str]] = iter,
+) -> Patching:
+    """Patch values of the clean run into the corrupted run.
+
+    Args:
+        clean, corrupted: token ids of equal length, one row each, without padding.
+        kinds: one or more names of hook points inside a block; `attn.hook_*` are patched by heads, the others by
+            positions.
+        answer: token that the clean run gives after the last position.
+        wrong: token that the corrupted run gives; without it, the answer's log-probability is measured.
+        track: sees the kinds pass by, to show a progress bar.
+
+    Raises:
+        ValueError: the prompts differ in length or hold `[PAD]`, a kind does not exist, both answers are one token, or
+            the metric is the same in both runs, or not finite.
+    """
+    rows, length = _rows(lm, clean, corrupted)
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    _check_kinds(kinds)
+    tokens = _tokens(answer, wrong, lm.config.d_vocab)
+    hooks = lm.splice_hooks()
+    tables, ends = [], np.zeros(2, np.float32)
+    for kind in track(list(dict.fromkeys(kinds))):
+        at_once = _places_at_once(lm.config, rows[0].shape[1])
+        effects, ends = _patch_kind(
+            lm.params,
+            rows,
+            jnp.asarray(length - 1),
+            jnp.asarray(tokens),
+            hooks,
+            config=lm.config,
+            kind=kind,
+            at_once=at_once,
+        )
+        ends = np.asarray(ends)
+        if not np.isfinite(ends).all():
+            raise ValueError(
+                f"patch: the model's output on these prompts is not finite (metric {ends[0]}, {ends[1]}); look for "
+                "NaN and infinity in lm.params, or take another checkpoint."
+            )
+        if abs(ends[0] - ends[1]) < 1e-6:
+            raise ValueError(
+                f"patch: both prompts give the same metric, {ends[0]:.6f}; there is nothing to restore. Choose an "
+                "answer that the clean prompt gives and the corrupted one does not."
+            )
+        axis = "head" if kind in _HEAD_AXIS else "position"
+        tables.append(Patched(kind, axis, np.asarray(effects)[:, : None if axis == "head" else length]))
+    return Patching(tuple(tables), float(ends[0]), float(ends[1]))
+
+
+def _patch_rows(
+    params: Params,
+    rows: tuple[Int[Array, "1 seq"], Int[Array, "1 seq"]],
+    last: Int[Array, ""],
+    tokens: Int[Array, " tokens"],
+    hooks: Hooks,
+    *,
+    config: ModelConfig,
+    kind: str,
+    at_once: int,
+) -> tuple[Float[Array, "n_layers n"], Float[Array, "2"]]:
+    """Return the normalised effects, and the metric of the clean and the corrupted run."""
+    names = [f"blocks.{layer}.{kind}" for layer in range(config.n_layers)]
+    final = f"blocks.{config.n_layers - 1}.hook_resid_post"
+
+    def run(ids: Array, edits: Hooks, keep: Sequence[str] = ()) -> tuple[Array, Mapping[str, Array]]:
+        _, acts = run_with_hooks(params, config, ids, combine(hooks, edits), (*keep, final))
+        logits = Transformer(config).apply({"params": params}, acts[final][0, last], method="unembed")
+        assert isinstance(logits, jax.Array)
+        return _metric(logits, tokens), acts
+
+    clean, good = run(rows[0], {}, names)
+    corrupted, bad = run(rows[1], {}, names)
+    axis = _HEAD_AXIS.get(kind, 1)
+
+    def patched(name: str) -> Array:
+        def one(place: Array) -> Array:
+            chosen = jnp.expand_dims(places == place, [i for i in range(good[name].ndim) if i != axis])
+            return run(rows[1], {name: Replace(jnp.where(chosen, good[name], bad[name]))})[0]
+
+        places = jnp.arange(good[name].shape[axis])
+        return jax.lax.map(one, places, batch_size=min(at_once, len(places)))
+
+    effects = jnp.stack([patched(name) for name in names])
+    return (effects - corrupted) / (clean - corrupted), jnp.stack([clean, corrupted])
+
+
+def _places_at_once(config: ModelConfig, seq: int) -> int:
+    """Return how many passes of one row fit in `MEMORY`, by what a block keeps of it: scores, neurons, streams."""
+    return max(1, MEMORY // (4 * seq * (2 * config.n_heads * seq + config.d_mlp + 4 * config.d_model)))
+
+
+def _metric(logits: Float[Array, " d_vocab"], tokens: Int[Array, " tokens"]) -> Float[Array, ""]:
+    if len(tokens) == 2:
+        return logits[tokens[0]] - logits[tokens[1]]
+    return jax.nn.log_softmax(logits)[tokens[0]]
+
+
+def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[tuple[Array, Array], int]:
+    """Return both prompts, padded to a compiled length, and their own length."""
+    rows = [check_tok_ids(ids, lm.config) for ids in (clean, corrupted)]
+    if any(len(ids) != 1 for ids in rows) or rows[0].shape != rows[1].shape or not rows[0].size:
+        shapes = " and ".join(str(ids.shape) for ids in rows)
+        raise ValueError(
+            f"patch: the prompts have shapes {shapes}; expected one row each of equal length, so that positions "
+            "correspond. Choose words of as many tokens."
+        )
+    if any((ids == lm.config.pad_id).any() for ids in rows):
+        raise ValueError("patch: a prompt holds [PAD], which the model would read as a word; leave padding out.")
+    length = rows[0].shape[1]
+    padded = [pad_right(ids, bucket(length, lm.config.n_ctx), lm.config.pad_id) for ids in rows]
+    return (jnp.asarray(padded[0]), jnp.asarray(padded[1])), length
+
+
+def _check_kinds(kinds: Sequence[str]) -> None:
+    unknown = [kind for kind in kinds if kind not in BLOCK_HOOKS]
+    if unknown or not kinds:
+        raise ValueError(
+            f"patch: {', '.join(unknown) or 'no kind'} is no hook point of a block: {', '.join(BLOCK_HOOKS)}."
+        )
+
+
+def _tokens(answer: int, wrong: int | None, d_vocab: int) -> np.ndarray:
+    tokens = np.asarray([answer] if wrong is None else [answer, wrong])
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (tokens < 0).any() or (tokens >= d_vocab).any():
+        raise ValueError(f"patch: answer {answer!r}, wrong {wrong!r}; they are token ids, 0..{d_vocab - 1}.")
+    if answer == wrong:
+        raise ValueError(f"patch: answer and wrong are the same token, {answer}; they must differ, or leave wrong out.")
+    return tokens.astype(np.int32)
+
+
+_patch_kind = fast_jit(_patch_rows, static_argnames=("config", "kind", "at_once"))

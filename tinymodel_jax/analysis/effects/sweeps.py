@@ -1,0 +1,256 @@
+"""Interventions on every feature of a dictionary, one at a time, in few compiled calls.
+
+Row `f` of a result is what `lm.run_with_hooks` with the one edit of feature `f` gives. All three kinds add `amount x
+direction` at the dictionary's `hook_out`; its error and all other features stay. A feature whose amounts are all zero,
+as of one that is active nowhere and turned off, changes nothing, and is reported as exactly 0 without being run.
+
+Features are run in chunks of similar first position, and only from there on (`upper_layers`); with several devices, a
+chunk's features are spread over them. `[PAD]` counts nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from tinymodel_jax.analysis.effects.sweep_input import (
+    SweepInput,
+    activations,
+    as_vectors,
+    decoder_rows,
+    finite,
+    prepare,
+)
+from tinymodel_jax.analysis.effects.upper_layers import Changes, effects_of_changes
+from tinymodel_jax.lm import TinyModel
+
+MEMORY, SMALL = 2**28, 2**24
+"""Bytes that the logits (or a readout's activations) of a chunk may take, and those below which dividing it further
+gains nothing."""
+CHUNKS = 8
+"""Chunks that interventions are divided into, so that each runs on the positions it needs, where that gains."""
+LENGTHS = 8
+"""Numbers of last positions that a row length is compiled for, at most."""
+READOUT_TOP = 20
+"""Features of the readout dictionary that are reported for each intervention."""
+
+Track = Callable[[list[Any]], Iterable[Any]]
+"""Yields what it is given, and may show how much of it is done."""
+
+
+class FeatureEffects(NamedTuple):
+    """What each intervention changes: the value with it minus the value without.
+
+    The numbers have the shape (n,) of `features`, or (n, strengths) where `steer` was given several.
+    """
+
+    features: Int[np.ndarray, " n"]
+    kl: Float[np.ndarray, "n *strengths"]
+    """KL divergence of the next-token distribution from the model's own, nats, averaged over positions; 0 or more."""
+    loss: Float[np.ndarray, "n *strengths"]
+    """Change of the mean next-token loss, nats: positive where the feature helps and was turned off."""
+    next_logprob: Float[np.ndarray, "n *strengths"]
+    """Change of the log-probability of `next_ids` after the last position, averaged over rows, nats."""
+    final_stream: Float[np.ndarray, "n *strengths d_model"]
+    """Change of the last layer's residual stream, averaged over positions: times W_U, the mean change of the logits, as
+    there is no layer norm. `logit_effects.strongest_tokens` names the tokens that it moves most."""
+    readout_features: Int[np.ndarray, "n *strengths top"] | None = None
+    """Features of the readout dictionary that change most, the most changed first."""
+    readout_changes: Float[np.ndarray, "n *strengths top"] | None = None
+    """Change of their activation, averaged over positions."""
+
+
+def ablate(
+    lm: TinyModel,
+    tag: str,
+    tok_ids: Any,
+    features: Any = None,
+    *,
+    positions: Any = None,
+    next_ids: Sequence[int] | None = None,
+    readout: str | None = None,
+    track: Track = iter,
+) -> FeatureEffects:
+    """Turn each feature of a dictionary off.
+
+    Args:
+        tag: dictionary's site, such as M2; what `lm[tag]` reads.
+        tok_ids: integers (batch, seq), right-padded.
+        features: indices; None is every feature that is active where `positions` allows.
+        positions: boolean mask, (seq,) or (batch, seq), of where the intervention acts; None is everywhere.
+        next_ids: a token for each row; None is the model's most likely ones.
+        readout: site of another dictionary, further up, whose features' changes are reported.
+        track: sees the chunks of features pass by, to show a progress bar.
+
+    Raises:
+        ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
+            effect is not finite.
+    """
+    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
+    chosen, acts = activations(lm, tag, prepared, features)
+    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), -acts, track)
+
+
+def clamp(
+    lm: TinyModel,
+    tag: str,
+    tok_ids: Any,
+    value: float,
+    features: Any = None,
+    *,
+    positions: Any = None,
+    next_ids: Sequence[int] | None = None,
+    readout: str | None = None,
+    track: Track = iter,
+) -> FeatureEffects:
+    """Hold the activation of each feature at a value, also where it is inactive; arguments as `ablate`."""
+    held = finite("value", value, ndim=0)
+    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
+    chosen, acts = activations(lm, tag, prepared, features)
+    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), prepared.mask * (held - acts), track)
+
+
+def steer(
+    lm: TinyModel,
+    tag: str,
+    tok_ids: Any,
+    strengths: float | Sequence[float],
+    features: Any = None,
+    *,
+    vectors: Any = None,
+    positions: Any = None,
+    next_ids: Sequence[int] | None = None,
+    readout: str | None = None,
+    track: Track = iter,
+) -> FeatureEffects:
+    """Add `strength x decoder direction` of each feature, or `strength x vector`, where the dictionary writes.
+
+    Args:
+        strengths: one, or several, which then are the last axis of the result.
+        vectors: (n, width) to add instead of decoder directions, at the same hook point; no dictionary is needed then.
+
+    The others as `ablate`.
+    """
+    amounts = finite("strengths", strengths, ndim=1)
+    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
+    if vectors is None:
+        chosen, _ = activations(lm, tag, prepared, features)
+        directions = decoder_rows(lm, tag, chosen)
+    else:
+        directions = as_vectors(vectors, features, lm.config.d_model)
+        chosen = np.arange(len(directions))
+    added = np.broadcast_to(
+        prepared.mask * amounts[..., None, None], (len(chosen), *amounts.shape, *prepared.ids.shape)
+    )
+    return _sweep(lm, prepared, chosen, directions, added, track)
+
+
+def _sweep(
+    lm: TinyModel,
+    prepared: SweepInput,
+    features: np.ndarray,
+    directions: Float[np.ndarray, "n d_model"],
+    amounts: Float[np.ndarray, "n *strengths batch seq"],
+    track: Track,
+) -> FeatureEffects:
+    """Run each feature with each of its strengths; shape the results alike."""
+    shape = amounts.shape[:-2]
+    flat = amounts.reshape(-1, *amounts.shape[-2:])
+    of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
+    found = np.zeros((3, len(flat)), np.float32)
+    streams = np.zeros((len(flat), lm.config.d_model), np.float32)
+    n_read = 0 if prepared.readout is None else prepared.readout.dictionary.config.n_features
+    top, widest = min(READOUT_TOP, n_read), max(lm.config.d_vocab, n_read)
+    changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
+    for items, size, length in track(list(_chunks(flat, widest))):
+        changes = _changes(directions[of_item[items]], flat[items], size, length)
+        effects, final_stream, moved = _run(lm, prepared, changes, length)
+        found[:, items] = np.asarray(effects)[:, : len(items)]
+        streams[items] = np.asarray(final_stream)[: len(items)]
+        overflown = items[~np.isfinite(found[:, items]).all(axis=0)]
+        if len(overflown):
+            raise ValueError(
+                f"sweep: the change by feature {features[of_item[overflown[0]]]} is too large for float32: "
+                "an effect is not finite; take smaller values, or leave the feature out."
+            )
+        if moved is not None:
+            order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]
+            changed[items], by[items] = order, np.take_along_axis(moved[: len(items)], order, axis=-1)
+    read = () if prepared.readout is None else (changed.reshape(*shape, top), by.reshape(*shape, top))
+    kl, loss, next_logprob = found.reshape(3, *shape)
+    return FeatureEffects(features, kl, loss, next_logprob, streams.reshape(*shape, lm.config.d_model), *read)
+
+
+def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield the interventions of each chunk, the compiled number that holds them, and the last positions they need.
+
+    Those that start early come first, so that a chunk's positions differ little. `widest` is the size of what is held
+    of a position: the vocabulary, or a larger readout dictionary.
+    """
+    somewhere = (amounts != 0).any(axis=1)
+    first = np.where(somewhere.any(axis=1), somewhere.argmax(axis=1), -1)
+    left = np.argsort(first, kind="stable")[np.count_nonzero(first < 0) :]
+    batch, seq = amounts.shape[1:]
+    step = -(-seq // LENGTHS)
+    size = _chunk_size(len(left), 4 * widest * batch * seq, len(jax.local_devices()))
+    for start in range(0, len(left), size):
+        items = left[start : start + size]
+        yield items, size, min(seq, -(-(seq - int(first[items[0]])) // step) * step)
+
+
+def _chunk_size(n: int, nbytes: int, devices: int) -> int:
+    """Return how many of `n` interventions, each with logits of `nbytes`, make a chunk; a multiple of the devices."""
+    wanted = max(-(-n // CHUNKS), min(n, SMALL // nbytes))
+    allowed = max(1, MEMORY * (1 if jax.default_backend() == "cpu" else devices) // nbytes)
+    size = min(_power_of_two(wanted), allowed)
+    return -(-size // devices) * devices
+
+
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two that is `n` or more."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], size: int, length: int) -> Changes:
+    """Lay out a chunk in arrays of few shapes."""
+    places = np.argwhere(amounts).T.astype(np.int32)
+    capacity = size * amounts.shape[1] * length
+    while capacity // 8 >= places.shape[1]:
+        capacity //= 8
+    missing = capacity - places.shape[1]
+    filled = np.pad(places, ((0, 0), (0, missing)))
+    filled[0, places.shape[1] :] = size
+    values = np.pad(amounts[tuple(places)], (0, missing)).astype(np.float32)
+    rows = np.pad(directions, ((0, size - len(directions)), (0, 0))).astype(np.float32)
+    return Changes(*map(jnp.asarray, (rows, filled, values)))
+
+
+def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> tuple[Any, Any, np.ndarray | None]:
+    reader = prepared.readout
+    dictionary = None if reader is None else reader.dictionary
+    effects, final_stream, moved = effects_of_changes(
+        lm.params,
+        prepared.clean,
+        prepared.weights,
+        changes,
+        lm.splice_hooks(),
+        None if dictionary is None else dictionary.params,
+        {} if reader is None else lm.splice_hooks(before=reader.site),
+        config=lm.config,
+        entry=prepared.entry,
+        length=length,
+        readout_config=None if dictionary is None else dictionary.config,
+        sharding=_over_devices(),
+    )
+    return effects, final_stream, None if moved is None else np.asarray(moved)
+
+
+def _over_devices() -> NamedSharding | None:
+    devices = np.array(jax.local_devices())
+    return None if len(devices) == 1 else NamedSharding(Mesh(devices, ("features",)), PartitionSpec("features"))

@@ -1,0 +1,6 @@
+"""How good is a dictionary? Reconstruction, sparsity, and the model's loss when it runs through it."""
+
+from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation as DictionaryEvaluation
+from tinymodel_jax.analysis.evaluation.evaluation import evaluate as evaluate
+from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model as evaluate_sparse_model
+from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm as export_sparse_lm

@@ -1,0 +1,208 @@
+"""What a dashboard's files say: the columns of its index, the record of a feature, the record of a text.
+
+Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits (effects in the index
+six), and features that were never active are there like all others. The script of the pages
+(analysis/report/templates/dashboard_*.js) reads these names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int, Integer
+
+from tinymodel_jax.analysis.report.dashboard.shards import rounded
+from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
+from tinymodel_jax.analysis.report.dashboard.windows import BANDS, BEFORE, OF_A_BAND, TOP, window_positions
+from tinymodel_jax.analysis.search.contexts import Contexts
+from tinymodel_jax.analysis.search.logit_effects import LogitEffects
+from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
+from tinymodel_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+    from tinymodel_jax.analysis.effects.importance import CausalImportance
+
+PEAKS, PROMOTED = 3, 3
+"""Tokens of a feature in the index: that its top contexts peak on most often, and that it promotes most."""
+CONCEPTS = 3
+"""Concepts of a feature that its page names."""
+STRONGEST = 8
+"""Features listed at a token of a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """All that is known of the features of one dictionary."""
+
+    found: TopActivations
+    contexts: Contexts
+    """`windows.shown_contexts`."""
+    acts: Float[np.ndarray, "n_features contexts window"]
+    """`windows.window_activations`."""
+    logits: LogitEffects
+    """Of all features, in order."""
+    graph: WeightsGraph
+    promoted: Mapping[str, Int[np.ndarray, "n_features n"]]
+    """Other dictionaries' tags -> the tokens that their features promote most."""
+    f1: Float[np.ndarray, "n_features concepts"] | None = None
+    """How well each feature tells each concept, where the tokens' concepts are known."""
+    importance: CausalImportance | None = None
+    """Effects of turning each feature off, where they were measured."""
+
+
+def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[str, list[Any]]:
+    """Return the columns of the index, a value for each feature."""
+    found = facts.found
+    columns = {
+        "active": found.active.tolist(),
+        "largest": rounded(found.largest),
+        "peaks": _peak_tokens(found, rows),
+        "promoted": facts.logits.promoted[:, :PROMOTED].tolist(),
+    }
+    if facts.f1 is not None:
+        columns["concept"] = facts.f1.argmax(axis=1).tolist()
+        columns["f1"] = rounded(facts.f1.max(axis=1), 3)
+    if facts.importance is not None:
+        columns["effect"] = rounded(facts.importance.kl_all.mean, 6)
+    return columns
+
+
+def feature_records(
+    facts: Facts, rows: Integer[np.ndarray, "rows seq"], config: ModelConfig, first: int, last: int
+) -> list[dict[str, Any]]:
+    """Return the records of features `first` to `last`, that one not included.
+
+    Args:
+        rows: what was searched.
+        config: says which ids are text; others are not shown.
+    """
+    part = slice(first, last)
+    found, contexts = _some(facts.found, part), Contexts(*(field[part] for field in facts.contexts))
+    shown = _contexts(contexts, facts.acts[part], rows, config)
+    quantiles = np.stack([found.quantile(share) for share in QUANTILES], axis=1)
+    columns: dict[str, list[Any]] = {
+        "mean": rounded(found.mean),
+        "quantiles": rounded(quantiles),
+        "histogram": found.histogram.tolist(),
+        "contexts": [of_one[:TOP] for of_one in shown],
+        "bands": [[of_one[i : i + OF_A_BAND] for i in range(TOP, len(of_one), OF_A_BAND)] for of_one in shown],
+        "promoted": _pairs(facts.logits.promoted[part], facts.logits.promoted_effect[part]),
+        "suppressed": _pairs(facts.logits.suppressed[part], facts.logits.suppressed_effect[part]),
+        "partners": _partners(found),
+        "neighbours": _pairs(facts.graph.neighbours.features[part], facts.graph.neighbours.values[part]),
+    }
+    if facts.f1 is not None:
+        best = np.argsort(-facts.f1[part], axis=1, kind="stable")[:, :CONCEPTS]
+        columns["concepts"] = _pairs(best, np.take_along_axis(facts.f1[part], best, axis=1))
+    if facts.importance is not None:
+        columns["effects"] = _effects(facts.importance, part)
+    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for direction in ("upstream", "downstream"):
+        links = {
+            tag: _links(of_tag, facts.promoted[tag], part) for tag, of_tag in getattr(facts.graph, direction).items()
+        }
+        for number, record in enumerate(records):
+            record[direction] = {tag: of_tag[number] for tag, of_tag in links.items()}
+    return records
+
+
+def text_record(
+    tokens: Integer[np.ndarray, " seq"], acts: Float[np.ndarray, "seq n_features"], config: ModelConfig
+) -> dict[str, Any]:
+    """Return the record of a text: the strongest features of each token, and where each of those is active."""
+    real = config.is_text(np.asarray(tokens))
+    tokens, acts = np.asarray(tokens)[real], np.asarray(acts)[real]
+    order = np.argsort(-acts, axis=1, kind="stable")[:, :STRONGEST]
+    strongest = [[int(f) for f in chosen if row[f] > 0] for row, chosen in zip(acts, order, strict=True)]
+    present = sorted({feature for chosen in strongest for feature in chosen})
+    active = {feature: np.flatnonzero(acts[:, feature]) for feature in present}
+    return {
+        "tokens": tokens.tolist(),
+        "strongest": strongest,
+        "activity": {str(f): [places.tolist(), rounded(acts[places, f])] for f, places in active.items()},
+    }
+
+
+def fixed_facts() -> dict[str, Any]:
+    """Return what the script has to know of the records' layout."""
+    return {"quantiles": list(QUANTILES), "bands": BANDS, "edges": rounded(EDGES)}
+
+
+def _some(found: TopActivations, part: slice) -> TopActivations:
+    """Return the result of some features."""
+    names = ("histogram", "active", "total", "partners", "correlation")
+    arrays = {name: getattr(found, name)[part] for name in names}
+    contexts = {name: Contexts(*(field[part] for field in getattr(found, name))) for name in ("top", "sampled")}
+    return dataclasses.replace(found, **arrays, **contexts)
+
+
+def _peak_tokens(found: TopActivations, rows: np.ndarray) -> list[list[int]]:
+    """Return for each feature the tokens that its top contexts peak on, most often first."""
+    present = found.top.row >= 0
+    peaks = rows[np.maximum(found.top.row, 0), found.top.position]
+    listed = []
+    for tokens, there in zip(peaks, present, strict=True):
+        values, firsts, counts = np.unique(tokens[there], return_index=True, return_counts=True)
+        listed.append(values[np.lexsort((firsts, -counts))][:PEAKS].tolist())
+    return listed
+
+
+def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: ModelConfig) -> list[list[Any]]:
+    """Return each context as [row, place of the peak, tokens, activations]; None where there is none."""
+    places = window_positions(contexts, rows.shape[1])
+    ids = np.asarray(rows[np.maximum(contexts.row, 0)[..., None], np.maximum(places, 0)])
+    real = (places >= 0) & config.is_text(ids)
+    peak = real[..., :BEFORE].sum(axis=-1)  # of the tokens that are shown
+    shown: list[list[Any]] = []
+    fields = (contexts.row.tolist(), peak.tolist(), ids.tolist(), rounded(acts), real, np.all(real, axis=-1))
+    for of_feature in zip(*fields, strict=True):
+        listed: list[Any] = []
+        for row, at, tokens, values, there, all_there in zip(*of_feature, strict=True):
+            if not all_there:
+                tokens, values = (list(itertools.compress(part, there)) for part in (tokens, values))
+            listed.append([row, at, tokens, values] if row >= 0 else None)
+        shown.append(listed)
+    return shown
+
+
+def _pairs(features: np.ndarray, values: np.ndarray) -> list[list[list[Any]]]:
+    """Return [feature, value] pairs of each row; -1 is none."""
+    return [
+        [[f, value] for f, value in zip(row, of_row, strict=True) if f >= 0]
+        for row, of_row in zip(features.tolist(), rounded(values), strict=True)
+    ]
+
+
+def _partners(found: TopActivations) -> list[list[list[Any]] | None]:
+    """Return [feature, correlation] pairs of each feature; None where the correlation is undefined."""
+    pairs, undefined = _pairs(found.partners, found.correlation), np.isnan(found.correlation[:, 0])
+    return [None if unknown else of_one for of_one, unknown in zip(pairs, undefined, strict=True)]
+
+
+def _links(links: Links, promoted: np.ndarray, part: slice) -> list[list[list[Any]]]:
+    """Return [feature, weight, tokens that it promotes] of each row."""
+    words = promoted[links.features[part]].tolist()
+    return [
+        [[*pair, of_pair] for pair, of_pair in zip(pairs, of_row, strict=True)]
+        for pairs, of_row in zip(_pairs(links.features[part], links.values[part]), words, strict=True)
+    ]
+
+
+def _effects(importance: CausalImportance, part: slice) -> list[dict[str, Any]]:
+    """Return {measure: [mean, half width]} and the rows of each feature; None is unknown."""
+    names = ("kl_all", "kl", "loss")
+    columns = [importance.active_rows[part].tolist()]
+    for name in names:
+        columns += [[_known(v) for v in rounded(values[part])] for values in getattr(importance, name)]
+    return [
+        {"active_rows": rows, **{name: list(rest[2 * i : 2 * i + 2]) for i, name in enumerate(names)}}
+        for rows, *rest in zip(*columns, strict=True)
+    ]
+
+
+def _known(value: int | float) -> int | float | None:
+    return None if value != value else value

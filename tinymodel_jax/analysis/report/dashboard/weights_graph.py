@@ -1,0 +1,139 @@
+"""Which features of which dictionaries speak to each other, by weights alone: upstream, downstream, neighbours.
+
+A feature adds its decoder row to the residual stream; an encoder further up reads the stream. There is no layer norm,
+so the direct weight between them,
+
+    W_dec[source] @ W_enc[:, target]
+
+is exact and the same on every input: one unit of the source's activation adds it to the target's pre-activation (that
+of the magnitude, before `exp(r_mag)`, for `gated`), past everything between them. What attention and MLPs make of it on
+the way comes on top. Dictionaries of the stream itself (Ra, Rm) hold directions in it, so they may be a source too; but
+they write nothing, and are nobody's upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.runtime.compilation import fast_jit
+
+TOGETHER = 512
+"""Features whose products with all others are in memory at once."""
+
+_READ = {"hook_resid_pre": 0, "hook_resid_mid": 2, "hook_mlp_in": 3}
+"""When a block's stream is read at a hook point; others do not read the stream."""
+_WRITTEN = {"hook_resid_pre": 0, "hook_attn_out": 1, "hook_resid_mid": 2, "hook_mlp_out": 4}
+"""When what is predicted at a hook point is in the stream."""
+_ADDED = ("hook_attn_out", "hook_mlp_out")
+"""What adds to the stream, rather than being it."""
+_STAGES = 5
+
+
+class Links(NamedTuple):
+    """The strongest links of every feature, strongest first."""
+
+    features: Int[np.ndarray, "n_features n"]
+    values: Float[np.ndarray, "n_features n"]
+
+
+class WeightsGraph(NamedTuple):
+    """Links of all features of one dictionary; what is upstream and downstream by the other dictionary's tag."""
+
+    neighbours: Links
+    """Features of the same dictionary, by the cosine of the decoder rows."""
+    upstream: dict[str, Links]
+    """By the direct weight, strongest either way first."""
+    downstream: dict[str, Links]
+    """The same."""
+
+
+def weights_graph(
+    lm: TinyModel,
+    tag: str,
+    others: Iterable[str],
+    top: int = 8,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> WeightsGraph:
+    """Return the links of all features of `lm[tag]`.
+
+    Args:
+        others: tags of dictionaries; those that neither write to what this one reads nor read what it writes, as
+            their place in the forward pass says, are passed over.
+        top: links of a feature to each dictionary, at most.
+        track: sees the dictionaries pass by, to show a progress bar.
+
+    Raises:
+        ValueError: a tag has no dictionary.
+    """
+    own = lm[tag].dictionary
+    W_enc, W_dec = own.params["W_enc"].T, own.params["W_dec"]
+    upstream, downstream = {}, {}
+    for other in track(list(others)):
+        dictionary = lm[other].dictionary
+        n = min(top, dictionary.config.n_features)
+        if writes_before(dictionary.config, own.config) and _hook(dictionary.config.hook_out)[1] in _ADDED:
+            upstream[other] = strongest_products(W_enc, dictionary.params["W_dec"], n)
+        if writes_before(own.config, dictionary.config):
+            downstream[other] = strongest_products(W_dec, dictionary.params["W_enc"].T, n)
+    return WeightsGraph(neighbours(W_dec, min(top, own.config.n_features - 1)), upstream, downstream)
+
+
+def writes_before(source: DictionaryConfig, target: DictionaryConfig) -> bool:
+    """Say whether what `source` predicts is in the residual stream when `target` reads it."""
+    written, read = _hook(source.hook_out), _hook(target.hook_in)
+    if written[1] not in _WRITTEN or read[1] not in _READ:
+        return False
+    return written[0] * _STAGES + _WRITTEN[written[1]] < read[0] * _STAGES + _READ[read[1]]
+
+
+def neighbours(W_dec: Float[Array, "n_features d_out"], top: int) -> Links:
+    """Return for each feature the others whose decoder rows point its way most, and the cosines; 0 for a zero row."""
+    rows = jnp.asarray(W_dec, jnp.float32)
+    length = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    units = rows / jnp.where(length > 0, length, 1)
+    parts = [
+        _closest(units[start : start + TOGETHER], units, start, top=top) for start in range(0, len(units), TOGETHER)
+    ]
+    return _joined(parts)
+
+
+def strongest_products(A: Float[Array, "n d"], B: Float[Array, "m d"], top: int) -> Links:
+    """Return for each row of `A` the rows of `B` with the `top` largest products by size, and the products."""
+    parts = [_largest(A[start : start + TOGETHER], B, top=top) for start in range(0, len(A), TOGETHER)]
+    return _joined(parts)
+
+
+def _hook(name: str) -> tuple[int, str]:
+    """Split `blocks.2.hook_mlp_in` into the block and the point."""
+    _, layer, point = name.split(".", 2)
+    return int(layer), point
+
+
+def _joined(parts: Sequence[tuple[Array, Array]]) -> Links:
+    features, values = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in (0, 1))
+    return Links(features.astype(np.int32), values.astype(np.float32))
+
+
+def _closest_rows(part: Array, units: Array, start: Array, *, top: int) -> tuple[Array, Array]:
+    cosine = part @ units.T
+    itself = jnp.arange(units.shape[0])[None, :] == (start + jnp.arange(part.shape[0]))[:, None]
+    values, features = jax.lax.top_k(jnp.where(itself, -jnp.inf, cosine), top)
+    return features, values
+
+
+def _largest_products(A: Array, B: Array, *, top: int) -> tuple[Array, Array]:
+    products = A.astype(jnp.float32) @ B.astype(jnp.float32).T
+    _, features = jax.lax.top_k(jnp.abs(products), top)
+    return features, jnp.take_along_axis(products, features, axis=1)
+
+
+_closest = fast_jit(_closest_rows, static_argnames=("top",))
+_largest = fast_jit(_largest_products, static_argnames=("top",))

@@ -1,0 +1,162 @@
+"""The contexts that a dashboard shows of each feature, and the feature's activation at every token around their peaks.
+
+One more pass over the rows that hold a chosen context, and over no others. Only a context's own feature is encoded,
+and only in its window, where the architecture allows it: `topk` has to compare all features of a position. Memory grows
+with features x contexts, not with rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from tinymodel_jax.analysis.search.activation_pass import ActivationPass
+from tinymodel_jax.analysis.search.contexts import Contexts
+from tinymodel_jax.analysis.search.feature_statistics import encoder_parameters
+from tinymodel_jax.analysis.search.top_activations import TopActivations
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_feature
+from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.model import forward
+from tinymodel_jax.runtime.compilation import fast_jit
+
+BEFORE, AFTER = 12, 6
+"""Tokens shown before and after a peak."""
+TOP, BANDS, OF_A_BAND = 12, 5, 4
+"""Contexts shown: the top ones, and some of each band of the sampled ones."""
+TOGETHER = 512
+"""Contexts whose windows are encoded together."""
+
+
+def shown_contexts(found: TopActivations) -> Contexts:
+    """Return the contexts that are shown of each feature: `TOP` columns, then `OF_A_BAND` for each of the bands.
+
+    Of a band those are kept that lie evenly in it; missing ones have row -1.
+    """
+    n = TOP + BANDS * OF_A_BAND
+    shown = Contexts(*(np.full((found.n_features, n), fill, dtype) for fill, dtype in _EMPTY))
+    top = min(TOP, found.top.row.shape[1])
+    for field, kept in zip(shown, found.top, strict=True):
+        field[:, :top] = kept[:, :top]
+    sampled = (found.sampled.row >= 0).sum(axis=1)
+    for count in np.unique(sampled[sampled > 0]):
+        alike = np.flatnonzero(sampled == count)
+        for band, columns in enumerate(np.array_split(np.arange(count), BANDS)):  # as `found.bands`
+            chosen = columns[_evenly(len(columns))]
+            place = slice(TOP + band * OF_A_BAND, TOP + band * OF_A_BAND + len(chosen))
+            for field, kept in zip(shown, found.sampled, strict=True):
+                field[alike, place] = kept[alike][:, chosen]
+    return shown
+
+
+def window_positions(contexts: Contexts, seq: int) -> Int[np.ndarray, "*contexts window"]:
+    """Return the positions around each peak; -1 where the row has begun later or ended."""
+    around = np.arange(-BEFORE, AFTER + 1, dtype=np.int32)
+    places = contexts.position[..., None] + around
+    inside = (places >= 0) & (places < seq) & (contexts.row[..., None] >= 0)
+    return np.where(inside, places, -1)
+
+
+def window_activations(
+    reader: FeatureReader,
+    rows: Integer[np.ndarray, "rows seq"],
+    contexts: Contexts,
+    *,
+    batch: int = 8,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Float[np.ndarray, "n_features contexts window"]:
+    """Return the activation of each context's feature around its peak; 0 where there is no text and outside of the row.
+
+    Args:
+        rows: what the search read.
+        batch: rows of a device in one pass.
+        track: sees the batches' numbers pass by, to show a progress bar.
+    """
+    reading = ActivationPass(reader, rows, batch=batch, share=0.0, every=1, seed=0)
+    places = window_positions(contexts, rows.shape[1])
+    acts = np.zeros(places.shape, np.float32)
+    feature, number = np.nonzero(contexts.row >= 0)
+    of_row = contexts.row[feature, number]
+    order = np.argsort(of_row, kind="stable")
+    used, firsts = np.unique(of_row[order], return_index=True)
+    bounds = np.append(firsts, len(order))  # of a row's contexts in `order`
+    measure = _measure_of(reading.dictionary, reading.config)
+    for start in track(range(0, len(used), reading.batch)):
+        numbers = used[start : start + reading.batch]
+        ids = np.asarray(rows[np.resize(numbers, reading.batch)], np.int32)  # one shape for all batches
+        pairs = order[bounds[start] : bounds[start + len(numbers)]]
+        f, n = feature[pairs], number[pairs]
+        in_batch, around = np.searchsorted(numbers, of_row[pairs]), places[f, n]
+        real = (around >= 0) & reader.lm.config.is_text(ids[in_batch[:, None], around])
+        acts[f, n] = np.where(real, measure(reading.inputs(ids), f, in_batch, around), 0)
+    return acts
+
+
+_EMPTY = ((0, np.float32), (-1, np.int32), (0, np.int32))
+
+
+def _evenly(size: int) -> Int[np.ndarray, " n"]:
+    """Return `OF_A_BAND` places of `size`, first and last among them; all if there are fewer."""
+    return np.unique(np.linspace(0, size - 1, OF_A_BAND).astype(int)) if size else np.zeros(0, int)
+
+
+def _by_feature(params: DictionaryParams, config: DictionaryConfig) -> dict[str, Array]:
+    """Return the encoder with features on the first axis of what each has its own of, so that one can be picked."""
+    own, encoder = per_feature(config), encoder_parameters(params)
+    return {name: jnp.moveaxis(array, -1, 0) if name in own else array for name, array in encoder.items()}
+
+
+def _measure_of(params: DictionaryParams, config: DictionaryConfig) -> Callable[..., np.ndarray]:
+    """Return the function of (x, features, rows of x, places) that gives the features' activations there."""
+    if config.architecture == "topk":
+
+        def compared(x: Array, features: np.ndarray, in_batch: np.ndarray, places: np.ndarray) -> np.ndarray:
+            acts = np.asarray(forward.encode(params, config, x))
+            return acts[in_batch[:, None], places, features[:, None]]
+
+        return compared
+    return functools.partial(_of_pairs, _by_feature(params, config), config)
+
+
+def _of_pairs(
+    encoder: DictionaryParams,
+    config: DictionaryConfig,
+    x: Float[Array, "rows seq d_in"],
+    features: Int[np.ndarray, " pairs"],
+    in_batch: Int[np.ndarray, " pairs"],
+    places: Int[np.ndarray, "pairs window"],
+) -> Float[np.ndarray, "pairs window"]:
+    """Return the activations of features at places of rows of the batch; without meaning at place -1."""
+    found = []
+    for start in range(0, len(features), TOGETHER):
+        part = [array[start : start + TOGETHER] for array in (features, in_batch, places)]
+        size = len(part[0])
+        padded = [np.resize(array, (TOGETHER, *array.shape[1:])) for array in part]  # one shape for all
+        found.append(np.asarray(_encode_pairs(encoder, x, *padded, config=config))[:size])
+    return np.concatenate(found)
+
+
+def _encode_each(
+    encoder: DictionaryParams,
+    x: Float[Array, "rows seq d_in"],
+    features: Int[Array, " pairs"],
+    in_batch: Int[Array, " pairs"],
+    places: Int[Array, "pairs window"],
+    *,
+    config: DictionaryConfig,
+) -> Float[Array, "pairs window"]:
+    own = per_feature(config)
+
+    def one(feature: Array, window: Array) -> Array:
+        alone = {name: array[feature][..., None] if name in own else array for name, array in encoder.items()}
+        return encode(alone, config, window)[..., 0]
+
+    return jax.vmap(one)(features, x[in_batch[:, None], places])
+
+
+_encode_pairs = fast_jit(_encode_each, static_argnames=("config",))

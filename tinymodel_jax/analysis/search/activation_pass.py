@@ -1,0 +1,147 @@
+"""One pass over rows of tokens: what is kept of a dictionary's activations, and how a batch is added to it.
+
+`ActivationPass` measures batches on the devices, `Sums` takes them in on the host. Rows are spread over the devices of
+this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_places
+from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
+from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
+from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.model.forward import forward
+from tinymodel_jax.model.padding import check_tok_ids, pad_below
+
+
+class MeasuredBatch(NamedTuple):
+    """A batch's numbers; arrays may still be computed."""
+
+    first: int
+    """Number of its first row."""
+    n_rows: int
+    chunks: list[BatchStatistics]
+    """Of all features, in order; rows beyond `n_rows` are padding."""
+    active: list[Array]
+    """Active features of the sampled tokens, as bits."""
+    n_sampled: int
+
+
+class ActivationPass:
+    """Measures batches of rows.
+
+    Args:
+        batch: rows of a device in one pass of the model.
+        share: probability of a token to be in the sample for co-activation.
+        every: the histogram counts one in so many positions.
+    """
+
+    def __init__(self, reader: FeatureReader, rows: np.ndarray, *, batch: int, share: float, every: int, seed: int):
+        devices = jax.local_devices()
+        mesh = Mesh(np.array(devices), ("data",))
+        self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self.lm, self.rows, self.share, self.every, self.seed = reader.lm, rows, share, every, seed
+        self.config = reader.dictionary.config
+        self.batch = batch * len(devices)
+        self.hooks = jax.device_put(self.lm.splice_hooks(before=reader.site), everywhere)
+        self.params = jax.device_put(self.lm.params, everywhere)
+        self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
+        self.chunks = feature_chunks(self.dictionary, self.config)
+
+    def measure(self, first: int) -> MeasuredBatch:
+        """Start to measure the batch whose first row is `first`.
+
+        Raises:
+            ValueError: its ids are not valid for the model.
+        """
+        tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config, first)
+        n_rows = len(tok_ids)
+        tok_ids = pad_below(tok_ids, self.batch, self.lm.config.pad_id)
+        real = self.lm.config.is_text(tok_ids)
+        x = self.inputs(tok_ids)
+        drawn = (uniform(self.seed, np.arange(first, first + self.batch)) * self.every).astype(np.int32)
+        counted, drawn = jax.device_put((real, drawn), self.spread)
+        found = [statistics(chunk, x, counted, drawn, config=self.config, every=self.every) for chunk in self.chunks]
+        places = sampled_places(real, first, self.share, self.seed)
+        active = active_features(self.dictionary, self.config, x, places)
+        return MeasuredBatch(first, n_rows, found, active, len(places))
+
+    def inputs(self, tok_ids: Int[np.ndarray, "rows seq"]) -> Array:
+        """Return what the dictionary reads, (rows, seq, d_in)."""
+        name = self.config.hook_in
+        ids = jax.device_put(tok_ids, self.spread)
+        _, acts = forward(self.params, ids, self.hooks, config=self.lm.config, keep=(name,), output="none")
+        return acts[name]
+
+
+@dataclasses.dataclass
+class Sums:
+    """What is kept of all rows so far."""
+
+    histogram: Int[np.ndarray, "32 n_features"]
+    active: Int[np.ndarray, " n_features"]
+    total: np.ndarray
+    """(n_features,) float64."""
+    top: Contexts
+    sampled: Contexts
+    together: list[np.ndarray]
+    """(sampled tokens, bytes) in parts: which features are active at each, as bits, for co-activation."""
+
+    @staticmethod
+    def zero(n_features: int, k: int, n_sampled: int) -> Sums:
+        """Return the sums over no rows."""
+        return Sums(
+            np.zeros((BINS, n_features), np.int64),
+            np.zeros(n_features, np.int64),
+            np.zeros(n_features),
+            no_contexts(n_features, k),
+            no_contexts(n_features, n_sampled),
+            [np.zeros((0, n_bytes(n_features)), np.uint8)],
+        )
+
+    def take_in(self, batch: MeasuredBatch, seed: int) -> None:
+        """Add a batch; batches come in the order of their rows."""
+        peak, position, total, active = (
+            np.concatenate([np.asarray(chunk[field]) for chunk in batch.chunks], axis=1)[: batch.n_rows]
+            for field in range(4)
+        )
+        self.histogram += np.concatenate([np.asarray(chunk.histogram) for chunk in batch.chunks], axis=1)
+        self.active += active.sum(axis=0)
+        for row in total:
+            self.total += row  # row by row, so that the rounding does not depend on the batch
+        rows = np.arange(batch.first, batch.first + batch.n_rows)
+        keep_first(self.top, peak, position, rows, by_value)
+        keep_first(self.sampled, peak, position, rows, at_random(seed))
+        if batch.n_sampled:
+            self.together.append(np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return everything by name, for a work file."""
+        found = {name: getattr(self, name) for name in ("histogram", "active", "total")}
+        found["together"] = np.concatenate(self.together)
+        return found | named_contexts("top", self.top) | named_contexts("sampled", self.sampled)
+
+    @staticmethod
+    def of_arrays(arrays: dict[str, np.ndarray]) -> Sums:
+        """Return the sums that `arrays` named."""
+        top, sampled = contexts_named("top", arrays), contexts_named("sampled", arrays)
+        return Sums(arrays["histogram"], arrays["active"], arrays["total"], top, sampled, [arrays["together"]])
+
+
+def named_contexts(name: str, contexts: Contexts) -> dict[str, np.ndarray]:
+    """Return the fields of contexts as `{"top.value": array, …}`."""
+    return {f"{name}.{field}": array for field, array in contexts._asdict().items()}
+
+
+def contexts_named(name: str, arrays: dict[str, np.ndarray]) -> Contexts:
+    """Return the contexts that `named_contexts` named."""
+    return Contexts(*(arrays[f"{name}.{field}"] for field in Contexts._fields))

@@ -1,0 +1,116 @@
+"""Finding features in a search's result: by the text that their top contexts peak on, by a concept of known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from tinymodel_jax.analysis.concepts.labels import CHUNK, best_f1_of_all
+from tinymodel_jax.analysis.search.activation_pass import ActivationPass
+from tinymodel_jax.analysis.search.contexts import Contexts
+from tinymodel_jax.analysis.search.top_activations import TopActivations
+from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.model.padding import pad_below
+
+ROWS_AT_ONCE = 8
+"""Rows of a device in one pass of the model."""
+TOKENS_AT_ONCE = 4096
+"""Tokens that are encoded at once."""
+ALL_COMPARED = 4096
+"""Features that are scored at once where every chunk costs a pass over all: topk compares them."""
+
+
+def token_texts(lm: TinyModel) -> list[str]:
+    """Return the text of every id of the vocabulary."""
+    return [lm.tokenizer.decode([token]) for token in range(lm.config.d_vocab)]
+
+
+def share_on_text(found: TopActivations, rows: Int[np.ndarray, "rows seq"], texts: list[str], text: str) -> np.ndarray:
+    """Return for each feature the share of its top contexts that peak on `text`.
+
+    A context does if its peak token overlaps an occurrence of the text in its row, letter by letter, spaces included;
+    the text may span several tokens, and be a part of a word.
+
+    Args:
+        texts: of all ids (`token_texts`).
+    """
+    used = np.unique(found.top.row[found.top.row >= 0])
+    on_text = np.zeros(rows.shape, bool)
+    for row in used:
+        on_text[row] = _tokens_on(text, [texts[token] for token in rows[row]])
+    present = found.top.row >= 0
+    hits = on_text[np.maximum(found.top.row, 0), found.top.position] & present
+    return hits.sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+
+
+def concept_f1(
+    reader: FeatureReader,
+    rows: Int[np.ndarray, "rows seq"],
+    truth: Bool[np.ndarray, "rows seq concepts"],
+    features: Int[np.ndarray, " n"] | None = None,
+    *,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Float[np.ndarray, "n concepts"]:
+    """Return how well features of `lm[tag]`, all if none are named, tell each concept, as `concepts.best_f1_of_all`.
+
+    The dictionary's input at all tokens is in memory, and the activations of some features at a time.
+
+    Args:
+        track: sees the numbers of the chunks of features pass by, to show a progress bar.
+    """
+    config, real = reader.dictionary.config, reader.lm.config.is_text(rows)
+    x, told = _inputs(reader, rows)[real], truth[real]
+    chosen = np.arange(config.n_features) if features is None else features
+    together = ALL_COMPARED if config.architecture == "topk" else CHUNK
+    parts = [
+        best_f1_of_all(_encoded(reader, x, chosen[start : start + together]), told)
+        for start in track(range(0, len(chosen), together))
+    ]
+    return np.concatenate(parts)
+
+
+def context_window(
+    rows: Int[np.ndarray, "rows seq"], contexts: Contexts, place: tuple[int, int], before: int = 12, after: int = 6
+) -> tuple[list[int], int]:
+    """Return the ids around a peak, and the peak's place among them.
+
+    Args:
+        place: feature and number of the context, indices of `contexts`' arrays.
+    """
+    row, position = int(contexts.row[place]), int(contexts.position[place])
+    first = max(0, position - before)
+    return [int(token) for token in rows[row, first : position + after + 1]], position - first
+
+
+def _inputs(reader: FeatureReader, rows: np.ndarray) -> np.ndarray:
+    """Return what the dictionary reads, (rows, seq, d_in)."""
+    reading, parts = ActivationPass(reader, rows, batch=ROWS_AT_ONCE, share=0.0, every=1, seed=0), []
+    for start in range(0, len(rows), reading.batch):
+        ids = np.asarray(rows[start : start + reading.batch], np.int32)
+        padded = pad_below(ids, reading.batch, reader.lm.config.pad_id)
+        parts.append(np.asarray(reading.inputs(padded))[: len(ids)])
+    return np.concatenate(parts)
+
+
+def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """Return the activations of features, (tokens, features), a part of the tokens at a time."""
+    starts = range(0, len(x), TOKENS_AT_ONCE)
+    encode = reader.dictionary.encode
+    return np.concatenate(
+        [np.asarray(encode(jnp.asarray(x[start : start + TOKENS_AT_ONCE]), features), np.float32) for start in starts]
+    )
+
+
+def _tokens_on(text: str, tokens: list[str]) -> np.ndarray:
+    """Say which tokens overlap an occurrence of the text."""
+    ends = np.cumsum([len(token) for token in tokens])
+    starts = ends - [len(token) for token in tokens]
+    whole, found = "".join(tokens), np.zeros(len(tokens), bool)
+    at = whole.find(text)
+    while at >= 0:
+        found |= (starts < at + len(text)) & (ends > at)
+        at = whole.find(text, at + 1)
+    return found

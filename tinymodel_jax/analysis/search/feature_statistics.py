@@ -1,0 +1,109 @@
+"""What is measured of a dictionary's activations on a batch, compiled: peaks, sums and histograms, no more than that.
+
+Features are measured in chunks, so that activations are still in the processor's cache when they are counted. On a CPU
+the histogram of all positions would take seven tenths of the encoder's matrix product, the rest a tenth: so of many
+rows it counts every n-th position, from a first one that the caller draws. Reductions run over positions alone, the
+axis that XLA reduces fast.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_feature
+from tinymodel_jax.runtime.compilation import fast_jit
+
+TOGETHER = 1024
+"""Features of a chunk."""
+BINS = 32
+FIRST_EXPONENT = -8
+"""The histogram's bins halve the octaves from 2^-8 to 2^8; the first also has all below, the last all above."""
+
+_GROUP, _FIELDS, _FIELD_BITS = 8, 8, 4
+"""Tokens counted in one word, counters of a word, bits of a counter; 8 tokens do not overflow 4 bits."""
+
+
+class BatchStatistics(NamedTuple):
+    """The activations of a chunk of features on rows."""
+
+    peak: Float[Array, "rows features"]
+    """Largest activation of a row."""
+    position: Int[Array, "rows features"]
+    """Where it is first reached; without meaning where the peak is 0."""
+    total: Float[Array, "rows features"]
+    """Sum over a row."""
+    active: Int[Array, "rows features"]
+    """Positions of a row with an activation above 0."""
+    histogram: Int[Array, "32 features"]
+    """Those of them that are counted, by the size of the activation."""
+
+
+def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
+    """Return what `encode` reads."""
+    return {name: array for name, array in params.items() if name not in ("W_dec", "W_skip")}
+
+
+def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
+    """Return the encoder's parameters in chunks of features; `topk` compares all features, and stays whole."""
+    own = per_feature(config)
+    encoder = encoder_parameters(params)
+    size = config.n_features if config.architecture == "topk" else TOGETHER
+    return [
+        {name: a[..., start : start + size] if name in own else a for name, a in encoder.items()}
+        for start in range(0, config.n_features, size)
+    ]
+
+
+def _statistics(
+    chunk: DictionaryParams,
+    x: Float[Array, "rows seq d_in"],
+    real: Bool[Array, "rows seq"],
+    first: Int[Array, " rows"],
+    *,
+    config: DictionaryConfig,
+    every: int,
+) -> BatchStatistics:
+    """Return the statistics; the histogram is of each row's positions `first`, `first + every` and so on."""
+    acts = jnp.where(real[..., None], encode(chunk, config, x).astype(jnp.float32), 0)
+    peak = jnp.max(acts, axis=1)
+    places = jnp.arange(acts.shape[1], dtype=jnp.int32)[None, :, None]
+    position = jnp.min(jnp.where(acts == peak[:, None], places, acts.shape[1]), axis=1)
+    active = jnp.sum(acts > 0, axis=1, dtype=jnp.int32)
+    return BatchStatistics(peak, position, jnp.sum(acts, axis=1), active, _histogram(_some(acts, first, every)))
+
+
+def _some(acts: Float[Array, "rows seq features"], first: Int[Array, " rows"], every: int) -> Array:
+    """Return every n-th position, and zeros up to a whole number of groups."""
+    n = -(-acts.shape[1] // every)
+    if every > 1:
+        places = first[:, None] + every * jnp.arange(n, dtype=jnp.int32)
+        acts = jax.vmap(lambda row, place: row.at[place].get(mode="fill", fill_value=0))(acts, places)
+    return jnp.pad(acts, ((0, 0), (0, -n % _GROUP), (0, 0)))
+
+
+def _histogram(acts: Float[Array, "rows seq features"]) -> Int[Array, "32 features"]:
+    """Count activations above 0 by exponent and first fraction bit of their float32.
+
+    A token adds 1 to one of eight 4-bit counters in one of four words: XLA makes one pass a word, not one a bin.
+    """
+    half = jax.lax.bitcast_convert_type(acts, jnp.int32) >> 22
+    bin_of = jnp.clip(half - 2 * (127 + FIRST_EXPONENT), 0, BINS - 1)
+    bin_of = jnp.where(acts > 0, bin_of, BINS).astype(jnp.uint32)  # a shift beyond the word counts nowhere
+    rows, seq, features = acts.shape
+    bin_of = bin_of.reshape(rows, seq // _GROUP, _GROUP, features)
+    counts = []
+    for first in range(0, BINS, _FIELDS):
+        shift = _FIELD_BITS * (bin_of - jnp.uint32(first))  # wraps, far beyond the word, for smaller bins
+        words = jnp.sum(jnp.uint32(1) << shift, axis=2, dtype=jnp.uint32)
+        for field in range(_FIELDS):
+            counted = (words >> jnp.uint32(_FIELD_BITS * field)) & jnp.uint32(2**_FIELD_BITS - 1)
+            counts.append(jnp.sum(jnp.sum(counted, axis=1, dtype=jnp.uint32), axis=0, dtype=jnp.uint32))
+    return jnp.stack(counts).astype(jnp.int32)
+
+
+statistics = fast_jit(_statistics, static_argnames=("config", "every"))

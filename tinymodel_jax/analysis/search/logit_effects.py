@@ -1,0 +1,88 @@
+"""Direct logit effects: which next tokens a feature's decoder direction speaks for and against.
+
+    effect = W_dec @ W_U, minus its mean over the vocabulary (which the softmax ignores)
+
+Direct means by the path from the dictionary's output straight to the unembedding, past all later layers. There is no
+layer norm, so it is exact and the same on every input: one unit of activation adds this to the logits. It is defined
+where `hook_out` is the residual stream or is added to it; all sites of `sites.KINDS` are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.dictionaries.dictionary import Indices, resolve_indices
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.runtime.compilation import fast_jit
+
+TOGETHER = 512
+"""Features whose effects on all logits are in memory at once."""
+
+
+class LogitEffects(NamedTuple):
+    """The tokens that each feature promotes and suppresses most, strongest first."""
+
+    features: Int[np.ndarray, " n"]
+    promoted: Int[np.ndarray, "n top"]
+    promoted_effect: Float[np.ndarray, "n top"]
+    """Logits for one unit of activation."""
+    suppressed: Int[np.ndarray, "n top"]
+    suppressed_effect: Float[np.ndarray, "n top"]
+
+
+def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = None) -> LogitEffects:
+    """Return the direct effect of features on the logits.
+
+    Args:
+        tag: dictionary's site, such as M2.
+        top: tokens in each direction.
+        features: one index or several; None is all.
+
+    Raises:
+        ValueError: the tag has no dictionary or names a feature, a feature is out of range, or `top` is outside
+            1..d_vocab.
+    """
+    reader = lm[tag]
+    if reader.feature is not None:
+        raise ValueError(f"logit_effects: {tag!r} names a feature; name the site, {reader.site.tag!r}, and features.")
+    dictionary = reader.dictionary
+    if not 1 <= top <= lm.config.d_vocab:
+        raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
+    wanted = slice(None) if features is None else features
+    chosen = np.atleast_1d(resolve_indices(wanted, dictionary.config.n_features))
+    return LogitEffects(chosen, *strongest_tokens(lm, dictionary.params["W_dec"][chosen], top))
+
+
+def strongest_tokens(
+    lm: TinyModel, directions: Float[Any, "n d_model"], top: int = 10
+) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"], Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:
+    """Return the tokens that directions of the last layer's residual stream promote and suppress, with the logits.
+
+    Args:
+        directions: such as decoder rows, or the `final_stream` of a sweep, which makes the logits mean changes.
+
+    Returns:
+        promoted, their logits, suppressed, theirs; strongest first.
+    """
+    starts = range(0, len(directions), TOGETHER)
+    parts = (_strongest(jnp.asarray(directions[i : i + TOGETHER]), lm.params["W_U"], top=top) for i in starts)
+    up, promoted, down, suppressed = np.concatenate([np.zeros((4, 0, top)), *map(np.stack, parts)], axis=1)
+    return promoted.astype(np.int32), up.astype(np.float32), suppressed.astype(np.int32), down.astype(np.float32)
+
+
+def _strongest_effects(
+    W_dec: Float[Array, "n d_model"], W_U: Float[Array, "d_model d_vocab"], *, top: int
+) -> tuple[Array, Array, Array, Array]:
+    effects = W_dec.astype(jnp.float32) @ W_U.astype(jnp.float32)
+    effects = effects - jnp.mean(effects, axis=-1, keepdims=True)
+    up, promoted = jax.lax.top_k(effects, top)
+    down, suppressed = jax.lax.top_k(-effects, top)
+    return up, promoted, -down, suppressed
+
+
+_strongest = fast_jit(_strongest_effects, static_argnames=("top",))

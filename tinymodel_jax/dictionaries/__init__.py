@@ -1,0 +1,1 @@
+"""Sparse dictionaries: SAEs and transcoders, and the grammar of the sites they read and write."""

@@ -1,0 +1,292 @@
+"""Sparse dictionaries: SAEs and transcoders of five architectures, as pure functions and one Linen module.
+
+`encode` and `decode` are functions of a parameter tree; `Dictionary` wraps them. Loaded dictionaries are bound modules
+(`Dictionary.from_pretrained(...)`), so `dictionary.encode(x)` needs no parameters. Training, metrics and the model are
+elsewhere.
+
+    pre   = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
+    acts  = relu: max(pre, 0)                        topk: relu of the k largest of a position
+            jumprelu: pre where pre > max(threshold, 0)   batch_topk: the same with one threshold for all features
+            gated: relu(x @ W_enc * exp(r_mag) + b_mag) where x @ W_enc + b_gate > 0
+    out   = acts @ W_dec + b_dec (+ x @ W_skip)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.params import require_shapes, require_tree, uniform_fan_in
+
+DictionaryParams = Mapping[str, Any]
+Indices = Any
+"""Features to compute: None for all, an int (drops the feature axis), or a slice, list or array of ints."""
+
+
+def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every parameter of a dictionary."""
+    d_in, d_out, features = config.d_in, config.d_out, config.n_features
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, features), "W_dec": (features, d_out), "b_dec": (d_out,)}
+    if config.architecture == "gated":
+        shapes |= {"b_gate": (features,), "b_mag": (features,), "r_mag": (features,)}
+    else:
+        shapes["b_enc"] = (features,)
+    if config.architecture in ("jumprelu", "batch_topk"):
+        shapes["threshold"] = (features,) if config.architecture == "jumprelu" else ()
+    if config.skip:
+        shapes["W_skip"] = (d_in, d_out)
+    return shapes
+
+
+def per_feature(config: DictionaryConfig) -> tuple[str, ...]:
+    """Name the encoder's parameters that each feature has its own of, on the last axis."""
+    own = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
+    return (*own, "threshold") if config.architecture == "jumprelu" else own
+
+
+def pre_activations(
+    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
+) -> Float[Array, "..."]:
+    """Return the encoder's linear output at the given features; for `gated` without either bias."""
+    dtype = config.dtype
+    x = x.astype(dtype)
+    if config.subtract_b_dec:
+        x = x - params["b_dec"].astype(dtype)
+    pre = x @ _columns(params["W_enc"], indices).astype(dtype)
+    return pre if config.architecture == "gated" else pre + _columns(params["b_enc"], indices).astype(dtype)
+
+
+def encode(
+    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
+) -> Float[Array, "..."]:
+    """Return the feature activations of `x`.
+
+    With `indices` only those columns of the encoder are computed (`topk` has to compare all features first). Indices
+    are not checked here: `resolve_indices` does, outside of compiled code.
+    """
+    if config.architecture == "topk":
+        assert config.k is not None
+        return _columns(keep_top_k(pre_activations(params, config, x), config.k), indices)
+    pre = pre_activations(params, config, x, indices)
+    if config.architecture == "relu":
+        return jax.nn.relu(pre)
+    if config.architecture == "gated":
+        b_gate, b_mag, r_mag = (_columns(params[n], indices).astype(pre.dtype) for n in ("b_gate", "b_mag", "r_mag"))
+        return jnp.where(pre + b_gate > 0, jax.nn.relu(pre * jnp.exp(r_mag) + b_mag), 0)
+    threshold = params["threshold"].astype(pre.dtype)
+    if config.architecture == "jumprelu":
+        threshold = _columns(threshold, indices)
+    return jnp.where(pre > jax.nn.relu(threshold), pre, 0)
+
+
+def decode(
+    params: DictionaryParams, config: DictionaryConfig, acts: Float[Array, "*batch n_features"]
+) -> Float[Array, "*batch d_out"]:
+    """Return what the features predict: `acts @ W_dec + b_dec`, without the skip connection."""
+    dtype = config.dtype
+    return acts.astype(dtype) @ params["W_dec"].astype(dtype) + params["b_dec"].astype(dtype)
+
+
+def reconstruct(
+    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"]
+) -> Float[Array, "*batch d_out"]:
+    """Return the dictionary's whole prediction, skip connection included."""
+    return predict(params, config, x, encode(params, config, x))
+
+
+def predict(
+    params: DictionaryParams,
+    config: DictionaryConfig,
+    x: Float[Array, "*batch d_in"],
+    acts: Float[Array, "*batch n_features"],
+) -> Float[Array, "*batch d_out"]:
+    """Return the whole prediction of an input whose activations are known."""
+    prediction = decode(params, config, acts)
+    if config.skip:
+        prediction = prediction + x.astype(config.dtype) @ params["W_skip"].astype(config.dtype)
+    return prediction
+
+
+def keep_top_k(pre: Float[Array, "*batch n_features"], k: int) -> Float[Array, "*batch n_features"]:
+    """Zero all but the `k` largest values of the last axis (ties go to the lower index), then apply ReLU."""
+    values, positions = jax.lax.top_k(pre, k)
+    return jnp.put_along_axis(jnp.zeros_like(pre), positions, jax.nn.relu(values), axis=-1, inplace=False)
+
+
+class Dictionary(nn.Module):
+    """A sparse dictionary that knows the hook points it reads and predicts.
+
+    Unbound, it is a plain Linen module: `Dictionary(config).init(key, x)`, `.apply(variables, x, method="encode")`.
+    Bound (`from_pretrained`, `from_params`), it is called directly.
+    """
+
+    config: DictionaryConfig
+
+    def setup(self) -> None:
+        for name, shape in param_shapes(self.config).items():
+            setattr(self, name, self.param(name, _initializer(name, self.config), shape, self.config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """Return the prediction of the value at `hook_out`.
+
+        Raises:
+            ValueError: `x` has another width than d_in.
+        """
+        return reconstruct(self._tree(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
+
+    def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "..."]:
+        """Return the feature activations of `x`; an int in `indices` drops the feature axis.
+
+        Raises:
+            ValueError: `x` has another width than d_in, or an index is out of range.
+        """
+        x = _of_width(x, "x", "d_in", self.config.d_in)
+        return encode(self._tree(), self.config, x, resolve_indices(indices, self.config.n_features))
+
+    def decode(self, acts: Float[Array, "*batch n_features"]) -> Float[Array, "*batch d_out"]:
+        """Return `acts @ W_dec + b_dec`; the skip connection, which needs the input, is part of `__call__` only.
+
+        Raises:
+            ValueError: `acts` has another width than n_features.
+        """
+        return decode(self._tree(), self.config, _of_width(acts, "acts", "n_features", self.config.n_features))
+
+    @classmethod
+    def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Dictionary:
+        """Bind parameters to a dictionary.
+
+        Raises:
+            ValueError: an argument is of another type, or parameters are missing, unexpected or of the wrong shape.
+        """
+        DictionaryConfig.require(config, "Dictionary.from_params")
+        require_tree(params)
+        expected = param_shapes(config)
+        require_shapes(params, expected, f"a {config.architecture} dictionary")
+        arrays = {name: own_array(params[name], config.param_dtype) for name in expected}
+        return cls(config).bind({"params": arrays})
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | os.PathLike[str], site: str | None = None) -> Dictionary:
+        """Load a dictionary: a folder of `save_pretrained`, a reference `.pt` file, or a published one by its tag.
+
+        Args:
+            site: tag of the place it belongs to (`"M2"`); a `.pt` file does not say, a folder and a tag do.
+        """
+        from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above
+
+        return load_dictionary(path_or_name, site)
+
+    @nn.nowrap  # a method of a bound module may make no other module
+    def with_features(self, indices: Indices) -> Dictionary:
+        """Return a dictionary of some features only, in the given order; what the others wrote is missing from it.
+
+        Raises:
+            ValueError: no feature is named, one is out of range or named twice, or there are fewer than topk's k.
+        """
+        chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
+        if not chosen.size or len(np.unique(chosen)) < len(chosen):
+            raise ValueError(f"with_features: got {indices!r:.80}; name one feature or more, each once.")
+        own = per_feature(self.config)
+        kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
+        kept["W_dec"] = self.params["W_dec"][chosen]
+        return Dictionary.from_params(dataclasses.replace(self.config, n_features=len(chosen)), kept)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads."""
+        from tinymodel_jax.io.artifacts import save_dictionary  # loading is a layer above
+
+        save_dictionary(self.config, self.params, directory)
+
+    @property
+    def params(self) -> dict[str, Array]:
+        """The parameters of a bound dictionary.
+
+        Raises:
+            ValueError: the dictionary is unbound.
+        """
+        if self.scope is None:
+            raise ValueError(
+                "this Dictionary holds no parameters: load one with Dictionary.from_pretrained(path), "
+                "or bind some with Dictionary.from_params(config, params)."
+            )
+        return dict(self.variables["params"])
+
+    def __reduce__(self) -> Any:
+        """Pickle a bound dictionary by its parameters; what binds them is not for another process."""
+        return super().__reduce__() if self.scope is None else (Dictionary.from_params, (self.config, self.params))
+
+    def _tree(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in param_shapes(self.config)}
+
+
+def own_array(array: Any, dtype: Any) -> Array:
+    """Return a JAX array that shares no memory with a NumPy array: that may change, or map a file that goes away."""
+    return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
+
+
+def require_finite(params: DictionaryParams, what: str) -> None:
+    """Refuse parameters that are NaN or infinite. Traced ones, and those of several processes, are not looked at.
+
+    Raises:
+        ValueError: one holds NaN or infinity; all that do are named.
+    """
+    known = {name: array for name, array in params.items() if not isinstance(array, Tracer)}
+    here = {name: np.asarray(array) for name, array in known.items() if getattr(array, "is_fully_addressable", True)}
+    bad = {name: array.size - np.count_nonzero(np.isfinite(array)) for name, array in here.items()}
+    if any(bad.values()):
+        named = ", ".join(f"{n} in {name}" for name, n in bad.items() if n)
+        raise ValueError(
+            f"{what} has values that are NaN or infinite ({named}), so results with it would be, too; "
+            "take an earlier version of it, or train it anew."
+        )
+
+
+def resolve_indices(indices: Indices, n_features: int) -> Any:
+    """Check feature indices and return them as None, an int32 scalar or a 1-D int32 array; traced ones pass as is.
+
+    Raises:
+        ValueError: an index is no whole number, or outside -n_features..n_features-1.
+    """
+    if indices is None or isinstance(indices, Tracer):
+        return indices
+    if isinstance(indices, slice):
+        return np.arange(n_features, dtype=np.int32)[indices]
+    array = np.asarray(indices)
+    if array.size == 0 and array.ndim == 1:
+        array = array.astype(np.int32)
+    if array.ndim > 1 or array.dtype.kind not in "iu":
+        got = f"{array.dtype} values of shape {array.shape}" if array.ndim else repr(indices)
+        raise ValueError(f"indices: got {got}; expected an int, a slice, or a flat list of ints.")
+    outside = array[(array < -n_features) | (array >= n_features)]
+    if outside.size:
+        raise ValueError(f"feature {outside.flat[0]} is out of range; the dictionary has features 0..{n_features - 1}.")
+    return (array % n_features).astype(np.int32)
+
+
+def _of_width(array: Any, name: str, size_name: str, size: int) -> Array:
+    array = jnp.asarray(array)
+    if array.ndim < 1 or array.shape[-1] != size:
+        raise ValueError(f"{name} has shape {array.shape}; its last axis must be {size_name}={size}.")
+    return array
+
+
+def _columns(array: Array, indices: Indices) -> Array:
+    return array if indices is None else array[..., indices]
+
+
+def _initializer(name: str, config: DictionaryConfig) -> nn.initializers.Initializer:
+    if name in ("W_enc", "b_enc"):
+        return uniform_fan_in(config.d_in)
+    if name in ("W_dec", "b_dec"):
+        return uniform_fan_in(config.n_features)
+    return nn.initializers.zeros

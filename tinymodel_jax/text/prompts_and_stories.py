@@ -1,0 +1,84 @@
+"""Texts of users as token ids: `[BEGIN]` once in front, `[END]` after a whole story, no other special token.
+
+Everything that reads prompts or stories reads them through here, so that a text's ids depend on nothing but the text.
+The tokenizer's own call keeps the reference's rules: there `[END]` depends on the neighbours, and `[BEGIN]` is added to
+one that the text has already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from tinymodel_jax.text.tokenizer import Tokenizer
+
+_DIVIDER = "<|endoftext|>"
+
+
+def refuse_divider(line: str, name: str) -> None:
+    """Refuse the line that divides stories of several lines, in a file that is read as a story a line.
+
+    Args:
+        name: what the line is, for the error.
+
+    Raises:
+        ValueError: the line is `<|endoftext|>` alone.
+    """
+    if line.startswith(_DIVIDER) and line.strip() == _DIVIDER:
+        raise ValueError(
+            f"{name} is {_DIVIDER!r}, which divides stories of several lines; in a .txt file a line is a story. Use "
+            "the .jsonl form of the data."
+        )
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> list[int]:
+    """Return `[BEGIN]` and the ids of a text, which may begin with the literal `[BEGIN]`, as decoded ids do.
+
+    Args:
+        name: what the text is, for the error.
+
+    Raises:
+        TypeError: the text is not a str.
+        ValueError: it holds another `[BEGIN]`, an `[END]` or a `[PAD]`.
+    """
+    ids = tokenizer.encode(text, max_length=None)
+    if ids[:1] == [tokenizer.begin_id]:
+        ids = ids[1:]
+    special = {tokenizer.begin_id: "[BEGIN]", tokenizer.end_id: "[END]", tokenizer.pad_id: "[PAD]"}
+    if found := [token for id_, token in special.items() if id_ in ids]:
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise ValueError(
+            f"{name} {shown!r} holds {' and '.join(found)}, which is read as a special token; a text may have [BEGIN] "
+            "in front, and no other. Remove it, or give token ids instead of text."
+        )
+    return [tokenizer.begin_id, *ids]
+
+
+def story_ids(tokenizer: Tokenizer, text: str, max_length: int | None, name: str = "the story") -> list[int]:
+    """Return `[BEGIN]`, the ids of a story and `[END]`, cut to `max_length`: a story that is cut has no `[END]`.
+
+    Raises:
+        TypeError, ValueError: as `prompt_ids`.
+    """
+    return [*prompt_ids(tokenizer, text, name), tokenizer.end_id][:max_length]
+
+
+def story_rows(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int, width: int | None = None, name: str = "story"
+) -> Int32[np.ndarray, "stories seq"]:
+    """Return stories as rows, padded with `[PAD]` to the longest or to `width`.
+
+    Args:
+        max_length: most tokens of a row, special ones included.
+        name: what the texts are, for the error, which adds the number: from 1.
+
+    Raises:
+        TypeError, ValueError: as `prompt_ids`.
+    """
+    rows = [story_ids(tokenizer, text, max_length, f"{name} {number}") for number, text in enumerate(texts, 1)]
+    found = np.full((len(rows), width or max(map(len, rows), default=0)), tokenizer.pad_id, np.int32)
+    for place, row in zip(found, rows, strict=True):
+        place[: len(row)] = row
+    return found
