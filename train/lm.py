@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
+from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.generate import continue_prompts
 from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.compilation import fast_compiler_options
@@ -275,7 +276,7 @@ def _sampler(
         if not is_first():
             return {}
         begin = np.array([[config.begin_id]], np.int32)
-        ids = continue_prompts(whole, config, begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
+        ids = continue_prompts(HookedModel(whole, config), begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
         return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
 
     return sample

@@ -52,8 +52,7 @@ class ActivationPass:
         self.lm, self.rows, self.share, self.every, self.seed = reader.lm, rows, share, every, seed
         self.config = reader.dictionary.config
         self.batch = batch * len(devices)
-        self.hooks = jax.device_put(self.lm.splice_hooks(before=reader.site), everywhere)
-        self.params = jax.device_put(self.lm.params, everywhere)
+        self.model = jax.device_put(self.lm.hooked(before=reader.site), everywhere)
         self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
         self.chunks = feature_chunks(self.dictionary, self.config)
 
@@ -79,7 +78,7 @@ class ActivationPass:
         """Return what the dictionary reads, (rows, seq, d_in)."""
         name = self.config.hook_in
         ids = jax.device_put(tok_ids, self.spread)
-        _, acts = forward(self.params, ids, self.hooks, config=self.lm.config, keep=(name,), output="none")
+        _, acts = forward(self.model, ids, keep=(name,), output="none")
         return acts[name]
 
 
