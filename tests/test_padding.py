@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.model.padding import bucket, bucket_lengths, check_tok_ids, cut, pad_right
-from tinymodel_jax.runtime.compilation import is_traced
+from tinymodel_jax.model.padding import bucket, bucket_lengths, check_tok_ids, cut, is_traced, pad_right
 
 
 @given(st.integers(1, 5000))

@@ -35,9 +35,8 @@ from tinymodel_jax.model.hook_points import (
     require_hook_names,
 )
 from tinymodel_jax.model.interventions import Hooks, Splice, combine
-from tinymodel_jax.model.padding import batch_of, bucket, check_tok_ids, cut, pad_right
+from tinymodel_jax.model.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
 from tinymodel_jax.params import WeightViews, flatten, require_tree, unflatten
-from tinymodel_jax.runtime.compilation import is_traced
 from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import encode, reconstruct
 from tinymodel_jax.model.hook_points import masked_score
-from tinymodel_jax.runtime.compilation import is_traced
+from tinymodel_jax.model.padding import is_traced
 
 Acts = Mapping[str, Array]
 

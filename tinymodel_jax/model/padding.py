@@ -13,9 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.runtime.compilation import is_traced
+
+
+def is_traced(*values: Any) -> bool:
+    """Whether a value holds a tracer, so that the caller is inside `jit`, `grad` or `vmap`."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 def check_tok_ids(tok_ids: Any, config: ModelConfig, first_row: int = 0) -> np.ndarray:

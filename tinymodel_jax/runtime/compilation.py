@@ -7,13 +7,13 @@ nothing when the user has set that flag there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.core import Tracer
 
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
@@ -22,8 +22,7 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
     """Compile `function` like `jax.jit`, with `fast_compiler_options()`.
 
     The result may be called anywhere, also inside another `jit`, `grad` or `vmap`. XLA takes options for a whole
-    program only, so traced arguments make it part of the outer program, with the options of that; a call without
-    traced arguments is a program of its own, run at once. `function` must not close over traced arrays.
+    program only, so inside another program the options of that program apply.
     """
     inner = jax.jit(function, static_argnames=static_argnames)
 
@@ -33,17 +32,12 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_traced(args, kwargs):
-            return inner(*args, **kwargs)
-        with jax.ensure_compile_time_eval():
+        # JAX raises a ValueError for options inside another program. One that `function` raises comes again below.
+        with contextlib.suppress(ValueError):
             return outer()(*args, **kwargs)
+        return inner(*args, **kwargs)
 
     return call
-
-
-def is_traced(*values: Any) -> bool:
-    """Whether a value holds a tracer, so that the caller is inside `jit`, `grad` or `vmap`."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
 @functools.cache
