@@ -74,10 +74,11 @@ def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
         dest: folder to write: config.json, dictionary.safetensors. It may hold an earlier one, which is replaced.
         site: tag of the place the dictionary belongs to, such as M2.
     """
-    from tinymodel_jax.io.artifacts import parse_site, read_dictionary, save_dictionary
+    from tinymodel_jax.dictionaries.sites import Site
+    from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
 
     replaced = _replaced(dest)
-    config, params = read_dictionary(src, parse_site(site))
+    config, params = read_dictionary(src, Site.whole(site))
     save_dictionary(config, params, dest)
     kind = "transcoder" if config.is_transcoder else "SAE"
     print(

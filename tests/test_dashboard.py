@@ -311,10 +311,10 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--site", "M2N5"], "--site M2N5 names a feature"),
+        (["--site", "M2N5"], "--site 'M2N5' names a feature"),
         (["--site", "M9"], "layer 9 does not exist"),
         (["--effects", "-1"], "--effects -1 must be 0"),
-        (["--with", "M0N3"], "--with M0N3 names a feature"),
+        (["--with", "M0N3"], "--with 'M0N3' names a feature"),
         (["--with", "T1"], "'T1': this model has no dictionary there"),
         (["--text", ""], "--text '' has 0 tokens"),
         (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),

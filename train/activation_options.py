@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.io.artifacts import parse_site
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.data import open_data
 from train.activation_sources import ActivationSource, ArrayActivations, ModelActivations
@@ -86,7 +86,7 @@ def _model_sites(options: ActivationOptions, mesh: Mesh) -> tuple[ActivationSour
         raise ValueError("--targets belongs to --activations; a model's site has its own targets.")
     if not options.sites or (options.data is None and is_present(mesh)):
         raise ValueError("give --sites and --data, or --activations.")
-    sites = [parse_site(tag) for tag in options.sites.split(",")]
+    sites = [Site.whole(tag, "--sites ") for tag in options.sites.split(",")]
     if len({site.tag for site in sites}) < len(sites):
         raise ValueError(f"--sites {options.sites!r} names a site twice.")
     config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh)

@@ -72,10 +72,7 @@ def sweep(
         ids: prompts are token ids, as "9996 51 56".
         json: print a JSON object for each prompt, or one for --data.
     """
-    place, feature = Site.parse(site)
-    if feature is not None:
-        instead = f" --features {feature}" if data is None else "; --data measures all of them"
-        raise ValueError(f"--site {site} names a feature; give --site {place.tag}{instead}.")
+    place = Site.whole(site, "--site ")
     _check(prompts, kind, amount, features, answer, readout, top, data, limit, out, ids)
     check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)

@@ -81,6 +81,21 @@ class Site:
         return site, None if feature is None else int(feature)
 
     @staticmethod
+    def whole(tag: str, asker: str = "") -> Site:
+        """Return the site of a tag that names a whole dictionary, not one of its features.
+
+        Args:
+            asker: what the message begins with: the function or option that was given the tag, such as `attach: `.
+
+        Raises:
+            ValueError: the text is no tag, or names a feature.
+        """
+        site, feature = Site.parse(tag)
+        if feature is not None:
+            raise ValueError(f"{asker}{tag!r} names a feature; name the site, {site.tag!r}.")
+        return site
+
+    @staticmethod
     def at(hook_in: str, hook_out: str) -> Site:
         """Return the site of a dictionary that reads and predicts these hook points; `M` where `T` is the same.
 

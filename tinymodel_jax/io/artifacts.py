@@ -145,7 +145,7 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
         require_finite,
     )
 
-    place = parse_site(site) if isinstance(site, str) else site
+    place = Site.whole(site) if isinstance(site, str) else site
     config, params = read_dictionary(path_or_name, place)
     require_finite(params, f"the dictionary {os.fspath(path_or_name)}")
     if place is not None:
@@ -169,18 +169,6 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
         raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
     config = _read_config("dictionary", DictionaryConfig, path)
     return ConvertedDictionary(config, read_safetensors(path / DICTIONARY_FILE))
-
-
-def parse_site(tag: str) -> Site:
-    """Return the site that a tag names.
-
-    Raises:
-        ValueError: it is no tag, or names a feature too.
-    """
-    site, feature = Site.parse(tag)
-    if feature is not None:
-        raise ValueError(f"{tag!r} names a feature; a dictionary belongs to a site, {site.tag!r}.")
-    return site
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:

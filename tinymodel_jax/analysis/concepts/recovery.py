@@ -147,12 +147,8 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
 
 def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:
     if not isinstance(dictionaries, Mapping):
-        readers = [lm[tag] for tag in as_names(dictionaries)]
-        for reader in readers:
-            if reader.feature is not None:
-                tag = reader.site.tag
-                raise ValueError(f"{tag}N{reader.feature} names a feature; all of a dictionary are scored, {tag!r}.")
-        return {reader.site.tag: reader for reader in readers}
+        sites = [Site.whole(tag) for tag in as_names(dictionaries)]
+        return {site.tag: lm[site.tag] for site in sites}
     return {name: FeatureReader.of(lm, dictionary) for name, dictionary in dictionaries.items()}
 
 

@@ -33,6 +33,7 @@ from tinymodel_jax.analysis.search.feature_statistics import BINS, FIRST_EXPONEN
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -184,8 +185,8 @@ def top_activations(
             is out of range, rows are no valid input, or `work_file` is of another search.
     """
     rows = as_array(rows)
-    reader = lm[tag]
-    _check(reader, tag, rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
+    reader = lm[Site.whole(tag, "top_activations: ").tag]
+    _check(rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
     n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
@@ -240,9 +241,7 @@ def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
     return plain | named_contexts("top", found.top) | named_contexts("sampled", found.sampled)
 
 
-def _check(reader: FeatureReader, tag: str, rows: np.ndarray, seed: int, **counts: int) -> None:
-    if reader.feature is not None:
-        raise ValueError(f"top_activations: {tag!r} names a feature; all are searched, {reader.site.tag!r}.")
+def _check(rows: np.ndarray, seed: int, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"top_activations: {name}={count} must be 1 or more.")
