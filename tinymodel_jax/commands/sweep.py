@@ -239,7 +239,7 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     found = causal_importance(lm, site, rows, work_file=work, track=track)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(lm, found, ids)}
     if out is not None:
-        from tinymodel_jax.analysis.report.dictionary_charts import plot_importance
+        from tinymodel_jax.analysis.report.charts import plot_importance
 
         replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
         if table["features"]:
