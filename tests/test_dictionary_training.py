@@ -14,12 +14,11 @@ from tinymodel_jax.config import ARCHITECTURES
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.training.dictionary_forward import Execution, execution_for, loss_and_gradient
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe, recipe_preset
-from tinymodel_jax.training.dictionary_result import finalize
-from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, finalize, init_state
 from tinymodel_jax.training.dictionary_step import learning_rate_share, member_of, stack_members, sweep_step, train_step
 
 F32 = 1e-5
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 WIDTH, FEATURES, BATCH = 8, 24, 64
 
 

@@ -20,7 +20,7 @@ from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_reservoir, init_state
 from tinymodel_jax.training.dictionary_step import train_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 WIDTH, FEATURES, ACTIVE = 32, 64, 3
 
 
