@@ -24,7 +24,6 @@ from tinymodel_jax.analysis.evaluation.metrics import ReconstructionEvaluation, 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.io.artifacts import parse_site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.array_training import require_finite_rows
@@ -281,7 +280,7 @@ def _open_model(options: ActivationOptions, mesh: Mesh, only_compiled: bool) -> 
         raise ValueError("--targets belongs to --activations; a model's site has its own targets.")
     if not options.sites or (options.data is None and not only_compiled):
         raise ValueError("give --sites and --data, or --activations.")
-    sites = [parse_site(tag) for tag in options.sites.split(",")]
+    sites = [Site.whole(tag, "--sites ") for tag in options.sites.split(",")]
     if len({site.tag for site in sites}) < len(sites):
         raise ValueError(f"--sites {options.sites!r} names a site twice.")
     config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh, only_compiled)

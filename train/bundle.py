@@ -22,8 +22,8 @@ from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.analysis.evaluation.model_passes import BATCH_ROWS
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.bundled.storyworld import cast
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import save_model
-from tinymodel_jax.io.convert import ConvertedDictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -96,7 +96,7 @@ def _pack(work: Path, dest: Path) -> None:
         living = _living_features(model, record["site"], data.train[:LIVING_ROWS])
         model.attach(record["site"], model.dictionaries[record["site"]].with_features(living))
     found = {
-        tag: ConvertedDictionary(model.dictionaries[tag].config, _half(model.dictionaries[tag].params))
+        tag: Dictionary(model.dictionaries[tag].config, _half(model.dictionaries[tag].params))
         for tag in model.dictionary_tags
     }
     save_model(model.config, _half(flatten(model.params)), dest, model.tokenizer, found)
