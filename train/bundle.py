@@ -29,12 +29,12 @@ from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.machine import processor
 from tinymodel_jax.training.data_folder import open_data
-from train.activation_options import ActivationOptions
+from train.activations import ActivationOptions
 from train.dictionaries import dictionaries
 from train.hosts import say
 from train.lm import lm
-from train.loop import trained_seconds
 from train.prepare import prepare
+from train.run import trained_seconds
 from train.run_lock import held_folder
 from train.sweep import SweepOptions
 
