@@ -57,5 +57,5 @@ def test_bad_input_is_one_line(told):
     with as_users_run_it():
         with pytest.raises(ValueError, match="two stories or more, got 1"):
             recover_concepts(TinyModel("mini"), told[:1])
-        with pytest.raises(ValueError, match="M2N5 names a feature; all of a dictionary are scored, 'M2'"):
+        with pytest.raises(ValueError, match="'M2N5' names a feature; name the site, 'M2'"):
             recover_concepts(TinyModel("mini"), told, ["M2N5"])

@@ -91,7 +91,7 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     data = ["--data", stories]
     assert "nothing to measure" in failing(capsys, *data)
     assert "layer 9 does not exist" in failing(capsys, "--sites", "A9", *data)
-    assert "--sites M1N5 names a feature" in failing(capsys, "--sites", "M1N5", *data)
+    assert "--sites 'M1N5' names a feature" in failing(capsys, "--sites", "M1N5", *data)
     assert "'Q1' is no dictionary tag" in failing(capsys, "--sites", "Q1", *data)
     assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
     assert "cannot be made" in failing(capsys, "--sites", "A0", *data, "-o", f"{stories}/eval.json")

@@ -75,7 +75,7 @@ def test_a_list_of_sites_may_have_spaces_and_repeat():
     assert parse_sites("--sites", "M1, A0,M1,") == ["M1", "A0"]
     assert parse_sites("--sites", "") == []
     for text, says in [
-        ("M1N5", "--sites M1N5 names a feature; name the whole dictionary, M1"),
+        ("M1N5", "--sites 'M1N5' names a feature; name the site, 'M1'"),
         ("X", "no dictionary tag"),
     ]:
         with pytest.raises(ValueError, match=says):

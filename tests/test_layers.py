@@ -1,7 +1,6 @@
 """Which file may import which: the package's layers, and what importing it may load."""
 
 import ast
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,7 +167,7 @@ def test_every_public_name_is_listed_and_an_unknown_one_is_an_attribute_error():
 
 @pytest.mark.parametrize("name", ["attribution", "evaluation", "importance", "patching", "sweeps", "top_activations"])
 def test_an_analysis_is_imported_by_its_name(name):
-    module = getattr(importlib.import_module("tinymodel_jax.analysis"), name)
+    module = getattr(__import__("tinymodel_jax.analysis", fromlist=[name]), name)  # a `from` import
     assert module.__name__.split(".")[-1] == name
 
 

@@ -171,7 +171,9 @@ def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
     )
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
     assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "1e39")
-    assert "give --site M2 --features 5." in failure(capsys, "sweep", "One day,", "--site", "M2N5", *MINI)
+    assert "--site 'M2N5' names a feature; name the site, 'M2'" in failure(
+        capsys, "sweep", "One day,", "--site", "M2N5", *MINI
+    )
     readout = failure(capsys, "sweep", "One day,", "--site", "M2", "--readout", "Mo2", *MINI)
     assert "reads blocks.2.hook_mlp_out, and M2 writes to blocks.2.hook_mlp_out: a readout must read further" in readout
     assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")

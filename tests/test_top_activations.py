@@ -283,7 +283,7 @@ def test_another_file_is_one_line(tmp_path, content):
 def test_bad_input_is_one_line(lm, rows):
     with as_users_run_it():
         for arguments, options, says in [
-            (("M1N3", rows), {}, "names a feature; all are searched, 'M1'"),
+            (("M1N3", rows), {}, "names a feature; name the site, 'M1'"),
             (("A0", rows), {}, "has no dictionary there"),
             (("M1", rows[:0]), {}, r"rows have shape \(0, 11\)"),
             (("M1", rows[0]), {}, r"rows have shape \(11,\)"),

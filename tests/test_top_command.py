@@ -302,7 +302,7 @@ def test_concepts_of_a_model_that_has_nothing_to_score_are_one_line(lm, tmp_path
         (["--plot", "."], "--plot . is a folder; name a file"),
         (["-o", "."], "--out . is a folder; name a file"),
         (["--sites", "M9"], "layer 9 does not exist"),
-        (["--sites", "M2, M1N5"], "--sites M1N5 names a feature; name the whole dictionary, M1"),
+        (["--sites", "M2, M1N5"], "--sites 'M1N5' names a feature; name the site, 'M1'"),
     ],
 )
 def test_bad_input_of_concepts_is_one_line(options, says, capsys):

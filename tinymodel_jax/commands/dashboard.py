@@ -56,8 +56,8 @@ def dashboard(
         effects: rows on which every feature is turned off to measure its effect; 0 leaves effects out.
         json: print a JSON object about the pages.
     """
-    place, feature = Site.parse(site)
-    _check_options(place, feature, effects, dictionary)
+    place = Site.whole(site, "--site ")
+    _check_options(effects, dictionary)
     make_output_folder("--out", out.absolute().parent)
     from tinymodel_jax.analysis.report.dashboard.build import open_partial, publish, text_records
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
@@ -104,9 +104,7 @@ class Clock:
         self.seconds[what] = self.seconds.get(what, 0) + time.monotonic() - started
 
 
-def _check_options(place: Site, feature: int | None, effects: int, dictionary: Path | None) -> None:
-    if feature is not None:
-        raise ValueError(f"--site {place.tag}N{feature} names a feature; the pages are about all: --site {place.tag}.")
+def _check_options(effects: int, dictionary: Path | None) -> None:
     if effects < 0:
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
     check_dictionary(dictionary)

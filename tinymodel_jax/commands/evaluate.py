@@ -153,7 +153,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
 def _write(content: Mapping[str, Any], out: Path) -> None:
     replace_file(out, (json_format.dumps(content, indent=2) + "\n").encode())
     if content["dictionaries"]:
-        from tinymodel_jax.analysis.report.dictionary_charts import plot_evaluations
+        from tinymodel_jax.analysis.report.charts import plot_evaluations
 
         plot_evaluations(content["dictionaries"], out.with_suffix(".png"))
 

@@ -69,9 +69,7 @@ def parse_sites(option: str, text: str) -> list[str]:
     """
     tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
     for tag in tags:
-        site, feature = Site.parse(tag)
-        if feature is not None:
-            raise ValueError(f"{option} {tag} names a feature; name the whole dictionary, {site.tag}.")
+        Site.whole(tag, f"{option} ")
     return list(tags)
 
 

@@ -72,10 +72,7 @@ def sweep(
         ids: prompts are token ids, as "9996 51 56".
         json: print a JSON object for each prompt, or one for --data.
     """
-    place, feature = Site.parse(site)
-    if feature is not None:
-        instead = f" --features {feature}" if data is None else "; --data measures all of them"
-        raise ValueError(f"--site {site} names a feature; give --site {place.tag}{instead}.")
+    place = Site.whole(site, "--site ")
     _check(prompts, kind, amount, features, answer, readout, top, data, limit, out, ids)
     check_dictionary(dictionary)
     given, _ = ([], []) if data is not None else read_prompts(prompts, None, 1, ids)
@@ -242,7 +239,7 @@ def _over_data(lm: TinyModel, site: str, data: str, limit: int, top: int, out: P
     found = causal_importance(lm, site, rows, work_file=work, track=track)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _importance(lm, found, ids)}
     if out is not None:
-        from tinymodel_jax.analysis.report.dictionary_charts import plot_importance
+        from tinymodel_jax.analysis.report.charts import plot_importance
 
         replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
         if table["features"]:

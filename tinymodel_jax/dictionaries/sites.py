@@ -70,15 +70,28 @@ class Site:
         """
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
-            given = repr(tag)
-            given = f"a {type(tag).__name__}" if "\n" in given else given  # modules show themselves in many lines
             raise ValueError(
-                f"{given} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
+                f"{tag!r} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
                 "suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
             )
         feature = match["feature"]
         site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
         return site, None if feature is None else int(feature)
+
+    @staticmethod
+    def whole(tag: str, asker: str = "") -> Site:
+        """Return the site of a tag that names a whole dictionary, not one of its features.
+
+        Args:
+            asker: what the message begins with: the function or option that was given the tag, such as `attach: `.
+
+        Raises:
+            ValueError: the text is no tag, or names a feature.
+        """
+        site, feature = Site.parse(tag)
+        if feature is not None:
+            raise ValueError(f"{asker}{tag!r} names a feature; name the site, {site.tag!r}.")
+        return site
 
     @staticmethod
     def at(hook_in: str, hook_out: str) -> Site:

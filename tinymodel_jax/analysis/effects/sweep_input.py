@@ -47,9 +47,7 @@ def prepare(
     Raises:
         ValueError: a tag names a feature or no dictionary, or an argument does not fit the rows.
     """
-    site, feature = Site.parse(tag)
-    if feature is not None:
-        raise ValueError(f"{tag!r} names a feature; name the site, {site.tag!r}, and features=[{feature}].")
+    site = Site.whole(tag)
     if site.layer >= lm.config.n_layers:
         raise ValueError(f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{lm.config.n_layers - 1}.")
     given = check_tok_ids(tok_ids, lm.config)
@@ -58,9 +56,7 @@ def prepare(
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.hook_out)
-    reader = None if readout is None else lm[readout]
-    if reader is not None and reader.feature is not None:
-        raise ValueError(f"readout {readout!r} names a feature; name the site, {reader.site.tag!r}.")
+    reader = None if readout is None else lm[Site.whole(readout, "readout ").tag]
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited, lm.config):
         raise ValueError(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "

@@ -158,9 +158,7 @@ def _named(lm: TinyModel, tags: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _require_one_dictionary_a_layer(tag: str, tags: Sequence[str]) -> None:
-    site, feature = Site.parse(tag)
-    if feature is not None:
-        raise ValueError(f"export_sparse_lm: {tag!r} names a feature; name the site, {site.tag!r}.")
+    site = Site.whole(tag, "export_sparse_lm: ")
     twins = [other for other in tags if Site.parse(other)[0].layer == site.layer]
     if len(twins) > 1:
         raise ValueError(f"export_sparse_lm: {' and '.join(twins)} are dictionaries of one MLP; name one of them.")

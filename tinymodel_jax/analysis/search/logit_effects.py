@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.dictionaries.dictionary import Indices, resolve_indices
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -47,10 +48,7 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
         ValueError: the tag has no dictionary or names a feature, a feature is out of range, or `top` is outside
             1..d_vocab.
     """
-    reader = lm[tag]
-    if reader.feature is not None:
-        raise ValueError(f"logit_effects: {tag!r} names a feature; name the site, {reader.site.tag!r}, and features.")
-    dictionary = reader.dictionary
+    dictionary = lm[Site.whole(tag, "logit_effects: ").tag].dictionary
     if not 1 <= top <= lm.config.d_vocab:
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
     wanted = slice(None) if features is None else features

@@ -20,13 +20,20 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass, Sums, contexts_named, named_contexts
+from tinymodel_jax.analysis.search.activation_pass import (
+    ActivationPass,
+    DictionaryInputs,
+    Sums,
+    contexts_named,
+    named_contexts,
+)
 from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import BINS, FIRST_EXPONENT
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -178,33 +185,22 @@ def top_activations(
             is out of range, rows are no valid input, or `work_file` is of another search.
     """
     rows = as_array(rows)
-    reader = lm[tag]
-    _check(reader, tag, rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
+    reader = lm[Site.whole(tag, "top_activations: ").tag]
+    _check(rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
     n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
-    sums, first, prints = (
-        Sums.zero(reader.dictionary.config.n_features, k, n_sampled),
-        0,
-        search_fingerprints(reader, rows),
-    )
-    saved = None
+    sums, first = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0
+    prints, saved = search_fingerprints(reader, rows), None
     if work_file is not None:
-        # a work file of a version that keeps other sums does not fit
-        options = {
-            "sums": sorted(sums.arrays()),
-            "sample": "bits",
-            "k": k,
-            "n_sampled": n_sampled,
-            "n_partners": n_partners,
-            "seed": seed,
-        }
+        options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
         saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
-    every = max(1, n_tokens // HISTOGRAM_TOKENS)
-    measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
-    run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, track)
+    every, share = max(1, n_tokens // HISTOGRAM_TOKENS), COACTIVATION_TOKENS / n_tokens
+    inputs = DictionaryInputs(reader, batch)
+    measuring = ActivationPass(inputs, rows, share=share, every=every, seed=seed)
+    run_pass(measuring, sums, range(first, len(rows), inputs.batch), saved, track)
     if saved is not None:
         saved.save(sums.arrays(), len(rows))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
@@ -245,9 +241,7 @@ def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
     return plain | named_contexts("top", found.top) | named_contexts("sampled", found.sampled)
 
 
-def _check(reader: FeatureReader, tag: str, rows: np.ndarray, seed: int, **counts: int) -> None:
-    if reader.feature is not None:
-        raise ValueError(f"top_activations: {tag!r} names a feature; all are searched, {reader.site.tag!r}.")
+def _check(rows: np.ndarray, seed: int, **counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"top_activations: {name}={count} must be 1 or more.")
