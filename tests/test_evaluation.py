@@ -10,7 +10,7 @@ from conftest import as_users_run_it, random_params
 from conftest import param_shapes as model_shapes
 
 from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate, model_passes
-from tinymodel_jax.analysis.evaluation.metrics import evaluate_reconstruction
+from tinymodel_jax.analysis.evaluation.reconstruction import evaluate_reconstruction
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, param_shapes
 from tinymodel_jax.dictionaries.sites import Site
@@ -215,6 +215,17 @@ def test_reconstruction_alone_needs_no_model():
     found = evaluate_reconstruction(identity("A0"), [(x[:20], x[:20]), (x[20:], x[20:])])
     assert found.explained_variance == pytest.approx(1, abs=F32)
     assert (found.l0, found.dead_fraction, found.tokens) == (WIDTH, 0, 50)
+
+
+@pytest.mark.parametrize("cuts", [[32], [1], [5, 9, 60]])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_reconstruction_alone_equals_its_formulas_in_float64_however_it_is_batched(cuts, scale):
+    x = scale * (30 + jax.random.normal(jax.random.key(0), (64, WIDTH)))  # a mean far from 0, as in a residual stream
+    y = x + 0.3 * scale * jax.random.normal(jax.random.key(1), x.shape)
+    found = evaluate_reconstruction(identity("A0"), list(zip(jnp.split(x, cuts), jnp.split(y, cuts), strict=True)))
+    target, error = np.asarray(y, np.float64), np.asarray(y, np.float64) - np.asarray(x, np.float64)
+    explained = 1 - (error**2).sum() / ((target - target.mean(axis=0)) ** 2).sum()
+    assert found.explained_variance == pytest.approx(explained, abs=F32)
 
 
 def test_tokens_are_drawn_once_each_never_padding_and_come_again_when_there_are_too_few(tok_ids):

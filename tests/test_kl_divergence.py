@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from tinymodel_jax.analysis.effects.kl_divergence import kl_of_changes
+from tinymodel_jax.analysis.effects.upper_layers import kl_of_changes
 
 F32 = 1e-5
 compiled = jax.jit(kl_of_changes)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation, evaluate
-from tinymodel_jax.analysis.evaluation.metrics import ReconstructionEvaluation, evaluate_reconstruction
+from tinymodel_jax.analysis.evaluation.reconstruction import ReconstructionEvaluation, evaluate_reconstruction
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site

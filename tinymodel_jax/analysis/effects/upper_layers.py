@@ -12,6 +12,7 @@ There is no layer norm, so the change of the logits is the change of the final r
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.analysis.effects.kl_divergence import kl_of_changes
 from tinymodel_jax.analysis.effects.stream_entry import Entry, comes_after, hooks_after
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
@@ -29,6 +29,10 @@ from tinymodel_jax.model.hook_points import Hooks, apply_with_hooks
 from tinymodel_jax.model.interventions import Replace, combine
 from tinymodel_jax.model.transformer import LayerCache, Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
+
+LARGE = 60.0
+"""Change of a logit from which on `exp` of it is not taken by itself. It overflows above 88, and what it multiplies may
+be below float32's smallest number (`exp(-87)`), so that the product would be 0 where it is not."""
 
 
 class Clean(NamedTuple):
@@ -263,3 +267,31 @@ def _compare(
     )
     effects = jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
     return effects, jnp.einsum("nbsd,bs->nd", moved, weights.real)
+
+
+def kl_of_changes(
+    change: Float[Array, "n batch length d_vocab"], logprobs: Float[Array, "batch length d_vocab"]
+) -> Float[Array, "n batch length"]:
+    """Return the KL divergence of a changed next-token distribution from the model's own, without cancellation.
+
+    KL = log E[exp(c)] = log(1 + E[exp(c) - 1 - c]),  E over the model's own distribution; no term is negative
+
+    Args:
+        change: c, changes of the logits whose mean E[c] is 0.
+    """
+    mean_excess = jnp.sum(jnp.exp(logprobs) * _excess(change), axis=-1)
+    kl, exact = jnp.log1p(mean_excess), jnp.isfinite(mean_excess)
+
+    def with_large_ones() -> Array:
+        whole = jax.nn.logsumexp(change + logprobs, axis=-1)
+        return jnp.where(exact, kl, jnp.maximum(whole, 0))
+
+    return jax.lax.cond(exact.all(), lambda: kl, with_large_ones)  # a second pass over the vocabulary, rarely made
+
+
+def _excess(x: Array) -> Array:
+    """Return exp(x) - 1 - x, its series where the difference would cancel; infinity where x is `LARGE`."""
+    terms = jnp.full_like(x, 1 / math.factorial(10))
+    for n in range(9, 1, -1):
+        terms = terms * x + 1 / math.factorial(n)
+    return jnp.where(jnp.abs(x) < 0.5, x * x * terms, jnp.where(x < LARGE, jnp.exp(x) - 1 - x, jnp.inf))

@@ -15,10 +15,8 @@ measure of reconstruction unless asked for; cross-entropy and KL are over the po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -30,14 +28,14 @@ from tinymodel_jax.analysis.evaluation.model_passes import (
     resume_point,
     sum_values,
 )
+from tinymodel_jax.analysis.evaluation.reconstruction import RowTotals, reconstruct
 from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams, encode, predict
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import hook_width, require_hook_names
-from tinymodel_jax.runtime.compilation import fast_jit
 
 Track = Callable[[list[Any], str], Iterable[Any]]
 """Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
@@ -79,8 +77,7 @@ class DictionaryEvaluation(NamedTuple):
     """Share of the tokens on which each feature was active."""
 
 
-_RECONSTRUCTION = ("tokens", "l0", "error", "variance", "cosine")
-_MODEL = ("targets", "clean", "spliced", "kl", "zeroed", "averaged")
+_QUANTITIES = (*RowTotals._fields, "targets", "clean", "spliced", "kl", "zeroed", "averaged")
 _RATIOS = {
     "l0": ("l0", "tokens"),
     "cosine": ("cosine", "tokens"),
@@ -88,7 +85,7 @@ _RATIOS = {
     "ce_spliced": ("spliced", "targets"),
     "ce_zero_ablated": ("zeroed", "targets"),
     "ce_mean_ablated": ("averaged", "targets"),
-    "ce_recovered": ("zeroed - spliced", "zeroed - clean"),
+    "ce_recovered": (("zeroed", "spliced"), ("zeroed", "clean")),
     "kl": ("kl", "targets"),
 }
 
@@ -121,12 +118,12 @@ def evaluate(
     batches = batches_of(rows, lm.config)
     model = lm.hooked()
     means = _means(model, batches, places, count_begin, track)
-    sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in resolved]
+    sums = [RowSums(_QUANTITIES) for _ in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
         for i, (totals, found) in enumerate(_measure_batch(model, resolved, means, ids, count_begin)):
-            sums[i].add(np.stack(totals, axis=1)[has_targets])
+            sums[i].add(totals, where=has_targets)
             active[i] += np.asarray(found)
     return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, resolved, strict=True)]
 
@@ -198,8 +195,8 @@ def _measure_batch(
     means: Mapping[str, np.ndarray],
     ids: Int[np.ndarray, "batch seq"],
     begin: bool,
-) -> Iterator[tuple[list[np.ndarray], Array]]:
-    """Yield, for each dictionary, each quantity's totals of the rows and the tokens that each feature was active on."""
+) -> Iterator[tuple[dict[str, Any], Array]]:
+    """Yield, for each dictionary, the rows' totals of each quantity, and on how many tokens each feature is active."""
     config, counted = model.config, _counted(ids, model.config, begin)
     needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
     keep = tuple(sorted(needed | {resume_point(place) for place in means}))
@@ -214,14 +211,15 @@ def _measure_batch(
         return np.asarray(with_value(place, np.broadcast_to(vector, shape)))[0]
 
     ablated = {place: [with_vector(place, v) for v in (np.zeros_like(mean), mean)] for place, mean in means.items()}
-    targets = np.sum(ids[:, 1:] != config.pad_id, axis=1)
+    shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
         place, x = dictionary.config.hook_out, clean.acts[dictionary.config.hook_in]
         y, mean = clean.acts[place], means[place]
-        prediction, totals, active = _reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
-        spliced = with_value(place, prediction)
-        found = [*np.asarray(totals), targets, np.asarray(clean.nats), *np.asarray(spliced), *ablated[place]]
-        yield found, active
+        prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
+        spliced, kl = np.asarray(with_value(place, prediction))
+        zeroed, averaged = ablated[place]
+        found = {**shared, "spliced": spliced, "kl": kl, "zeroed": zeroed, "averaged": averaged}
+        yield totals._asdict() | found, active
 
 
 def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluation:
@@ -243,31 +241,3 @@ def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarr
     # a row without a token to predict counts nowhere, so that all numbers are over the same rows
     real = (ids != config.pad_id) & np.any(ids[:, 1:] != config.pad_id, axis=1, keepdims=True)
     return real if begin else real & (ids != config.begin_id)
-
-
-@partial(fast_jit, static_argnames=("config",))
-def _reconstruct(
-    tree: DictionaryParams,
-    x: Float[Array, "batch seq d_in"],
-    y: Float[Array, "batch seq d_out"],
-    mean: Float[Array, " d_out"],
-    counted: Bool[Array, "batch seq"],
-    *,
-    config: DictionaryConfig,
-) -> tuple[Float[Array, "batch seq d_out"], Float[Array, "5 batch"], Float[Array, " n_features"]]:
-    """Return the prediction, the totals of `_RECONSTRUCTION`, and the tokens that each feature was active on."""
-    acts = encode(tree, config, x)
-    prediction, y = predict(tree, config, x, acts).astype(jnp.float32), y.astype(jnp.float32)
-    lengths = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(prediction, axis=-1)
-    product = jnp.sum(y * prediction, axis=-1)
-    measures = jnp.stack(
-        [
-            jnp.ones(counted.shape),
-            jnp.sum(acts > 0, axis=-1, dtype=jnp.float32),
-            jnp.sum(jnp.square(y - prediction), axis=-1),
-            jnp.sum(jnp.square(y - mean), axis=-1),
-            jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1), 0),
-        ]
-    )
-    active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
-    return prediction, jnp.sum(jnp.where(counted, measures, 0), axis=-1), active

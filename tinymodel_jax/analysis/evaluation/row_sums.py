@@ -14,10 +14,11 @@ Source: the ratio estimator and its linearised variance, Cochran, Sampling Techn
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 NORMAL_95 = 1.959964
 """Half-width of the interval that holds 95 % of a standard normal variable."""
@@ -30,29 +31,34 @@ class Estimate(NamedTuple):
     margin: float
 
 
+Quantity = str | tuple[str, str]
+"""A quantity by its name, or the difference of two."""
+
+
 class RowSums:
     """Sums over rows of named quantities, in float64."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._place = {name: i for i, name in enumerate(names)}
+        self._names = names
         self._rows = 0
         self._sum = np.zeros(len(names))
         self._products = np.zeros((len(names), len(names)))
 
-    def add(self, totals: Float[np.ndarray, "rows quantities"]) -> None:
-        """Add the totals of more rows, in the order of the names."""
-        totals = totals.astype(np.float64)
-        self._rows += len(totals)
-        self._sum += totals.sum(axis=0)
-        self._products += totals.T @ totals
+    def add(self, totals: Mapping[str, Float[Any, " rows"]], where: Bool[np.ndarray, " rows"] | None = None) -> None:
+        """Add the totals of more rows, or of those of them where a mask is true."""
+        columns = np.stack([np.asarray(totals[name], np.float64) for name in self._names], axis=1)
+        columns = columns if where is None else columns[where]
+        self._rows += len(columns)
+        self._sum += columns.sum(axis=0)
+        self._products += columns.T @ columns
 
     def total(self, name: str) -> float:
         """Return the sum of a quantity over all rows."""
-        return float(self._sum[self._place[name]])
+        return float(self._sum[self._names.index(name)])
 
-    def ratio(self, above: str, below: str) -> Estimate:
-        """Return the ratio of two combinations, each a quantity (`"nats"`) or a difference (`"zeroed - clean"`)."""
-        a, b = self._combination(above), self._combination(below)
+    def ratio(self, above: Quantity, below: Quantity) -> Estimate:
+        """Return the ratio of two quantities or differences of quantities, such as `("zeroed", "clean")`."""
+        a, b = self._weights(above), self._weights(below)
         bottom = float(b @ self._sum)
         if bottom == 0:
             return Estimate(math.nan, math.nan)
@@ -63,8 +69,6 @@ class RowSums:
         squares = max(0.0, float(residual @ self._products @ residual))  # rounding may leave it below 0
         return Estimate(value, NORMAL_95 * math.sqrt(self._rows / (self._rows - 1) * squares) / abs(bottom))
 
-    def _combination(self, text: str) -> np.ndarray:
-        weights = np.zeros(len(self._place))
-        for sign, name in zip((1, -1), text.split(" - "), strict=False):
-            weights[self._place[name]] += sign
-        return weights
+    def _weights(self, quantity: Quantity) -> np.ndarray:
+        plus, minus = (quantity, None) if isinstance(quantity, str) else quantity
+        return np.array([(name == plus) - (name == minus) for name in self._names], np.float64)

@@ -37,13 +37,13 @@ from tinymodel_jax.model.interventions import Scale
 _RATIOS = {
     "ce_clean": ("clean", "targets"),
     "ce_sparse": ("sparse", "targets"),
-    "ce_with_errors": ("with errors", "targets"),
+    "ce_with_errors": ("with_errors", "targets"),
     "ce_zero_ablated": ("zeroed", "targets"),
-    "ce_recovered": ("zeroed - sparse", "zeroed - clean"),
-    "kl": ("sparse kl", "targets"),
-    "kl_with_errors": ("with errors kl", "targets"),
+    "ce_recovered": (("zeroed", "sparse"), ("zeroed", "clean")),
+    "kl": ("kl", "targets"),
+    "kl_with_errors": ("kl_with_errors", "targets"),
 }
-_SUMS = ("targets", "clean", "sparse", "sparse kl", "with errors", "with errors kl", "zeroed", "zeroed kl")
+_QUANTITIES = ("targets", "clean", "sparse", "kl", "with_errors", "kl_with_errors", "zeroed")
 
 
 class SparseModelEvaluation(NamedTuple):
@@ -93,19 +93,17 @@ def evaluate_sparse_model(
         raise ValueError("evaluate_sparse_model: no site is named; name one or more (None: all MLPs).")
     places = {lm[tag].dictionary.config.hook_out for tag in tags}
     require_unspliced(lm, tuple(places))
-    model = lm.hooked()
-    variants = [
-        lm.splice(tags).hooked(),
-        lm.splice(tags, include_error=True).hooked(),
-        model.with_hooks({place: Scale(0.0) for place in places}),
-    ]
-    sums = RowSums(_SUMS)
+    model, sparse, with_errors = lm.hooked(), lm.splice(tags).hooked(), lm.splice(tags, include_error=True).hooked()
+    zeroed = model.with_hooks({place: Scale(0.0) for place in places})
+    sums = RowSums(_QUANTITIES)
     for ids in track(batches_of(rows, lm.config), "measuring the sparse model"):
         clean = clean_pass(model, ids)
-        losses = [losses_against(variant, ids, clean.logprobs) for variant in variants]
         targets = np.sum(ids[:, 1:] != lm.config.pad_id, axis=1)
-        totals = np.stack([targets, np.asarray(clean.nats), *np.concatenate(losses)], axis=1)
-        sums.add(totals[targets > 0])
+        totals: dict[str, Any] = {"targets": targets, "clean": clean.nats}
+        totals["sparse"], totals["kl"] = np.asarray(losses_against(sparse, ids, clean.logprobs))
+        totals["with_errors"], totals["kl_with_errors"] = np.asarray(losses_against(with_errors, ids, clean.logprobs))
+        totals["zeroed"], _ = np.asarray(losses_against(zeroed, ids, clean.logprobs))
+        sums.add(totals, where=targets > 0)
     found = {name: sums.ratio(*pair) for name, pair in _RATIOS.items()}
     margins = {name: estimate.margin for name, estimate in found.items()}
     return SparseModelEvaluation(**{name: estimate.value for name, estimate in found.items()}, margins=margins)

@@ -1,0 +1,94 @@
+"""How well a dictionary reconstructs vectors: the sums that `evaluate` divides, and a measurement without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams, encode, predict
+from tinymodel_jax.runtime.compilation import fast_jit
+
+
+class RowTotals(NamedTuple):
+    """Sums over the counted tokens of each row."""
+
+    tokens: Float[Array, " batch"]
+    l0: Float[Array, " batch"]
+    """Active features."""
+    error: Float[Array, " batch"]
+    """Squared distance of the prediction from the target."""
+    variance: Float[Array, " batch"]
+    """Squared distance of the target from the given mean."""
+    cosine: Float[Array, " batch"]
+    """Cosine between prediction and target; 0 where one of them is 0."""
+
+
+class ReconstructionEvaluation(NamedTuple):
+    """The numbers that need no language model; plain floats, as in `evaluation.DictionaryEvaluation`."""
+
+    l0: float
+    explained_variance: float
+    dead_fraction: float
+    tokens: int
+
+
+@partial(fast_jit, static_argnames=("config",))
+def reconstruct(
+    tree: DictionaryParams,
+    x: Float[Array, "batch seq d_in"],
+    y: Float[Array, "batch seq d_out"],
+    mean: Float[Array, " d_out"],
+    counted: Bool[Array, "batch seq"],
+    *,
+    config: DictionaryConfig,
+) -> tuple[Float[Array, "batch seq d_out"], RowTotals, Float[Array, " n_features"]]:
+    """Return the prediction, the totals of the rows, and the number of tokens on which each feature is active."""
+    acts = encode(tree, config, x)
+    prediction, y = predict(tree, config, x, acts).astype(jnp.float32), y.astype(jnp.float32)
+    lengths = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(prediction, axis=-1)
+    product = jnp.sum(y * prediction, axis=-1)
+    measures = RowTotals(
+        tokens=jnp.ones(counted.shape),
+        l0=jnp.sum(acts > 0, axis=-1, dtype=jnp.float32),
+        error=jnp.sum(jnp.square(y - prediction), axis=-1),
+        variance=jnp.sum(jnp.square(y - mean), axis=-1),
+        cosine=jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1), 0),
+    )
+    active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
+    totals = RowTotals(*(jnp.sum(jnp.where(counted, measure, 0), axis=-1) for measure in measures))
+    return prediction, totals, active
+
+
+def evaluate_reconstruction(
+    dictionary: Dictionary, batches: Iterable[tuple[Float[Array, "_ d_in"], Float[Array, "_ d_out"]]]
+) -> ReconstructionEvaluation:
+    """Measure a dictionary on batches of (input, target) vectors, in one pass.
+
+    Squared distances are taken from the first batch's mean and moved to the mean of all targets at the end, so that
+    no digits are lost where that mean is far from 0.
+    """
+    config = dictionary.config
+    sums, shift, active = np.zeros(len(RowTotals._fields)), np.zeros(config.d_out), np.zeros(config.n_features)
+    centre: np.ndarray | None = None
+    for x, y in batches:
+        if centre is None:
+            centre = np.asarray(jnp.mean(y, axis=0, dtype=jnp.float32))
+        counted = np.ones((1, len(x)), bool)
+        _, totals, found = reconstruct(dictionary.params, x[None], y[None], centre, counted, config=config)
+        sums += np.concatenate(totals)
+        active += np.asarray(found)
+        shift += np.asarray(jnp.sum(jnp.asarray(y, jnp.float32) - centre, axis=0), np.float64)
+    total = RowTotals(*sums)
+    variance = total.variance - shift @ shift / total.tokens
+    return ReconstructionEvaluation(
+        l0=float(total.l0 / total.tokens),
+        explained_variance=float(1 - total.error / variance),
+        dead_fraction=float(np.mean(active == 0)),
+        tokens=int(total.tokens),
+    )
