@@ -19,9 +19,17 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams
-from tinymodel_jax.model.hook_points import Hook, Hooks
+from tinymodel_jax.model.edits import Replace
+from tinymodel_jax.model.hook_points import (
+    Hook,
+    Hooks,
+    apply_with_hooks,
+    hooks_after,
+    resumes_at,
+    stream_before,
+)
 from tinymodel_jax.model.interventions import combine
-from tinymodel_jax.model.transformer import Params, run_with_hooks
+from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
 
 Output = Literal["logprobs", "logits", "none"]
@@ -44,6 +52,48 @@ class HookedModel:
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
         """Return the logits and the activations to keep, as `run_with_hooks` does."""
         return run_with_hooks(self.params, self.config, tok_ids, self.hooks, keep)
+
+    def resume(
+        self, point: str, resid: Float[Array, "batch seq d_model"], before: KVCache = (), keep: Iterable[str] = ()
+    ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
+        """Run the layers above a point; return the final residual stream and the activations to keep.
+
+        Args:
+            point: a hook point of the stream, or one whose value is added to it; only edits at later hook points act.
+            resid: the stream after that point.
+            before: keys and values of earlier positions, as `Transformer.resume` takes them.
+        """
+        layer, at_mlp = resumes_at(point)
+        return apply_with_hooks(
+            Transformer(self.config),
+            {"params": self.params},
+            resid,
+            layer,
+            at_mlp,
+            before,
+            hooks=hooks_after(self.hooks, point),
+            keep=keep,
+            method="resume",
+        )
+
+    def resume_with_value(
+        self, name: str, value: Float[Array, "..."], stream: Float[Array, "batch seq d_model"]
+    ) -> Float[Array, "batch seq d_model"]:
+        """Return the final residual stream with another value at a block's hook point.
+
+        Args:
+            stream: the model's own value at `stream_before(name)`.
+        """
+        point = stream_before(name)
+        if name == point:
+            return self.resume(point, jnp.asarray(value, stream.dtype))[0]
+        return self.with_hooks({name: Replace(value)}).resume(point, stream)[0]
+
+    def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
+        """Return the float32 logits of a final residual stream."""
+        logits = Transformer(self.config).apply({"params": self.params}, resid, method="unembed")
+        assert isinstance(logits, jax.Array)
+        return logits
 
     def with_hooks(self, *hooks: Mapping[str, Hook]) -> HookedModel:
         """Return the model with more edits, which act after those it has."""

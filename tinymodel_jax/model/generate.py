@@ -248,8 +248,7 @@ def _prefill(
     keep = (final, *(name for pair in names for name in pair))
     _, acts = model.run(tokens[:, :prompt_width], keep)
     last = jnp.take_along_axis(acts[final], (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits: Any = Transformer(model.config).apply({"params": model.params}, last, method="unembed")
-    return logits, tuple(LayerCache.of_prompt(acts[k], acts[v], capacity) for k, v in names)
+    return model.unembed(last), tuple(LayerCache.of_prompt(acts[k], acts[v], capacity) for k, v in names)
 
 
 def _as_matrices(params: Params) -> Any:

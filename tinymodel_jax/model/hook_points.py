@@ -42,6 +42,13 @@ BLOCK_HOOKS = (
 )
 """Hook points of one block, in the order in which the forward pass meets them."""
 
+STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+"""Those whose value is the residual stream: before a block's attention, before its MLP, and after the block."""
+READERS = ("hook_attn_in", "hook_mlp_in")
+"""Those whose value is a copy of the stream in front of them, for a sublayer to read."""
+WRITERS = ("hook_attn_out", "hook_mlp_out")
+"""Those whose value is added to the stream; the next point of the stream holds the sum."""
+
 
 class HookPoint(nn.Module):
     """Identity that gives a value of the forward pass a name."""
@@ -69,6 +76,48 @@ def hook_names(config: ModelConfig) -> tuple[str, ...]:
 def _names(n_layers: int) -> tuple[str, ...]:
     blocks = (f"blocks.{layer}.{name}" for layer in range(n_layers) for name in BLOCK_HOOKS)
     return ("hook_embed", "hook_pos_embed", *blocks)
+
+
+def block_and_hook(name: str) -> tuple[int, str]:
+    """Split the name of a block's hook point: `blocks.2.attn.hook_z` is (2, "attn.hook_z")."""
+    _, layer, hook = name.split(".", 2)
+    return int(layer), hook
+
+
+def forward_order(name: str) -> tuple[int, int]:
+    """Return a sort key: the order in which the forward pass meets hook points."""
+    if not name.startswith("blocks."):
+        return -1, ("hook_embed", "hook_pos_embed").index(name)
+    layer, hook = block_and_hook(name)
+    return layer, BLOCK_HOOKS.index(hook)
+
+
+def comes_after(name: str, other: str) -> bool:
+    """Whether the forward pass meets a hook point after another."""
+    return forward_order(name) > forward_order(other)
+
+
+def hooks_after(hooks: Mapping[str, Hook], name: str) -> Hooks:
+    """Return the hooks at later hook points than one."""
+    return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name)}
+
+
+def stream_before(name: str) -> str:
+    """Return the last point of the residual stream up to a hook point, itself included; the embeddings have none."""
+    if not name.startswith("blocks."):
+        return name
+    layer, hook = block_and_hook(name)
+    met = BLOCK_HOOKS[: BLOCK_HOOKS.index(hook) + 1]
+    return f"blocks.{layer}.{[point for point in met if point in STREAM][-1]}"
+
+
+def resumes_at(point: str) -> tuple[int, bool]:
+    """Return which block runs next after a point of the stream or of `WRITERS`, and whether only from its MLP on."""
+    layer, hook = block_and_hook(point)
+    met = BLOCK_HOOKS.index(hook)
+    if met >= BLOCK_HOOKS.index("hook_mlp_out"):
+        return layer + 1, False
+    return layer, met >= BLOCK_HOOKS.index("hook_attn_out")
 
 
 def hook_width(name: str, config: ModelConfig) -> int | None:

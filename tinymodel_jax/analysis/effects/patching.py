@@ -12,7 +12,7 @@ log-probability. Source: the convention of TransformerLens' `patching` (denoisin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -24,10 +24,8 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import BLOCK_HOOKS, Hooks
-from tinymodel_jax.model.interventions import Replace
+from tinymodel_jax.model.hook_points import BLOCK_HOOKS, stream_before
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
-from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
 
 MEMORY = 2**28
@@ -127,20 +125,19 @@ def _patch_kind(
     names = [f"blocks.{layer}.{kind}" for layer in range(n_layers)]
     final = f"blocks.{n_layers - 1}.hook_resid_post"
 
-    def run(ids: Array, edits: Hooks, keep: Sequence[str] = ()) -> tuple[Array, Mapping[str, Array]]:
-        _, acts = model.with_hooks(edits).run(ids, (*keep, final))
-        logits = Transformer(model.config).apply({"params": model.params}, acts[final][0, last], method="unembed")
-        assert isinstance(logits, jax.Array)
-        return _metric(logits, tokens), acts
+    def measure(resid: Array) -> Array:
+        return _metric(model.unembed(resid[0, last]), tokens)
 
-    clean, good = run(rows[0], {}, names)
-    corrupted, bad = run(rows[1], {}, names)
+    kept = {*names, *map(stream_before, names), final}
+    good, bad = (model.run(ids, sorted(kept))[1] for ids in rows)
+    clean, corrupted = measure(good[final]), measure(bad[final])
     axis = _HEAD_AXIS.get(kind, 1)
 
     def patched(name: str) -> Array:
         def one(place: Array) -> Array:
             chosen = jnp.expand_dims(places == place, [i for i in range(good[name].ndim) if i != axis])
-            return run(rows[1], {name: Replace(jnp.where(chosen, good[name], bad[name]))})[0]
+            value = jnp.where(chosen, good[name], bad[name])
+            return measure(model.resume_with_value(name, value, bad[stream_before(name)]))
 
         places = jnp.arange(good[name].shape[axis])
         return jax.lax.map(one, places, batch_size=min(at_once, len(places)))

@@ -1,20 +1,11 @@
-"""Where a change at a hook point enters the residual stream, and which hook points the forward pass meets later."""
+"""Where changes at a site enter the residual stream, and which hook points they reach first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.model.hook_points import Hook, Hooks, hook_names
-
-_STREAM_AT = {
-    "hook_resid_pre": ("hook_resid_pre",),
-    "hook_attn_out": ("hook_resid_pre", "hook_attn_out"),
-    "hook_resid_mid": ("hook_resid_mid",),
-    "hook_mlp_out": ("hook_resid_post",),
-}
-"""Hook points of a block where changes may be made, and those whose values add up to the stream that they change."""
+from tinymodel_jax.model.hook_points import block_and_hook, resumes_at, stream_before
 
 
 class Entry(NamedTuple):
@@ -22,22 +13,26 @@ class Entry(NamedTuple):
 
     edited: str
     """Hook point of the changes."""
+    point: str
+    """Hook point after which the layers above run; edits up to it have acted."""
     terms: tuple[str, ...]
-    """Hook points whose values add up to the stream at the entry."""
-    layer: int
-    """Block in front of which, or of whose MLP, that is."""
-    at_mlp: bool
+    """Hook points whose values add up to the stream after that point."""
     joined: str
-    """First hook point of the whole stream in front of a block's attention: from there on positions act together."""
+    """First hook point of the stream in front of a block's attention: from there on, positions act on each other."""
+
+    @property
+    def at_mlp(self) -> bool:
+        """Whether the rest of a block, its MLP, comes before `joined`."""
+        return resumes_at(self.point)[1]
 
     @property
     def first_block(self) -> int:
         """The first block whose attention the changes reach."""
-        return self.layer + self.at_mlp
+        return resumes_at(self.joined)[0]
 
     def linear_hooks(self, config: ModelConfig) -> tuple[str, ...]:
         """Return the first hook points that a change reaches through weights; their values are linear in it."""
-        return (f"blocks.{self.layer}.mlp.hook_pre",) if self.at_mlp else self.attention_hooks(config)
+        return (f"blocks.{resumes_at(self.point)[0]}.mlp.hook_pre",) if self.at_mlp else self.attention_hooks(config)
 
     def attention_hooks(self, config: ModelConfig) -> tuple[str, ...]:
         """Return the queries, keys and values of the first block; () where no block is left."""
@@ -47,20 +42,10 @@ class Entry(NamedTuple):
 
 def entry_of(hook_name: str) -> Entry:
     """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream."""
-    block, name = hook_name.rsplit(".", 1)
-    layer = int(block.split(".")[1])
-    at_mlp = name in ("hook_attn_out", "hook_resid_mid")
-    joined = name if name == "hook_resid_pre" else "hook_resid_post"
-    terms = tuple(f"{block}.{term}" for term in _STREAM_AT[name])
-    return Entry(hook_name, terms, layer + (name == "hook_mlp_out"), at_mlp, f"{block}.{joined}")
-
-
-def hooks_after(hooks: Mapping[str, Hook], name: str, config: ModelConfig) -> Hooks:
-    """Return the hooks at later points than one."""
-    return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name, config)}
-
-
-def comes_after(name: str, other: str, config: ModelConfig) -> bool:
-    """Return whether the forward pass meets a hook point after another."""
-    names = hook_names(config)
-    return names.index(name) > names.index(other)
+    layer, hook = block_and_hook(hook_name)
+    after_block = f"blocks.{layer}.hook_resid_post"
+    if hook == "hook_mlp_out":
+        return Entry(hook_name, after_block, (after_block,), after_block)
+    stream = stream_before(hook_name)
+    terms = (stream,) if stream == hook_name else (stream, hook_name)
+    return Entry(hook_name, hook_name, terms, hook_name if hook == "hook_resid_pre" else after_block)

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from tinymodel_jax.analysis.effects.stream_entry import Entry, comes_after, entry_of
+from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
 from tinymodel_jax.analysis.effects.upper_layers import Clean, Weights, clean_streams
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import encode
+from tinymodel_jax.model.hook_points import comes_after
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
 
@@ -57,7 +58,7 @@ def prepare(
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.hook_out)
     reader = None if readout is None else lm[Site.whole(readout, "readout ").tag]
-    if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited, lm.config):
+    if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited):
         raise ValueError(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
             "readout must read further up; name a site that the forward pass meets later."

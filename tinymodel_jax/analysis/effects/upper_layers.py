@@ -14,20 +14,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.analysis.effects.stream_entry import Entry, comes_after, hooks_after
+from tinymodel_jax.analysis.effects.stream_entry import Entry
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import Hooks, apply_with_hooks
-from tinymodel_jax.model.interventions import Replace, combine
-from tinymodel_jax.model.transformer import LayerCache, Transformer
+from tinymodel_jax.model.hook_points import Hooks, comes_after, hooks_after
+from tinymodel_jax.model.interventions import Replace
+from tinymodel_jax.model.transformer import LayerCache
 from tinymodel_jax.runtime.compilation import fast_jit
 
 LARGE = 60.0
@@ -174,14 +174,8 @@ def _changed_pass(
     sharding: NamedSharding | None,
 ) -> tuple[Float[Array, "rows length d_model"], list[Array]]:
     """Return the final stream and kept values of the last positions; the rows of one change after those of another."""
-    config = model.config
     change, row, position = changes.places
     start = clean.joined.shape[1] - length
-
-    def run(*resume: Any, hooks: Hooks, keep: list[str]) -> tuple[Array, dict[str, Array]]:
-        return apply_with_hooks(
-            Transformer(config), {"params": model.params}, *resume, hooks=hooks, keep=keep, method="resume"
-        )
 
     def spread(changed: Array, clean: Array) -> Array:
         """Put the changed positions in place of the clean ones."""
@@ -192,17 +186,12 @@ def _changed_pass(
 
     added = changes.amounts[:, None] * changes.directions[change]
     alone = clean.entry[row, position] + added.astype(clean.entry.dtype)
-    attention = entry.attention_hooks(config)
-    early = [name for name in keep if not comes_after(name, entry.joined, config)]
+    attention = entry.attention_hooks(model.config)
+    early = [name for name in keep if not comes_after(name, entry.joined)]
     # positions of several changes in one row: what attention makes of them is not used, so it is not computed
     entered = _linear_values(model, clean, changes, entry)
-    _, single = run(
-        alone[None],
-        entry.layer,
-        entry.at_mlp,
-        hooks=combine(hooks_after(model.hooks, entry.edited, config), entered),
-        keep=[*attention, *early, *([entry.joined] if entry.at_mlp else [])],
-    )
+    kept = [*attention, *early, *([entry.joined] if entry.at_mlp else [])]
+    _, single = model.with_hooks(entered).resume(entry.point, alone[None], keep=kept)
     single = {name: value[0] for name, value in single.items()}
     stream = spread(single.get(entry.joined, alone), clean.joined)
     known = {n: Replace(spread(single[n], value)) for n, value in zip(attention, clean.attention, strict=True)}
@@ -211,9 +200,8 @@ def _changed_pass(
         LayerCache.of_prompt(jnp.tile(keys[:, :start], repeats), jnp.tile(values[:, :start], repeats), start)
         for keys, values in clean.keys_values
     )
-    later = combine(hooks_after(model.hooks, entry.joined, config), known)
     late = [name for name in keep if name not in early]
-    final, whole = run(stream, entry.first_block, False, before, hooks=later, keep=late)
+    final, whole = model.with_hooks(known).resume(entry.joined, stream, before, keep=late)
     return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
 
 
@@ -223,9 +211,8 @@ def _linear_values(model: HookedModel, clean: Clean, changes: Changes, entry: En
     A product of each direction with the weights, not of each position; nothing where an edit stands in between.
     """
     change, row, position = changes.places
-    config = model.config
-    names = entry.linear_hooks(config)
-    if not names or any(comes_after(names[0], hook, config) for hook in hooks_after(model.hooks, entry.edited, config)):
+    names = entry.linear_hooks(model.config)
+    if not names or any(comes_after(names[0], hook) for hook in hooks_after(model.hooks, entry.edited)):
         return {}
     found: Hooks = {}
     for name, value in zip(names, clean.linear, strict=True):

@@ -25,7 +25,6 @@ from tinymodel_jax.analysis.evaluation.model_passes import (
     clean_pass,
     losses_with_value,
     require_unspliced,
-    resume_point,
     sum_values,
 )
 from tinymodel_jax.analysis.evaluation.reconstruction import RowTotals, reconstruct
@@ -35,7 +34,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import hook_width, require_hook_names
+from tinymodel_jax.model.hook_points import hook_width, require_hook_names, stream_before
 
 Track = Callable[[list[Any], str], Iterable[Any]]
 """Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
@@ -199,12 +198,12 @@ def _measure_batch(
     """Yield, for each dictionary, the rows' totals of each quantity, and on how many tokens each feature is active."""
     config, counted = model.config, _counted(ids, model.config, begin)
     needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
-    keep = tuple(sorted(needed | {resume_point(place) for place in means}))
+    keep = tuple(sorted(needed | {stream_before(place) for place in means}))
     clean = clean_pass(model, ids, keep=keep)
 
     def with_value(place: str, value: Any) -> Array:
-        start = clean.acts[resume_point(place)]
-        return losses_with_value(model, ids, start, value, clean.logprobs, place=place)
+        stream = clean.acts[stream_before(place)]
+        return losses_with_value(model, ids, stream, value, clean.logprobs, place=place)
 
     def with_vector(place: str, vector: np.ndarray) -> np.ndarray:
         shape = (*ids.shape, len(vector))

@@ -1,7 +1,7 @@
 """The compiled passes that measurements of the model are made of: over batches of rows, one number a row.
 
-A pass with another value at a hook point goes on from the clean residual stream below it, so XLA drops the layers
-before; and it takes the value as an argument, so zeros, means and every dictionary's prediction share one program.
+A pass with another value at a hook point runs only the layers above it, from the clean residual stream. The value is an
+argument, so zeros, means and the predictions of all dictionaries share one program.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel, next_token_losses
-from tinymodel_jax.model.hook_points import BLOCK_HOOKS
 from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -65,15 +64,6 @@ def require_unspliced(lm: TinyModel, names: Sequence[str]) -> None:
         )
 
 
-def resume_point(place: str) -> str:
-    """Return the residual stream at or before a hook point of a block, from which the rest of the pass follows."""
-    if not place.startswith("blocks."):
-        return place
-    _, layer, name = place.split(".", 2)
-    after = BLOCK_HOOKS.index(name) >= BLOCK_HOOKS.index("hook_resid_mid")
-    return f"blocks.{layer}.{'hook_resid_mid' if after else 'hook_resid_pre'}"
-
-
 @partial(fast_jit, static_argnames=("keep",))
 def clean_pass(model: HookedModel, ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = ()) -> CleanPass:
     """Run the model once, with its own edits only."""
@@ -100,26 +90,29 @@ def losses_against(
     model: HookedModel, ids: Int[Array, "batch seq"], clean: Float[Array, "batch seq d_vocab"]
 ) -> Float[Array, "2 batch"]:
     """Return each row's cross-entropy and KL divergence from the clean log-probabilities, summed over its targets."""
-    config = model.config
-    logits, _ = model.run(ids)
-    difference = clean[:, :-1] - jax.nn.log_softmax(logits[:, :-1])
-    kl = jnp.sum(jnp.exp(clean[:, :-1]) * difference, axis=-1)
-    return jnp.stack([_nats(logits, ids, config), jnp.sum(jnp.where(ids[:, 1:] != config.pad_id, kl, 0), axis=1)])
+    return _losses(model.run(ids)[0], ids, clean, model.config)
 
 
 @partial(fast_jit, static_argnames=("place",))
 def losses_with_value(
     model: HookedModel,
     ids: Int[Array, "batch seq"],
-    start: Float[Array, "batch seq d_model"],
+    stream: Float[Array, "batch seq d_model"],
     value: Float[Array, "batch seq width"],
     clean: Float[Array, "batch seq d_vocab"],
     *,
     place: str,
 ) -> Float[Array, "2 batch"]:
-    """As `losses_against`, of the pass that goes on from `start`, at the resume point, with a value at `place`."""
-    changed = model.with_hooks({resume_point(place): Replace(start)}, {place: Replace(value)})
-    return losses_against(changed, ids, clean)
+    """As `losses_against`, of the pass with a value at `place`; `stream` is the clean one at `stream_before(place)`."""
+    if place.startswith("blocks."):
+        return _losses(model.unembed(model.resume_with_value(place, value, stream)), ids, clean, model.config)
+    return losses_against(model.with_hooks({place: Replace(value)}), ids, clean)
+
+
+def _losses(logits: Array, ids: Array, clean: Array, config: ModelConfig) -> Float[Array, "2 batch"]:
+    difference = clean[:, :-1] - jax.nn.log_softmax(logits[:, :-1])
+    kl = jnp.sum(jnp.exp(clean[:, :-1]) * difference, axis=-1)
+    return jnp.stack([_nats(logits, ids, config), jnp.sum(jnp.where(ids[:, 1:] != config.pad_id, kl, 0), axis=1)])
 
 
 def _nats(logits: Array, ids: Array, config: ModelConfig) -> Float[Array, " batch"]:

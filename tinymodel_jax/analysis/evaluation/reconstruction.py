@@ -84,11 +84,11 @@ def evaluate_reconstruction(
         sums += np.concatenate(totals)
         active += np.asarray(found)
         shift += np.asarray(jnp.sum(jnp.asarray(y, jnp.float32) - centre, axis=0), np.float64)
-    total = RowTotals(*sums)
-    variance = total.variance - shift @ shift / total.tokens
+    tokens, active_features, error, from_centre, _ = sums.tolist()
+    variance = from_centre - shift @ shift / tokens
     return ReconstructionEvaluation(
-        l0=float(total.l0 / total.tokens),
-        explained_variance=float(1 - total.error / variance),
+        l0=active_features / tokens,
+        explained_variance=float(1 - error / variance),
         dead_fraction=float(np.mean(active == 0)),
-        tokens=int(total.tokens),
+        tokens=int(tokens),
     )

@@ -23,18 +23,11 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.hook_points import READERS, STREAM, WRITERS, block_and_hook, comes_after
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 512
 """Features whose products with all others are in memory at once."""
-
-_READ = {"hook_resid_pre": 0, "hook_resid_mid": 2, "hook_mlp_in": 3}
-"""When a block's stream is read at a hook point; others do not read the stream."""
-_WRITTEN = {"hook_resid_pre": 0, "hook_attn_out": 1, "hook_resid_mid": 2, "hook_mlp_out": 4}
-"""When what is predicted at a hook point is in the stream."""
-_ADDED = ("hook_attn_out", "hook_mlp_out")
-"""What adds to the stream, rather than being it."""
-_STAGES = 5
 
 
 class Links(NamedTuple):
@@ -79,7 +72,7 @@ def weights_graph(
     for other in track(list(others)):
         dictionary = lm[other].dictionary
         n = min(top, dictionary.config.n_features)
-        if writes_before(dictionary.config, own.config) and _hook(dictionary.config.hook_out)[1] in _ADDED:
+        if writes_before(dictionary.config, own.config) and block_and_hook(dictionary.config.hook_out)[1] in WRITERS:
             upstream[other] = strongest_products(W_enc, dictionary.params["W_dec"], n)
         if writes_before(own.config, dictionary.config):
             downstream[other] = strongest_products(W_dec, dictionary.params["W_enc"].T, n)
@@ -88,10 +81,9 @@ def weights_graph(
 
 def writes_before(source: DictionaryConfig, target: DictionaryConfig) -> bool:
     """Say whether what `source` predicts is in the residual stream when `target` reads it."""
-    written, read = _hook(source.hook_out), _hook(target.hook_in)
-    if written[1] not in _WRITTEN or read[1] not in _READ:
-        return False
-    return written[0] * _STAGES + _WRITTEN[written[1]] < read[0] * _STAGES + _READ[read[1]]
+    written, read = source.hook_out, target.hook_in
+    in_stream = block_and_hook(written)[1] in STREAM + WRITERS
+    return in_stream and block_and_hook(read)[1] in STREAM + READERS and comes_after(read, written)
 
 
 def neighbours(W_dec: Float[Array, "n_features d_out"], top: int) -> Links:
@@ -109,12 +101,6 @@ def strongest_products(A: Float[Array, "n d"], B: Float[Array, "m d"], top: int)
     """Return for each row of `A` the rows of `B` with the `top` largest products by size, and the products."""
     parts = [_largest(A[start : start + TOGETHER], B, top=top) for start in range(0, len(A), TOGETHER)]
     return _joined(parts)
-
-
-def _hook(name: str) -> tuple[int, str]:
-    """Split `blocks.2.hook_mlp_in` into the block and the point."""
-    _, layer, point = name.split(".", 2)
-    return int(layer), point
 
 
 def _joined(parts: Sequence[tuple[Array, Array]]) -> Links:
