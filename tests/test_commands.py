@@ -15,7 +15,7 @@ import pytest
 import convert_torch_weights
 import tinymodel_jax
 from tinymodel_jax.commands import cli
-from tinymodel_jax.commands.prompts import read_stories
+from tinymodel_jax.commands.inputs import read_stories
 from tinymodel_jax.io.artifacts import load_model
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.lm import TinyModel

@@ -12,7 +12,7 @@ from tinymodel_jax import TinyModel, evaluate
 from tinymodel_jax.analysis.evaluation.evaluation import density_histogram, numbers_of
 from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.commands import cli
-from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.commands.inputs import open_rows
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 

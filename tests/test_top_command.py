@@ -17,7 +17,7 @@ from tinymodel_jax.analysis.search.top_activations import TopActivations, load_t
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.concepts import _print_table as print_concepts
-from tinymodel_jax.commands.rows import open_rows, unseen_stories
+from tinymodel_jax.commands.inputs import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.padding import pad_right
 

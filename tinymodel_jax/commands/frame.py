@@ -12,14 +12,17 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from tinymodel_jax import __version__
 from tinymodel_jax.runtime.paths import user_path
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 USER_PATHS = tyro.constructors.ConstructorRegistry()
 """Expands `~` in every option that is a `Path`: a shell leaves it in `--out=~/x`, and a program has no shell."""
@@ -89,6 +92,31 @@ def print_json(value: Any) -> None:
     except ValueError as error:
         raise ValueError(f"--json: the result holds a number that JSON does not know ({error}).") from error
     print(text)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str | None = None,
+    right: Collection[str] = (),
+) -> None:
+    """Print a table, in which brackets and `:words:` of prompts and names are shown as they are.
+
+    Args:
+        rows: a cell for each column; a `rich.text.Text` where parts have a style.
+        right: columns that are aligned on the right, such as numbers.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=None if title is None else Text(title, "table.title"), title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)
 
 
 def finite_or_none(number: int | float) -> int | float | None:

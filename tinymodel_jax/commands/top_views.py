@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tinymodel_jax.analysis.search.feature_queries import concept_f1, context_wi
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import print_table
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.runtime.progress import with_progress
 
@@ -42,9 +43,7 @@ def ranked(
     if concept is not None:
         assert truth is not None
         one = list(CONCEPTS).index(concept)
-        score = concept_f1(reader, rows, truth[..., [one]], track=lambda parts: with_progress(list(parts), "telling"))[
-            :, 0
-        ]
+        score = concept_f1(reader, rows, truth[..., [one]], track=partial(with_progress, what="scoring"))[:, 0]
         return np.argsort(-score, kind="stable"), score
     if contains is None:
         return np.argsort(-found.density, kind="stable"), None
