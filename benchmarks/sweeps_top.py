@@ -4,6 +4,7 @@ Activations of a full-size model are drawn at random, not computed: the language
 time. `sweeps.py` measures both.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass, MeasuredBatch, Sums
+from tinymodel_jax.analysis.search.activation_pass import ActivationPass, DictionaryInputs, Sums
 from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
@@ -38,21 +39,22 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
     reader = FeatureReader(model, SITE, _dictionary(n_features), None)
     n_rows = -(-n_tokens // ROW)
     rows = np.random.default_rng(0).integers(0, model.config.begin_id, (n_rows, ROW))
-    searching = _Search(reader, rows, batch=8, seed=0, **_shares())
+    inputs = _Drawn(reader, 8, n_rows)
+    searching = ActivationPass(inputs, rows, seed=0, **_shares())
     product = fast_jit(lambda x, W: x @ W)
     W = reader.dictionary.params["W_enc"]
 
     def search() -> None:
         sums = Sums.zero(n_features, 20, 40)
-        run_pass(searching, sums, range(0, n_rows, searching.batch), None, iter)
+        run_pass(searching, sums, range(0, n_rows, inputs.batch), None, iter)
         partners_of_all(np.concatenate(sums.together), n_features, 10)
 
     def products() -> None:
-        for x in searching.drawn:
+        for x in inputs.drawn:
             jax.block_until_ready(product(x, W))
 
     Sums.zero(n_features, 20, 40).take_in(searching.measure(0), 0)
-    jax.block_until_ready(product(searching.drawn[0], W))
+    jax.block_until_ready(product(inputs.drawn[0], W))
     return search, products
 
 
@@ -73,21 +75,16 @@ def _dictionary(n_features: int) -> Dictionary:
     return Dictionary.from_params(config, params)
 
 
-class _Search(ActivationPass):
-    """A pass whose inputs are drawn beforehand, as many as there are batches."""
+class _Drawn(DictionaryInputs):
+    """Inputs that are drawn beforehand, a batch after the other, and from the first one again."""
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        shape, n_batches = (self.batch, ROW, 768), -(-len(self.rows) // self.batch)
-        self.drawn = [jax.random.normal(jax.random.key(i), shape) for i in range(n_batches)]
-        self.at = 0
+    def __init__(self, reader: FeatureReader, per_device: int, n_rows: int):
+        super().__init__(reader, per_device)
+        n_batches = -(-n_rows // self.batch)
+        self.drawn = [jax.random.normal(jax.random.key(i), (self.batch, ROW, 768)) for i in range(n_batches)]
+        self.batches = itertools.cycle(self.drawn)
 
-    def measure(self, first: int) -> MeasuredBatch:
-        """Measure as the search does, on this batch's vectors."""
-        self.at = first // self.batch
-        return super().measure(first)
-
-    def inputs(self, tok_ids: np.ndarray) -> jax.Array:
-        """Return the vectors of the batch that is measured."""
+    def __call__(self, tok_ids: np.ndarray) -> jax.Array:
+        """Return the next batch of vectors."""
         del tok_ids
-        return self.drawn[self.at]
+        return next(self.batches)

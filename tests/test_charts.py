@@ -4,8 +4,7 @@ import io
 
 import numpy as np
 
-from tinymodel_jax.analysis.report.charts import bars, effects_figure, heat_map
-from tinymodel_jax.analysis.report.dictionary_charts import plot_evaluations
+from tinymodel_jax.analysis.report.charts import bars, effects_figure, heat_map, plot_evaluations
 
 DOLLARS = "$$ a $5_b$"
 """What Matplotlib would take for formulas, the first of which is an error."""

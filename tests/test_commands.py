@@ -161,7 +161,7 @@ def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, n
     ("arguments", "says"),
     [
         (["generate", "1 2", "--ids", "--temperature", "-1"], "temperature=-1.0"),
-        (["generate", "1 x", "--ids"], "no list of whole numbers"),
+        (["generate", "1 x", "--ids"], "not a list of whole numbers"),
         (["generate", "1 999", "--ids"], "id 999"),
         (["generate", "9" * 20, "--ids"], f"id {'9' * 20} is outside the vocabulary 0..210"),
         (["generate", "Once"], "no tokenizer"),
@@ -181,8 +181,8 @@ def test_bad_input_is_one_line_and_exit_status_1(
     [
         (["generate"], "give a prompt, or --stories FILE"),
         (["generate", "--ids"], "give a prompt"),
-        (["generate", "--ids", ""], "--ids: '' is no list of whole numbers"),
-        (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is no list of whole numbers"),
+        (["generate", "--ids", ""], "--ids: '' is not a list of whole numbers"),
+        (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is not a list of whole numbers"),
         (["generate", "--stories", "none.jsonl"], "none.jsonl: No such file or directory"),
         (["generate", "--ids", "1", "--stories", "none.jsonl"], "--ids and --stories do not go together"),
         (["generate", "Once", "--prompt-toks", "0"], "--prompt-toks 0"),
@@ -194,7 +194,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
         (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
         (
             ["features", "1", "--site", "M0", "--dictionary", "none"],
-            "--dictionary none: there is no such folder or file",
+            "--dictionary none does not exist",
         ),
     ],
 )

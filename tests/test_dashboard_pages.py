@@ -1,7 +1,7 @@
 """The pages of a dashboard in a real browser: of the bundled model, and of 25,000 features."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 
 from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
-from tinymodel_jax.analysis.report.dashboard.build import Heading, write_dashboard
+from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, Heading, write_dashboard
 from tinymodel_jax.analysis.report.dashboard.records import Facts
 from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.report.dashboard.windows import AFTER, BEFORE, shown_contexts
@@ -56,21 +56,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile."""
+    """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile.
+
+    Of the features' own pages it has those that the tests open.
+    """
     out = tmp_path_factory.mktemp("many")
     facts, rows = invented(MANY)
     words = [HOSTILE, *(f" word{i}" for i in range(1, VOCABULARY))]
-    write_dashboard(
-        out,
-        Heading("a model", "M2", "about"),
-        facts,
-        rows,
-        words,
-        ModelConfig(d_vocab=VOCABULARY),
-        {},
-        [],
-        lambda t, _: t,
-    )
+    heading, config = Heading("a model", "M2", "about"), ModelConfig(d_vocab=VOCABULARY)
+    opened = {feature // A_SHARD for feature in (7, 64, 12345)}
+
+    def track(things: Sequence[Any], what: str) -> Sequence[Any]:
+        return [shard for shard in things if shard in opened] if what == "pages" else things
+
+    write_dashboard(out, heading, facts, rows, words, config, {}, [], track)
     return out
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_one_line(stories, tmp_path, capsys):
     assert "'Q1' is no dictionary tag" in failing(capsys, "--sites", "Q1", *data)
     assert "give the name of a .json file" in failing(capsys, "--sites", "A0", *data, "-o", "eval.png")
     assert "cannot be made" in failing(capsys, "--sites", "A0", *data, "-o", f"{stories}/eval.json")
-    assert "there is no such folder" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
+    assert "does not exist" in failing(capsys, "--dictionaries", str(tmp_path / "none"), *data)
     assert f"--dictionaries {stories} is a file; name a" in failing(capsys, "--dictionaries", stories, *data)
     assert "holds no dictionary" in failing(capsys, "--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=16" in failing(capsys, "--dictionaries", str(tmp_path / "narrow"), *data)
@@ -132,7 +132,7 @@ def test_one_row_has_no_interval_to_speak_of(stories, capsys):
     command = ["--model", "mini", "--data", stories, "--limit", "1"]
     with as_users_run_it():
         assert cli.main(["eval", "--sites", "M0", *command]) == 0
-        assert cli.main(["sweep", "--site", "M0", *command]) == 0
+        assert cli.main(["importance", "--site", "M0", *command]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "CE and KL are in nats." in shown
     assert "on one row: nats" in shown

@@ -556,7 +556,8 @@ def test_processes_at_once_find_the_hub_by_the_environment_and_download_once(
 ) -> None:
     publish("tiny_model_1_epoch")  # which has no known checksum
     program = "from tinymodel_jax.io import hub; print(hub.model_folder('tiny_model_1_epoch'))"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **own}
     processes = [
         subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE)
         for _ in range(2)

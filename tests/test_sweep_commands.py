@@ -1,4 +1,4 @@
-"""`tinymodel sweep` and `tinymodel patch` on the bundled model."""
+"""`tinymodel sweep`, `importance` and `patch` on the bundled model."""
 
 import json
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
 def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     stories, out = tmp_path / "stories.txt", tmp_path / "new" / "importance.json"
     stories.write_text(f"{PROMPT}\n{OTHER}\n")
-    assert main(["sweep", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--top", "3"]) == 0
+    assert main(["importance", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--top", "3"]) == 0
     table = json.loads(out.read_text())
     assert (table["rows"], table["site"]) == (2, "M3")
     kl = [entry["kl_all"][0] for entry in table["features"]]
@@ -92,26 +92,16 @@ def test_causal_importance_is_written(capsys, no_type_checks, tmp_path: Path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_data_of_which_no_limit_is_given_is_read_as_far_as_the_help_says(capsys, no_type_checks, monkeypatch):
-    def refuse(lm, data, limit):
-        raise ValueError(f"{data}: {limit} rows if left out")
-
-    monkeypatch.setattr("tinymodel_jax.commands.rows.open_rows", refuse)
-    assert "storyworld: 64 rows" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld")
-    assert main(["sweep", "--help"]) == 0
-    assert "rows of --data at most; 64 if left out" in " ".join(capsys.readouterr().out.replace("│", " ").split())
-
-
 def test_importance_that_cannot_be_written_is_not_lost(capsys, no_type_checks, tmp_path: Path, monkeypatch):
     stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
     stories.write_text("One day,\n")
-    options = ("sweep", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--json")
+    options = ("importance", "--site", "M3", *MINI, "--data", str(stories), "-o", str(out), "--json")
 
     def full(*given):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinymodel_jax.runtime.atomic_files.replace_file", full)
+        patch.setattr("tinymodel_jax.commands.importance.replace_file", full)
         assert "No space left" in failure(capsys, *options)
     assert (tmp_path / "importance.json.work").exists()
     monkeypatch.setattr("tinymodel_jax.analysis.effects.importance.ablate", None)  # nothing is measured again
@@ -160,32 +150,19 @@ def test_a_picture_that_cannot_be_written_leaves_the_effects_printed(capsys, no_
 
 
 def test_what_does_not_fit_is_one_line(capsys, no_type_checks, tmp_path: Path):
-    sweep = ("sweep", "One day,", "--site", "M3", *MINI)
-    assert "needs --amount" in failure(capsys, *sweep, "--kind", "clamp")
-    assert "give a prompt, or --data" in failure(capsys, "sweep", "--site", "M3", *MINI)
-    assert "takes no --amount" in failure(capsys, *sweep, "--amount", "1")
-    assert "out of range" in failure(capsys, *sweep, "--features", "9999")
-    assert "name one, as ' dog'" in failure(capsys, *sweep, "--answer", "two words")
-    assert "takes no prompt, --ids, --features, --answer" in failure(
-        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "--answer", " Tim"
-    )
-    assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "nan")
-    assert "finite" in failure(capsys, *sweep, "--kind", "steer", "--amount", "1e39")
-    assert "--site 'M2N5' names a feature; name the site, 'M2'" in failure(
-        capsys, "sweep", "One day,", "--site", "M2N5", *MINI
-    )
-    readout = failure(capsys, "sweep", "One day,", "--site", "M2", "--readout", "Mo2", *MINI)
+    sweep, importance = ("sweep", "One day,", *MINI, "--site"), ("importance", *MINI, "--data", "storyworld", "--site")
+    assert "needs --amount" in failure(capsys, *sweep, "M3", "--kind", "clamp")
+    assert "takes no --amount" in failure(capsys, *sweep, "M3", "--amount", "1")
+    assert "give a prompt; `tinymodel importance` takes" in failure(capsys, "sweep", "--site", "M3", *MINI)
+    assert "out of range" in failure(capsys, *sweep, "M3", "--features", "9999")
+    assert "name one, as ' dog'" in failure(capsys, *sweep, "M3", "--answer", "two words")
+    assert "finite" in failure(capsys, *sweep, "M3", "--kind", "steer", "--amount", "1e39")
+    readout = failure(capsys, *sweep, "M2", "--readout", "Mo2")
     assert "reads blocks.2.hook_mlp_out, and M2 writes to blocks.2.hook_mlp_out: a readout must read further" in readout
-    assert "it takes no prompt" in failure(capsys, *sweep, "--data", "storyworld")
-    assert "takes no prompt, --ids" in failure(capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "--ids")
-    assert "--limit 3 is for the rows of --data" in failure(capsys, *sweep, "--limit", "3")
-    assert "holds the table of --data" in failure(capsys, *sweep, "-o", "x.json")
-    assert "name of a .json file" in failure(
-        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path / "x")
-    )
-    assert "is a folder; name a file" in failure(
-        capsys, "sweep", "--site", "M3", *MINI, "--data", "storyworld", "-o", str(tmp_path)
-    )
+    for command in (sweep, importance):
+        assert "--site 'M2N5' names a feature; name the site, 'M2'" in failure(capsys, *command, "M2N5")
+        assert "--top 0 must be 1 or more" in failure(capsys, *command, "M3", "--top", "0")
+    assert "name of a .json file" in failure(capsys, *importance, "M3", "-o", str(tmp_path / "x"))
+    assert "is a folder; name a file" in failure(capsys, *importance, "M3", "-o", str(tmp_path))
     assert "17 and 15 tokens" in failure(capsys, "patch", PROMPT, "Once upon a time, there was a girl. One day,", *MINI)
-    assert "name one" in failure(capsys, "patch", PROMPT, OTHER, *MINI, "--answer", "two words")
     assert ".png or .svg" in failure(capsys, "patch", PROMPT, OTHER, *MINI, "-o", str(tmp_path / "x.txt"))

@@ -151,7 +151,7 @@ def test_people_get_a_table_and_a_page(capsys, searched):
         (["--site", "M2", "-o", f"{__file__}/where"], "test_top_command.py cannot be made"),
         (["--site", "M2", "-o", "."], "--out . is a folder; name a file"),
         (["--site", "M2N5", "--feature", "7"], "--site M2N5 names a feature, and so does --feature 7"),
-        (["--site", "M2", "--dictionary", "none"], "there is no such folder or file"),
+        (["--site", "M2", "--dictionary", "none"], "--dictionary none does not exist"),
     ],
 )
 def test_bad_input_is_one_line(options, says, capsys):
@@ -295,7 +295,7 @@ def test_concepts_of_a_model_that_has_nothing_to_score_are_one_line(lm, tmp_path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--dictionaries", "none"], "--dictionaries none: there is no such folder"),
+        (["--dictionaries", "none"], "--dictionaries none does not exist"),
         (["--dictionaries", "."], "holds no dictionary"),
         (["--stories", "1"], "--stories 1 must be 2 or more"),
         (["--plot", f"{__file__}/where.png"], "test_top_command.py cannot be made"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,8 +51,7 @@ def dashboard(
         out: folder for the pages; an older dashboard there is replaced.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         limit: largest number of rows to read.
-        others: dictionaries in which to look for upstream and downstream features, such as M0,M1; by default all of
-            the model's.
+        others: dictionaries to search for upstream and downstream features, such as M0,M1; by default all.
         text: text to make a page about; can be given several times.
         effects: number of rows on which every feature is turned off to measure its effect; 0 leaves effects out.
         json: print a JSON object about the pages instead of a sentence.
@@ -140,7 +140,7 @@ def _measure(
     facts = gather(reader, rows, found, tags, clock.track)
     if told is not None:
         truth = storyworld_truth(reader.lm, rows, told)
-        f1 = concept_f1(reader, rows, truth, track=partial(clock.track, what="concepts"))
+        f1 = concept_f1(reader, rows, truth, track=functools.partial(clock.track, what="concepts"))
         facts = dataclasses.replace(facts, f1=f1)
     if len(measured):
         importance = causal_importance(
@@ -148,7 +148,7 @@ def _measure(
             reader.site.tag,
             measured,
             work_file=partial / EFFECTS,
-            track=partial(clock.track, what="effects"),
+            track=functools.partial(clock.track, what="effects"),
         )
         facts = dataclasses.replace(facts, importance=importance)
     return facts

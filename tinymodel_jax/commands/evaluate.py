@@ -52,15 +52,12 @@ def evaluate(
     """Measure dictionaries: sparsity, reconstruction, and what the model loses when it runs through them.
 
     Args:
-        data: held-out text: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or
-            `storyworld`.
+        data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         sites: tags of the model's own or published dictionaries to measure, such as M0,A1.
         dictionaries: folders of dictionaries to measure, or folders of such folders; each dictionary stores its site.
-        sparse_model: also measure the model with all MLPs replaced by their transcoders: those of --dictionaries, and
-            its own for the other layers.
+        sparse_model: also measure the model with every MLP replaced by its transcoder, of --dictionaries or its own.
         limit: largest number of rows (stories) to read.
-        count_begin: count [BEGIN], which is the same in every story, in L0, explained variance, MSE, cosine and
-            densities.
+        count_begin: count [BEGIN], the same in every story, in all measures except cross-entropy and KL.
         out: JSON file to write; the plots are written beside it, as a PNG of the same name.
         json: print the JSON instead of a table.
     """
@@ -154,7 +151,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
 def _write(content: Mapping[str, Any], out: Path) -> None:
     replace_file(out, (json_format.dumps(content, indent=2) + "\n").encode())
     if content["dictionaries"]:
-        from tinymodel_jax.analysis.report.dictionary_charts import plot_evaluations
+        from tinymodel_jax.analysis.report.charts import plot_evaluations
 
         plot_evaluations(content["dictionaries"], out.with_suffix(".png"))
 

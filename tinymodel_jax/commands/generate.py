@@ -33,8 +33,7 @@ def generate(
         top_k: sample from the k most likely tokens only.
         top_p: sample from the smallest set of tokens whose probabilities sum to this.
         seed: seed of the sampling.
-        stories: file of stories whose beginnings to continue: .jsonl with "text", or .txt with one story per line;
-            also .gz.
+        stories: file of stories to continue: .jsonl with "text", or .txt with one story per line; also .gz.
         limit: largest number of stories to read.
         prompt_toks: length of the prompt taken from each story, [BEGIN] included.
         ids: read prompts as token ids, such as "9996 51 56", and print ids.

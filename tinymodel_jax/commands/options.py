@@ -25,9 +25,9 @@ class ModelOptions:
     """Which language model a command runs."""
 
     name: Annotated[str, tyro.conf.arg(name="model")] = "tiny_model"
-    """Published name, `mini`, folder, or file (.pt, .safetensors) with the reference's names."""
+    """published name, `mini`, folder, or file (.pt, .safetensors) with the reference's names."""
     n_heads: int | None = None
-    """Attention heads, for a file whose width is not the published 768."""
+    """attention heads, for a file whose width is not the published 768."""
 
     def load(self) -> TinyModel:
         """Load the model; JAX loads here, not for `--help`."""
@@ -41,7 +41,7 @@ class ModelAndDictionaryOptions(ModelOptions):
     """Which language model a command runs, with which dictionary."""
 
     dictionary: Path | None = None
-    """Folder or file of a dictionary to use at the site, instead of the model's own or the published one."""
+    """folder or file of a dictionary to use at the site, instead of the model's own or the published one."""
 
     def load_with_dictionary(self, site: Site) -> TinyModel:
         """Load the model, and attach the dictionary if one is given.

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def patch(
-    clean: Annotated[str, tyro.conf.Positional],
-    corrupted: Annotated[str, tyro.conf.Positional],
+    clean: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLEAN")],
+    corrupted: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORRUPTED")],
     *,
     answer: str | None = None,
     wrong: str | None = None,
@@ -31,14 +31,14 @@ def patch(
 ) -> None:
     """Patch activations of a clean prompt into a corrupted one, and show which restore the clean answer.
 
-    The effect is 0 where patching changes nothing and 1 where it restores the clean run.
+    The effect is 0 where patching changes nothing and 1 where it restores the clean run. It is measured by the logit
+    difference of the two answers, or by the log-probability of the answer if both prompts have the same one.
 
     Args:
         clean: text that leads to the answer.
         corrupted: text of the same number of tokens that does not.
         answer: next token after the clean text; by default the model's most likely one.
-        wrong: next token to compare with; by default the most likely one after the corrupted text. If that is the
-            answer too, the answer's log-probability is measured instead of a logit difference.
+        wrong: next token to compare with; by default the most likely one after the corrupted text.
         hooks: hook points of a block to patch, by position, or by head where there are heads.
         out: .png or .svg file for heat maps of the effects.
         json: print a JSON object.

@@ -38,7 +38,7 @@ def sweep(
 ) -> None:
     """Change the features of a dictionary on a prompt, one at a time, and show how the predictions change.
 
-    `tinymodel importance` measures every feature over a data set.
+    To measure every feature over a data set, use `tinymodel importance`.
 
     Args:
         prompts: texts; each is swept by itself.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +122,14 @@ def search(
             )
         return found
     work = work_file(out)
-    k, bar = max(CONTEXTS, needed), partial(track, what="search")
-    found = top_activations(reader.lm, reader.site.tag, rows, k=k, work_file=work, track=bar)
+    found = top_activations(
+        reader.lm,
+        reader.site.tag,
+        rows,
+        k=max(CONTEXTS, needed),
+        work_file=work,
+        track=lambda starts: track(starts, "search"),
+    )
     if out is not None and work is not None:
         found.save(out)
         work.unlink(missing_ok=True)  # only now: until the result is written, it is all there is of the search

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tinymodel_jax.analysis.concepts.labels import ConceptScores, score_concepts
-from tinymodel_jax.analysis.report.charts import heat_map_figure
+from tinymodel_jax.analysis.report.charts import heat_map_figure, save_png
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
@@ -25,7 +25,6 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import forward
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.padding import pad_below
-from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.text.prompts_and_stories import story_rows
 
 BATCH = 16
@@ -143,9 +142,7 @@ def concept_table(
 
 def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
     """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
-    figure = heat_map_figure(*concept_table(recoveries))
-    with replaced(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    save_png(heat_map_figure(*concept_table(recoveries)), path, dpi=130)
 
 
 def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:

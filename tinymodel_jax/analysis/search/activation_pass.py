@@ -1,7 +1,6 @@
 """One pass over rows of tokens: what is kept of a dictionary's activations, and how a batch is added to it.
 
-`ActivationPass` measures batches on the devices, `Sums` takes them in on the host. Rows are spread over the devices of
-this process.
+`DictionaryInputs` runs the model, `ActivationPass` measures batches on the devices, `Sums` takes them in on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_places
 from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
@@ -36,26 +35,43 @@ class MeasuredBatch(NamedTuple):
     n_sampled: int
 
 
+class DictionaryInputs:
+    """What a dictionary reads, computed for batches of rows that are spread over the devices of this process.
+
+    Args:
+        per_device: rows of a device in one pass of the model.
+    """
+
+    def __init__(self, reader: FeatureReader, per_device: int):
+        devices = jax.local_devices()
+        mesh = Mesh(np.array(devices), ("data",))
+        self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self.batch = per_device * len(devices)
+        """Rows of a batch."""
+        self.config, self.lm_config = reader.dictionary.config, reader.lm.config
+        self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
+        self._params = jax.device_put(reader.lm.params, everywhere)
+        self._hooks = jax.device_put(reader.lm.splice_hooks(before=reader.site), everywhere)
+
+    def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
+        """Return the inputs, (batch, seq, d_in); those beyond the rows given are of padding."""
+        ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.lm_config.pad_id)
+        name, ids = self.config.hook_in, jax.device_put(ids, self.spread)
+        _, acts = forward(self._params, ids, self._hooks, config=self.lm_config, keep=(name,), output="none")
+        return acts[name]
+
+
 class ActivationPass:
     """Measures batches of rows.
 
     Args:
-        batch: rows of a device in one pass of the model.
         share: probability of a token to be in the sample for co-activation.
         every: the histogram counts one in so many positions.
     """
 
-    def __init__(self, reader: FeatureReader, rows: np.ndarray, *, batch: int, share: float, every: int, seed: int):
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices), ("data",))
-        self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        self.lm, self.rows, self.share, self.every, self.seed = reader.lm, rows, share, every, seed
-        self.config = reader.dictionary.config
-        self.batch = batch * len(devices)
-        self.hooks = jax.device_put(self.lm.splice_hooks(before=reader.site), everywhere)
-        self.params = jax.device_put(self.lm.params, everywhere)
-        self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
-        self.chunks = feature_chunks(self.dictionary, self.config)
+    def __init__(self, inputs: DictionaryInputs, rows: np.ndarray, *, share: float, every: int, seed: int):
+        self.inputs, self.rows, self.share, self.every, self.seed = inputs, rows, share, every, seed
+        self.chunks = feature_chunks(inputs.dictionary, inputs.config)
 
     def measure(self, first: int) -> MeasuredBatch:
         """Start to measure the batch whose first row is `first`.
@@ -63,24 +79,17 @@ class ActivationPass:
         Raises:
             ValueError: its ids are not valid for the model.
         """
-        tok_ids = check_tok_ids(self.rows[first : first + self.batch], self.lm.config, first)
-        n_rows = len(tok_ids)
-        tok_ids = pad_below(tok_ids, self.batch, self.lm.config.pad_id)
-        real = self.lm.config.is_text(tok_ids)
-        x = self.inputs(tok_ids)
-        drawn = (uniform(self.seed, np.arange(first, first + self.batch)) * self.every).astype(np.int32)
-        counted, drawn = jax.device_put((real, drawn), self.spread)
-        found = [statistics(chunk, x, counted, drawn, config=self.config, every=self.every) for chunk in self.chunks]
+        inputs = self.inputs
+        tok_ids = check_tok_ids(self.rows[first : first + inputs.batch], inputs.lm_config, first)
+        x, n_rows = inputs(tok_ids), len(tok_ids)
+        real = inputs.lm_config.is_text(pad_below(tok_ids, inputs.batch, inputs.lm_config.pad_id))
+        drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
+        counted, drawn = jax.device_put((real, drawn), inputs.spread)
+        options = {"config": inputs.config, "every": self.every}
+        found = [statistics(chunk, x, counted, drawn, **options) for chunk in self.chunks]
         places = sampled_places(real, first, self.share, self.seed)
-        active = active_features(self.dictionary, self.config, x, places)
+        active = active_features(inputs.dictionary, inputs.config, x, places)
         return MeasuredBatch(first, n_rows, found, active, len(places))
-
-    def inputs(self, tok_ids: Int[np.ndarray, "rows seq"]) -> Array:
-        """Return what the dictionary reads, (rows, seq, d_in)."""
-        name = self.config.hook_in
-        ids = jax.device_put(tok_ids, self.spread)
-        _, acts = forward(self.params, ids, self.hooks, config=self.lm.config, keep=(name,), output="none")
-        return acts[name]
 
 
 @dataclasses.dataclass

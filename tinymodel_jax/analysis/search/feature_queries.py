@@ -9,11 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tinymodel_jax.analysis.concepts.labels import CHUNK, best_f1_of_all
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass
+from tinymodel_jax.analysis.search.activation_pass import DictionaryInputs
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.lm import FeatureReader, TinyModel
-from tinymodel_jax.model.padding import pad_below
 
 ROWS_AT_ONCE = 8
 """Rows of a device in one pass of the model."""
@@ -87,12 +86,9 @@ def context_window(
 
 def _inputs(reader: FeatureReader, rows: np.ndarray) -> np.ndarray:
     """Return what the dictionary reads, (rows, seq, d_in)."""
-    reading, parts = ActivationPass(reader, rows, batch=ROWS_AT_ONCE, share=0.0, every=1, seed=0), []
-    for start in range(0, len(rows), reading.batch):
-        ids = np.asarray(rows[start : start + reading.batch], np.int32)
-        padded = pad_below(ids, reading.batch, reader.lm.config.pad_id)
-        parts.append(np.asarray(reading.inputs(padded))[: len(ids)])
-    return np.concatenate(parts)
+    inputs = DictionaryInputs(reader, ROWS_AT_ONCE)
+    parts = [np.asarray(inputs(rows[i : i + inputs.batch])) for i in range(0, len(rows), inputs.batch)]
+    return np.concatenate(parts)[: len(rows)]
 
 
 def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.ndarray:

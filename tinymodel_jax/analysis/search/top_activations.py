@@ -20,7 +20,13 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass, Sums, contexts_named, named_contexts
+from tinymodel_jax.analysis.search.activation_pass import (
+    ActivationPass,
+    DictionaryInputs,
+    Sums,
+    contexts_named,
+    named_contexts,
+)
 from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import BINS, FIRST_EXPONENT
@@ -184,28 +190,17 @@ def top_activations(
     n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
-    sums, first, prints = (
-        Sums.zero(reader.dictionary.config.n_features, k, n_sampled),
-        0,
-        search_fingerprints(reader, rows),
-    )
-    saved = None
+    sums, first = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0
+    prints, saved = search_fingerprints(reader, rows), None
     if work_file is not None:
-        # a work file of a version that keeps other sums does not fit
-        options = {
-            "sums": sorted(sums.arrays()),
-            "sample": "bits",
-            "k": k,
-            "n_sampled": n_sampled,
-            "n_partners": n_partners,
-            "seed": seed,
-        }
+        options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
         saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
         if (before := saved.load()) is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
-    every = max(1, n_tokens // HISTOGRAM_TOKENS)
-    measuring = ActivationPass(reader, rows, batch=batch, share=COACTIVATION_TOKENS / n_tokens, every=every, seed=seed)
-    run_pass(measuring, sums, range(first, len(rows), measuring.batch), saved, track)
+    every, share = max(1, n_tokens // HISTOGRAM_TOKENS), COACTIVATION_TOKENS / n_tokens
+    inputs = DictionaryInputs(reader, batch)
+    measuring = ActivationPass(inputs, rows, share=share, every=every, seed=seed)
+    run_pass(measuring, sums, range(first, len(rows), inputs.batch), saved, track)
     if saved is not None:
         saved.save(sums.arrays(), len(rows))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}

@@ -11,10 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
-from tinymodel_jax.bundled.storyworld.concepts import mask
+from tinymodel_jax.bundled.storyworld.concepts import ROLES, mask
 from tinymodel_jax.bundled.storyworld.grammar import lexicon
 from tinymodel_jax.bundled.storyworld.parts import Draw, Slots
-from tinymodel_jax.bundled.storyworld.plots import ROLES
 
 GIRLS = (
     *("Lily", "Mia", "Anna", "Sue", "Emma", "Lucy", "Sara", "Amy", "Ella", "Zoe", "Nina", "Kate"),

@@ -1,4 +1,4 @@
-"""What is known about the words of a story: the names of the concepts, and sets of them as bits of an integer.
+"""The names of plots, roles and concepts, and sets of concepts as bits of an integer.
 
 Rely on: a concept's place in `CONCEPTS` is its column in `labels`; `mask` and `names` are inverse. What a word or a
 passage means is said in grammar/ (words: grammar/lexicon.txt), not here.
@@ -8,7 +8,26 @@ from __future__ import annotations
 
 import functools
 
-from tinymodel_jax.bundled.storyworld.plots import PLOTS, ROLES
+PLOTS = {
+    "lost": "something dear is lost and found",
+    "broken": "something is broken and mended",
+    "stuck": "a small animal is stuck and set free",
+    "sharing": "something good is kept, then shared",
+    "fear": "a noise at night turns out to be a small animal",
+    "astray": "the two lose their way and are led home",
+    "skill": "something is too hard, then learned",
+    "gift": "a birthday gift goes wrong, and one made by hand is better",
+    "storm": "bad weather spoils a plan, and a shelter saves the day",
+    "forbidden": "a rule is broken and the truth told",
+    "newcomer": "a stranger becomes a friend",
+    "planting": "a seed needs patience",
+    "race": "a race is given up to help",
+}
+"""Plots by name; what happens in one is in the grammar file of its name. Their order is part of what a seed means."""
+ROLES = {"H": "hero", "F": "friend", "A": "helper"}
+"""Letter of a role in the grammar -> the role."""
+OTHER = "X"
+"""Letter of anyone else who speaks or listens."""
 
 _WORDS = {
     "color": "a color: red, brown",

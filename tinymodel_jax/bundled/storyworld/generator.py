@@ -16,10 +16,9 @@ from random import Random
 from typing import NamedTuple
 
 from tinymodel_jax.bundled.storyworld.cast import cast_characters
-from tinymodel_jax.bundled.storyworld.concepts import PHASES, mask, names
+from tinymodel_jax.bundled.storyworld.concepts import PHASES, PLOTS, mask, names
 from tinymodel_jax.bundled.storyworld.grammar import grammar_digest, plot_phases
 from tinymodel_jax.bundled.storyworld.parts import Draw, Piece
-from tinymodel_jax.bundled.storyworld.plots import PLOTS
 
 MAX_LENGTH = 175
 """Most spaces and punctuation marks of a story; one with more is told anew."""

@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tinymodel_jax.bundled.storyworld.concepts import PHASES, mask
+from tinymodel_jax.bundled.storyworld.concepts import OTHER, PHASES, ROLES, mask
 from tinymodel_jax.bundled.storyworld.parts import Fill, Fixed, Part, Piece, Slot, choice, joined
-from tinymodel_jax.bundled.storyworld.plots import OTHER, ROLES
 
 _FOLDER = Path(__file__).parent / "grammar"
 _SLOT_CONCEPTS = {

@@ -17,9 +17,9 @@ from jaxtyping import Integer
 
 from tinymodel_jax.analysis.report.dashboard.records import (
     Facts,
-    feature_records,
     fixed_facts,
     index_columns,
+    shard_records,
     text_record,
 )
 from tinymodel_jax.analysis.report.dashboard.shards import FOLDER, shard_name, write_data
@@ -40,8 +40,7 @@ TEXT_START = 12
 SEARCH, EFFECTS = "search.safetensors", "effects.work"
 WORK = (SEARCH, f"{SEARCH}.work", EFFECTS)
 """Files of work that goes on where it was stopped: the search, and the measuring of effects."""
-PAGES = ("index.html", FOLDER)
-"""What is in a dashboard's folder."""
+INDEX = "index.html"
 GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
 """By which its `index.html` is known."""
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -118,13 +117,13 @@ def write_dashboard(
     write_data(folder, "vocabulary", [token_text(word) for word in vocabulary])
     for number in track(range(-(-n // A_SHARD)), "pages"):
         first = number * A_SHARD
-        records = feature_records(facts, rows, config, first, min(first + A_SHARD, n))
+        records = shard_records(facts, rows, config, first, min(first + A_SHARD, n))
         write_data(folder, shard_name(number), records)
     for number, record in enumerate(texts, 1):
         write_data(folder, f"text-{number}", record)
     write_data(folder, "index", _index(heading, facts, rows, concepts, texts))
     content = {"heading": heading, "found": facts.found, "n_texts": len(texts)}
-    write_page(folder / "index.html", "dashboard.html.jinja", content)
+    write_page(folder / INDEX, "dashboard.html.jinja", content)
 
 
 def open_partial(out: Path) -> Path:
@@ -138,56 +137,46 @@ def open_partial(out: Path) -> Path:
     """
     if out.exists() and not _is_dashboard(out):
         raise ValueError(f"--out {out} is there and no dashboard; name another folder, or remove it.")
-    partial = _beside(out, "partial")
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    strange = sorted({path.name for path in partial.iterdir()} - {*WORK, *PAGES})
+    strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, *WORK})
     if strange:
         raise ValueError(f"{partial} is where the dashboard is made, but holds {strange[0]}; move that away.")
-    replaced = _beside(out, "replaced")
-    if replaced.exists() and not _holds_pages(replaced):
-        raise ValueError(f"{replaced} is where the older dashboard is put, but holds something else; move that away.")
-    (partial / PAGES[0]).unlink(missing_ok=True)
+    (partial / INDEX).unlink(missing_ok=True)
     shutil.rmtree(partial / FOLDER, ignore_errors=True)
     return partial
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Move a whole dashboard to its place, without the work files; the one that was there goes.
+    """Move a whole dashboard to its place, without the work files, and remove the one that was there.
+
+    Stopped anywhere, it leaves what `open_partial` accepts again.
 
     Raises:
-        OSError: a file cannot be moved.
+        OSError: a file cannot be moved or removed.
     """
-    replaced = _beside(out, "replaced")
     if out.exists():
-        _remove_pages(replaced)  # that a run left which was stopped after the next line
-        os.replace(out, replaced)
-    for name in WORK:  # only now, when little is left that can fail
-        (partial / name).unlink(missing_ok=True)
+        _remove_dashboard(out)
     os.replace(partial, out)
-    _remove_pages(replaced)
+    for name in WORK:
+        (out / name).unlink(missing_ok=True)
 
 
-def _remove_pages(folder: Path) -> None:
-    """Remove a folder of pages, or what is left of it; another one stays."""
-    if _holds_pages(folder):
-        shutil.rmtree(folder)
+def _remove_dashboard(folder: Path) -> None:
+    """Remove a dashboard, `index.html` last, by which it is known; a folder with other files stays."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    for name in (*WORK, INDEX):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmdir()
 
 
-def _holds_pages(folder: Path) -> bool:
-    """Say whether a folder holds pages, or what is left of them, and nothing else."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {*PAGES}
-
-
-def _beside(out: Path, ending: str) -> Path:
-    return out.absolute().with_name(f"{out.absolute().name}.{ending}")
-
-
-def _is_dashboard(out: Path) -> bool:
-    """Say whether a folder is empty or holds what `write_dashboard` writes, and nothing else."""
-    if not out.is_dir():
+def _is_dashboard(folder: Path) -> bool:
+    """Say whether a folder is empty or holds what `publish` puts there, and nothing else."""
+    if not folder.is_dir():
         return False
-    names = {path.name for path in out.iterdir()}
-    return not names or (names == {*PAGES} and GENERATOR in (out / PAGES[0]).read_text("utf-8"))
+    names = {path.name for path in folder.iterdir()}
+    expected = INDEX in names and names <= {INDEX, FOLDER, *WORK}
+    return not names or (expected and GENERATOR in (folder / INDEX).read_text("utf-8"))
 
 
 def _index(

@@ -71,7 +71,7 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
     return columns
 
 
-def feature_records(
+def shard_records(
     facts: Facts, rows: Integer[np.ndarray, "rows seq"], config: ModelConfig, first: int, last: int
 ) -> list[dict[str, Any]]:
     """Return the records of features `first` to `last`, that one not included.

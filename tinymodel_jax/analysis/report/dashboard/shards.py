@@ -30,12 +30,6 @@ def write_data(folder: Path, name: str, value: Any) -> None:
     (folder / FOLDER / f"{name}.js").write_text(f'dashboard.receive("{name}","{packed}");\n', "utf-8")
 
 
-def read_data(folder: Path, name: str) -> Any:
-    """Return what `write_data` wrote."""
-    text = (folder / FOLDER / f"{name}.js").read_text("utf-8")
-    return json.loads(gzip.decompress(base64.b64decode(text.split('"')[3])))
-
-
 def shard_name(number: int) -> str:
     """Return the name of a shard of features, `shard-0012`."""
     return f"shard-{number:04d}"

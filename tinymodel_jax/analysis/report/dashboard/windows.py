@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass
+from tinymodel_jax.analysis.search.activation_pass import DictionaryInputs
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import encoder_parameters
 from tinymodel_jax.analysis.search.top_activations import TopActivations
@@ -77,7 +77,7 @@ def window_activations(
         batch: rows of a device in one pass.
         track: sees the batches' numbers pass by, to show a progress bar.
     """
-    reading = ActivationPass(reader, rows, batch=batch, share=0.0, every=1, seed=0)
+    inputs = DictionaryInputs(reader, batch)
     places = window_positions(contexts, rows.shape[1])
     acts = np.zeros(places.shape, np.float32)
     feature, number = np.nonzero(contexts.row >= 0)
@@ -85,15 +85,15 @@ def window_activations(
     order = np.argsort(of_row, kind="stable")
     used, firsts = np.unique(of_row[order], return_index=True)
     bounds = np.append(firsts, len(order))  # of a row's contexts in `order`
-    measure = _measure_of(reading.dictionary, reading.config)
-    for start in track(range(0, len(used), reading.batch)):
-        numbers = used[start : start + reading.batch]
-        ids = np.asarray(rows[np.resize(numbers, reading.batch)], np.int32)  # one shape for all batches
+    measure = _measure_of(inputs.dictionary, inputs.config)
+    for start in track(range(0, len(used), inputs.batch)):
+        numbers = used[start : start + inputs.batch]
+        ids = rows[numbers]
         pairs = order[bounds[start] : bounds[start + len(numbers)]]
         f, n = feature[pairs], number[pairs]
         in_batch, around = np.searchsorted(numbers, of_row[pairs]), places[f, n]
         real = (around >= 0) & reader.lm.config.is_text(ids[in_batch[:, None], around])
-        acts[f, n] = np.where(real, measure(reading.inputs(ids), f, in_batch, around), 0)
+        acts[f, n] = np.where(real, measure(inputs(ids), f, in_batch, around), 0)
     return acts
 
 
