@@ -2,8 +2,8 @@
 
 import gzip
 import importlib
+import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_line
 
 import convert_torch_weights
 import tinymodel_jax
@@ -32,14 +33,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "lm"
     assert convert_torch_weights.main(["lm", str(DATA / "lm_f32_zip.pt"), str(folder), "--n-heads", "4"]) == 0
     return folder
-
-
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what the command wrote to stderr, having checked that it is one line without a traceback."""
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
-    return error
 
 
 def test_a_converted_model_gives_the_same_log_probabilities_as_the_file(model_folder: Path) -> None:
@@ -293,12 +286,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         assert capsys.readouterr().out == f"{program} {tinymodel_jax.__version__}\n"
 
 
-def test_a_terminal_without_utf_8_shows_help_all_the_same() -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "tinymodel_jax", "--help"]
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"features" in done.stdout
+def test_a_terminal_without_utf_8_shows_help_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert cli.main(["--help"]) == 0
+    sys.stdout.flush()
+    assert b"features" in shown.getvalue()
 
 
 INTERRUPTED = """

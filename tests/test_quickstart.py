@@ -22,7 +22,7 @@ from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli, quickstart, quickstart_page
 from tinymodel_jax.commands.quickstart_steps import Amounts
 
-SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_a_step=8)
+SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_per_step=8)
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""The `tinymodel` command: which commands there are."""
+"""The `tinymodel` command and its list of subcommands."""
 
 from __future__ import annotations
 

@@ -56,25 +56,25 @@ SCORED = ("Rm0", "Rm1", "Rm3", "M2")
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much a run looks at and trains on; by default a minute's training on two CPU cores."""
+    """How much a run reads and trains on; the defaults train for about a minute on two CPU cores."""
 
     labelled: int = 120
-    """Stories that features are named on and concepts are looked for in."""
+    """Stories on which features are named and concepts are scored."""
     held_out: int = 64
-    """Stories that the trained dictionary is measured on."""
+    """Stories on which the trained dictionary is measured."""
     trained_stories: int = 6_000
-    """Stories that it is trained on."""
+    """Stories on which it is trained."""
     steps: int = 260
-    """Its training steps."""
+    """Training steps."""
     batch: int = 4096
-    """Tokens a step."""
-    stories_a_step: int = 22
-    """Stories that these are drawn from."""
+    """Tokens per step."""
+    stories_per_step: int = 22
+    """Stories from which these tokens are drawn."""
 
 
 @dataclass
 class Named:
-    """What is known of a dictionary's features from labelled stories."""
+    """Features of a dictionary, with the concepts that they detect on labelled stories."""
 
     tok_ids: np.ndarray
     """(stories, seq)."""
@@ -83,14 +83,14 @@ class Named:
     real: np.ndarray
     """(stories, seq): whether the token is text."""
     concept: list[str]
-    """Of each feature: the concept that its activity tells best."""
+    """(features): the concept that each feature detects best."""
     f1: np.ndarray
-    """How well, on the same stories: nothing is held out."""
+    """(features): its F1, on the same stories (nothing is held out)."""
     density: np.ndarray
-    """Share of the tokens at which each is active."""
+    """(features): share of the tokens at which each is active."""
 
     def label(self, feature: int) -> str:
-        """Return the feature's number, and its concept with the F1 if it names it well."""
+        """Return the feature's number, with its concept and F1 if the F1 is high enough."""
         f1 = self.f1[feature]
         return f"{feature} {self.concept[feature]} ({f1:.2f})" if f1 >= NAMED_FROM else f"{feature} (no name)"
 
@@ -106,8 +106,8 @@ def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
 
 
 def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Console) -> Named:
-    """Look at every feature of `SITE` on stories whose every token has its truth."""
-    console.rule("2 · What the features stand for")
+    """Find the concept that each feature of `SITE` detects best, on stories with known concepts at every token."""
+    console.rule("2 · What the features mean")
     tok_ids = full_rows(lm, [story.text for story in told])
     truth = storyworld.labels(told, lm.tokenizer, width=tok_ids.shape[1])
     reader = lm[SITE]
@@ -120,8 +120,8 @@ def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Cons
 
 
 def open_place(lm: TinyModel, story: list[int]) -> int:
-    """Return the place after the first paragraph, where the plot is open; without one, a quarter into the story."""
-    ends = [place for place, token in enumerate(story) if "\n" in lm.tokenizer.decode([token])]
+    """Return the position after the first paragraph, where the plot is open, or else a quarter into the story."""
+    ends = [position for position, token in enumerate(story) if "\n" in lm.tokenizer.decode([token])]
     quarter = max(1, len(story) // 4)
     return ends[0] + 1 if ends and ends[0] < 2 * quarter else quarter
 
@@ -137,7 +137,7 @@ def show_features(
     ]
     console.print(
         f"The features of {SITE} that are most active on the first words, weighted by how rare they are, and the "
-        "concept that each tells best (F1):"
+        "concept that each detects best (F1):"
     )
     for token, found in list(zip(story, strongest, strict=True))[:14]:
         texts = [named.label(f) for f, _ in found[:3]]
@@ -147,21 +147,21 @@ def show_features(
 
 
 def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> dict[str, Any]:
-    """Turn off every active feature on the prompt, one at a time, and chart what that does to the next word."""
+    """Turn off every active feature on the prompt, one at a time, and chart the effect on the next word."""
     console.rule("3 · Which features matter for the next word")
     row = [lm.config.begin_id, *prompt]
     start = time.monotonic()
     token = int(np.asarray(lm([row]))[0, -1].argmax())
     text = token_text(lm.tokenizer.decode([token]))
-    console.print(f"…{lm.tokenizer.decode(prompt)[-90:]!r} goes on with {text!r}.", markup=False)
-    console.print("Turning off every active feature, one at a time (compiling takes most of it) …")
+    console.print(f"…{lm.tokenizer.decode(prompt)[-90:]!r} continues with {text!r}.", markup=False)
+    console.print("Turning off every active feature, one at a time (most of the time is compilation) …")
     effects = sweeps.ablate(lm, SITE, [row], next_ids=[token])
     seconds = time.monotonic() - start
     order = np.argsort(effects.next_logprob)
     chosen = [*order[:9], *order[-3:]]
     values = {named.label(int(effects.features[i])): float(effects.next_logprob[i]) for i in chosen}
-    console.print(f"{len(order)} features turned off one at a time, in few compiled calls, {seconds:.1f} s.")
-    console.print(f"What that does to the log-probability of {text!r}:", markup=False, highlight=False)
+    console.print(f"{len(order)} features turned off one at a time, in a few compiled calls, in {seconds:.1f} s.")
+    console.print(f"Effect on the log-probability of {text!r}:", markup=False, highlight=False)
     for name, value in values.items():
         console.print(f"  {value:+.3f} nats  {name}", markup=False, highlight=False)
     return {
@@ -170,13 +170,13 @@ def sweep(lm: TinyModel, prompt: list[int], named: Named, console: Console) -> d
         "token": text,
         "strongest": effects.features[order[0]],
         "chart": bars(
-            values, f"change of the log-probability of {text!r} (nats)", "What turning each feature off does"
+            values, f"change of the log-probability of {text!r} (nats)", "The effect of turning each feature off"
         ),
     }
 
 
 def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, console: Console) -> dict[str, Any]:
-    """Continue the prompt as it is, with a feature off, and with one turned up."""
+    """Continue the prompt with the model unchanged, with one feature off, and with one turned up."""
     console.rule("4 · One feature off, one turned up")
     row = np.array([[lm.config.begin_id, *prompt]], np.int32)
     up, value = _feature_to_turn_up(lm, row, named, off)
@@ -189,7 +189,7 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     titles = {
         "as it is": "The model as it is",
         f"feature {off} off": f"Feature {named.label(off)} turned off: it mattered most for the next word",
-        f"feature {up} up": f"Feature {named.label(up)} held at {value:.1f}, which it seldom exceeds",
+        f"feature {up} up": f"Feature {named.label(up)} held at {value:.1f}, which it rarely exceeds",
     }
     runs, probabilities = [], []
     for short, edit in with_progress(list(hooks.items()), "continuing the story"):
@@ -212,7 +212,7 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
 
 
 def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Console) -> dict[str, Any]:
-    """Train a transcoder at `TRAINED` from scratch, and measure it beside the bundled one."""
+    """Train a transcoder at `TRAINED` from scratch, and compare it with the bundled one."""
     console.rule("5 · A transcoder from scratch")
     site, bundled = lm[TRAINED].site, lm[TRAINED].dictionary
     numbers = with_progress(range(amounts.trained_stories), "telling stories")
@@ -231,19 +231,19 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
         x, y = vectors(state.step, rows)
         return train_step(state, recipe.hyper(), x, y, recipe=recipe)
 
-    first = vectors(0, data[batch_indices(len(data), amounts.stories_a_step, seed, amounts.steps)])
+    first = vectors(0, data[batch_indices(len(data), amounts.stories_per_step, seed, amounts.steps)])
     statistics = [ActivationStatistics.zero(part.shape[1]).update(part) for part in first]
     state = init_state(jax.random.key(seed), recipe, *statistics)
     history: list[dict[str, float]] = []
     start = time.monotonic()
     for i in with_progress(range(amounts.steps), lambda: _how_it_stands(history)):
-        state, metrics = step(state, data[batch_indices(len(data), amounts.stories_a_step, seed, i)])
+        state, metrics = step(state, data[batch_indices(len(data), amounts.stories_per_step, seed, i)])
         history.append({name: float(metrics[name]) for name in ("explained_variance", "l0", "dead_fraction")})
     seconds = time.monotonic() - start
     trained = Dictionary.from_params(*finalize(state, recipe, site.hook_in, site.hook_out))
     sentence = (
         f"{amounts.steps} steps of {amounts.batch:,} tokens took {seconds:.0f} s: a batch_topk transcoder of "
-        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, by the recipe house."
+        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, with the recipe `house`."
     )
     console.print(sentence)
     held_out = full_rows(
@@ -287,7 +287,7 @@ def count_concepts(
     console.print("Concepts found, F1 of 0.8 or more: ", end="", highlight=False)
     console.print("; ".join(f"{count['name']} {count['found']}" for count in counts), highlight=False)
     console.print(
-        "Transcoders (M) explain what an MLP does, not what the stream holds: they find fewer.", highlight=False
+        "Transcoders (M) explain what an MLP does, not what the stream holds, so they find fewer.", highlight=False
     )
     chart = heat_map(*concept_table(found), "F1 of the best unit")
     return {"counts": counts, "chart": chart}
@@ -299,9 +299,10 @@ def full_rows(lm: TinyModel, texts: Sequence[str]) -> np.ndarray:
 
 
 def _feature_to_turn_up(lm: TinyModel, row: np.ndarray, named: Named, other: int) -> tuple[int, float]:
-    """Return a feature of those that name a concept of `TURNED_UP`, and its `STRONG` activation.
+    """Return the feature to turn up and the activation at which to hold it.
 
-    It is the one that, held there, changes the next word most.
+    Among the features that detect a concept of `TURNED_UP`, each held at its `STRONG` quantile, it is the one that
+    changes the next word most.
     """
     free = np.arange(len(named.f1)) != other
     wanted = free & (named.f1 >= NAMED_FROM) & np.char.startswith(named.concept, TURNED_UP)
