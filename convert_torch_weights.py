@@ -1,4 +1,4 @@
-"""Convert TinyModel checkpoints between PyTorch's names and this package's folders; needs no PyTorch and no JAX.
+"""Convert TinyModel checkpoints between PyTorch's names and this package's folders; needs no PyTorch.
 
     python convert_torch_weights.py lm SRC.pt DEST_DIR
     python convert_torch_weights.py dictionary SRC.pt DEST_DIR --site M2
@@ -14,11 +14,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from tinymodel_jax.commands.frame import print_json, run_commands
+
+if TYPE_CHECKING:
+    from tinymodel_jax.io.torch_files import TorchFileSummary
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")]
@@ -46,12 +49,11 @@ def convert_lm(
         n_heads: attention heads, where the width is not the published 768.
         tokenizer: folder or tokenizer.json with GPT-2's BPE, to store the published tokenizer with the model.
     """
-    from tinymodel_jax.io.artifacts import save_model
+    from tinymodel_jax.io.artifacts import read_tensors, save_model
     from tinymodel_jax.io.convert import convert_model
-    from tinymodel_jax.io.state_files import load_state_file
 
     replaced = _replaced(dest)
-    converted = convert_model(load_state_file(src), n_heads)
+    converted = convert_model(read_tensors(src), n_heads)
     found = None
     if tokenizer is not None:
         from tinymodel_jax.text.tokenizer import Tokenizer
@@ -78,8 +80,9 @@ def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
     from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
 
     replaced = _replaced(dest)
-    config, params = read_dictionary(src, Site.whole(site))
-    save_dictionary(config, params, dest)
+    dictionary = read_dictionary(src, Site.whole(site))
+    save_dictionary(dictionary, dest)
+    config = dictionary.config
     kind = "transcoder" if config.is_transcoder else "SAE"
     print(
         f"{dest}: {kind} of {config.n_features} features, reads {config.hook_in}, predicts {config.hook_out}{replaced}"
@@ -121,9 +124,7 @@ def inspect(src: Source, *, json: bool = False) -> None:
         src: .pt or .safetensors file, whatever it holds.
         json: print one JSON object.
     """
-    from tinymodel_jax.io.state_files import describe_state_file
-
-    summary = describe_state_file(src)
+    summary = _summary(src)
     if json:
         tensors = [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "is_view": t.is_view} for t in summary.tensors
@@ -145,6 +146,19 @@ def inspect(src: Source, *, json: bool = False) -> None:
     for tensor in summary.tensors:
         shape = " × ".join(map(str, tensor.shape)) or "scalar"
         print(f"  {tensor.name:44} {tensor.dtype:10} {shape}{'  (view)' if tensor.is_view else ''}")
+
+
+def _summary(src: Path) -> TorchFileSummary:
+    """Return what is in a file; one that ends in .safetensors has the form `safetensors`."""
+    from tinymodel_jax.io.artifacts import read_tensors
+    from tinymodel_jax.io.torch_files import TensorEntry, TorchFileSummary, describe_torch_file
+
+    if src.suffix != ".safetensors":
+        return describe_torch_file(src)
+    entries = (
+        TensorEntry(name, array.shape, array.dtype.name, is_view=False) for name, array in read_tensors(src).items()
+    )
+    return TorchFileSummary("safetensors", src.stat().st_size, (), (), tuple(entries))
 
 
 def _replaced(dest: Path) -> str:

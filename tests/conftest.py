@@ -175,7 +175,8 @@ def golden_dictionaries() -> dict[str, Dictionary]:
     for theirs in sorted({name.split("/")[0] for name in tensors.files}):
         site = Site.parse(f"{OUR_KIND[theirs[:-1]]}{theirs[-1]}")[0]
         state = {name.split("/")[1]: tensors[name] for name in tensors.files if name.startswith(f"{theirs}/")}
-        found[site.tag] = Dictionary.from_params(*convert_dictionary(state, site))
+        converted = convert_dictionary(state, site)
+        found[site.tag] = Dictionary.from_params(converted.config, converted.params)
     return found
 
 

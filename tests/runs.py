@@ -1,17 +1,26 @@
-"""What tests of the training programs share: a small data folder, a run in a process of its own, and its results."""
+"""What tests of the training programs share: a small data folder, runs in this process or another, their results."""
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from conftest import as_users_run_it
 
 from tinymodel_jax.training.data import DataMeta
+from train.__main__ import main
+from train.run_folder import MetricsLog
 
 ROOT = Path(__file__).parent.parent
 VOCAB, ROW = 64, 24
@@ -48,6 +57,26 @@ def write_counting_data(folder: Path) -> Path:
     return folder
 
 
+def train_here(*arguments: str | Path) -> int:
+    """Run `python -m train` in this process; return its exit status."""
+    with as_users_run_it(), jax.numpy_dtype_promotion("standard"):
+        return main([*map(str, arguments)])
+
+
+@contextmanager
+def signal_at(step: int, number: signal.Signals) -> Iterator[None]:
+    """Send this process a signal as soon as the metrics of a step are on disk."""
+    append = MetricsLog.append
+
+    def append_and_signal(log: MetricsLog, lines: list[Mapping[str, Any]]) -> None:
+        append(log, lines)
+        if lines[-1]["step"] == step:
+            os.kill(os.getpid(), number)
+
+    with mock.patch.object(MetricsLog, "append", append_and_signal):
+        yield
+
+
 def start(*arguments: str | Path, devices: int = 1, privileged: bool = True) -> subprocess.Popen[str]:
     """Start `python -m train` in a process of its own, with so many virtual devices."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -75,9 +104,6 @@ def wait_for_lines(out: Path, process: subprocess.Popen[str], count: int) -> Non
 
 def checkpoint_arrays(folder: Path) -> dict[str, np.ndarray]:
     """Return every array of a checkpoint's state by its path."""
-    import jax
-    import orbax.checkpoint as ocp
-
     restored = ocp.StandardCheckpointer().restore((folder / "state").absolute())
     return {
         jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(restored)

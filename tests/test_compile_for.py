@@ -11,7 +11,7 @@ from eight_devices import ROOT, on_eight_devices
 from oracle import error_of
 
 from train.__main__ import main
-from train.compile_for import StepReport, topology_devices
+from train.compile_for import StepReport, devices_for
 from train.hlo import collectives, estimated_cycles
 
 MESH = {"data": 4, "model": 2, "sweep": 1}
@@ -168,7 +168,7 @@ def test_the_share_of_the_peak_is_of_the_arithmetic_asked_for() -> None:
 
 
 def test_an_unknown_slice_is_an_error_that_says_what_there_is() -> None:
-    message = error_of(lambda: topology_devices("h100:8"))
+    message = error_of(lambda: devices_for("h100:8"))
     assert "'h100:8'" in message
     assert "v5e, v6e, v5p" in message
     assert "v5e:2x4" in message
@@ -176,7 +176,7 @@ def test_an_unknown_slice_is_an_error_that_says_what_there_is() -> None:
 
 def test_a_missing_compiler_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "tinymodel-jax[tpu]" in error_of(lambda: topology_devices("v5e:2x4"), ModuleNotFoundError)
+    assert "tinymodel-jax[tpu]" in error_of(lambda: devices_for("v5e:2x4"), ModuleNotFoundError)
 
 
 def test_a_run_needs_data_and_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,7 +123,7 @@ def test_a_dictionary_computes_in_its_own_number_format():
     assert half.params["W_enc"].dtype == jnp.float32
 
 
-def test_unbound_it_is_a_linen_module():
+def test_a_dictionary_without_parameters_is_used_like_a_linen_module():
     bound, x = make("gated", TRANSCODER, skip=True), inputs()
     module = Dictionary(bound.config)
     variables = module.init(jax.random.key(0), x)
@@ -132,7 +132,7 @@ def test_unbound_it_is_a_linen_module():
     given_params = {"params": bound.params}
     np.testing.assert_array_equal(module.apply(given_params, x), bound(x))
     np.testing.assert_array_equal(module.apply(given_params, x, method="encode"), bound.encode(x))
-    assert "from_pretrained" in error_of(lambda: module.params)
+    assert "from_pretrained" in error_of(lambda: module.encode(x))
 
 
 def test_a_bound_dictionary_works_under_jit_and_grad():

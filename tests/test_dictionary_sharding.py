@@ -23,10 +23,10 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.training.data import DataMeta, TokenData
 from tinymodel_jax.training.sharding import make_mesh
 from tinymodel_jax.model.transformer import Transformer
-from train.activation_sources import ModelActivations
-from train.dictionary_program import build_program, first_statistics
+from train.activations import ActivationOptions, ModelActivations
+from train.dictionaries import compiled, first_statistics
 from train.hlo import collectives
-from train.sweep import parse_members, site_recipe
+from train.sweep import Sweep, parse_members, site_recipe
 
 FEATURES, WIDTH, VECTORS = {FEATURES}, {WIDTH}, {VECTORS}
 config = ModelConfig(n_layers=2, d_model=WIDTH, n_heads=4, d_mlp=64, n_ctx=16, d_vocab=512)
@@ -46,16 +46,14 @@ def run(axes, architecture, devices=None):
     mesh = make_mesh(axes, devices)
     knob = {{"k": "3,6"}} if architecture in ("topk", "batch_topk") else {{"l1": "0.5,1"}}
     members = parse_members({{**knob, "seed": "0"}})
-    source = ModelActivations(
-        config, params, sites, data, batch_size=VECTORS, stories=None, seed=1, held_out_stories=1, mesh=mesh
-    )
+    source = ModelActivations(config, params, sites, data, ActivationOptions(batch_size=VECTORS, data_seed=1), mesh)
     changes = dict(batch_size=VECTORS, dead_after=100, learning_rate=1e-3)
     changes |= {{"reservoir_size": 16}} if architecture in ("relu", "gated") else {{"aux_features": 16}}
     recipes = {{n: site_recipe("house", architecture, FEATURES, 20, WIDTH, members, **changes) for n in source.places}}
-    program = build_program(source, recipes, members, mesh)
+    program = compiled(source, Sweep(recipes, members), mesh)
     states, losses = program.init(first_statistics(source)), []
-    compiled = program.step.lower(states, source.context, source.make_batch(0)).compile()
-    found = collectives(compiled.as_text(), mesh.shape)
+    executable = program.step.lower(states, source.context, source.make_batch(0)).compile()
+    found = collectives(executable.as_text(), mesh.shape)
     for step in range(20):
         states, metrics = program.step(states, source.context, source.make_batch(step))
         losses.append([np.asarray(metrics[name]["loss"]).tolist() for name in sorted(metrics)])

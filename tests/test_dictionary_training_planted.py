@@ -20,7 +20,7 @@ from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, empty_reservoir, init_state
 from tinymodel_jax.training.dictionary_step import train_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 WIDTH, FEATURES, ACTIVE = 32, 64, 3
 
 
@@ -39,6 +39,7 @@ def recipe_for(architecture, steps=1000, **changes):
     return recipe_preset("house", architecture, FEATURES, steps, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "knobs"),
     [
@@ -80,6 +81,7 @@ def test_every_architectures_knob_moves_l0(architecture, less, more):
         np.testing.assert_allclose(l0, [2, 6], rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_transcoder_explains_far_more_than_the_mean():
     x, directions = planted()
     y = np.maximum(x @ directions.T[:, :20] - 0.5, 0) @ np.random.default_rng(1).normal(size=(20, 10)) + 5

@@ -130,7 +130,7 @@ def forbid_torch_files(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{path} is read")
 
     monkeypatch.setattr(hub, "load_torch_file", read)
-    monkeypatch.setattr(artifacts, "load_state_file", read)
+    monkeypatch.setattr(artifacts, "read_tensors", read)
 
 
 def forbid_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:

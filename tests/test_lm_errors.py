@@ -87,7 +87,10 @@ CALLS = {
         lambda lm: lm.attach("M0", not_finite()),
         "attach: the dictionary for M0 has values that are NaN or infinite (16 in W_dec, 1 in b_enc)",
     ),
-    "attach unbound": (lambda lm: lm.attach("M0", Dictionary(lm.dictionaries["M0"].config)), "holds no parameters"),
+    "attach without parameters": (
+        lambda lm: lm.attach("M0", Dictionary(lm.dictionaries["M0"].config)),
+        "missing 'W_enc' (16, 12)",
+    ),
     "evaluate feature": (lambda lm: evaluate(lm, ["M0N3"], IDS), "whole dictionaries; got feature 3 of M0"),
     "evaluate without site": (
         lambda lm: evaluate(lm, make_dictionary("x", "y"), IDS),
@@ -203,8 +206,8 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
             "hook names: got a function; expected a name",
         ),
         (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "hook names: got a int; expected a name or several"),
-        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "a FeatureReader is no dictionary tag"),
-        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "a Dictionary is no dictionary tag"),
+        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "feature=None) is no dictionary tag"),
+        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is no dictionary tag"),
         (
             lambda lm: patching.patch(lm, [1, 2], [1, 3], answer=untyped([3])),
             "answer [3], wrong None; they are token ids",

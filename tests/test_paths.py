@@ -20,8 +20,8 @@ from tinymodel_jax.io.torch_files import describe_torch_file, load_torch_file, s
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data_folder import open_data
-from train.loop import open_run
 from train.prepare import prepare
+from train.run import open_run
 from train.sweep import _fields_of
 
 

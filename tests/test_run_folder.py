@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from bucket_server import BucketServer
@@ -20,8 +21,8 @@ from etils.epath import backend
 from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, start, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
-from train import loop
 from train.__main__ import main
+from train.run import Run, trained_seconds
 from train.run_files import local_folder
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
 from train.run_lock import held_folder
@@ -94,6 +95,37 @@ def test_missing_lines_are_an_error_that_counts_them(tmp_path: Path, content: by
     with pytest.raises(ValueError, match=r"metrics\.jsonl has \d of the 2 lines that its checkpoint needs"):
         MetricsLog(path, 2)
     assert path.read_bytes() == content
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "gone"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = np.random.default_rng(0).normal(size=(2, 1000)).astype(np.float32)
+    checkpoints = Checkpoints(tmp_path)
+    for step, array in enumerate(saved, 1):
+        checkpoints.save(step, {"a": jnp.asarray(array), "step": jnp.int32(step)})
+    checkpoints.close()
+    newest = tmp_path / "2" / "state"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "flipped byte":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif damage == "cut short":
+        largest.write_bytes(content[: len(content) // 2])
+    else:
+        shutil.rmtree(newest)
+    checkpoints = Checkpoints(tmp_path)
+    state, step = checkpoints.restore({"a": jnp.zeros(1000), "step": jnp.int32(0)})
+    checkpoints.close()
+    assert step == 1
+    assert state is not None
+    np.testing.assert_array_equal(state["a"], saved[0])
+    assert "checkpoint of step 2 is damaged" in capsys.readouterr().err
 
 
 # Object stores
@@ -297,36 +329,44 @@ def test_a_folder_that_may_not_be_written_is_one_line(data: Path, whole: Path, t
     ],
 )
 def test_what_is_not_finite_is_never_saved(tmp_path: Path, line: dict[str, Any], says: str) -> None:
-    checkpoints = Mock()
-    run = loop.OpenRun(epath.Path(tmp_path), {"steps": 1, "save_every": 1}, checkpoints, lambda: False)
-    options: Any = {"observe": lambda done, state: {}, "log": Mock(), "progress": Mock()}
-    with pytest.raises(ValueError, match=says):
-        loop.run_steps(run, lambda state, batch: (state, line), 0, lambda number: number, first_step=0, **options)
+    run, checkpoints = new_run(tmp_path, steps=1)
+    for done, _ in run.steps(lambda number: number, 1.0, str):
+        run.log(done, line)
+        with pytest.raises(ValueError, match=says):
+            run.save(done, None)
     checkpoints.save.assert_not_called()
 
 
-def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(tmp_path, monkeypatch):
+def new_run(folder: Path, steps: int, done: int = 0, stop_requested: Callable[[], bool] = bool) -> tuple[Run, Mock]:
+    """Return a run that goes on after `done` steps, and what stands in for its checkpoints."""
+    checkpoints = Mock()
+    checkpoints.restore.return_value = (None, done)
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n' * done)
+    run = Run(epath.Path(folder), {"steps": steps, "save_every": 2}, checkpoints, stop_requested)
+    run.restore(None)
+    return run, checkpoints
+
+
+def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def sit(first_step: int, stop_after: int) -> None:
-        done = [first_step]
-
-        def step(state: int, batch: int) -> tuple[int, dict[str, Any]]:
+        run, _ = new_run(tmp_path, 6, first_step, lambda: run.done == stop_after)
+        for done, _ in run.steps(lambda number: number, 1.0, lambda line: ""):
             now[0] += 10
-            done[0] += 1
-            return state, {"loss": np.float32(1)}
-
-        run = loop.OpenRun(epath.Path(tmp_path), {"steps": 6, "save_every": 2}, Mock(), lambda: done[0] == stop_after)
-        options: Any = {"observe": lambda done, state: {}, "log": Mock(), "progress": Mock()}
-        loop.run_steps(run, step, 0, lambda number: number, first_step=first_step, **options)
+            run.log(done, {"loss": np.float32(1), "tokens": 1})
+            if run.must_save(done):
+                run.save(done, None)
 
     sit(4, stop_after=0)
-    assert loop.trained_seconds(tmp_path) is None  # of a run that has none, what went before is not known
+    assert trained_seconds(tmp_path) is None  # of a run that has none, what went before is not known
     sit(0, stop_after=3)
-    assert loop.trained_seconds(tmp_path) == 30
+    assert trained_seconds(tmp_path) == 30
     now[0] += 86_400  # it goes on the next day
     sit(3, stop_after=0)
-    assert loop.trained_seconds(tmp_path) == 60
+    assert trained_seconds(tmp_path) == 60
     sit(0, stop_after=1)  # begun anew
-    assert loop.trained_seconds(tmp_path) == 10
+    assert trained_seconds(tmp_path) == 10

@@ -8,9 +8,8 @@ from eight_devices import on_eight_devices
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.training.checksum import checksum
 from tinymodel_jax.training.lm_step import LMOptimizer, init_state, make_optimizer
-from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, make_mesh, partition_specs, path_name
+from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, checksum, make_mesh, partition_specs, path_name
 
 
 def test_every_parameter_of_the_published_model_has_the_spec_of_the_table() -> None:
@@ -68,10 +67,10 @@ CURVES = """
 import json
 import jax, numpy as np
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.training.checksum import checksum
+from tinymodel_jax.training.sharding import checksum
 from tinymodel_jax.training.lm_step import LMOptimizer
 from tinymodel_jax.training.sharding import make_mesh
-from train.lm_program import build_program
+from train.lm import compiled
 
 assert len(jax.devices()) == 8
 config = ModelConfig(n_layers=2, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=64)
@@ -79,7 +78,7 @@ adamw, muon = (LMOptimizer(method, learning_rate=1e-2, warmup_steps=5) for metho
 batches = np.random.default_rng(0).integers(0, 60, (20, 16, 16)).astype(np.int32)
 
 def curve(axes, fsdp, devices=None, optimizer=adamw):
-    program = build_program(config, optimizer, 20, 1, make_mesh(axes, devices), fsdp)
+    program = compiled(config, optimizer, 20, 1, make_mesh(axes, devices), fsdp)
     state = program.init(jax.random.key(0))
     start = np.asarray(checksum(state)).tolist()
     losses = []
@@ -104,14 +103,14 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.lm_step import LMOptimizer
 from tinymodel_jax.training.sharding import make_mesh
 from train.hlo import collectives
-from train.lm_program import build_program
+from train.lm import compiled
 
 # Every activation of a device's rows, 256 tokens wide and more, is larger than any parameter.
 config = ModelConfig(n_layers=1, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_vocab=96)
 
 def exchanged(axes, fsdp):
     mesh = make_mesh(axes)
-    program = build_program(config, LMOptimizer(), 20, 1, mesh, fsdp)
+    program = compiled(config, LMOptimizer(), 20, 1, mesh, fsdp)
     rows = jax.ShapeDtypeStruct((128, 16), jnp.int32, sharding=program.rows)
     text = program.step.lower(program.abstract, rows).compile().as_text()
     found = collectives(text, mesh.shape)

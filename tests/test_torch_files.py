@@ -143,8 +143,6 @@ def test_describe_tells_names_storages_and_views(name):
     assert {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.BFloat16Storage"} <= set(
         summary.globals
     )
-    assert tensors["transposed"].storage == tensors["base"].storage
-    assert tensors["base"].storage_bytes == 24 * 4
     assert (tensors["nested.a.0"].shape, tensors["bf16"].dtype) == ((2,), "bfloat16")
     views = {entry.name for entry in summary.tensors if entry.is_view}
     assert views == {"view", "transposed", "strided", "overlap", "expanded"}

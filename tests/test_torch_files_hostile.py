@@ -111,17 +111,13 @@ def test_every_pickle_protocol_is_read(tmp_path, monkeypatch, protocol):
 CODE = {
     "os.system": b"cos\nsystem\n(S'true'\ntR",
     "posix.system": b"(S'true'\niposix\nsystem\n",
-    "builtins.eval": b"cbuiltins\neval\n" + push("1") + b"\x85R",
     "builtins.exec": b"(cbuiltins\nexec\n" + push("1") + b"o",
-    "torch.load": b"ctorch\nload\n" + push("x") + b"\x85R",
     "torch.storage._load_from_bytes": b"ctorch.storage\n_load_from_bytes\n" + push("x") + b"\x85R",
     # The module and the name come from the memo, in disguise and out of order.
     "subprocess.Popen": push("Popen") + b"q\x07" + push("subprocess") + b"q\x080" + b"0h\x08h\x07\x93)\x81",
     # The name is never called, and what holds it is thrown away.
     "builtins.getattr": b"(cbuiltins\ngetattr\n1N",
     "collections.OrderedDict.__init__": b"ccollections\nOrderedDict.__init__\n)R",
-    "torch._utils.sys.modules": b"ctorch._utils\nsys.modules\n",
-    "copyreg._reconstructor": b"ccopyreg\n_reconstructor\n)R}b",
     "torch._utils._rebuild_tensor_v3": tensor().replace(b"tensor_v2", b"tensor_v3"),
     # An instruction that is refused itself comes first.
     "os.popen": b"\x82\x01cos\npopen\n",
@@ -155,12 +151,10 @@ def test_all_refused_globals_are_listed_at_once_without_control_characters(refus
 
 MISUSES = {
     "attributes of a function": (REBUILD + b"}" + push("__code__") + b"Nsb", "sets attributes"),
-    "attributes of a class": (ORDERED_DICT + b"}" + push("__init__") + b"Nsb", "sets attributes"),
     "attributes from None": (ORDERED_DICT + b")RNb", "sets attributes"),
     "keys of a class": (ORDERED_DICT + push("a") + b"Ns", "no attribute 'update'"),
     "items of a tuple": (b")Na", "no attribute 'append'"),
     "a storage class called": (b"ctorch\nFloatStorage\n)R", "not callable"),
-    "a dtype called": (b"ctorch\nfloat32\n)R", "not callable"),
     "a string called": (push("os.system") + b")R", "not callable"),
     "a string made an object": (push("os.system") + b")\x81", "TypeError"),
     "too few arguments": (REBUILD + push((1, 2, 3)) + b"R", "TypeError"),
@@ -175,7 +169,6 @@ MISUSES = {
     "a set": (b"\x8f", "KeyError"),
     "a frozenset": (b"(\x91", "KeyError"),
     "a buffer from elsewhere": (b"\x97", "out-of-band"),
-    "a class for a storage": (push(("storage", "os.system", "0", "cpu", 2)) + b"Q", "storage is malformed"),
     "a function for a storage": (
         tensor(storage=b"ctorch\nfloat32\n").replace(b"float32", b"Size"),
         "storage is malformed",
@@ -184,7 +177,6 @@ MISUSES = {
         REBUILD + b"(" + FLOAT_STORAGE + push(0) + push((0,)) + push((1,)) + b"\x89)tR",
         "not described by a storage",
     ),
-    "a bare storage": (b"(" + push("storage") + FLOAT_STORAGE + push("0") + push("cpu") + b"K\x02tQ", "StorageRecord"),
     "a bare function": (ORDERED_DICT, "holds a function"),
     "a lazy conjugate": (tensor(tail=b"\x89)}" + push("conj") + b"\x88s"), "lazy conjugate"),
     "a tuple as a key": (b"})Ns", "a key of its pickle"),

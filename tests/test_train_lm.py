@@ -1,88 +1,108 @@
-"""`python -m train lm`, run as a user runs it: going on to the bit, damage, signals, errors."""
+"""`python -m train lm`, run as a user runs it: stopped and resumed bit-exactly, on other meshes, killed, refused."""
 
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from runs import ROW, VOCAB, checkpoint_arrays, finish, metrics_of, start, wait_for_lines, write_counting_data
+from runs import (
+    ROW,
+    VOCAB,
+    checkpoint_arrays,
+    finish,
+    metrics_of,
+    signal_at,
+    start,
+    train_here,
+    write_counting_data,
+)
 
 from tinymodel_jax.lm import TinyModel
-from train.__main__ import main
 
-OPTIONS = ["--steps", "30", "--save-every", "4", "--eval-every", "10", "--batch-size", "4"]
-
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
+STEPS = 12
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_counting_data(tmp_path_factory.mktemp("data"))
 
 
-def train(data: Path, out: Path, *options: str, devices: int = 1) -> subprocess.Popen[str]:
-    return start("lm", "--preset", "smoke", "--data", data, "--out", out, *OPTIONS, *options, devices=devices)
+def arguments(data: Path, out: Path, steps: int = STEPS) -> list[str | Path]:
+    numbers = ("--steps", str(steps), "--save-every", "4", "--eval-every", "6", "--batch-size", "8")
+    return ["lm", "--preset", "smoke", "--data", data, "--out", out, *numbers]
 
 
-def final_state(out: Path) -> dict[str, Any]:
-    """Return everything that a run leaves: metrics, published model, and the last checkpoint's arrays and checksum."""
-    return {
-        "metrics": (out / "metrics.jsonl").read_bytes(),
-        "model": (out / "model" / "model.safetensors").read_bytes(),
-        "state": checkpoint_arrays(out / "checkpoints" / "30"),
-    }
-
-
-def assert_same_bits(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert got["metrics"] == expected["metrics"]
-    assert got["model"] == expected["model"]
-    assert got["state"].keys() == expected["state"].keys()
-    for name, array in expected["state"].items():
-        np.testing.assert_array_equal(got["state"][name], array, err_msg=name)
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    finish(train(data, out))
+    assert train_here(*arguments(data, out)) == 0
     return out
 
 
-def test_a_run_learns_logs_every_step_once_and_its_folder_loads_as_a_model(uninterrupted: Path) -> None:
-    lines = metrics_of(uninterrupted)
-    assert [line["step"] for line in lines] == list(range(1, 31))
+def assert_same_bits(out: Path, expected: Path, steps: int = STEPS) -> None:
+    """Compare everything that a run leaves: metrics, published model, and the arrays of the last checkpoint."""
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (expected / name).read_bytes()
+    got, wanted = (checkpoint_arrays(run / "checkpoints" / str(steps)) for run in (out, expected))
+    assert got.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+def test_a_run_learns_logs_every_step_once_and_its_folder_loads_as_a_model(whole: Path, data: Path) -> None:
+    lines = metrics_of(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [6, 12]
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-    assert held_out == sorted(held_out, reverse=True)
-    assert held_out[-1] < np.log(VOCAB)
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [10, 20, 30]
-    assert all(line["sample"] for line in lines if line["step"] % 10 == 0)
-    lm = TinyModel(uninterrupted)
-    assert lm.config.d_vocab == VOCAB
-
-
-def test_the_published_model_has_the_held_out_loss_of_the_last_line(uninterrupted: Path, data: Path) -> None:
+    assert held_out[1] < held_out[0]
+    assert [line["step"] for line in lines if line.get("sample")] == [6, 12]
     rows = np.fromfile(data / "valid.bin", "<u2").reshape(-1, ROW).astype(np.int32)
-    loss = TinyModel(uninterrupted).loss(rows, (rows != VOCAB - 2).astype(np.float32))
-    assert float(loss) == pytest.approx(metrics_of(uninterrupted)[-1]["held_out_loss"], rel=1e-5)
+    loss = TinyModel(whole).loss(rows, (rows != VOCAB - 2).astype(np.float32))
+    assert float(loss) == pytest.approx(held_out[1], rel=1e-5)
+
+
+def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with signal_at(5, signal.SIGTERM):
+        assert train_here(*arguments(data, tmp_path)) == 0
+    stopped = len(metrics_of(tmp_path))
+    assert 5 < stopped < 8, "between two checkpoints, so that the stop has to save one"
+    assert f"stopped at step {stopped} of {STEPS}; the same command goes on" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", str(stopped)}
+    assert train_here(*arguments(data, tmp_path)) == 0
+    assert_same_bits(tmp_path, whole)
+
+
+def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moved"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    for step in (8, 12):
+        shutil.rmtree(out / "checkpoints" / str(step))
+    finish(start(*arguments(data, out), "--mesh", "data=4,model=2", "--fsdp", devices=8))
+    moved, alone = metrics_of(out), metrics_of(whole)
+    assert [line["step"] for line in moved] == list(range(1, STEPS + 1))
+    # float32 sums in another order, as in tests/test_sharding.py
+    np.testing.assert_allclose([m["loss"] for m in moved], [m["loss"] for m in alone], atol=1e-5, rtol=0)
+    assert TinyModel(out).config.d_vocab == VOCAB
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments_a_run_ends_with_the_same_bits(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(10):
-        process = train(data, out)
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    steps, out, moments, kills = 30, tmp_path / "killed", random.Random(0), 0
+    finish(start(*arguments(data, tmp_path / "whole", steps)))
+    for _ in range(6):
+        process = start(*arguments(data, out, steps))
         begun = time.monotonic()
         # Kill after some checkpoints of this start, or shortly after a line of metrics appears.
         lines_before = len(metrics_of(out)) if (out / "metrics.jsonl").exists() else 0
-        wanted = lines_before % 30 + moments.randint(1, 4)
+        wanted = lines_before % steps + moments.randint(1, 4)
         while process.poll() is None and time.monotonic() - begun < 120:
             done = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
             if done >= wanted:
@@ -93,96 +113,39 @@ def test_killed_at_ten_moments_a_run_ends_with_the_same_bits(uninterrupted: Path
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.communicate()
-    assert kills >= 5
-    finish(train(data, out))
-    assert_same_bits(final_state(out), final_state(uninterrupted))
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_to_the_same_bits(
-    uninterrupted: Path, data: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "stopped"
-    process = train(data, out)
-    wait_for_lines(out, process, 1)
-    asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    shown, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert time.monotonic() - asked < 10
-    assert "the same command goes on" in shown
-    finish(train(data, out))
-    assert_same_bits(final_state(out), final_state(uninterrupted))
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh_with_the_same_losses_up_to_rounding(
-    uninterrupted: Path, data: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "moved"
-    shutil.copytree(uninterrupted, out)
-    for step in (28, 30):
-        shutil.rmtree(out / "checkpoints" / str(step))
-    shutil.rmtree(out / "model")
-    finish(train(data, out, "--mesh", "data=4,model=2", "--fsdp", devices=8))
-    moved, whole = metrics_of(out), metrics_of(uninterrupted)
-    assert [line["step"] for line in moved] == list(range(1, 31))
-    # float32 sums in another order, as in tests/test_sharding.py
-    np.testing.assert_allclose([m["loss"] for m in moved], [m["loss"] for m in whole], atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["flipped byte", "cut short", "metadata gone"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
-    uninterrupted: Path, data: Path, tmp_path: Path, damage: str
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(uninterrupted, out)
-    shutil.rmtree(out / "model")
-    newest = out / "checkpoints" / "30" / "state"
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    if damage == "flipped byte":
-        content[len(content) // 2] ^= 1
-        largest.write_bytes(content)
-    elif damage == "cut short":
-        largest.write_bytes(content[: len(content) // 2])
-    else:
-        shutil.rmtree(newest)
-    assert "checkpoint of step 30 is damaged" in finish(train(data, out))
-    assert_same_bits(final_state(out), final_state(uninterrupted))
+    assert kills >= 3
+    finish(start(*arguments(data, out, steps)))
+    assert_same_bits(out, tmp_path / "whole", steps)
 
 
 def test_a_changed_option_is_an_error_that_prints_the_difference(
-    uninterrupted: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["lm", "--preset", "smoke", "--data", str(data), "--out", str(uninterrupted), *OPTIONS]
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert main([*options[:-2], "--batch-size", "8"]) == 1
-    assert "batch_size: 4 -> 8" in capsys.readouterr().err
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train_here(*arguments(data, whole)[:-1], "16") == 1
+    assert "batch_size: 8 -> 16" in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
-    uninterrupted: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = final_state(uninterrupted)
-    assert main(["lm", "--preset", "smoke", "--data", str(data), "--out", str(uninterrupted), *OPTIONS]) == 0
+    model = (whole / "model" / "model.safetensors").read_bytes()
+    assert train_here(*arguments(data, whole)) == 0
     assert "nothing left to do" in capsys.readouterr().out
-    assert_same_bits(final_state(uninterrupted), before)
+    assert len(metrics_of(whole)) == STEPS
+    assert (whole / "model" / "model.safetensors").read_bytes() == model
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "diverged"
-    process = train(data, out, "--learning-rate", "1e30", "--warmup-steps", "0")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "at step" in err
-    assert "Traceback" not in err
-    assert all(np.isfinite(line["loss"]) for line in metrics_of(out))
-    saved = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
-    assert max(saved, default=0) <= len(metrics_of(out))
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(*arguments(data, tmp_path), "--learning-rate", "1e30", "--warmup-steps", "0") == 1
+    assert "at step" in capsys.readouterr().err
+    assert all(np.isfinite(line["loss"]) for line in metrics_of(tmp_path))
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(saved, default=0) <= len(metrics_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +167,8 @@ def test_bad_input_is_one_line(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    assert main(["lm", "--preset", "smoke", *(option.format(data=data, tmp=tmp_path) for option in options)]) == 1
+    given = (option.format(data=data, tmp=tmp_path) for option in options)
+    assert train_here("lm", "--preset", "smoke", *given) == 1
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -214,5 +178,5 @@ def test_bad_input_is_one_line(
 def test_a_preset_with_a_fixed_vocabulary_refuses_other_data(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["lm", "--preset", "tiny_model", "--data", str(data), "--out", str(tmp_path / "out")]) == 1
+    assert train_here("lm", "--preset", "tiny_model", "--data", data, "--out", tmp_path / "out") == 1
     assert "10000 ids, the data 64" in capsys.readouterr().err

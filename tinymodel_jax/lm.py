@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import ModelConfig, dtype_name
-from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, own_array, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.model.forward import Output, features, forward, forward_with_hooks, mean_loss
@@ -36,7 +36,7 @@ from tinymodel_jax.model.hook_points import (
 )
 from tinymodel_jax.model.interventions import Hooks, Splice, combine
 from tinymodel_jax.model.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
-from tinymodel_jax.params import WeightViews, flatten, require_tree, unflatten
+from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
 if TYPE_CHECKING:
@@ -352,8 +352,8 @@ class TinyModel(WeightViews):
                     f"published sizes only. Give one: lm.attach({site.tag!r}, path); on the command line, "
                     "--dictionary PATH is that of --site, and tinymodel eval takes --dictionaries."
                 )
-            if isinstance(own, artifacts.ConvertedDictionary):
-                self.attach(site.tag, Dictionary.from_params(*own))
+            if isinstance(own, Dictionary):
+                self.attach(site.tag, own)
             else:
                 self.attach(site.tag, Dictionary.from_pretrained(site.tag if own is None else own, site.tag))
         return self.dictionaries[site.tag]
@@ -461,15 +461,10 @@ class TinyModel(WeightViews):
         """
         for tag in self._own_dictionaries:
             self._dictionary(Site.parse(tag)[0])
-        flat = {name: np.asarray(array) for name, array in flatten(self.params).items()}
         from tinymodel_jax.io.default_tokenizer import saved_tokenizer
 
         tokenizer = self._tokenizer or saved_tokenizer(self._tokenizer_folder)
-        dictionaries = {
-            tag: artifacts.ConvertedDictionary(d.config, {name: np.asarray(array) for name, array in d.params.items()})
-            for tag, d in self.dictionaries.items()
-        }
-        artifacts.save_model(self.config, flat, directory, tokenizer, dictionaries)
+        artifacts.save_model(self.config, flatten(self.params), directory, tokenizer, self.dictionaries)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that `jax.jit(lm["M2"])` works

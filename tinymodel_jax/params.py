@@ -65,6 +65,11 @@ def require_shapes(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, 
         raise ValueError(f"parameters do not fit {what}: {'; '.join(problems)}.")
 
 
+def own_array(array: Any, dtype: Any) -> Array:
+    """Return a JAX array that shares no memory with a NumPy array: that may change, or map a file that goes away."""
+    return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
+
+
 def uniform_fan_in(fan_in: int) -> Initializer:
     """Initializer that is uniform within ± 1/sqrt(fan_in), as the reference's linear layers are."""
     bound = 1 / math.sqrt(fan_in)

@@ -22,19 +22,19 @@ from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.analysis.evaluation.model_passes import BATCH_ROWS
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.bundled.storyworld import cast
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import save_model
-from tinymodel_jax.io.convert import ConvertedDictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.machine import processor
 from tinymodel_jax.training.data_folder import open_data
-from train.activation_options import ActivationOptions
+from train.activations import ActivationOptions
 from train.dictionaries import dictionaries
 from train.hosts import say
 from train.lm import lm
-from train.loop import trained_seconds
 from train.prepare import prepare
+from train.run import trained_seconds
 from train.run_lock import held_folder
 from train.sweep import SweepOptions
 
@@ -96,7 +96,7 @@ def _pack(work: Path, dest: Path) -> None:
         living = _living_features(model, record["site"], data.train[:LIVING_ROWS])
         model.attach(record["site"], model.dictionaries[record["site"]].with_features(living))
     found = {
-        tag: ConvertedDictionary(model.dictionaries[tag].config, _half(model.dictionaries[tag].params))
+        tag: Dictionary(model.dictionaries[tag].config, _half(model.dictionaries[tag].params))
         for tag in model.dictionary_tags
     }
     save_model(model.config, _half(flatten(model.params)), dest, model.tokenizer, found)

@@ -94,13 +94,15 @@ class StepReport:
         return self.flops / (self.estimated_seconds * self.peak_flops)
 
 
-def topology_devices(name: str) -> list[Any]:
-    """Return the devices of a TPU slice, such as `v5e:2x4`, for compiling only.
+def devices_for(name: str | None) -> list[Any]:
+    """Return the devices of a TPU slice, such as `v5e:2x4`, for compiling only; None gives those of this run.
 
     Raises:
         ValueError: no such slice.
         ModuleNotFoundError: the TPU compiler is not installed.
     """
+    if name is None:
+        return jax.devices()
     if name.partition(":")[0] not in CHIPS:
         raise ValueError(f"--compile-for {name!r}: must be one of {', '.join(CHIPS)} and a shape, as {TOPOLOGIES}.")
     if importlib.util.find_spec("libtpu") is None:

@@ -1,35 +1,46 @@
 """Train dictionaries: `python -m train dictionaries --model MODEL --sites M0,A1 --data DATA --out OUT …`.
 
 The language model runs inside the compiled step, once for all sites, and every combination of the comma lists is
-trained on the same activations. The same command again goes on where the last one stopped, to the bit. Or, with
-`--activations X.npy`, on activations of one's own.
+trained on the same activations; `--activations X.npy` trains on the vectors of a file instead. The same command again
+resumes a stopped run bit-exactly. Read it from top to bottom: options, mesh, activations and compiled functions in
+`dictionaries`; then, in `_train`, one loop that steps, logs and saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.training.flops import dictionary_flops_per_vector, peak_flops
-from train.activation_options import ActivationOptions, open_activations
-from train.activation_sources import ActivationSource
-from train.compile_for import report_step
-from train.devices import open_mesh
-from train.dictionary_program import Program, States, build_program, first_statistics, settle_all
+from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.training.dictionary_forward import execution_for
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
+from tinymodel_jax.training.dictionary_step import settle_thresholds, stack_members, sweep_step, threshold_batches
+from tinymodel_jax.training.flops import dictionary_flops_per_vector
+from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, make_mesh, shardings
+from train.activations import ActivationOptions, ActivationSource, Place, open_activations
+from train.compile_for import devices_for, report_step
 from train.dictionary_results import write_results
-from train.hosts import ONE_PROCESS, Hosts, join_hosts, say
-from train.loop import OpenRun, open_run, run_steps
-from train.progress import TrainingProgress
-from train.run_folder import MetricsLog
-from train.sweep import Sweep, SweepOptions, make_sweep
-from train.trackers import NO_TRACKING, Tracking, open_trackers, require_trackers
+from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
+from train.run import Run, open_run
+from train.sweep import Sweep, SweepOptions, init_members, make_sweep
+from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 MODEL_SITES = ActivationOptions()
+STATISTICS_BATCHES = 16
+"""Batches that the mean and the scale of the activations are taken from."""
+RECORDED = ("loss", "l0", "explained_variance", "dead_fraction", "sparsity_coefficient", "gradient_norm")
+"""What `metrics.jsonl` keeps of a step's metrics, of every member."""
+
+States = dict[str, DictionaryTrainState]
+"""Place -> the stacked states of its sweep."""
 
 
 def dictionaries(
@@ -63,16 +74,13 @@ def dictionaries(
     require_trackers(tracking)
     if min(steps, save_every) < 1:
         raise ValueError(f"--steps {steps} and --save-every {save_every} must be 1 or more.")
-    device_mesh = open_mesh(mesh, compile_for)
-    activations, origin = open_activations(source, device_mesh)
+    devices = make_mesh(mesh, devices_for(compile_for))
+    activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
     trained = make_sweep(sweep, activations.places, steps, source.batch_size)
-    program = build_program(activations, trained.recipes, trained.members, device_mesh)
-    flops = activations.flops_per_vector + len(trained.members) * sum(
-        dictionary_flops_per_vector(trained.recipes[name], place.d_in, place.d_out)
-        for name, place in activations.places.items()
-    )
+    program = compiled(activations, trained, devices)
     if compile_for is not None:
-        _report(program, activations, flops * source.batch_size, device_mesh)
+        arguments = program.abstract, activations.context, activations.abstract_batch
+        report_step(program.step, arguments, devices, _flops_per_vector(activations, trained) * source.batch_size)
         return
     if out is None:
         raise ValueError("give --out, the run's folder.")
@@ -82,62 +90,138 @@ def dictionaries(
         "recipes": {name: shared.to_dict() for name, shared in trained.recipes.items()},
         "members": [dict(member.values) for member in trained.members],
         "steps": steps,
-        "mesh": {axis: size for axis, size in device_mesh.shape.items() if size > 1},
+        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "save_every": save_every,
     }
-    with open_run(out, settings, may_change=("save_every", "mesh", "held_out_stories")) as run:
-        _train(run, activations, program, trained, device_mesh, flops, tracking)
+    may_change = ("save_every", "mesh", "held_out_stories")
+    with open_run(out, settings, may_change, tracking) as run:
+        _train(run, activations, program, trained)
 
 
-def _report(program: Program, source: ActivationSource, flops: float, mesh: Mesh) -> None:
-    everywhere = NamedSharding(mesh, P())
-    context = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), source.context
-    )
-    report_step(program.step, (program.abstract, context, source.abstract_batch), mesh, flops)
-
-
-def _train(
-    run: OpenRun,
-    source: ActivationSource,
-    program: Program,
-    sweep: Sweep,
-    mesh: Mesh,
-    flops: float,
-    tracking: Tracking,
-) -> None:
-    steps, batch_size = run.settings["steps"], next(iter(sweep.recipes.values())).batch_size
-    states = run.checkpoints.restore(program.abstract)
+def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -> None:
+    states = run.restore(program.abstract)
     if states is None:
         states = program.init(first_statistics(source))
-    first_step = int(next(iter(states.values())).step[0])
-    run.checkpoints.forget_after(first_step)
-    trackers = open_trackers(tracking, run.folder, run.settings, first_step)
-    log = MetricsLog(run.folder / "metrics.jsonl", first_step, trackers)
-    peak = peak_flops(mesh.devices.flat[0])
-    progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None, _describe)
-
-    def step(states: States, batch: Any) -> tuple[States, dict[str, Any]]:
-        after, metrics = program.step(states, source.context, batch)
-        return after, {"tokens": batch_size, **metrics}
-
-    states, finished = run_steps(
-        run,
-        step,
-        states,
-        source.make_batch,
-        first_step=first_step,
-        observe=lambda done, states: {},
-        log=log,
-        progress=progress,
-    )
-    if not finished:
-        done = int(next(iter(states.values())).step[0])
-        say(f"stopped at step {done} of {steps}; the same command goes on from there")
+    for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), _describe):
+        states, metrics = settled(program.step(states, source.context, batch))
+        run.log(done, {"tokens": source.batch_size, **metrics})
+        if run.must_save(done):
+            run.save(done, states)
+    if not run.is_finished:
         return
-    speed = f"{progress.tokens_per_second():,.0f} vectors/s" if first_step < steps else "nothing left to do"
-    say(f"{run.folder}: {steps} steps done, {speed}")
-    write_results(run, source, settle_all(program, source, states, sweep.recipes), sweep)
+    say(f"{run.folder}: {run.done} steps done, {run.speed('vectors')}")
+    write_results(run, source, _settle_thresholds(program, source, states, sweep), sweep)
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run, and where its state is; built without computing anything.
+
+    The devices of its mesh may be absent: what `--compile-for` compiles is the step that a run executes.
+    """
+
+    step: Callable[..., tuple[States, dict[str, Any]]]
+    """(states, context, batch) -> (states, metrics): one pass of the language model, then a step of every member."""
+    settle: Callable[..., States]
+    """(states after the last step, context, batch, step of the batch, batches before) -> states with that batch counted
+    into the threshold of batch_topk."""
+    init: Callable[..., States]
+    """Statistics of every place -> the states before the first step."""
+    abstract: States
+    """Shapes, number formats and shardings of the states."""
+
+
+def compiled(source: ActivationSource, sweep: Sweep, mesh: Mesh) -> Program:
+    """Return the run's compiled functions."""
+    recipes, members = sweep
+    ks = {int(member.values["k"]) for member in members if "k" in member.values}
+    hypers = {name: stack_members([m.hyper(shared) for m in members]) for name, shared in recipes.items()}
+    init = functools.partial(_init, sweep=sweep)
+    shapes = jax.eval_shape(init, jax.eval_shape(lambda: _no_statistics(source.places)))
+    placed = {name: shardings(state, DICTIONARY_RULES, mesh) for name, state in shapes.items()}
+
+    def step(states: States, context: Any, batch: Any) -> tuple[States, dict[str, Any]]:
+        done = next(iter(states.values())).step[0]
+        after, metrics = {}, {}
+        for name, (x, y) in source.vectors(context, batch, done).items():
+            execution = execution_for(recipes[name], mesh=mesh, ks=ks)
+            after[name], found = sweep_step(states[name], hypers[name], x, y, recipe=recipes[name], execution=execution)
+            metrics[name] = {metric: found[metric] for metric in RECORDED}
+        return after, metrics
+
+    def settle(states: States, context: Any, batch: Any, step: Any, counted: Any) -> States:
+        after = {}
+        for name, (x, _) in source.vectors(context, batch, step).items():
+            execution = execution_for(recipes[name], mesh=mesh)
+            after[name] = settle_thresholds(
+                states[name], hypers[name], x, counted, recipe=recipes[name], execution=execution
+            )
+        return after
+
+    options = fast_compiler_options(mesh.devices.flat[0].platform)
+    compile_step = functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
+    return Program(
+        step=compile_step(step, out_shardings=(placed, NamedSharding(mesh, P()))),
+        settle=compile_step(settle, out_shardings=placed),
+        init=jax.jit(init, out_shardings=placed),
+        abstract=abstract_arrays(shapes, placed),
+    )
+
+
+def first_statistics(source: ActivationSource) -> dict[str, Any]:
+    """Return the statistics of every place over the first batches.
+
+    Raises:
+        ValueError: activations are NaN or infinite.
+    """
+
+    @functools.partial(jax.jit, compiler_options=fast_compiler_options())
+    def add(statistics: dict[str, Any], context: Any, batch: Any, step: Any) -> dict[str, Any]:
+        vectors = source.vectors(context, batch, step, split=False)
+        return {
+            name: (ins.update(vectors[name].x), None if outs is None else outs.update(vectors[name].y))
+            for name, (ins, outs) in statistics.items()
+        }
+
+    statistics = _no_statistics(source.places)
+    for step in range(STATISTICS_BATCHES):
+        statistics = add(statistics, source.context, source.make_batch(step), jnp.int32(step))
+    finite = jax.jit(lambda tree: [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+    bad = [name for name, pair in statistics.items() if not all(finite(pair))]
+    if bad:
+        raise ValueError(
+            f"the activations at {', '.join(bad)} are NaN or infinite, so nothing can be learnt from them; "
+            "take a language model whose parameters and outputs are finite."
+        )
+    return statistics
+
+
+def _no_statistics(places: Mapping[str, Place]) -> dict[str, Any]:
+    zero = ActivationStatistics.zero
+    return {name: (zero(place.d_in), None if place.is_sae else zero(place.d_out)) for name, place in places.items()}
+
+
+def _init(statistics: dict[str, Any], sweep: Sweep) -> States:
+    return {name: init_members(sweep.recipes[name], sweep.members, *pair) for name, pair in statistics.items()}
+
+
+def _settle_thresholds(program: Program, source: ActivationSource, states: States, sweep: Sweep) -> States:
+    """Return the states with thresholds of the finished dictionaries, from the batches that follow the training."""
+    shared = next(iter(sweep.recipes.values()))
+    if shared.architecture != "batch_topk":
+        return states
+    for counted in range(threshold_batches(shared.batch_size)):
+        step = shared.steps + counted
+        batch = source.make_batch(step)
+        states = settled(program.settle(states, source.context, batch, np.int32(step), np.int32(counted)))
+    return states
+
+
+def _flops_per_vector(source: ActivationSource, sweep: Sweep) -> float:
+    of_members = sum(
+        dictionary_flops_per_vector(sweep.recipes[name], place.d_in, place.d_out)
+        for name, place in source.places.items()
+    )
+    return source.flops_per_vector + len(sweep.members) * of_members
 
 
 def _describe(line: Mapping[str, Any]) -> str:

@@ -24,8 +24,7 @@ from tinymodel_jax.commands.frame import finite_or_none, print_table
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_result import finalize
-from tinymodel_jax.training.dictionary_state import DictionaryTrainState
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, finalize
 from tinymodel_jax.training.dictionary_step import member_of
 from train.hosts import is_first, on_first, settled
 from train.run_files import local_folder
@@ -33,15 +32,13 @@ from train.run_folder import versions
 from train.sweep import Sweep
 
 if TYPE_CHECKING:
-    from train.activation_sources import ActivationSource
-    from train.loop import OpenRun
+    from train.activations import ActivationSource
+    from train.run import Run
 
 SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
 
 
-def write_results(
-    run: OpenRun, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep
-) -> None:
+def write_results(run: Run, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep) -> None:
     """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
     out, (recipes, members) = run.folder, sweep
     names = [(name, index) for name in source.places for index in range(len(members))]

@@ -1,14 +1,16 @@
 """Train the language model: `python -m train lm --preset tiny_model --data DATA --out OUT`.
 
-The same command again goes on where the last one stopped, to the bit. One honest loop: mesh, data, state, step, log,
-checkpoint. SIGTERM and Ctrl-C save and stop.
+Read it from top to bottom: options, mesh, data and compiled functions in `lm`; then, in `_train`, one loop that steps,
+evaluates, logs and saves. The same command again resumes a stopped run bit-exactly. SIGTERM and Ctrl-C save and stop.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,24 +28,31 @@ from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
-from tinymodel_jax.training.flops import peak_flops, training_flops_per_token
+from tinymodel_jax.training.flops import training_flops_per_token
 from tinymodel_jax.training.lm_step import (
     Initialization,
     LMOptimizer,
     LMState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
     summed_loss,
+    train_step,
 )
-from tinymodel_jax.training.sharding import rows_on_devices
-from train.compile_for import report_step
-from train.devices import DType, number_format, open_mesh
+from tinymodel_jax.training.sharding import (
+    LM_FSDP_RULES,
+    LM_RULES,
+    abstract_arrays,
+    make_mesh,
+    rows_on_devices,
+    shardings,
+)
+from train.compile_for import devices_for, report_step
 from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
-from train.lm_program import Program, build_program
-from train.loop import OpenRun, open_run, run_steps
-from train.presets import AS_PRESET, PRESETS, OptimizerOptions, PresetName
-from train.progress import TrainingProgress
+from train.presets import AS_PRESET, DType, OptimizerOptions, PresetName, chosen_preset, number_format
+from train.run import Run, open_run
 from train.run_files import local_folder
-from train.run_folder import MetricsLog
-from train.trackers import NO_TRACKING, Tracking, open_trackers, require_trackers
+from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
@@ -95,137 +104,138 @@ def lm(
     join_hosts(hosts)
     require_trackers(tracking)
     token_data = None if data is None else open_data(data)
-    device_mesh = open_mesh(mesh, compile_for)
-    dtype_name = number_format(dtype, device_mesh)
-    config, adamw, batch_size, steps = _resolve(preset, token_data, steps, batch_size, optimizer, dtype_name)
-    _check_batch(batch_size, micro_batches, device_mesh)
-    initialization = initialization or PRESETS[preset].initialization
-    program = build_program(config, adamw, steps, micro_batches, device_mesh, fsdp, initialization)
+    devices = make_mesh(mesh, devices_for(compile_for))
+    chosen = chosen_preset(
+        preset,
+        token_data,
+        steps=steps,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        initialization=initialization,
+        dtype=number_format(dtype, devices),
+    )
+    config, batch_size, steps = chosen.model, chosen.batch_size, chosen.steps
+    _check_numbers(batch_size, micro_batches, devices, save_every, eval_every, seed)
+    program = compiled(config, chosen.optimizer, steps, micro_batches, devices, fsdp, chosen.initialization)
     if compile_for is not None:
-        _report(program, config, batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH, device_mesh)
+        shape = batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
+        flops = training_flops_per_token(config, shape[1]) * math.prod(shape)
+        report_step(program.step, (program.abstract, rows), devices, flops)
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
-    _check_run(save_every, eval_every, seed)
+
     settings = {
         "kind": "lm",
         "preset": preset,
         "model": config.to_dict(),
-        "optimizer": dataclasses.asdict(adamw),
-        "initialization": initialization,
+        "optimizer": dataclasses.asdict(chosen.optimizer),
+        "initialization": chosen.initialization,
         "steps": steps,
         "batch_size": batch_size,
         "micro_batches": micro_batches,
         "seed": seed,
         "eval_every": eval_every,
         "data": token_data.fingerprint,
-        "mesh": {axis: size for axis, size in device_mesh.shape.items() if size > 1},
+        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "fsdp": fsdp,
         "save_every": save_every,
     }
-    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp")) as run:
-        _train(run, config, program, token_data, device_mesh, tracking)
+    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp"), tracking=tracking) as run:
+        _train(run, config, program, token_data, devices)
 
 
-def _report(program: Program, config: ModelConfig, batch_size: int, row_length: int, mesh: Mesh) -> None:
-    rows = jax.ShapeDtypeStruct((batch_size, row_length), jnp.int32, sharding=program.rows)
-    flops = training_flops_per_token(config, row_length) * batch_size * row_length
-    report_step(program.step, (program.abstract, rows), mesh, flops)
+def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, devices: Mesh) -> None:
+    steps, batch_size, seed, eval_every = (run.settings[n] for n in ("steps", "batch_size", "seed", "eval_every"))
+    held_out_loss = _held_out_loss(config, data, program, devices, batch_size)
+    gather = _gatherer(devices)
 
-
-def _train(
-    run: OpenRun, config: ModelConfig, program: Program, data: TokenData, mesh: Mesh, tracking: Tracking
-) -> None:
-    steps, seed, batch_size = (run.settings[name] for name in ("steps", "seed", "batch_size"))
-    state = run.checkpoints.restore(program.abstract)
-    if state is None:
-        state = program.init(jax.random.key(seed))
-    first_step = int(state.step)
-    run.checkpoints.forget_after(first_step)
-    trackers = open_trackers(tracking, run.folder, run.settings, first_step)
-    log = MetricsLog(run.folder / "metrics.jsonl", first_step, trackers)
-
-    placed = jax.tree.map(lambda leaf: leaf.sharding, program.abstract.params)
-    held_out = _held_out_loss(config, data, placed, mesh, batch_size)
-    gather = _gatherer(mesh)
-    sample = _sampler(config, data, gather)
-
-    def make_batch(number: int) -> jax.Array:
-        indices = batch_indices(len(data.train), batch_size, seed, number)
+    def make_batch(step: int) -> jax.Array:
+        indices = batch_indices(len(data.train), batch_size, seed, step)
         return rows_on_devices(data.train, indices, program.rows, np.int32)
 
-    flops = training_flops_per_token(config, data.row_length)
-    peak = peak_flops(jax.devices()[0])
-    progress = TrainingProgress(first_step, steps, flops, peak * mesh.size if peak else None, _describe)
-
-    def observe(done: int, state: LMState) -> dict[str, Any]:
-        if done % run.settings["eval_every"] and done != steps:
-            return {}
-        return {**held_out(state.params), **sample(state.params, done)}
-
-    state, finished = run_steps(
-        run,
-        program.step,
-        state,
-        make_batch,
-        first_step=first_step,
-        observe=observe,
-        log=log,
-        progress=progress,
-    )
-    if not finished:
-        say(f"stopped at step {int(state.step)} of {steps}; the same command goes on from there")
+    state = run.restore(program.abstract)
+    if state is None:
+        state = program.init(jax.random.key(seed))
+    flops_per_token = training_flops_per_token(config, data.row_length)
+    for done, batch in run.steps(make_batch, flops_per_token, lambda line: f"loss {line['loss']:.4f}"):
+        state, metrics = settled(program.step(state, batch))
+        if done % eval_every == 0 or done == steps:
+            sample = _sample(config, data, gather(state.params), done)
+            metrics = {**metrics, **held_out_loss(state.params), **sample}
+        run.log(done, metrics)
+        if run.must_save(done):
+            run.save(done, state)
+    if not run.is_finished:
         return
-    params = gather(state.params)
-    on_first(lambda: _publish(config, params, data, run.folder / "model"))
-    speed = f"{progress.tokens_per_second():,.0f} tokens/s" if first_step < steps else "nothing left to do"
-    say(f"{run.folder}: {steps} steps done, {speed}; the model is in {run.folder / 'model'}")
+    params, model = gather(state.params), run.folder / "model"
+    on_first(lambda: _publish(config, params, data, model))
+    say(f"{run.folder}: {steps} steps done, {run.speed('tokens')}; the model is in {model}")
 
 
-def _resolve(
-    preset: PresetName,
-    data: TokenData | None,
-    steps: int | None,
-    batch_size: int | None,
-    optimizer: OptimizerOptions,
-    dtype: str,
-) -> tuple[ModelConfig, LMOptimizer, int, int]:
-    """Return the preset with the given options in it, and the data's vocabulary where the preset leaves it open."""
-    chosen = PRESETS[preset]
-    model = chosen.model
-    if data is not None:
-        if chosen.any_vocabulary:
-            model = dataclasses.replace(model, d_vocab=data.vocab_size)
-        elif model.d_vocab != data.vocab_size:
-            raise ValueError(
-                f"--preset {preset} has {model.d_vocab} ids, the data {data.vocab_size}; prepare it with its tokenizer."
-            )
-        if data.row_length > model.n_ctx:
-            raise ValueError(
-                f"the data has rows of {data.row_length} tokens, --preset {preset} a context of {model.n_ctx}."
-            )
-    given = {name: value for name, value in dataclasses.asdict(optimizer).items() if value is not None}
-    steps = chosen.steps if steps is None else steps
-    if steps < 1:
-        raise ValueError(f"--steps {steps} must be 1 or more.")
-    return (
-        dataclasses.replace(model, dtype=dtype),
-        dataclasses.replace(chosen.optimizer, **given),
-        chosen.batch_size if batch_size is None else batch_size,
-        steps,
+class Program(NamedTuple):
+    """The compiled functions of a run, and where its arrays are; built without computing anything.
+
+    The devices of its mesh may be absent: what `--compile-for` compiles is the step that a run executes.
+    """
+
+    step: Callable[[LMState, Any], tuple[LMState, dict[str, Any]]]
+    """(state, rows) -> (state, metrics)."""
+    init: Callable[[jax.Array], LMState]
+    """Key -> the state before the first step."""
+    abstract: LMState
+    """Shapes, number formats and shardings of the state."""
+    rows: NamedSharding
+    """Of a batch."""
+
+
+def compiled(
+    config: ModelConfig,
+    optimizer: LMOptimizer,
+    steps: int,
+    micro_batches: int,
+    mesh: Mesh,
+    fsdp: bool,
+    initialization: Initialization = "reference",
+) -> Program:
+    """Return the run's compiled functions."""
+    rows = NamedSharding(mesh, P("data", None))
+    transformation = make_optimizer(optimizer, steps)
+    init = functools.partial(init_state, config=config, optimizer=transformation, initialization=initialization)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    placed = shardings(shapes, LM_FSDP_RULES if fsdp else LM_RULES, mesh)
+    step = functools.partial(
+        train_step,
+        config=config,
+        optimizer=transformation,
+        schedule=learning_rate_schedule(optimizer, steps),
+        micro_batches=micro_batches,
+        computed_on=shardings(shapes, LM_RULES, mesh).params,
+    )
+    return Program(
+        step=jax.jit(
+            step,
+            in_shardings=(placed, rows),
+            out_shardings=(placed, NamedSharding(mesh, P())),
+            donate_argnums=0,
+            compiler_options=fast_compiler_options(mesh.devices.flat[0].platform),
+        ),
+        init=jax.jit(init, out_shardings=placed),
+        abstract=abstract_arrays(shapes, placed),
+        rows=rows,
     )
 
 
-def _check_batch(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+def _check_numbers(
+    batch_size: int, micro_batches: int, mesh: Mesh, save_every: int, eval_every: int, seed: int
+) -> None:
     parts = mesh.shape["data"] * micro_batches
     if batch_size < 1 or micro_batches < 1 or batch_size % parts:
         raise ValueError(
             f"--batch-size {batch_size} must be a multiple of {parts}: "
             f"{mesh.shape['data']} devices on data x {micro_batches} micro-batches."
         )
-
-
-def _check_run(save_every: int, eval_every: int, seed: int) -> None:
     if min(save_every, eval_every) < 1:
         raise ValueError(f"--save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     if not 0 <= seed < 2**32:
@@ -233,20 +243,20 @@ def _check_run(save_every: int, eval_every: int, seed: int) -> None:
 
 
 def _held_out_loss(
-    config: ModelConfig, data: TokenData, placed: Any, mesh: Mesh, batch_size: int
+    config: ModelConfig, data: TokenData, program: Program, mesh: Mesh, batch_size: int
 ) -> Callable[[Any], dict[str, jax.Array]]:
     """Return the mean loss over the first held-out rows, if there are any, as a function of the parameters."""
     rows = np.asarray(data.valid[:HELD_OUT_ROWS], np.int32)
     missing = -len(rows) % batch_size  # rows of [PAD] fill the last batch and count nothing
     rows = np.concatenate([rows, np.full((missing, rows.shape[1]), config.pad_id, np.int32)])
-    where = NamedSharding(mesh, P("data", None))
     batches = [
-        jax.make_array_from_callback(part.shape, where, lambda index, part=part: part[index])
+        jax.make_array_from_callback(part.shape, program.rows, lambda index, part=part: part[index])
         for part in rows.reshape(-1, batch_size, rows.shape[1])
     ]
+    placed = jax.tree.map(lambda leaf: leaf.sharding, program.abstract.params)
     loss = jax.jit(
         lambda params, tok_ids: summed_loss(params, config, tok_ids, config.pad_id),
-        in_shardings=(placed, where),
+        in_shardings=(placed, program.rows),
         out_shardings=NamedSharding(mesh, P()),
         compiler_options=fast_compiler_options(),
     )
@@ -264,28 +274,17 @@ def _gatherer(mesh: Mesh) -> Callable[[Any], Any]:
     return lambda tree: jax.tree.map(lambda array: array.addressable_data(0), settled(gather(tree)))
 
 
-def _sampler(
-    config: ModelConfig, data: TokenData, gather: Callable[[Any], Any]
-) -> Callable[[Any, int], dict[str, str]]:
-    """Return a function that tells a story, on the first process: text where the data has a tokenizer, else ids."""
+def _sample(config: ModelConfig, data: TokenData, params: Any, step: int) -> dict[str, str]:
+    """Return a story that the model tells, on the first process: text where the data has a tokenizer, else ids."""
+    if not is_first():
+        return {}
+    begin = np.array([[config.begin_id]], np.int32)
+    ids = continue_prompts(params, config, begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
     tokenizer = saved_tokenizer(data.folder)
-
-    def sample(params: Any, step: int) -> dict[str, str]:
-        whole = gather(params)
-        if not is_first():
-            return {}
-        begin = np.array([[config.begin_id]], np.int32)
-        ids = continue_prompts(whole, config, begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
-        return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
-
-    return sample
+    return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
 
 
 def _publish(config: ModelConfig, params: Any, data: TokenData, place: epath.Path) -> None:
     arrays = {name: np.asarray(array) for name, array in flatten(params).items()}
     with local_folder(place) as folder:
         save_model(dataclasses.replace(config, dtype="float32"), arrays, folder, saved_tokenizer(data.folder))
-
-
-def _describe(line: Mapping[str, Any]) -> str:
-    return f"loss {line['loss']:.4f}"

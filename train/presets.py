@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
+from jax.sharding import Mesh
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.training.data import TokenData
 from tinymodel_jax.training.lm_step import Initialization, LMOptimizer
 
+DType = Literal["auto", "float32", "bfloat16"]
 PresetName = Literal["tiny_model", "tiny_model_2L", "mini", "smoke"]
 
 
@@ -76,3 +79,52 @@ PRESETS: dict[PresetName, Preset] = {
         any_vocabulary=True,
     ),
 }
+
+
+def chosen_preset(
+    name: PresetName,
+    data: TokenData | None,
+    *,
+    steps: int | None,
+    batch_size: int | None,
+    optimizer: OptimizerOptions,
+    initialization: Initialization | None,
+    dtype: str,
+) -> Preset:
+    """Return a preset with the given options in it, and the data's vocabulary where the preset leaves it open.
+
+    Raises:
+        ValueError: an option is out of its range, or the data does not fit the preset.
+    """
+    preset = PRESETS[name]
+    model = preset.model
+    if data is not None:
+        if preset.any_vocabulary:
+            model = replace(model, d_vocab=data.vocab_size)
+        elif model.d_vocab != data.vocab_size:
+            raise ValueError(
+                f"--preset {name} has {model.d_vocab} ids, the data {data.vocab_size}; prepare it with its tokenizer."
+            )
+        if data.row_length > model.n_ctx:
+            raise ValueError(
+                f"the data has rows of {data.row_length} tokens, --preset {name} a context of {model.n_ctx}."
+            )
+    steps = preset.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"--steps {steps} must be 1 or more.")
+    given = {field: value for field, value in asdict(optimizer).items() if value is not None}
+    return replace(
+        preset,
+        model=replace(model, dtype=dtype),
+        optimizer=replace(preset.optimizer, **given),
+        steps=steps,
+        batch_size=preset.batch_size if batch_size is None else batch_size,
+        initialization=initialization or preset.initialization,
+    )
+
+
+def number_format(dtype: DType, mesh: Mesh) -> str:
+    """Return what a language model computes in: auto is bfloat16 on an accelerator, float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

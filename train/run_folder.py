@@ -33,8 +33,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import tinymodel_jax
-from tinymodel_jax.training.checksum import checksum
 from tinymodel_jax.training.data_folder import is_remote
+from tinymodel_jax.training.sharding import checksum
 from train.hosts import all_agree, is_first, on_first, warn
 from train.run_files import send, words, write_file, writing
 from train.run_lock import LOCK_FILE
@@ -155,8 +155,8 @@ class Checkpoints:
         with self._saving():
             self._manager.save(step, args=arguments)
 
-    def restore(self, like: Any) -> Any | None:
-        """Return the newest state that is whole, shaped and sharded as `like`; None if there is none.
+    def restore(self, like: Any) -> tuple[Any | None, int]:
+        """Return the newest state that is whole, shaped and sharded as `like`, and its step; None and 0 without one.
 
         Every one that is not whole is named in a warning. All processes return the same.
         """
@@ -165,11 +165,11 @@ class Checkpoints:
             if not all_agree(not reason):
                 reason = reason or "another process cannot read its part"
             elif np.asarray(checksum(restored.state)).tolist() == restored.checksum:
-                return restored.state
+                return restored.state, step
             else:
                 reason = "its checksum is wrong"
             warn(f"checkpoint of step {step} is damaged and skipped: {reason}")
-        return None
+        return None, 0
 
     def forget_after(self, step: int) -> None:
         """Delete checkpoints that follow `step`: they are damaged, and the run will write them anew."""

@@ -20,7 +20,7 @@ from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
 from tinymodel_jax.training.dictionary_step import stack_members
-from train.activation_sources import Place
+from train.activations import Place
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from tinymodel_jax.runtime.progress import with_progress
 from tinymodel_jax.text.prompts_and_stories import prompt_ids, story_rows
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
-from tinymodel_jax.training.dictionary_result import finalize
-from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, finalize, init_state
 from tinymodel_jax.training.dictionary_step import train_step
 from tinymodel_jax.training.site_activations import site_vectors
 

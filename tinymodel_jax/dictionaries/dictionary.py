@@ -1,8 +1,7 @@
-"""Sparse dictionaries: SAEs and transcoders of five architectures, as pure functions and one Linen module.
+"""Sparse dictionaries: SAEs and transcoders of five architectures, as pure functions and one value.
 
-`encode` and `decode` are functions of a parameter tree; `Dictionary` wraps them. Loaded dictionaries are bound modules
-(`Dictionary.from_pretrained(...)`), so `dictionary.encode(x)` needs no parameters. Training, metrics and the model are
-elsewhere.
+`encode` and `decode` are functions of a parameter tree; a `Dictionary` holds such a tree and its configuration.
+Training, metrics and the model are elsewhere.
 
     pre   = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
     acts  = relu: max(pre, 0)                        topk: relu of the k largest of a position
@@ -22,11 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.params import require_shapes, require_tree, uniform_fan_in
+from tinymodel_jax.params import own_array, require_shapes, require_tree, uniform_fan_in
 
 DictionaryParams = Mapping[str, Any]
 Indices = Any
@@ -123,18 +123,16 @@ def keep_top_k(pre: Float[Array, "*batch n_features"], k: int) -> Float[Array, "
     return jnp.put_along_axis(jnp.zeros_like(pre), positions, jax.nn.relu(values), axis=-1, inplace=False)
 
 
-class Dictionary(nn.Module):
-    """A sparse dictionary that knows the hook points it reads and predicts.
+@struct.dataclass(eq=False)  # compared by identity, so that `jax.jit(dictionary.encode)` works
+class Dictionary:
+    """A sparse dictionary that knows the hook points it reads and predicts; a pytree of its parameters.
 
-    Unbound, it is a plain Linen module: `Dictionary(config).init(key, x)`, `.apply(variables, x, method="encode")`.
-    Bound (`from_pretrained`, `from_params`), it is called directly.
+    `from_pretrained` and `from_params` give a dictionary that is called directly. `Dictionary(config)` has no
+    parameters: it is used like a Linen module, through `init` and `apply`.
     """
 
-    config: DictionaryConfig
-
-    def setup(self) -> None:
-        for name, shape in param_shapes(self.config).items():
-            setattr(self, name, self.param(name, _initializer(name, self.config), shape, self.config.param_dtype))
+    config: DictionaryConfig = struct.field(pytree_node=False)
+    params: dict[str, Any] = struct.field(default_factory=dict)
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Return the prediction of the value at `hook_out`.
@@ -142,7 +140,7 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: `x` has another width than d_in.
         """
-        return reconstruct(self._tree(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
+        return reconstruct(self._known_params(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
 
     def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "..."]:
         """Return the feature activations of `x`; an int in `indices` drops the feature axis.
@@ -151,7 +149,7 @@ class Dictionary(nn.Module):
             ValueError: `x` has another width than d_in, or an index is out of range.
         """
         x = _of_width(x, "x", "d_in", self.config.d_in)
-        return encode(self._tree(), self.config, x, resolve_indices(indices, self.config.n_features))
+        return encode(self._known_params(), self.config, x, resolve_indices(indices, self.config.n_features))
 
     def decode(self, acts: Float[Array, "*batch n_features"]) -> Float[Array, "*batch d_out"]:
         """Return `acts @ W_dec + b_dec`; the skip connection, which needs the input, is part of `__call__` only.
@@ -159,11 +157,12 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: `acts` has another width than n_features.
         """
-        return decode(self._tree(), self.config, _of_width(acts, "acts", "n_features", self.config.n_features))
+        acts = _of_width(acts, "acts", "n_features", self.config.n_features)
+        return decode(self._known_params(), self.config, acts)
 
     @classmethod
     def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Dictionary:
-        """Bind parameters to a dictionary.
+        """Build a dictionary from its parameters, which become JAX arrays of the configuration's `param_dtype`.
 
         Raises:
             ValueError: an argument is of another type, or parameters are missing, unexpected or of the wrong shape.
@@ -172,8 +171,7 @@ class Dictionary(nn.Module):
         require_tree(params)
         expected = param_shapes(config)
         require_shapes(params, expected, f"a {config.architecture} dictionary")
-        arrays = {name: own_array(params[name], config.param_dtype) for name in expected}
-        return cls(config).bind({"params": arrays})
+        return cls(config, {name: own_array(params[name], config.param_dtype) for name in expected})
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | os.PathLike[str], site: str | None = None) -> Dictionary:
@@ -186,7 +184,15 @@ class Dictionary(nn.Module):
 
         return load_dictionary(path_or_name, site)
 
-    @nn.nowrap  # a method of a bound module may make no other module
+    def init(self, key: Array, x: Any = None) -> dict[str, Any]:
+        """Return `{"params": initial parameters}`, as a Linen module does; `x` is not needed."""
+        del x
+        return dict(_InitialParams(self.config).init(key))
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Array:
+        """Call a method with the parameters of `variables`, as a Linen module does."""
+        return getattr(Dictionary(self.config, variables["params"]), method)(*args, **kwargs)
+
     def with_features(self, indices: Indices) -> Dictionary:
         """Return a dictionary of some features only, in the given order; what the others wrote is missing from it.
 
@@ -203,35 +209,32 @@ class Dictionary(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads."""
-        from tinymodel_jax.io.artifacts import save_dictionary  # loading is a layer above
+        from tinymodel_jax.io.artifacts import save_dictionary  # saving is a layer above
 
-        save_dictionary(self.config, self.params, directory)
+        save_dictionary(self, directory)
 
-    @property
-    def params(self) -> dict[str, Array]:
-        """The parameters of a bound dictionary.
-
-        Raises:
-            ValueError: the dictionary is unbound.
-        """
-        if self.scope is None:
+    def _known_params(self) -> dict[str, Any]:
+        if not self.params:
             raise ValueError(
                 "this Dictionary holds no parameters: load one with Dictionary.from_pretrained(path), "
-                "or bind some with Dictionary.from_params(config, params)."
+                "or give some with Dictionary.from_params(config, params)."
             )
-        return dict(self.variables["params"])
+        return self.params
 
-    def __reduce__(self) -> Any:
-        """Pickle a bound dictionary by its parameters; what binds them is not for another process."""
-        return super().__reduce__() if self.scope is None else (Dictionary.from_params, (self.config, self.params))
-
-    def _tree(self) -> dict[str, Array]:
-        return {name: getattr(self, name) for name in param_shapes(self.config)}
+    def __repr__(self) -> str:
+        cfg = self.config
+        return f"Dictionary({cfg.hook_in} -> {cfg.hook_out}, {cfg.architecture}, {cfg.n_features} features)"
 
 
-def own_array(array: Any, dtype: Any) -> Array:
-    """Return a JAX array that shares no memory with a NumPy array: that may change, or map a file that goes away."""
-    return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
+class _InitialParams(nn.Module):
+    """Linen's draw of a dictionary's parameters."""
+
+    config: DictionaryConfig
+
+    @nn.compact
+    def __call__(self) -> None:
+        for name, shape in param_shapes(self.config).items():
+            self.param(name, _initializer(name, self.config), shape, self.config.param_dtype)
 
 
 def require_finite(params: DictionaryParams, what: str) -> None:

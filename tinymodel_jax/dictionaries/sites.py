@@ -70,10 +70,8 @@ class Site:
         """
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
-            given = repr(tag)
-            given = f"a {type(tag).__name__}" if "\n" in given else given  # modules show themselves in many lines
             raise ValueError(
-                f"{given} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
+                f"{tag!r} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
                 "suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
             )
         feature = match["feature"]

@@ -3,8 +3,8 @@
     MODEL/       config.json  model.safetensors  tokenizer.json  token_table.json  dictionaries/TAG/
     DICTIONARY/  config.json  dictionary.safetensors
 
-Also decides what a name or path given by a user means. Arrays are NumPy, in the file's number format; nothing here
-needs JAX. Resumable training checkpoints are another format, elsewhere.
+Also decides what a name or path given by a user means. Arrays are read as NumPy arrays in the file's number format.
+Resumable training checkpoints are another format, elsewhere.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
-from tinymodel_jax.io.convert import ConvertedDictionary, convert_dictionary, convert_model, model_tensors
-from tinymodel_jax.io.state_files import load_state_file, read_safetensors
+from tinymodel_jax.io.convert import convert_dictionary, convert_model, model_tensors
+from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
 from tinymodel_jax.runtime.paths import user_path
 
 if TYPE_CHECKING:
-    from tinymodel_jax.dictionaries.dictionary import Dictionary
     from tinymodel_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -42,7 +42,7 @@ class ModelFiles(NamedTuple):
     config: ModelConfig
     params: dict[str, np.ndarray]
     """Flat: `blocks.0.attn.W_Q` -> array."""
-    dictionaries: dict[str, ConvertedDictionary | Path]
+    dictionaries: dict[str, Dictionary | Path]
     """Tag -> dictionary that came with the model, read or yet to be read."""
     directory: Path | None
     """Folder that may hold a tokenizer; None for a file."""
@@ -50,12 +50,15 @@ class ModelFiles(NamedTuple):
 
 def save_model(
     config: ModelConfig,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
     directory: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
-    dictionaries: Mapping[str, ConvertedDictionary] | None = None,
+    dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> None:
     """Write a model's folder; each file replaces an earlier one only when it is complete.
+
+    Args:
+        params: flat: `blocks.0.attn.W_Q` -> array.
 
     Raises:
         ValueError: the tokenizer has another vocabulary size, or the folder holds what would be lost or taken for the
@@ -70,7 +73,7 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for tag, dictionary in (dictionaries or {}).items():
-        save_dictionary(dictionary.config, dictionary.params, folder / "dictionaries" / tag)
+        save_dictionary(dictionary, folder / "dictionaries" / tag)
 
 
 def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
@@ -82,7 +85,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
     """
     path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
-        converted = _about(path, lambda: convert_model(load_state_file(path), n_heads))
+        converted = _about(path, lambda: convert_model(read_tensors(path), n_heads))
         return ModelFiles(converted.config, converted.params, dict(converted.dictionaries), None)
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
@@ -125,11 +128,11 @@ def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
 
 
-def save_dictionary(config: DictionaryConfig, params: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
+def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str]) -> None:
     """Write a dictionary's folder; each file replaces an earlier one only when it is complete."""
     folder = _own_folder("dictionary", directory)
-    _write_tensors({name: np.asarray(array) for name, array in params.items()}, folder / DICTIONARY_FILE)
-    _write_config("dictionary", config.to_dict(), folder)
+    _write_tensors(dictionary.params, folder / DICTIONARY_FILE)
+    _write_config("dictionary", dictionary.config.to_dict(), folder)
 
 
 def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | None = None) -> Dictionary:
@@ -140,27 +143,22 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
         ValueError: what is there is no dictionary or belongs to another site, a file is given without a site, or a
             parameter is not finite.
     """
-    from tinymodel_jax.dictionaries.dictionary import (  # need JAX, which conversion alone does without
-        Dictionary,
-        require_finite,
-    )
-
     place = Site.whole(site) if isinstance(site, str) else site
-    config, params = read_dictionary(path_or_name, place)
-    require_finite(params, f"the dictionary {os.fspath(path_or_name)}")
-    if place is not None:
-        _require_place(config, place, path_or_name)
-        config = config_at(config, place)
-    return Dictionary.from_params(config, params)
+    stored = read_dictionary(path_or_name, place)
+    require_finite(stored.params, f"the dictionary {os.fspath(path_or_name)}")
+    if place is None:
+        return Dictionary.from_params(stored.config, stored.params)
+    _require_place(stored.config, place, path_or_name)
+    return Dictionary.from_params(config_at(stored.config, place), stored.params)
 
 
-def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> ConvertedDictionary:
-    """As `load_dictionary`, but NumPy arrays in the file's number format."""
+def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> Dictionary:
+    """As `load_dictionary`, but with the file's NumPy arrays, unchecked and in the file's number format."""
     path = _named("dictionary", path_or_name)
     if path.is_file():
         if site is None:
             raise ValueError(f"{path}: a file does not say where its dictionary belongs; give site=, such as 'M2'.")
-        return _about(path, lambda: convert_dictionary(load_state_file(path), site))
+        return _about(path, lambda: convert_dictionary(read_tensors(path), site))
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
 
@@ -168,7 +166,18 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
     config = _read_config("dictionary", DictionaryConfig, path)
-    return ConvertedDictionary(config, read_safetensors(path / DICTIONARY_FILE))
+    return Dictionary(config, _read_safetensors(path / DICTIONARY_FILE))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """Return the tensors of a `.safetensors` file, or of a PyTorch file: name -> array.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds no tensors; as `load_torch_file`.
+    """
+    path = user_path(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
@@ -194,7 +203,7 @@ def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLi
 
 def _load_model_folder(folder: Path) -> ModelFiles:
     config = _read_config("model", ModelConfig, folder)
-    params = read_safetensors(folder / MODEL_FILE)
+    params = _read_safetensors(folder / MODEL_FILE)
     _about(folder / MODEL_FILE, lambda: require_model_params(config, params))
     found = sorted(p for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
     return ModelFiles(config, params, {p.name: p for p in found}, folder)
@@ -227,7 +236,14 @@ def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[s
         )
 
 
-def _write_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); write or download it again.") from error
+
+
+def _write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     # Written from the arrays where they are: a published dictionary is 154 MB, and each copy in between as much again.
     with replaced(path) as temporary:
         temporary.touch()

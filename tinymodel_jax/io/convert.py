@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinymodel_jax.config import DTYPES, DictionaryConfig, ModelConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 
 PUBLISHED_D_MODEL, PUBLISHED_N_HEADS = 768, 16
@@ -55,19 +56,12 @@ class TensorMap(NamedTuple):
         return array.transpose(np.argsort(self.axes)).reshape(self.torch_shape)
 
 
-class ConvertedDictionary(NamedTuple):
-    """A dictionary taken from a reference file."""
-
-    config: DictionaryConfig
-    params: dict[str, np.ndarray]
-
-
 class ConvertedModel(NamedTuple):
     """A language model taken from a reference file, with the dictionaries registered in it (tag -> dictionary)."""
 
     config: ModelConfig
     params: dict[str, np.ndarray]
-    dictionaries: dict[str, ConvertedDictionary]
+    dictionaries: dict[str, Dictionary]
 
 
 def model_tensors(config: ModelConfig) -> list[TensorMap]:
@@ -124,8 +118,8 @@ def convert_model(state: Mapping[str, Any], n_heads: int | None = None) -> Conve
     return ConvertedModel(config, params, _registered_dictionaries(dictionary_state, config))
 
 
-def convert_dictionary(state: Mapping[str, Any], site: Site) -> ConvertedDictionary:
-    """Convert a reference dictionary file for the site it belongs to.
+def convert_dictionary(state: Mapping[str, Any], site: Site) -> Dictionary:
+    """Convert a reference dictionary file for the site it belongs to; its parameters are NumPy arrays.
 
     Raises:
         ValueError: as `convert_model`.
@@ -138,9 +132,7 @@ def convert_dictionary(state: Mapping[str, Any], site: Site) -> ConvertedDiction
         )
     tensors = dictionary_tensors(encoder[0], encoder[1], decoder[0])
     params = _convert(state, tensors, f"dictionary of {encoder[0]} features")
-    return ConvertedDictionary(
-        DictionaryConfig(site.hook_in, site.hook_out, encoder[1], decoder[0], encoder[0]), params
-    )
+    return Dictionary(DictionaryConfig(site.hook_in, site.hook_out, encoder[1], decoder[0], encoder[0]), params)
 
 
 def export_model(config: ModelConfig, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -178,7 +170,7 @@ def _infer_config(state: Mapping[str, Any], n_heads: int | None) -> ModelConfig:
     if n_heads is None and embed[1] != PUBLISHED_D_MODEL:
         raise ValueError(
             f"n_heads is needed: no shape tells it, and the width {embed[1]} is not the published {PUBLISHED_D_MODEL} "
-            f"(which has {PUBLISHED_N_HEADS}). Give n_heads= (Python) or --n-heads (command line)."
+            f"(which has {PUBLISHED_N_HEADS}). Give n_heads."
         )
     layers = [int(match[1]) for key in state if (match := re.match(r"torso\.(\d{1,4})\.", str(key)))]
     return ModelConfig(
@@ -208,7 +200,7 @@ def _convert(state: Mapping[str, Any], tensors: list[TensorMap], what: str) -> d
     return {t.name: t.from_torch(state[t.key]) for t in tensors}
 
 
-def _registered_dictionaries(state: Mapping[str, Any], config: ModelConfig) -> dict[str, ConvertedDictionary]:
+def _registered_dictionaries(state: Mapping[str, Any], config: ModelConfig) -> dict[str, Dictionary]:
     groups: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         match = _DICTIONARY_KEY.fullmatch(key)

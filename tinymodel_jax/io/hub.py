@@ -111,8 +111,7 @@ def dictionary_folder(tag: str) -> Path:
     site = _published_site(tag)
 
     def build(folder: Path, pt_file: Path) -> None:
-        converted = convert_dictionary(load_torch_file(pt_file), site)
-        artifacts.save_dictionary(converted.config, converted.params, folder)
+        artifacts.save_dictionary(convert_dictionary(load_torch_file(pt_file), site), folder)
 
     sources = [_Source(REPOSITORY, (f"{file}.pt",)) for file in site.published_files()]
     otherwise = (

@@ -15,9 +15,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -35,24 +34,19 @@ _PUSH_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 _STORAGE_OF = {dtype: "c{}\n{}\n".format(*name.split(".")).encode() for name, dtype in STORAGE_DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a file."""
 
     name: str
-    """Keys and indices on the way to it, joined by dots, cut at 200 characters."""
+    """Keys and indices that lead to it, joined by dots, cut at 200 characters."""
     shape: tuple[int, ...]
     dtype: str
     """NumPy's name for it, for example `bfloat16`."""
-    storage: str
-    """Key of its storage in the file; tensors that share memory name the same one."""
-    storage_bytes: int
     is_view: bool
     """False if the tensor is its whole storage in row-major order."""
 
 
-@dataclass(frozen=True)
-class TorchFileSummary:
+class TorchFileSummary(NamedTuple):
     """What a PyTorch file holds."""
 
     form: str
@@ -63,7 +57,7 @@ class TorchFileSummary:
     refused: tuple[str, ...]
     """Those for which `load_torch_file` refuses the file; with pickle protocol 4 or later, only the first."""
     tensors: tuple[TensorEntry, ...]
-    """In the order of the file; empty if something is refused."""
+    """In the order of the file, outer ones first; empty if something is refused."""
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
@@ -102,8 +96,8 @@ def describe_torch_file(path: str | os.PathLike[str]) -> TorchFileSummary:
             content, storages = _read(file, mapped)
         except RefusedGlobals as refusal:
             return TorchFileSummary(form, len(mapped), refusal.names, refusal.refused, ())
-        entries = tuple(_entries(content.tree, storages))
-        return TorchFileSummary(form, len(mapped), tuple(content.globals), (), entries)
+        entries = [_entry(name, record, storages[record.storage.key]) for name, record in content.tensors]
+        return TorchFileSummary(form, len(mapped), tuple(content.globals), (), tuple(entries))
 
 
 def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
@@ -239,21 +233,10 @@ def _array(record: TensorRecord, storage: memoryview) -> np.ndarray:
     return np.ndarray(record.shape, dtype, storage, record.offset * dtype.itemsize, strides)
 
 
-def _entries(tree: Any, storages: Mapping[str, memoryview]) -> Iterator[TensorEntry]:
-    """Every tensor, each container visited once, so that shared ones do not multiply."""
-    seen: set[int] = set()
-    pending = [("", tree)]
-    while pending:
-        name, node = pending.pop()
-        if isinstance(node, TensorRecord):
-            array, storage = _array(node, storages[node.storage.key]), node.storage
-            whole = array.flags.c_contiguous and array.nbytes == storage.nbytes
-            yield TensorEntry(name, array.shape, array.dtype.name, storage.key, storage.nbytes, not whole)
-        elif isinstance(node, (dict, list, tuple)) and id(node) not in seen:
-            seen.add(id(node))
-            items = node.items() if isinstance(node, dict) else enumerate(node)
-            prefix = f"{name}." if name else ""
-            pending += reversed([(f"{prefix}{str(key)[:200]}"[:200], child) for key, child in items])
+def _entry(name: str, record: TensorRecord, storage: memoryview) -> TensorEntry:
+    array = _array(record, storage)
+    is_whole = array.flags.c_contiguous and array.nbytes == storage.nbytes
+    return TensorEntry(name, array.shape, array.dtype.name, not is_whole)
 
 
 def _state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -23,6 +23,8 @@ MAX_LINE = 1000
 """Longest line of text in a pickle (characters), such as the name of a global."""
 MAX_DEPTH = 32
 """Deepest nesting of containers."""
+MAX_NAME = 200
+"""Longest name of a tensor (characters); a longer one is cut."""
 MAX_EXPANDED_BYTES = 16 << 20
 """Largest tensor (bytes) that may be bigger than its storage, as `Tensor.expand` makes them."""
 
@@ -103,17 +105,17 @@ class TorchPickle(pickle._Unpickler):
         self._code = self._surveyed(stream)
         self.tree = self.build(lambda record: record)
         """What it holds, tensors as records."""
+        self.tensors = _named_tensors(self.tree)
+        """Name and record of every tensor, outer ones first."""
 
     def build(self, make_tensor: Callable[[TensorRecord], Any]) -> Any:
         """Return what it holds, with what `make_tensor` gives in place of the records."""
         super().__init__(io.BytesIO(self._code), encoding="latin-1")
         self._make_tensor = make_tensor
         try:
-            tree = self.load()
+            return self.load()
         except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError) as error:
             raise ValueError(f"its pickle is damaged, or not of tensors: {type(error).__name__}: {error}") from error
-        _require_plain(tree)
-        return tree
 
     def _surveyed(self, stream: PickleStream) -> bytes:
         """Return the bytes of the pickle after a first look at every instruction."""
@@ -211,17 +213,30 @@ _STAND_INS: dict[str, Any] = {
     "collections.OrderedDict": lambda: OrderedDict(),
 }
 """Global that a pickle may name -> its stand-in; `TensorRecord` means `TorchPickle._tensor`."""
-_PLAIN = (dict, list, tuple, str, int, float, bytes, type(None), np.dtype, np.ndarray, TensorRecord)
+_CONTAINERS = (dict, list, tuple)
+_PLAIN = (str, int, float, bytes, type(None), np.dtype)
 
 
-def _require_plain(tree: Any) -> None:
-    """Check the values level by level, so that a shared container is not visited many times."""
-    level = [[tree]]
+def _named_tensors(tree: Any) -> list[tuple[str, TensorRecord]]:
+    """Return every tensor with the keys and indices that lead to it, and refuse values that are not plain data.
+
+    It goes level by level, and looks at a container that is shared within a level once.
+    """
+    tensors: list[tuple[str, TensorRecord]] = []
+    level = {0: ("", tree if isinstance(tree, _CONTAINERS) else [tree])}
     for _ in range(MAX_DEPTH):
-        below = {id(child): child for node in level for child in (node.values() if isinstance(node, dict) else node)}
-        for child in below.values():
-            if not isinstance(child, _PLAIN):
-                raise ValueError(f"it holds a {type(child).__name__}, which has no NumPy form")
-        level = [child for child in below.values() if isinstance(child, (dict, list, tuple))]
+        below: dict[int, tuple[str, Any]] = {}
+        for name, node in level.values():
+            prefix = f"{name}." if name else ""
+            for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+                child_name = f"{prefix}{str(key)[:MAX_NAME]}"[:MAX_NAME]
+                if isinstance(child, TensorRecord):
+                    tensors.append((child_name, child))
+                elif isinstance(child, _CONTAINERS):
+                    below.setdefault(id(child), (child_name, child))
+                elif not isinstance(child, _PLAIN):
+                    raise ValueError(f"it holds a {type(child).__name__}, which has no NumPy form")
+        level = below
     if level:
         raise ValueError(f"its containers are nested more than {MAX_DEPTH} deep, or one contains itself")
+    return tensors

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.training.array_training import train_on_arrays as train_on_arrays
     from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe as DictionaryRecipe
     from tinymodel_jax.training.dictionary_recipe import recipe_preset as recipe_preset
-    from tinymodel_jax.training.dictionary_result import finalize as finalize
+    from tinymodel_jax.training.dictionary_state import finalize as finalize
     from tinymodel_jax.training.dictionary_state import init_state as init_state
     from tinymodel_jax.training.dictionary_step import settle_threshold as settle_threshold
     from tinymodel_jax.training.dictionary_step import train_step as train_step
@@ -24,7 +24,7 @@ _HOMES = {
     "init_state": "dictionary_state",
     "train_step": "dictionary_step",
     "settle_threshold": "dictionary_step",
-    "finalize": "dictionary_result",
+    "finalize": "dictionary_state",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

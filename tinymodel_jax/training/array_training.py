@@ -16,8 +16,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_result import finalize
-from tinymodel_jax.training.dictionary_state import ActivationStatistics, init_state
+from tinymodel_jax.training.dictionary_state import ActivationStatistics, finalize, init_state
 from tinymodel_jax.training.dictionary_step import settle_threshold, threshold_batches, train_step
 
 STATISTICS_ROWS = 65_536

@@ -12,14 +12,9 @@ from jaxtyping import Array, Bool, Float
 
 from tinymodel_jax.training import dictionary_losses as losses
 from tinymodel_jax.training.dictionary_forward import Execution, effective_bias, largest
+from tinymodel_jax.training.dictionary_losses import TINY
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import (
-    TINY,
-    DictionaryTrainState,
-    Reservoir,
-    TrainParams,
-    empty_reservoir,
-)
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, Reservoir, TrainParams, empty_reservoir
 from tinymodel_jax.training.sparse_rows import kept_of_rows
 
 

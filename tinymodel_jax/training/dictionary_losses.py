@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.training.dictionary_state import TINY
+TINY = 1e-20
+"""Added below square roots and to divisors that may be 0, small enough to change no float32 result."""
 
 
 def row_norms(rows: Float[Array, "f d"]) -> Float[Array, " f"]:

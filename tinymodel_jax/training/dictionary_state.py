@@ -1,8 +1,10 @@
-"""The state of a dictionary's training, and how it starts.
+"""The state of a dictionary's training: how it starts, and the dictionary that it becomes.
 
 The state is a tree of arrays and nothing else: everything a step reads besides its batch, so that saving it resumes a
 run to the bit, and stacking states along a leading axis makes a sweep. The features' axis is the first of every feature
 parameter (the encoder is stored transposed, as `W_enc_T`): gradients and re-initialisation then touch whole rows.
+`finalize` gives a dictionary that reads and predicts unscaled activations, with the numbers that training gave; only
+batch_topk differs, which keeps what exceeds one threshold instead of the largest of a batch.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt32
 
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.dictionary import DictionaryParams
+from tinymodel_jax.training.dictionary_losses import TINY, row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 
 INITIAL_NORM = 0.1
 """Norm of every encoder and decoder row at the start."""
-TINY = 1e-20
-"""Added below square roots and to divisors that may be 0, small enough to change no float32 result."""
 
 TrainParams = dict[str, Array]
 
@@ -138,6 +141,50 @@ def init_state(
         reservoir=None if recipe.reinit_every is None else empty_reservoir(recipe, mean_in.size, params["b_dec"].size),
         key=jax.random.key_data(key),
     )
+
+
+def finalize(
+    state: DictionaryTrainState, recipe: DictionaryRecipe, hook_in: str, hook_out: str, k: int | None = None
+) -> tuple[DictionaryConfig, DictionaryParams]:
+    """Fold scales and decoder norms into the parameters of a `Dictionary`, whose decoder rows have norm 1.
+
+    Its activations are then in units of the target. Features keep their order, so the prefixes of a Matryoshka
+    dictionary are its first features.
+
+    Args:
+        state: one member's state.
+        hook_in, hook_out: where the dictionary reads and what it predicts; equal for an SAE.
+        k: the member's own k, where a sweep varied it; None is the recipe's.
+    """
+    params = state.params
+    norms = row_norms(params["W_dec"])
+    gain = norms / state.scale_out
+    folded = {
+        "W_enc": (params["W_enc_T"] * (gain * state.scale_in)[:, None]).T,
+        "W_dec": params["W_dec"] / norms[:, None],
+        "b_dec": params["b_dec"] / state.scale_out,
+    }
+    folded |= {name: params[name] * gain for name in ("b_enc", "b_gate", "b_mag") if name in params}
+    if recipe.architecture == "gated":
+        folded["r_mag"] = params["r_mag"]
+    if recipe.architecture == "jumprelu":
+        folded["threshold"] = jnp.maximum(params["threshold"], 0) / state.scale_out
+    if recipe.architecture == "batch_topk":
+        folded["threshold"] = jnp.maximum(state.threshold, 0) / state.scale_out
+    if recipe.skip:
+        folded["W_skip"] = params["W_skip"] * (state.scale_in / state.scale_out)
+    config = DictionaryConfig(
+        hook_in=hook_in,
+        hook_out=hook_out,
+        d_in=params["W_enc_T"].shape[1],
+        d_out=params["W_dec"].shape[1],
+        n_features=recipe.n_features,
+        architecture=recipe.architecture,
+        k=recipe.k if k is None else k,
+        skip=recipe.skip,
+        subtract_b_dec=recipe.subtract_b_dec,
+    )
+    return config, folded
 
 
 def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoir:

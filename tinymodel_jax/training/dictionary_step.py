@@ -28,9 +28,9 @@ from tinymodel_jax.training.dictionary_forward import (
     loss_and_gradient,
     weighted_activations,
 )
-from tinymodel_jax.training.dictionary_losses import random_widths, variance
+from tinymodel_jax.training.dictionary_losses import TINY, random_widths, variance
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import TINY, DictionaryTrainState, TrainParams
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams
 from tinymodel_jax.training.sparse_rows import kth_largest
 
 THRESHOLD_RATE, THRESHOLD_SHARE = 0.01, 0.05

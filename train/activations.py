@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,12 +25,14 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.array_training import require_finite_rows
-from tinymodel_jax.training.data import TokenData, batch_indices
+from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
-from tinymodel_jax.training.sharding import MESH_AXES, rows_on_devices
+from tinymodel_jax.training.sharding import MESH_AXES, abstract_arrays, rows_on_devices
 from tinymodel_jax.training.site_activations import Vectors, site_vectors
 from train.hosts import on_first
+from train.presets import PRESETS, DType, number_format
 
 MARGIN = 1.05
 """Tokens of an average batch of stories for each one that is drawn from it."""
@@ -41,6 +44,32 @@ HELD_OUT_SHARE = 0.05
 """Share of an array's rows, its last ones, that is not trained on."""
 
 Evaluation = DictionaryEvaluation | ReconstructionEvaluation
+
+
+@dataclass(frozen=True)
+class ActivationOptions:
+    """What a run's vectors are: a language model's at some sites, or those of files."""
+
+    model: str = "mini"
+    """language model: a published name or a folder; with --compile-for, a preset of `python -m train lm` too"""
+    sites: str = ""
+    """comma list of places, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer"""
+    data: str | None = None
+    """folder written by `python -m train prepare`; without it, --compile-for takes stories of 128 tokens"""
+    activations: Path | None = None
+    """.npy file (rows, width) to train on instead of a model's sites"""
+    targets: Path | None = None
+    """.npy file (rows, width) that a transcoder of --activations predicts"""
+    batch_size: int = 4096
+    """vectors a step"""
+    stories: int | None = None
+    """stories a step that the vectors are drawn from; by default as many as it takes"""
+    data_seed: int = 0
+    """of the order of the stories, and of the tokens drawn from them"""
+    held_out_stories: int = 512
+    """stories that the finished dictionaries are measured on, at most"""
+    dtype: DType = "auto"
+    """number format of the language model; auto is bfloat16 on an accelerator, float32 on a CPU"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +94,8 @@ class ActivationSource(Protocol):
     """Name of a dictionary (a site's tag) -> what it reads and predicts."""
     context: Any
     """Arrays that `vectors` reads, an argument of the compiled step: parameters of the language model."""
+    batch_size: int
+    """Vectors per step."""
     abstract_batch: Any
     """Shape, number format and sharding of a batch."""
     flops_per_vector: float
@@ -88,6 +119,35 @@ class ActivationSource(Protocol):
         ...
 
 
+def open_activations(
+    options: ActivationOptions, mesh: Mesh, only_compiled: bool = False
+) -> tuple[ActivationSource, dict[str, Any]]:
+    """Return the source of a run's activations, and what the run's configuration says of it.
+
+    Args:
+        only_compiled: nothing is run: the mesh's devices may be absent, and the model a preset of `train lm`.
+
+    Raises:
+        ValueError: the options do not fit together, the model, the data or the mesh.
+        FileNotFoundError: there is no such model or data.
+    """
+    if min(options.batch_size, options.held_out_stories) < 1:
+        raise ValueError("--batch-size and --held-out-stories must be 1 or more.")
+    if options.stories is not None and options.stories < 1:
+        raise ValueError(f"--stories {options.stories} must be 1 or more.")
+    if not 0 <= options.data_seed < 2**32:
+        raise ValueError(f"--data-seed {options.data_seed}: seeds are 0 to {2**32 - 1}.")
+    parts = mesh.shape["data"]
+    if options.batch_size % parts:
+        raise ValueError(f"--batch-size {options.batch_size} must be a multiple of {parts}, the data axis.")
+    if options.activations is not None:
+        source, origin = _open_arrays(options, options.activations, mesh)
+    else:
+        source, origin = _open_model(options, mesh, only_compiled)
+    places = {name: dataclasses.asdict(place) for name, place in source.places.items()}
+    return source, {**origin, "places": places, "data_seed": options.data_seed}
+
+
 class ModelActivations:
     """The activations of a language model at some sites, all from one pass over the same stories."""
 
@@ -97,63 +157,54 @@ class ModelActivations:
         params: Any,
         sites: Sequence[Site],
         data: TokenData | None,
-        *,
-        batch_size: int,
-        stories: int | None,
-        seed: int,
-        held_out_stories: int,
+        options: ActivationOptions,
         mesh: Mesh,
     ) -> None:
-        """Prepare to draw `batch_size` vectors a step.
+        """Prepare to draw `options.batch_size` vectors a step.
 
         Args:
             params: of the language model, on every device of the mesh; or what they will be, for compiling only.
             data: None where nothing is run; stories are then taken to be `DEFAULT_ROW_LENGTH` tokens.
-            stories: stories a step, from whose tokens the vectors are drawn; None takes as many as it needs.
-            seed: of the order of the stories and of the tokens drawn.
-            held_out_stories: stories that finished dictionaries are measured on, at most.
 
         Raises:
             ValueError: the data does not fit the model, or holds nothing out.
         """
-        row_length, tokens_a_story = DEFAULT_ROW_LENGTH, float(DEFAULT_ROW_LENGTH)
+        row_length, tokens_per_story = DEFAULT_ROW_LENGTH, float(DEFAULT_ROW_LENGTH)
         if data is not None:
             _check_data(config, data)
-            row_length, tokens_a_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]
+            row_length, tokens_per_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]
         self.places: Mapping[str, Place] = {
             site.tag: Place(site.hook_in, site.hook_out, config.d_model, config.d_model) for site in sites
         }
         self.context = params
-        self._config, self._sites, self._data, self._seed = config, list(sites), data, seed
-        self._batch_size, self._held_out, self._mesh = batch_size, held_out_stories, mesh
-        if stories is None:
-            stories = math.ceil(batch_size * MARGIN / tokens_a_story)
-            stories = math.ceil(stories / STORIES_MULTIPLE) * STORIES_MULTIPLE
-        self.stories = stories
-        rows = NamedSharding(mesh, P(_axes_that_divide(mesh, stories), None))
-        self.abstract_batch = jax.ShapeDtypeStruct((stories, row_length), np.int32, sharding=rows)
+        self._config, self._sites, self._data = config, list(sites), data
+        self._options, self._mesh, self.batch_size = options, mesh, options.batch_size
+        least = math.ceil(options.batch_size * MARGIN / tokens_per_story)
+        self.stories = options.stories or math.ceil(least / STORIES_MULTIPLE) * STORIES_MULTIPLE
+        rows = NamedSharding(mesh, P(_axes_that_divide(mesh, self.stories), None))
+        self.abstract_batch = jax.ShapeDtypeStruct((self.stories, row_length), np.int32, sharding=rows)
         layers = max(site.layer for site in sites) + 1
         matrices = layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_mlp)
-        self.flops_per_vector = 2.0 * matrices * stories * row_length / batch_size
+        self.flops_per_vector = 2.0 * matrices * self.stories * row_length / options.batch_size
 
     def make_batch(self, step: int) -> jax.Array:
         """Return the token ids of a step's stories."""
         assert self._data is not None
-        rows = batch_indices(len(self._data.train), self.stories, self._seed, step)
+        rows = batch_indices(len(self._data.train), self.stories, self._options.data_seed, step)
         return rows_on_devices(self._data.train, rows, self.abstract_batch.sharding, np.int32)
 
     def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
         """Return the vectors of every site at the tokens drawn in this step."""
-        key = jax.random.fold_in(jax.random.key(self._seed), step)
+        key = jax.random.fold_in(jax.random.key(self._options.data_seed), step)
         layout = NamedSharding(self._mesh, P("data" if split else None, None))
-        return site_vectors(context, self._config, batch, self._sites, self._batch_size, key, layout)
+        return site_vectors(context, self._config, batch, self._sites, self.batch_size, key, layout)
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
         """Measure dictionaries on the held-out stories, all in one pass, in float32."""
         assert self._data is not None
         config = dataclasses.replace(self._config, dtype="float32")
         lm = TinyModel.from_params(config, self.context)
-        return [*evaluate(lm, dictionaries, np.asarray(self._data.valid[: self._held_out], np.int32))]
+        return [*evaluate(lm, dictionaries, np.asarray(self._data.valid[: self._options.held_out_stories], np.int32))]
 
 
 class ArrayActivations:
@@ -162,7 +213,7 @@ class ArrayActivations:
     context = ()
     flops_per_vector = 0.0
 
-    def __init__(self, x: Path, y: Path | None, *, batch_size: int, seed: int, mesh: Mesh) -> None:
+    def __init__(self, x: Path, y: Path | None, options: ActivationOptions, mesh: Mesh) -> None:
         """Map the files into memory, and read each once.
 
         Raises:
@@ -182,17 +233,18 @@ class ArrayActivations:
                 f"{x} has {n_rows} rows; with {math.ceil(1 / HELD_OUT_SHARE)} or more, some can be held out."
             )
         on_first(lambda: [require_finite_rows(*each) for each in zip(arrays, map(str, paths), strict=True)])
-        self._arrays, self._seed, self._batch_size = arrays, seed, batch_size
+        self._arrays, self._options, self.batch_size = arrays, options, options.batch_size
         self._layout = NamedSharding(mesh, P("data", None))
         widths = arrays[0].shape[1], arrays[-1].shape[1]
         self.abstract_batch = tuple(
-            jax.ShapeDtypeStruct((batch_size, array.shape[1]), np.float32, sharding=self._layout) for array in arrays
+            jax.ShapeDtypeStruct((options.batch_size, array.shape[1]), np.float32, sharding=self._layout)
+            for array in arrays
         )
         self.places: Mapping[str, Place] = {"activations": Place("x", "x" if y is None else "y", *widths)}
 
     def make_batch(self, step: int) -> tuple[jax.Array, ...]:
         """Return a step's rows of every array."""
-        rows = batch_indices(self._trained_rows, self._batch_size, self._seed, step)
+        rows = batch_indices(self._trained_rows, self.batch_size, self._options.data_seed, step)
         return tuple(rows_on_devices(array, rows, self._layout, np.float32) for array in self._arrays)
 
     def vectors(self, context: Any, batch: Any, step: Any, *, split: bool = True) -> dict[str, Vectors]:
@@ -212,6 +264,52 @@ class ArrayActivations:
             parts = [np.asarray(array[start : start + EVALUATION_VECTORS], np.float32) for array in self._arrays]
             x, y = (jax.device_put(part, everywhere) for part in (parts[0], parts[-1]))
             yield x, y
+
+
+def _open_arrays(options: ActivationOptions, activations: Path, mesh: Mesh) -> tuple[ActivationSource, dict[str, Any]]:
+    if options.sites or options.data is not None:
+        raise ValueError("--activations takes the place of --sites and --data; give one or the other.")
+    if options.stories is not None:
+        raise ValueError("--stories belongs to --sites: the rows of --activations come from no stories.")
+    names = {"activations": activations.name, "targets": options.targets.name if options.targets else None}
+    return ArrayActivations(activations, options.targets, options, mesh), {"arrays": names}
+
+
+def _open_model(options: ActivationOptions, mesh: Mesh, only_compiled: bool) -> tuple[ActivationSource, dict[str, Any]]:
+    if options.targets is not None:
+        raise ValueError("--targets belongs to --activations; a model's site has its own targets.")
+    if not options.sites or (options.data is None and not only_compiled):
+        raise ValueError("give --sites and --data, or --activations.")
+    sites = [Site.whole(tag, "--sites ") for tag in options.sites.split(",")]
+    if len({site.tag for site in sites}) < len(sites):
+        raise ValueError(f"--sites {options.sites!r} names a site twice.")
+    config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh, only_compiled)
+    outside = [site.tag for site in sites if site.layer >= config.n_layers]
+    if outside:
+        raise ValueError(f"--sites {','.join(outside)}: the model's layers are 0..{config.n_layers - 1}.")
+    data = None if options.data is None else open_data(options.data)
+    found = ModelActivations(config, params, sites, data, options, mesh)
+    origin = {
+        "model": {"name": options.model, "config": config.to_dict()},
+        "data": data.fingerprint if data else None,
+        "stories": found.stories,
+        "held_out_stories": options.held_out_stories,
+    }
+    return found, origin
+
+
+def _load_model(model: str, dtype: str, mesh: Mesh, only_compiled: bool) -> tuple[ModelConfig, Any]:
+    """Return a language model's configuration and its parameters on the mesh, or only their shapes."""
+    everywhere = NamedSharding(mesh, P())
+    if only_compiled and model in PRESETS:
+        config = dataclasses.replace(PRESETS[model].model, dtype=dtype)
+        params = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    else:
+        lm = TinyModel(model, dtype=dtype)
+        config, params = lm.config, lm.params
+    if only_compiled:
+        return config, abstract_arrays(params, jax.tree.map(lambda leaf: everywhere, params))
+    return config, jax.device_put(params, everywhere)
 
 
 def _check_data(config: ModelConfig, data: TokenData) -> None:

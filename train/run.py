@@ -1,0 +1,281 @@
+"""A training run: its folder, its steps, what it logs and shows, its checkpoints, and a clean stop.
+
+    with open_run(out, settings, may_change=(), tracking=tracking) as run:
+        state = run.restore(abstract)
+        if state is None:
+            state = init()
+        for done, batch in run.steps(make_batch, flops_per_token, describe):
+            state, metrics = step(state, batch)
+            run.log(done, metrics)
+            if run.must_save(done):
+                run.save(done, state)
+        if run.is_finished: …
+
+Rely on: the metrics of a step are on disk before its checkpoint is begun; SIGTERM and Ctrl-C, at any of several
+processes, finish the step, save it and end the loop; a loss or gradient that is not finite raises an error before
+anything of it is saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tinymodel_jax.training.data import prefetch
+from tinymodel_jax.training.flops import peak_flops
+from train.hosts import is_first, on_first, say, stop_requests
+from train.run_files import write_file
+from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_lock import held_folder
+from train.trackers import NO_TRACKING, Tracking, open_trackers
+
+SECONDS_BETWEEN_LINES = 20.0
+_TIME_FILE = "time.json"
+
+
+@contextmanager
+def open_run(
+    out: str, settings: Mapping[str, Any], may_change: Sequence[str], tracking: Tracking = NO_TRACKING
+) -> Iterator[Run]:
+    """Open a run's folder, and hear signals: an exception in a handler would crash a compilation.
+
+    Args:
+        settings, may_change: as `open_run_folder`, whose errors these are, beside those of `held_folder`.
+        tracking: what shows the metrics beside `metrics.jsonl`.
+    """
+    folder = epath.Path(os.path.expanduser(out))
+    with stop_requests() as stop_requested, held_folder(folder):
+        open_run_folder(folder, settings, may_change)
+        run = Run(folder, settings, Checkpoints(folder / "checkpoints"), stop_requested, tracking)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+class Run:
+    """A run whose folder is open."""
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        settings: Mapping[str, Any],
+        checkpoints: Checkpoints,
+        stop_requested: Callable[[], bool],
+        tracking: Tracking = NO_TRACKING,
+    ) -> None:
+        """Prepare to run `settings["steps"]` steps, with a checkpoint every `settings["save_every"]`.
+
+        Args:
+            stop_requested: what `stop_requests` yields.
+        """
+        self.folder, self.settings = folder, settings
+        self.done = 0
+        """Steps done."""
+        self._checkpoints, self._stop_requested, self._tracking = checkpoints, stop_requested, tracking
+        self._stopping = False
+        self._log: MetricsLog | None = None
+        self._progress: TrainingProgress | None = None
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+
+    def restore(self, like: Any) -> Any | None:
+        """Return the state of the newest checkpoint that is whole, shaped and sharded as `like`; None without one.
+
+        The log is cut after that checkpoint's step. Call this once, before `steps`.
+        """
+        state, self.done = self._checkpoints.restore(like)
+        self._checkpoints.forget_after(self.done)
+        trackers = open_trackers(self._tracking, self.folder, self.settings, self.done)
+        self._log = MetricsLog(self.folder / "metrics.jsonl", self.done, trackers)
+        return state
+
+    def steps(
+        self,
+        make_batch: Callable[[int], Any],
+        flops_per_token: float,
+        describe: Callable[[Mapping[str, Any]], str],
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield, for every step that is left, how many are done after it, and its batch.
+
+        Args:
+            make_batch: steps done before -> batch on the devices; called ahead of time.
+            flops_per_token: floating-point operations of one of the `tokens` that a step's metrics count.
+            describe: a step's metrics -> a few words for the progress bar.
+        """
+        steps = self.settings["steps"]
+        self._started = time.monotonic()
+        self._seconds_before = trained_seconds(self.folder) if self.done else 0.0
+        self._progress = TrainingProgress(self.done, steps, flops_per_token, describe)
+        for number, batch in prefetch(make_batch, self.done, steps):
+            yield number + 1, batch
+            if self._stopping:
+                break
+        self._close_log()
+        if not self.is_finished:
+            say(f"stopped at step {self.done} of {steps}; the same command goes on from there")
+
+    def log(self, done: int, metrics: Mapping[str, Any]) -> None:
+        """Take a step's metrics, and write those of the step before while this one is computed.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite; the step is named.
+            OSError: they cannot be written.
+        """
+        self._write_metrics()
+        self.done, self._pending = done, (done, metrics)
+
+    def must_save(self, done: int) -> bool:
+        """Whether to save now: every `save_every` steps, at the end, and before a stop. Ask once after each step."""
+        self._stopping = self._stop_requested()
+        return self._stopping or done % self.settings["save_every"] == 0 or self.is_finished
+
+    def save(self, done: int, state: Any) -> None:
+        """Start to write a checkpoint, once all metrics up to it are written.
+
+        Raises:
+            ValueError, OSError: as `log`.
+        """
+        assert self._log is not None
+        self._write_metrics()
+        self._log.publish()
+        on_first(self._write_seconds)
+        self._checkpoints.save(done, state)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.done == self.settings["steps"]
+
+    def speed(self, unit: str) -> str:
+        """Return how fast the steps were, in `unit`s per second, for the last line that a program prints."""
+        if self._progress is None or not self._progress.seen:
+            return "nothing left to do"
+        return f"{self._progress.tokens_per_second():,.0f} {unit}/s"
+
+    def close(self) -> None:
+        """Close the log, and wait until the last checkpoint is written."""
+        try:
+            self._close_log()
+        finally:
+            self._checkpoints.close()
+
+    def _close_log(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._log is not None:
+            log, self._log = self._log, None
+            log.close()
+
+    def _write_metrics(self) -> None:
+        if self._pending is None:
+            return
+        assert self._log is not None
+        assert self._progress is not None
+        (step, metrics), self._pending = self._pending, None
+        line = {"step": step, **jax.tree.map(_plain, jax.device_get(metrics))}
+        _require_finite(line, step)
+        self._log.append([line])
+        self._progress.update(step, line)
+
+    def _write_seconds(self) -> None:
+        if self._seconds_before is not None:
+            seconds = round(self._seconds_before + time.monotonic() - self._started, 1)
+            write_file(self.folder / _TIME_FILE, json.dumps({"seconds": seconds}).encode() + b"\n")
+
+
+def trained_seconds(out: epath.PathLike) -> float | None:
+    """Return how many seconds a run has trained up to its last checkpoint, without the pauses between sittings.
+
+    None where that is not known: there is no checkpoint, or an earlier version began the run.
+    """
+    path = epath.Path(out) / _TIME_FILE
+    return json.loads(path.read_text())["seconds"] if path.exists() else None
+
+
+class TrainingProgress:
+    """A bar on a terminal, or a plain line now and then: metrics, tokens per second, share of the devices' peak."""
+
+    def __init__(
+        self, first_step: int, steps: int, flops_per_token: float, describe: Callable[[Mapping[str, Any]], str]
+    ) -> None:
+        """Start the bar; the arguments are those of `Run.steps`."""
+        self._steps, self._flops_per_token, self._words = steps, flops_per_token, describe
+        peak = peak_flops(jax.devices()[0])
+        self._peak = None if peak is None else peak * jax.device_count()
+        self._started = self._updated = self._line_at = time.monotonic()
+        self._timed_tokens = 0.0
+        self.seen = 0
+        """Steps shown."""
+        self._bar = None
+        self._shown = is_first()
+        if self._shown and sys.stderr.isatty():
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("compiling", total=steps, completed=first_step)
+        elif self._shown and first_step < steps:
+            print(f"compiling; then step {first_step + 1}/{steps}", file=sys.stderr, flush=True)
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Show the state after `step` steps."""
+        self.seen += 1
+        self._updated = now = time.monotonic()
+        if self.seen == 1:  # the first step compiles; speed counts from there
+            self._started = now
+        else:
+            self._timed_tokens += metrics["tokens"]
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=self._describe(metrics))
+        elif self._shown and (now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps):
+            self._line_at = now
+            print(f"step {step}/{self._steps}  {self._describe(metrics)}", file=sys.stderr, flush=True)
+
+    def tokens_per_second(self) -> float:
+        """Return the mean speed since the first step was done."""
+        return self._timed_tokens / max(self._updated - self._started, 1e-9)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _describe(self, metrics: Mapping[str, Any]) -> str:
+        speed = self.tokens_per_second()
+        share = f"  {speed * self._flops_per_token / self._peak:.0%} of peak" if self._peak else ""
+        return f"{self._words(metrics)}  {speed:,.0f} tokens/s{share}"
+
+
+def _require_finite(line: Mapping[str, Any], step: int) -> None:
+    """Check the loss, and the gradient's norm, which is not finite in the last step before the parameters are not."""
+    for path, value in jax.tree_util.tree_leaves_with_path(line):
+        names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        what = next((name for name in ("loss", "gradient_norm") if name in names), None)
+        if what is not None and not math.isfinite(value):
+            whose = " of " + " member ".join(name for name in names if name != what) if len(names) > 1 else ""
+            raise ValueError(
+                f"the {what.replace('_', ' ')}{whose} is {value} at step {step}; the last good checkpoint is kept. "
+                "A lower --learning-rate with another --out may train."
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Return a number, or a list of them (7 digits: float32 has no more), for JSON; counts without a decimal point."""
+    if isinstance(value, str):
+        return value
+    number = np.asarray(value)
+    if number.ndim:
+        return [float(f"{one:.7g}") for one in number.ravel()]
+    number = float(number)
+    return int(number) if number.is_integer() and abs(number) > 1 else number
