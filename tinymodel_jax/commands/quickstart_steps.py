@@ -192,7 +192,7 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     }
     runs, probabilities = [], []
     for short, edit in with_progress(list(hooks.items()), "continuing the story"):
-        out = continue_prompts(lm.params, lm.config, row, CONTINUATION_TOKENS, 0.0, end_id=lm.config.end_id, hooks=edit)
+        out = continue_prompts(lm.hooked().with_hooks(edit), row, CONTINUATION_TOKENS, 0.0, lm.config.end_id)
         text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if lm.config.is_text(i)])
         runs.append({"short": short, "title": titles[short], "text": text.replace("\n", " ↵ ").strip()})
         probabilities.append(np.exp(np.asarray(lm.run_with_hooks(row, edit)[0])[0, -1]))
