@@ -1,8 +1,7 @@
-"""Training data: the batches drawn from a folder of token ids, and their making ahead of time.
+"""Training data: batches drawn from a folder of token ids, and prefetching.
 
-Rely on: a batch is a pure function of (seed, step), whatever came before, so that resuming needs the step alone; every
-row comes once in each epoch; a host reads only its own rows of a batch. Putting a batch on devices and masking `[PAD]`
-in a loss belong to the training step.
+A batch is a pure function of (seed, step), so resuming a run needs only the step. Every row occurs once in each epoch.
+A host reads only its own rows of a batch. Training steps put batches on devices and mask `[PAD]` in the loss.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ T = TypeVar("T")
 
 
 def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[np.ndarray, " batch"]:
-    """Return which rows make the batch of a step.
+    """Return the row numbers of a step's batch.
 
-    The rows of every epoch are shuffled anew and the epochs laid end to end; step `s` takes the places from
-    `s * batch_size`. So a batch may span epochs, each of which holds every row once.
+    The rows are shuffled again for every epoch, and the epochs are concatenated; step `s` takes `batch_size` rows from
+    position `s * batch_size` on. So a batch may span epochs, each of which contains every row once.
 
     Args:
-        n_rows: rows to draw from.
-        batch_size: rows a batch, of all hosts together; may exceed `n_rows`.
+        n_rows: number of rows to draw from.
+        batch_size: rows per batch, over all hosts; may exceed `n_rows`.
         seed: 0 to 2^64 - 1.
         step: counts from 0.
 
@@ -60,11 +59,11 @@ def host_batch(
     """Return this host's rows of a step's training batch: the contiguous `process_index`-th part of `process_count`.
 
     Args:
-        data: rows come from `data.train`; no others are read from disk.
-        batch_size: rows of all hosts together.
+        data: only the returned rows of `data.train` are read from disk.
+        batch_size: rows over all hosts.
         seed, step: as `batch_indices`.
         process_index: 0 to `process_count` - 1.
-        process_count: hosts; must divide `batch_size`.
+        process_count: number of hosts; must divide `batch_size`.
 
     Raises:
         ValueError: a number is out of its range.
@@ -81,14 +80,14 @@ def prefetch(
 ) -> Iterator[tuple[int, T]]:
     """Yield (step, batch) in order while a background thread makes the next ones.
 
-    What `make_batch` raises is raised here, after the batches before it. Closing the iterator, as leaving a `for` loop
-    early does once it is garbage, ends the thread when the batch in the making is done.
+    An error in `make_batch` is raised here, after the batches before it. Closing the iterator, or leaving a `for` loop
+    over it early, ends the thread after the batch that it is working on.
 
     Args:
         make_batch: step -> batch; may put it on a device. Called in order by one thread.
-        start_step: the first step.
-        stop_step: the step after the last.
-        depth: batches made ahead at most.
+        start_step: first step.
+        stop_step: step after the last one.
+        depth: largest number of batches made ahead.
 
     Raises:
         ValueError: `depth` is below 1.
@@ -109,7 +108,7 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
                 return
             try:
                 made.put((make_batch(step), None))
-            except BaseException as error:  # nothing may be lost: the consumer waits for an answer
+            except BaseException as error:  # every kind, because the consumer waits for an answer
                 made.put((None, error))
                 return
 
@@ -128,11 +127,11 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
         thread.join()
 
 
-@functools.lru_cache(maxsize=4)  # the epochs of a batch that spans two, for two seeds or matrices; 8 bytes a row
+@functools.lru_cache(maxsize=4)  # two epochs for a batch that spans them, for two seeds or matrices; 8 bytes per row
 def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of the rows.
 
-    NumPy promises that a bit generator's raw stream never changes, but not what `Generator.permutation` makes of it.
+    NumPy guarantees that a bit generator's raw stream never changes, but not the result of `Generator.permutation`.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n_rows)
     order = np.argsort(bits, kind="stable").astype(np.int64)
