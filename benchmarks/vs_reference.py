@@ -127,12 +127,12 @@ def our_calls(folder: Path) -> Calls:
 
     lm, ids = TinyModel(folder / MODEL_FILE), inputs()
     lm.attach("M1", folder / DICTIONARY_FILE)
-    plain = jax.jit(forward.forward_with_hooks, static_argnames=("config", "keep", "output"))
+    plain = jax.jit(forward.forward)
     wait = jax.block_until_ready
     all_features, one_feature = lm["M1"], lm["M1N123"]
     return {
         "forward-8x256": lambda: wait(lm(ids["8x256"])),
-        "forward-8x256-plain-jit": lambda: wait(plain(lm.params, ids["8x256"], {}, config=lm.config)[0]),
+        "forward-8x256-plain-jit": lambda: wait(plain(lm.hooked(), ids["8x256"])[0]),
         "forward-1x32": lambda: wait(lm(ids["1x32"])),
         "M1": lambda: wait(lm["M1"](ids["8x256"])),
         "M1-made-once": lambda: wait(all_features(ids["8x256"])),

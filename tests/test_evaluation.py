@@ -184,7 +184,7 @@ def test_a_bfloat16_model_s_means_are_summed_in_float32(params, tok_ids):
     ids, name = np.tile(tok_ids, (3, 1))[:16], "blocks.1.hook_attn_out"
     counted = ids != PAD
     values = np.asarray(lm.run_with_cache(ids, name)[1][name], np.float64)[counted]
-    found = model_passes.sum_values(lm.params, ids, counted, {}, config=lm.config, places=(name,))[name]
+    found = model_passes.sum_values(lm.hooked(), ids, counted, places=(name,))[name]
     np.testing.assert_allclose(found, values.sum(axis=0), rtol=1e-5, atol=1e-4)
 
 

@@ -20,6 +20,7 @@ from oracle import (
 from tinymodel_jax.io.convert import model_tensors
 from tinymodel_jax.model import forward as passes
 from tinymodel_jax.model import interventions
+from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.interventions import Splice
 from tinymodel_jax.params import flatten, unflatten
 
@@ -28,7 +29,7 @@ STEP = Tolerance(2e-6, 1e-4)
 
 
 def loss_of(params, ids, config, hooks=None):
-    return passes.mean_loss(params, ids, jnp.ones(ids.shape, jnp.float32), hooks or {}, config=config)
+    return passes.mean_loss(HookedModel(params, config, hooks or {}), ids, jnp.ones(ids.shape, jnp.float32))
 
 
 def as_torch(params, config):
@@ -46,14 +47,14 @@ def golden_ids(golden):
 def test_the_output_is_what_was_asked_for(params, config, tok_ids, output, expected):
     logits, values = forward(flatten(params), config, tok_ids)
     keep = ("blocks.1.attn.hook_z",)
-    got, acts = passes.forward(params, jnp.asarray(tok_ids), {}, config=config, keep=keep, output=output)
+    got, acts = passes.forward(HookedModel(params, config), jnp.asarray(tok_ids), keep=keep, output=output)
     assert_close(got, expected(logits), F32)
     assert_close(acts[keep[0]], values[keep[0]], F32)
 
 
 def test_no_output_means_no_unembedding(params, config, tok_ids):
     keep = ("blocks.1.hook_resid_post",)
-    got, acts = passes.forward(params, jnp.asarray(tok_ids), {}, config=config, keep=keep, output="none")
+    got, acts = passes.forward(HookedModel(params, config), jnp.asarray(tok_ids), keep=keep, output="none")
     assert got is None
     assert list(acts) == list(keep)
 
@@ -62,7 +63,7 @@ def test_no_output_means_no_unembedding(params, config, tok_ids):
 def test_the_loss_is_the_mean_of_the_next_token_s_negative_log_probability(params, config, tok_ids, weighted):
     weights = np.random.default_rng(0).random(tok_ids.shape) if weighted else np.ones(tok_ids.shape)
     logits, _ = forward(flatten(params), config, tok_ids)
-    loss = passes.mean_loss(params, jnp.asarray(tok_ids), jnp.asarray(weights, jnp.float32), {}, config=config)
+    loss = passes.mean_loss(HookedModel(params, config), jnp.asarray(tok_ids), jnp.asarray(weights, jnp.float32))
     assert_close(loss, next_token_loss(logits, tok_ids, weights), F32)
 
 
@@ -72,7 +73,8 @@ def test_the_loss_counts_neither_padding_nor_what_follows_it(params, config, tok
     other = tok_ids.copy()
     other[:, 7:] = 21
     losses = [
-        passes.mean_loss(params, jnp.asarray(ids), jnp.asarray(weights), {}, config=config) for ids in (tok_ids, other)
+        passes.mean_loss(HookedModel(params, config), jnp.asarray(ids), jnp.asarray(weights))
+        for ids in (tok_ids, other)
     ]
     np.testing.assert_array_equal(*losses)
     assert_close(losses[0], next_token_loss(forward(flatten(params), config, tok_ids[:, :7])[0], tok_ids[:, :7]), F32)
@@ -137,12 +139,10 @@ def test_gradients_through_a_spliced_dictionary_equal_the_reference_s(
             detach_error=detach_error,
             detach_pred=detach_pred,
         )
-        # Operation by operation: twenty programs would take longer to compile.
-        return passes.mean_next_token_loss(
-            params, golden_ids, jnp.ones(golden_ids.shape), {dictionary.config.hook_out: edit}, config=golden_lm.config
-        )
+        return loss_of(params, golden_ids, golden_lm.config, {dictionary.config.hook_out: edit})
 
-    grads, own = jax.grad(loss, argnums=(0, 1))(golden_lm.params, dictionary.params)
+    with jax.disable_jit():  # twenty programs would take longer to compile
+        grads, own = jax.grad(loss, argnums=(0, 1))(golden_lm.params, dictionary.params)
     grads = as_torch(grads, golden_lm.config)
     grads["pos_embed"] = grads["pos_embed"][:, : golden_ids.shape[1]]
     grads |= {f"{theirs}.encoder.bias": own["b_enc"], f"{theirs}.decoder.bias": own["b_dec"]}
@@ -157,11 +157,11 @@ def test_features_are_read_without_later_layers_and_without_the_unembedding(lm, 
     ids, dictionary, config = jnp.asarray(tok_ids), lm.dictionaries["M0"], lm.config
 
     def read(indices):
-        options = {"config": config, "dictionary_config": dictionary.config}
-        return program_of(passes.features_of_tokens, lm.params, dictionary.params, ids, indices, {}, **options)
+        options = {"dictionary_config": dictionary.config}
+        return program_of(passes.features, lm.hooked(), dictionary.params, ids, indices, **options)
 
     (one, computed), (every, _) = read(np.int32(7)), read(None)
-    whole, _ = program_of(passes.forward_with_hooks, lm.params, ids, {}, config=config)
+    whole, _ = program_of(passes.forward, lm.hooked(), ids)
     tokens, d, m, seq = tok_ids.size, config.d_model, config.d_mlp, tok_ids.shape[1]
     attention = 2 * tokens * (4 * d * d + 2 * seq * d)
     elementwise = 20 * tokens * config.n_heads * seq  # masks and softmax: about 20 operations per score
@@ -185,7 +185,7 @@ def test_one_program_serves_all_edits_of_a_kind(params, config, tok_ids, compila
     for hooks in kinds.values():
         for keep in ((), ("blocks.1.hook_resid_mid",)):
             with compilations() as compiled:
-                results += [passes.forward(params, ids, hook, config=config, keep=keep)[0] for hook in hooks]
+                results += [passes.forward(HookedModel(params, config, hook), ids, keep=keep)[0] for hook in hooks]
                 assert compiled.value <= 1  # 0 where another test has asked for the same
     values = [np.asarray(result).tobytes() for result in results]
     assert len(set(values)) == 7  # two edits of each of three kinds, and none; with `keep` they are the same again

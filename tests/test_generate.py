@@ -53,7 +53,7 @@ def test_greedy_text_is_the_reference_s(golden_lm, golden, case):
     case = golden("generate.json")[case]
     prompt = np.array([[case["begin"], *map(int, case["prompt"].split())]], np.int32)
     end_id = case["end"] if case["kwargs"].get("break_on_end", True) else None
-    out = continue_prompts(golden_lm.params, golden_lm.config, prompt, case["kwargs"]["n_toks"], 0.0, end_id)
+    out = continue_prompts(golden_lm.hooked(), prompt, case["kwargs"]["n_toks"], 0.0, end_id)
     assert out.tolist() == [[case["begin"], *case["ids_after_begin"]]]
 
 
@@ -72,7 +72,7 @@ def test_a_prompt_beyond_the_context_is_an_error_that_names_both_lengths(golden_
 def test_batched_prompts_of_different_lengths_equal_the_uncached_argmax(lm):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 19, length).tolist() for length in (1, 2, 5, 8, 9, 15, 16)]
-    out = continue_prompts(lm.params, lm.config, ragged(prompts, lm.config.pad_id), 6, 0.0)
+    out = continue_prompts(lm.hooked(), ragged(prompts, lm.config.pad_id), 6, 0.0)
     expected = [uncached(lm, prompt, 6) for prompt in prompts]
     assert out.tolist() == ragged(expected, lm.config.pad_id).tolist()
 
@@ -84,22 +84,22 @@ def test_a_row_stops_at_the_end_token_and_the_others_go_on(golden_lm, golden_pro
     assert expected[0][-1] == 169
     assert len(expected[0]) - 6 < len(expected[1]) - 3
     pad = golden_lm.config.pad_id
-    out = continue_prompts(golden_lm.params, golden_lm.config, ragged([golden_prompt[0], other], pad), 10, 0.0, 169)
+    out = continue_prompts(golden_lm.hooked(), ragged([golden_prompt[0], other], pad), 10, 0.0, 169)
     assert out.tolist() == ragged(expected, pad).tolist()
 
 
 def test_padding_inside_a_prompt_is_a_token_like_any_other(lm):
     pad = lm.config.pad_id
     row = [4, pad, 5]
-    out = continue_prompts(lm.params, lm.config, np.array([[*row, pad, pad]]), 3, 0.0)
+    out = continue_prompts(lm.hooked(), np.array([[*row, pad, pad]]), 3, 0.0)
     assert out.tolist() == [uncached(lm, row, 3)]
 
 
 def test_rows_are_as_long_as_the_longest_needs(lm):
     prompts = np.full((2, 9), lm.config.pad_id)
     prompts[0, :2], prompts[1, :4] = 3, 5
-    assert continue_prompts(lm.params, lm.config, prompts, 3, 0.0).shape == (2, 7)
-    np.testing.assert_array_equal(continue_prompts(lm.params, lm.config, prompts, 0, 0.0), prompts[:, :4])
+    assert continue_prompts(lm.hooked(), prompts, 3, 0.0).shape == (2, 7)
+    np.testing.assert_array_equal(continue_prompts(lm.hooked(), prompts, 0, 0.0), prompts[:, :4])
 
 
 def test_a_spliced_model_generates_as_its_own_uncached_forward_pass(golden_lm):
@@ -120,7 +120,7 @@ def test_hooks_act_on_the_prompt_and_on_every_new_token(lm):
         ids.append(int(forward(flat, lm.config, [ids], edits)[0][0, -1].argmax()))
         plain.append(int(forward(flat, lm.config, [plain])[0][0, -1].argmax()))
     assert ids != plain
-    assert continue_prompts(lm.params, lm.config, np.array([[3, 1, 4]]), 8, 0.0, hooks=hooks).tolist() == [ids]
+    assert continue_prompts(lm.hooked().with_hooks(hooks), np.array([[3, 1, 4]]), 8, 0.0).tolist() == [ids]
 
 
 def test_bfloat16_generation_is_its_own_uncached_argmax(lm):
@@ -140,7 +140,7 @@ def test_sampled_frequencies_are_the_model_s_probabilities(golden_lm, golden, go
     prompts = np.repeat(golden_prompt, n, axis=0)
     for temperature in (0.8, 2.0):
         expected = np.array(golden("generate.json")[f"next_tok_probs_T{temperature}"])
-        out = continue_prompts(golden_lm.params, golden_lm.config, prompts, 1, temperature, seed=3)
+        out = continue_prompts(golden_lm.hooked(), prompts, 1, temperature, seed=3)
         frequencies = np.bincount(out[:, -1], minlength=211) / n
         # Rare tokens are Poisson: one or two draws of an expected 0.01 are no deviation, hence the term in 1 / n.
         assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 3 / n).all()
@@ -157,7 +157,7 @@ def test_filtered_sampling_draws_the_kept_tokens_only_and_each_in_its_share(gold
         ({"top_k": k, "top_p": p}, likely(probabilities, k, p)),
     ]
     for options, kept in cases:
-        out = continue_prompts(golden_lm.params, golden_lm.config, prompts, 1, temperature, seed=4, **options)
+        out = continue_prompts(golden_lm.hooked(), prompts, 1, temperature, seed=4, **options)
         expected = np.where(kept, probabilities, 0) / probabilities[kept].sum()
         frequencies = np.bincount(out[:, -1], minlength=211) / n
         assert set(np.flatnonzero(frequencies)) <= set(np.flatnonzero(kept))
@@ -316,4 +316,4 @@ def test_edited_values_of_the_prompt_reach_the_cache(lm):
         plain.append(int(forward(flat, lm.config, [plain])[0][0, -1].argmax()))
     assert ids != plain
     hooks = interventions.scale(name, -9.0)
-    assert continue_prompts(lm.params, lm.config, np.array([[3, 1, 4, 1, 5]]), 8, 0.0, hooks=hooks).tolist() == [ids]
+    assert continue_prompts(lm.hooked().with_hooks(hooks), np.array([[3, 1, 4, 1, 5]]), 8, 0.0).tolist() == [ids]

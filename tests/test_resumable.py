@@ -68,7 +68,7 @@ def test_fingerprints_tell_dictionaries_of_the_same_arrays_apart(lm):
     for change in ({}, {"k": 4}, {"subtract_b_dec": True}, {"dtype": "bfloat16"}, {"architecture": "relu", "k": None}):
         config = dataclasses.replace(dictionary.config, **change)
         lm.attach("A1", Dictionary.from_params(config, dictionary.params))
-        seen.add(fingerprints(lm["A1"], {})["dictionary"])
+        seen.add(fingerprints(lm["A1"], lm.hooked())["dictionary"])
     assert len(seen) == 5
 
 
@@ -76,6 +76,6 @@ def test_fingerprints_tell_models_of_the_same_arrays_apart(lm):
     bfloat16 = TinyModel.from_params(dataclasses.replace(lm.config, dtype="bfloat16"), lm.params)
     bfloat16.attach("M1", lm["M1"].dictionary)
     splices = [lm.splice("M0", **switches) for switches in ({}, {"include_error": True}, {"detach_error": False})]
-    seen = [fingerprints(one["M1"], one.splice_hooks()) for one in (lm, bfloat16, *splices)]
+    seen = [fingerprints(one["M1"], one.hooked()) for one in (lm, bfloat16, *splices)]
     assert len({one["model"] for one in seen}) == 5
     assert len({one["dictionary"] for one in seen}) == 1

@@ -129,7 +129,7 @@ def test_a_feature_reader_reads_what_edits_of_a_spliced_model_read(lm, tok_ids):
     for tag in TAGS:
         spliced = lm.splice(TAGS)
         name = spliced[tag].dictionary.config.hook_out
-        before = spliced.splice_hooks(before=Site.parse(tag)[0])
+        before = spliced.hooked(before=Site.parse(tag)[0]).hooks
         hooks = combine(before, interventions.splice([spliced[tag].dictionary]))
         _, acts = run_with_hooks(lm.params, lm.config, jax.numpy.asarray(tok_ids), hooks, (name,))
         assert_close(acts[name], decoded(spliced[tag].dictionary, np.asarray(spliced[tag](tok_ids))), F32)

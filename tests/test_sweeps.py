@@ -15,7 +15,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model import interventions
-from tinymodel_jax.model.interventions import Hooks
+from tinymodel_jax.model.hook_points import Hooks
 
 TAGS = ("Ra1", "A1", "Rm1", "M1", "Mo1", "M0", "Ra0")
 F32 = 1e-5

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from tinymodel_jax.config import ModelConfig, dtype_name
 from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
-from tinymodel_jax.model.forward import Output, features, forward, forward_with_hooks, mean_loss
+from tinymodel_jax.model.forward import HookedModel, Output, features, forward, mean_loss
 from tinymodel_jax.model.generate import continue_prompts, strip_padding
 from tinymodel_jax.model.hook_points import (
     Hook,
@@ -148,11 +148,11 @@ class TinyModel(WeightViews):
         if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
             raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
         if layer == n_layers:
-            name, hooks = f"blocks.{n_layers - 1}.hook_resid_post", self.splice_hooks()
+            name, model = f"blocks.{n_layers - 1}.hook_resid_post", self.hooked()
         else:
             site = Site("Ra", layer)
-            name, hooks = site.hook_in, self.splice_hooks(before=site)
-        return self._run(tok_ids, "none", (name,), hooks)[1][name]
+            name, model = site.hook_in, self.hooked(before=site)
+        return self._run(tok_ids, "none", (name,), model)[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
@@ -180,7 +180,7 @@ class TinyModel(WeightViews):
             )
         pad = jnp.pad if is_traced(mask) else np.pad  # outside of a trace, jnp.pad is a program for every length
         weights = pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
-        return mean_loss(self.params, ids, weights, self.splice_hooks(), config=self.config)
+        return mean_loss(self.hooked(), ids, weights)
 
     def run_with_cache(
         self, tok_ids: Any, names: str | Iterable[str] | None = None
@@ -211,17 +211,19 @@ class TinyModel(WeightViews):
         require_edits(hooks)
         require_hook_names((*hooks, *keep), self.config)
         ids = batch_of(tok_ids, self.config)
-        edits = combine(self.splice_hooks(), hooks)
-        run: Callable[..., Any] = forward if _is_array_tree(edits) else forward_with_hooks
-        logprobs, acts = run(self.params, jnp.asarray(ids), edits, config=self.config, keep=keep)
+        model = self.hooked().with_hooks(hooks)
+        if _is_array_tree(model.hooks):
+            logprobs, acts = forward(model, jnp.asarray(ids), keep=keep)
+        else:
+            logits, acts = model.run(jnp.asarray(ids), keep)
+            logprobs = jax.nn.log_softmax(logits)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
     def _run(
-        self, tok_ids: Any, output: Output, keep: tuple[str, ...], hooks: Hooks | None = None
+        self, tok_ids: Any, output: Output, keep: tuple[str, ...], model: HookedModel | None = None
     ) -> tuple[Any, dict[str, Array]]:
         ids, length = self._prepare(tok_ids)
-        hooks = self.splice_hooks() if hooks is None else hooks
-        value, acts = forward(self.params, ids, hooks, config=self.config, keep=keep, output=output)
+        value, acts = forward(self.hooked() if model is None else model, ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
 
@@ -322,17 +324,18 @@ class TinyModel(WeightViews):
         """Tags of the dictionaries that the forward pass runs through, in its order."""
         return tuple(self._splices)
 
-    def splice_hooks(self, before: Site | None = None) -> Hooks:
-        """Return the spliced dictionaries' hooks, or only those that act before a site is read.
+    def hooked(self, before: Site | None = None) -> HookedModel:
+        """Return the model as it runs, spliced dictionaries included, for functions that run it themselves.
 
-        For functions that run the model's parameters themselves.
+        Args:
+            before: leave out the dictionaries that act when this site is read, or later.
         """
         edits = []
         for tag, (dictionary, switches) in self._splices.items():
             if before is None or Site.parse(tag)[0].order < before.order:
                 edit = Splice(dictionary.params, config=dictionary.config, **switches)
                 edits.append({dictionary.config.hook_out: edit})
-        return combine(*edits)
+        return HookedModel(self.params, self.config, combine(*edits))
 
     def _site(self, tag: str) -> tuple[Site, int | None]:
         site, feature = Site.parse(tag)
@@ -449,9 +452,7 @@ class TinyModel(WeightViews):
         """
         ids = check_tok_ids(tok_ids, self.config)
         end_id = self.config.end_id if break_on_end else None
-        return continue_prompts(
-            self.params, self.config, ids, n_toks, temperature, end_id, top_k, top_p, seed, self.splice_hooks()
-        )
+        return continue_prompts(self.hooked(), ids, n_toks, temperature, end_id, top_k, top_p, seed)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.
@@ -506,15 +507,7 @@ class FeatureReader:
             )
         chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
         ids, length = self.lm._prepare(tok_ids)
-        acts = features(
-            self.lm.params,
-            self.dictionary.params,
-            ids,
-            chosen,
-            self.lm.splice_hooks(before=self.site),
-            config=self.lm.config,
-            dictionary_config=config,
-        )
+        acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
         return cut(acts, (1,), length)
 
 

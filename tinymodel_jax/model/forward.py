@@ -1,71 +1,87 @@
-"""The compiled forward passes: log-probabilities, logits, activations, features, loss.
+"""A model as it runs, and its compiled forward passes: log-probabilities, logits, activations, features, loss.
 
-Functions of parameters, ids and hooks, compiled once a configuration, shape and set of asked-for names, and shared by
-all models of a configuration. Each computes only what its result needs: XLA drops later layers and the unembedding.
+The passes are compiled once per configuration, shape and set of names to keep, and shared by all models of a
+configuration. Each computes only what its result needs: XLA drops later layers and the unembedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams
-from tinymodel_jax.model.hook_points import Hook
+from tinymodel_jax.model.hook_points import Hook, Hooks
+from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import Params, run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
 
 Output = Literal["logprobs", "logits", "none"]
-Hooks = Mapping[str, Hook]
 
 
-def forward_with_hooks(
-    params: Params,
-    tok_ids: Int[Array, "batch seq"],
-    hooks: Hooks,
-    *,
-    config: ModelConfig,
-    keep: tuple[str, ...] = (),
-    output: Output = "logprobs",
+@struct.dataclass
+class HookedModel:
+    """A model as it runs: parameters, configuration, and the edits that are part of its forward pass.
+
+    A pytree whose leaves are the arrays of parameters and hooks. The configuration is static, so a compiled function
+    takes the model as one argument. `TinyModel.hooked` makes one.
+    """
+
+    params: Params
+    config: ModelConfig = struct.field(pytree_node=False)
+    hooks: Hooks = struct.field(default_factory=dict)
+
+    def run(
+        self, tok_ids: Int[Array, "batch seq"], keep: str | Iterable[str] = ()
+    ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
+        """Return the logits and the activations to keep, as `run_with_hooks` does."""
+        return run_with_hooks(self.params, self.config, tok_ids, self.hooks, keep)
+
+    def with_hooks(self, *hooks: Mapping[str, Hook]) -> HookedModel:
+        """Return the model with more edits, which act after those it has."""
+        return dataclasses.replace(self, hooks=combine(self.hooks, *hooks))
+
+
+@partial(fast_jit, static_argnames=("keep", "output"))
+def forward(
+    model: HookedModel, tok_ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = (), output: Output = "logprobs"
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
     """Return log-probabilities, logits or nothing, and the kept activations."""
-    logits, acts = run_with_hooks(params, config, tok_ids, hooks, keep)
+    logits, acts = model.run(tok_ids, keep)
     if output == "none":
         return None, acts
     return (jax.nn.log_softmax(logits) if output == "logprobs" else logits), acts
 
 
-def features_of_tokens(
-    params: Params,
+@partial(fast_jit, static_argnames=("dictionary_config",))
+def features(
+    model: HookedModel,
     dictionary_params: DictionaryParams,
     tok_ids: Int[Array, "batch seq"],
     indices: Int[Array, "..."] | None,
-    hooks: Hooks,
     *,
-    config: ModelConfig,
     dictionary_config: DictionaryConfig,
 ) -> Float[Array, "..."]:
     """Return a dictionary's activations (batch, seq, n); without the last axis for a scalar index."""
     name = dictionary_config.hook_in
-    _, acts = run_with_hooks(params, config, tok_ids, hooks, (name,))
+    _, acts = model.run(tok_ids, name)
     return dictionary.encode(dictionary_params, dictionary_config, acts[name], indices)
 
 
-def mean_next_token_loss(
-    params: Params,
-    tok_ids: Int[Array, "batch seq"],
-    weights: Float[Array, "batch seq"],
-    hooks: Hooks,
-    *,
-    config: ModelConfig,
+@fast_jit
+def mean_loss(
+    model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
 ) -> Float[Array, ""]:
     """Return the mean cross-entropy (nats) of each token given those before it, weighted by the token's weight."""
-    logits, _ = run_with_hooks(params, config, tok_ids, hooks)
+    logits, _ = model.run(tok_ids)
     weights = weights[:, 1:]
     return jnp.sum(next_token_losses(logits, tok_ids) * weights) / jnp.sum(weights)
 
@@ -78,8 +94,9 @@ def next_token_losses(
     return jax.nn.logsumexp(logits[:, :-1], axis=-1) - predicted
 
 
-forward = fast_jit(forward_with_hooks, static_argnames=("config", "keep", "output"))
-features = fast_jit(features_of_tokens, static_argnames=("config", "dictionary_config"))
-encode = fast_jit(dictionary.encode, static_argnames=("config",))
-"""A dictionary's activations of vectors: `(params, config, x, indices=None)`."""
-mean_loss = fast_jit(mean_next_token_loss, static_argnames=("config",))
+@partial(fast_jit, static_argnames=("config",))
+def encode(
+    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Any = None
+) -> Float[Array, "..."]:
+    """Return a dictionary's activations of vectors, as `dictionary.encode` does."""
+    return dictionary.encode(params, config, x, indices)

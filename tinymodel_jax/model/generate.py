@@ -6,7 +6,8 @@ dictionaries. Text is not known here: ids in, ids out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.model.hook_points import Hook, apply_with_hooks
+from tinymodel_jax.model.forward import HookedModel
+from tinymodel_jax.model.hook_points import apply_with_hooks
 from tinymodel_jax.model.padding import bucket, pad_right
 from tinymodel_jax.model.transformer import KVCache, LayerCache, Params, Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -50,8 +52,7 @@ class _State(NamedTuple):
 
 
 def continue_prompts(
-    params: Params,
-    config: ModelConfig,
+    model: HookedModel,
     prompts: np.ndarray,
     n_toks: int = 50,
     temperature: float = 0.8,
@@ -59,7 +60,6 @@ def continue_prompts(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    hooks: Mapping[str, Hook] | None = None,
 ) -> np.ndarray:
     """Continue rows of ids, right-padded with `[PAD]`; return them as long as the longest row.
 
@@ -74,6 +74,7 @@ def continue_prompts(
     Raises:
         ValueError: a row has no tokens, or an option is out of range.
     """
+    config = model.config
     check_options(n_toks, temperature, top_k, top_p, seed)
     if prompts.size == 0 or (prompts == config.pad_id).all(axis=1).any():
         raise ValueError("generate: a prompt has no tokens; every row needs at least one, usually [BEGIN].")
@@ -88,33 +89,30 @@ def continue_prompts(
         np.int32(min(top_k or config.d_vocab, config.d_vocab)),
         np.float32(1 if top_p is None else top_p),
     )
-    tokens, new_lengths = _generate_compiled(
-        params,
+    tokens, new_lengths = _generate(
+        model,
         pad_right(prompts[:, :longest], max(width, capacity), config.pad_id),
         lengths.astype(np.int32),
         np.int32(min(n_toks, config.n_ctx)),
         np.int32(-1 if end_id is None else end_id),
         sampling,
         jax.random.key(seed),
-        hooks or {},
-        config=config,
         method=method,
         prompt_width=width,
     )
     return np.asarray(tokens)[:, : int(np.max(new_lengths))]
 
 
+@partial(fast_jit, static_argnames=("method", "prompt_width"))
 def _generate(
-    params: Params,
+    model: HookedModel,
     tokens: Int[Array, "batch capacity"],
     lengths: Int[Array, " batch"],
     n_toks: Int[Array, ""],
     end_id: Int[Array, ""],
     sampling: Sampling,
     key: Array,
-    hooks: Mapping[str, Hook],
     *,
-    config: ModelConfig,
     method: Method,
     prompt_width: int,
 ) -> tuple[Int[Array, "batch capacity"], Int[Array, " batch"]]:
@@ -128,7 +126,8 @@ def _generate(
         key: random key; row r draws from `fold_in(key, r)`.
         prompt_width: leading columns of `tokens` that hold the prompts.
     """
-    transformer, loop_params = Transformer(config), jax.lax.optimization_barrier(_as_matrices(params))
+    config, transformer = model.config, Transformer(model.config)
+    loop_params = jax.lax.optimization_barrier(_as_matrices(model.params))
     rows = jnp.arange(tokens.shape[0])
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
@@ -156,7 +155,7 @@ def _generate(
             state.tokens[rows, last],
             last,
             state.cache,
-            hooks=hooks,
+            hooks=model.hooks,
             method="decode",
         )
         return append(state._replace(cache=cache), logits)
@@ -164,15 +163,12 @@ def _generate(
     def unfinished(state: _State) -> Array:
         return (state.step < n_toks) & ~jnp.all(state.done)
 
-    logits, cache = _prefill(transformer, {"params": params}, tokens, lengths, hooks, prompt_width)
+    logits, cache = _prefill(model, tokens, lengths, prompt_width)
     ended = tokens[rows, lengths - 1] == end_id
     done = ended | (lengths >= config.n_ctx) | (n_toks < 1)
     start = append(_State(jnp.int32(0), tokens, lengths, done, cache), logits)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.tokens, end.lengths
-
-
-_generate_compiled = fast_jit(_generate, static_argnames=("config", "method", "prompt_width"))
 
 
 def strip_padding(row: np.ndarray, pad_id: int) -> np.ndarray:
@@ -243,21 +239,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _prefill(
-    transformer: Transformer,
-    variables: Any,
-    tokens: Array,
-    lengths: Array,
-    hooks: Mapping[str, Hook],
-    prompt_width: int,
+    model: HookedModel, tokens: Int[Array, "batch capacity"], lengths: Int[Array, " batch"], prompt_width: int
 ) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
     """Return the logits after each prompt, and the cache with the prompts' keys and values."""
-    n_layers, capacity = transformer.config.n_layers, tokens.shape[1]
+    n_layers, capacity = model.config.n_layers, tokens.shape[1]
     final = f"blocks.{n_layers - 1}.hook_resid_post"
     names = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in range(n_layers)]
     keep = (final, *(name for pair in names for name in pair))
-    _, acts = apply_with_hooks(transformer, variables, tokens[:, :prompt_width], hooks=hooks, keep=keep)
+    _, acts = model.run(tokens[:, :prompt_width], keep)
     last = jnp.take_along_axis(acts[final], (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits: Any = transformer.apply(variables, last, method="unembed")
+    logits: Any = Transformer(model.config).apply({"params": model.params}, last, method="unembed")
     return logits, tuple(LayerCache.of_prompt(acts[k], acts[v], capacity) for k, v in names)
 
 

@@ -20,6 +20,8 @@ from tinymodel_jax.config import ModelConfig
 
 Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
 """An edit: `(value, values of the hook points passed so far) -> new value` of the same shape."""
+Hooks = dict[str, Hook]
+"""Hook name -> edit."""
 
 BLOCK_HOOKS = (
     "hook_resid_pre",

@@ -21,10 +21,8 @@ import numpy as np
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.model.edits import Add, Chain, EditFeatures, Replace, Scale, Splice, boolean_mask
-from tinymodel_jax.model.hook_points import Hook, is_scores, position_axes, require_edits
+from tinymodel_jax.model.hook_points import Hook, Hooks, is_scores, position_axes, require_edits
 from tinymodel_jax.model.padding import is_traced
-
-Hooks = dict[str, Hook]
 
 
 def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:

@@ -1,12 +1,13 @@
 """`fast_jit`: `jax.jit` with the compiler options that measure faster on this package's work.
 
-On a CPU it turns off the YNNPACK rewrite of matrix products, which this model's shapes run about a tenth slower with
+On a CPU it turns off the YNNPACK rewrite of matrix products, which slows this model's shapes by about a tenth
 (`benchmarks/vs_reference.py` shows it); on accelerators it is `jax.jit`. It never touches `XLA_FLAGS`, and changes
 nothing when the user has set that flag there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = ()) -> Callable[..., Any]:
     """Compile `function` like `jax.jit`, with `fast_compiler_options()`.
 
-    The result may be called anywhere, also inside another `jit`, `grad` or `vmap`: XLA takes options for a whole
-    program only, so there the options of the outer program apply.
+    The result may be called anywhere, also inside another `jit`, `grad` or `vmap`. XLA takes options for a whole
+    program only, so inside another program the options of that program apply.
     """
     inner = jax.jit(function, static_argnames=static_argnames)
 
@@ -31,11 +32,9 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
+        # JAX raises a ValueError for options inside another program. One that `function` raises comes again below.
+        with contextlib.suppress(ValueError):
             return outer()(*args, **kwargs)
-        except ValueError as error:
-            if "`compiler_options` can only be passed to top-level" not in str(error):
-                raise
         return inner(*args, **kwargs)
 
     return call

@@ -1,7 +1,7 @@
-"""Training data: batches drawn from a folder of token ids, and prefetching.
+"""Training data: batches drawn from a folder of token ids, and a thread that makes them ahead of time.
 
-A batch is a pure function of (seed, step), so resuming a run needs only the step. Every row occurs once in each epoch.
-A host reads only its own rows of a batch. Training steps put batches on devices and mask `[PAD]` in the loss.
+Rely on: a batch is a pure function of (seed, step), so that resuming needs only the step; every row occurs once per
+epoch; a host reads only its own rows of a batch. The training step puts batches on devices and masks `[PAD]`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[np.ndarray, " batch"]:
-    """Return the row numbers of a step's batch.
+    """Return the indices of the rows of a step's batch.
 
-    The rows are shuffled again for every epoch, and the epochs are concatenated; step `s` takes `batch_size` rows from
-    position `s * batch_size` on. So a batch may span epochs, each of which contains every row once.
+    Every epoch is a new permutation of the rows, and the epochs are concatenated. Step `s` takes `batch_size` rows
+    starting at position `s * batch_size`, so that a batch may span epochs.
 
     Args:
         n_rows: number of rows to draw from.
@@ -56,12 +56,12 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[n
 def host_batch(
     data: TokenData, batch_size: int, seed: int, step: int, process_index: int = 0, process_count: int = 1
 ) -> Int32[np.ndarray, "host_batch row_length"]:
-    """Return this host's rows of a step's training batch: the contiguous `process_index`-th part of `process_count`.
+    """Return this host's rows of a step's batch: the `process_index`-th of `process_count` contiguous parts.
 
     Args:
-        data: only the returned rows of `data.train` are read from disk.
+        data: the rows are read from `data.train`; only this host's rows are read from disk.
         batch_size: rows over all hosts.
-        seed, step: as `batch_indices`.
+        seed, step: as in `batch_indices`.
         process_index: 0 to `process_count` - 1.
         process_count: number of hosts; must divide `batch_size`.
 
@@ -70,7 +70,7 @@ def host_batch(
     """
     _require_range("process_index", process_index, 0, process_count - 1)
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide among {process_count} hosts; use a multiple of it.")
+        raise ValueError(f"batch_size {batch_size} cannot be divided among {process_count} hosts; use a multiple.")
     indices = batch_indices(len(data.train), batch_size, seed, step)
     return data.train[np.split(indices, process_count)[process_index]].astype(np.int32)
 
@@ -80,14 +80,14 @@ def prefetch(
 ) -> Iterator[tuple[int, T]]:
     """Yield (step, batch) in order while a background thread makes the next ones.
 
-    An error in `make_batch` is raised here, after the batches before it. Closing the iterator, or leaving a `for` loop
-    over it early, ends the thread after the batch that it is working on.
+    An error in `make_batch` is raised here, after the batches before it. Closing the iterator (leaving a `for` loop
+    early does so, too) ends the thread as soon as its current batch is done.
 
     Args:
-        make_batch: step -> batch; may put it on a device. Called in order by one thread.
-        start_step: first step.
-        stop_step: step after the last one.
-        depth: largest number of batches made ahead.
+        make_batch: makes the batch of a step, possibly on a device. One thread calls it, in order.
+        start_step: the first step.
+        stop_step: the step after the last.
+        depth: maximum number of batches made ahead.
 
     Raises:
         ValueError: `depth` is below 1.
@@ -108,7 +108,7 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
                 return
             try:
                 made.put((make_batch(step), None))
-            except BaseException as error:  # every kind, because the consumer waits for an answer
+            except BaseException as error:  # the consumer waits for an answer, whatever happens
                 made.put((None, error))
                 return
 
@@ -127,11 +127,11 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
         thread.join()
 
 
-@functools.lru_cache(maxsize=4)  # two epochs for a batch that spans them, for two seeds or matrices; 8 bytes per row
+@functools.lru_cache(maxsize=4)  # two epochs, for a batch that spans them, of two data sets; 8 bytes per row
 def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of the rows.
 
-    NumPy guarantees that a bit generator's raw stream never changes, but not the result of `Generator.permutation`.
+    NumPy promises that the raw output of a bit generator never changes; `Generator.permutation` may change.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n_rows)
     order = np.argsort(bits, kind="stable").astype(np.int64)

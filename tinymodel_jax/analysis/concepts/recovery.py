@@ -162,7 +162,7 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     for start in range(0, len(told), BATCH):
         rows = tok_ids[start : start + BATCH]
         padded = pad_below(rows, BATCH, config.pad_id)
-        _, acts = forward(lm.params, padded, lm.splice_hooks(), config=config, keep=names, output="none")
+        _, acts = forward(lm.hooked(), padded, keep=names, output="none")
         for name in names:
             kept = np.asarray(acts[name], np.float32)[: len(rows)]
             parts[name].append(kept[text[start : start + BATCH]])

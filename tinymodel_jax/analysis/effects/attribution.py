@@ -9,6 +9,7 @@ The first-order change of the measure when the feature is turned off, to be comp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,10 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.sweep_input import activations, prepare
 from tinymodel_jax.analysis.effects.upper_layers import Weights
-from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.interventions import Add, Hooks, combine
-from tinymodel_jax.model.transformer import Params, run_with_hooks
+from tinymodel_jax.model.forward import HookedModel
+from tinymodel_jax.model.interventions import Add
 from tinymodel_jax.runtime.compilation import fast_jit
 
 Measure = Literal["loss", "next_logprob"]
@@ -56,11 +56,9 @@ def attribute(
     prepared = prepare(lm, tag, tok_ids, positions, next_ids)
     chosen, acts = activations(lm, tag, prepared, features)
     gradient = _gradient(
-        lm.params,
+        lm.hooked(),
         jnp.asarray(prepared.ids),
         prepared.weights,
-        lm.splice_hooks(),
-        config=lm.config,
         hook_name=prepared.entry.edited,
         measure=measure,
     )
@@ -76,32 +74,28 @@ def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"
     return float(centred[0] @ centred[1] / norm) if norm else float("nan")
 
 
-def _gradient_of(
-    params: Params,
+@partial(fast_jit, static_argnames=("hook_name", "measure"))
+def _gradient(
+    model: HookedModel,
     tok_ids: Int[Array, "batch seq"],
     weights: Weights,
-    hooks: Hooks,
     *,
-    config: ModelConfig,
     hook_name: str,
     measure: Measure,
 ) -> Float[Array, "batch seq d_model"]:
     """Return the gradient of the measure with respect to the value at a hook point."""
 
     def value(added: Array) -> Array:
-        logits, _ = run_with_hooks(params, config, tok_ids, combine(hooks, {hook_name: Add(added)}))
+        logits, _ = model.with_hooks({hook_name: Add(added)}).run(tok_ids)
         logprobs = jax.nn.log_softmax(logits)
         ids = weights.targets if measure == "loss" else jnp.broadcast_to(weights.next_ids, tok_ids.shape)
         chosen = jnp.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0]
         return -jnp.sum(chosen * weights.loss) if measure == "loss" else jnp.sum(chosen * weights.last)
 
-    return jax.grad(value)(jnp.zeros((*tok_ids.shape, config.d_model), config.dtype))
+    return jax.grad(value)(jnp.zeros((*tok_ids.shape, model.config.d_model), model.config.dtype))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata  # slow to load
 
     return rankdata(values)
-
-
-_gradient = fast_jit(_gradient_of, static_argnames=("config", "hook_name", "measure"))

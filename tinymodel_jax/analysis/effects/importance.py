@@ -136,4 +136,4 @@ def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffe
 
 def _key(lm: TinyModel, tag: str, ids: np.ndarray) -> dict[str, Any]:
     sums = sorted(_zeros(0, 0))  # a work file of a version that sums other things does not fit
-    return {"site": tag, "rows": fingerprint(ids), "sums": sums, **fingerprints(lm[tag], lm.splice_hooks())}
+    return {"site": tag, "rows": fingerprint(ids), "sums": sums, **fingerprints(lm[tag], lm.hooked())}

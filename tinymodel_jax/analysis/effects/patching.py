@@ -13,6 +13,7 @@ log-probability. Source: the convention of TransformerLens' `patching` (denoisin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.hook_points import BLOCK_HOOKS
-from tinymodel_jax.model.interventions import Hooks, Replace, combine
+from tinymodel_jax.model.forward import HookedModel
+from tinymodel_jax.model.hook_points import BLOCK_HOOKS, Hooks
+from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
-from tinymodel_jax.model.transformer import Params, Transformer, run_with_hooks
+from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
 
 MEMORY = 2**28
@@ -83,17 +85,14 @@ def patch(
     kinds = [kinds] if isinstance(kinds, str) else kinds
     _check_kinds(kinds)
     tokens = _tokens(answer, wrong, lm.config.d_vocab)
-    hooks = lm.splice_hooks()
-    tables, ends = [], np.zeros(2, np.float32)
+    model, tables, ends = lm.hooked(), [], np.zeros(2, np.float32)
     for kind in track(list(dict.fromkeys(kinds))):
         at_once = _places_at_once(lm.config, rows[0].shape[1])
         effects, ends = _patch_kind(
-            lm.params,
+            model,
             rows,
             jnp.asarray(length - 1),
             jnp.asarray(tokens),
-            hooks,
-            config=lm.config,
             kind=kind,
             at_once=at_once,
         )
@@ -113,24 +112,24 @@ def patch(
     return Patching(tuple(tables), float(ends[0]), float(ends[1]))
 
 
-def _patch_rows(
-    params: Params,
+@partial(fast_jit, static_argnames=("kind", "at_once"))
+def _patch_kind(
+    model: HookedModel,
     rows: tuple[Int[Array, "1 seq"], Int[Array, "1 seq"]],
     last: Int[Array, ""],
     tokens: Int[Array, " tokens"],
-    hooks: Hooks,
     *,
-    config: ModelConfig,
     kind: str,
     at_once: int,
 ) -> tuple[Float[Array, "n_layers n"], Float[Array, "2"]]:
     """Return the normalised effects, and the metric of the clean and the corrupted run."""
-    names = [f"blocks.{layer}.{kind}" for layer in range(config.n_layers)]
-    final = f"blocks.{config.n_layers - 1}.hook_resid_post"
+    n_layers = model.config.n_layers
+    names = [f"blocks.{layer}.{kind}" for layer in range(n_layers)]
+    final = f"blocks.{n_layers - 1}.hook_resid_post"
 
     def run(ids: Array, edits: Hooks, keep: Sequence[str] = ()) -> tuple[Array, Mapping[str, Array]]:
-        _, acts = run_with_hooks(params, config, ids, combine(hooks, edits), (*keep, final))
-        logits = Transformer(config).apply({"params": params}, acts[final][0, last], method="unembed")
+        _, acts = model.with_hooks(edits).run(ids, (*keep, final))
+        logits = Transformer(model.config).apply({"params": model.params}, acts[final][0, last], method="unembed")
         assert isinstance(logits, jax.Array)
         return _metric(logits, tokens), acts
 
@@ -192,6 +191,3 @@ def _tokens(answer: int, wrong: int | None, d_vocab: int) -> np.ndarray:
     if answer == wrong:
         raise ValueError(f"patch: answer and wrong are the same token, {answer}; they must differ, or leave wrong out.")
     return tokens.astype(np.int32)
-
-
-_patch_kind = fast_jit(_patch_rows, static_argnames=("config", "kind", "at_once"))

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.model.hook_points import Hook, hook_names
-from tinymodel_jax.model.interventions import Hooks
+from tinymodel_jax.model.hook_points import Hook, Hooks, hook_names
 
 _STREAM_AT = {
     "hook_resid_pre": ("hook_resid_pre",),

@@ -64,11 +64,9 @@ def prepare(
         )
     read_by = (site,) if reader is None else (site, reader.site)
     clean = clean_streams(
-        lm.params,
+        lm.hooked(),
         jnp.asarray(ids),
-        lm.splice_hooks(),
-        tuple(lm.splice_hooks(before=site) for site in read_by),
-        config=lm.config,
+        tuple(lm.hooked(before=site).hooks for site in read_by),
         entry=entry,
         sources=tuple(site.hook_in for site in read_by),
     )

@@ -235,14 +235,12 @@ def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> 
     reader = prepared.readout
     dictionary = None if reader is None else reader.dictionary
     effects, final_stream, moved = effects_of_changes(
-        lm.params,
+        lm.hooked(),
         prepared.clean,
         prepared.weights,
         changes,
-        lm.splice_hooks(),
         None if dictionary is None else dictionary.params,
-        {} if reader is None else lm.splice_hooks(before=reader.site),
-        config=lm.config,
+        {} if reader is None else lm.hooked(before=reader.site).hooks,
         entry=prepared.entry,
         length=length,
         readout_config=None if dictionary is None else dictionary.config,

@@ -11,6 +11,8 @@ There is no layer norm, so the change of the logits is the change of the final r
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.kl_divergence import kl_of_changes
 from tinymodel_jax.analysis.effects.stream_entry import Entry, comes_after, hooks_after
-from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
-from tinymodel_jax.model.hook_points import apply_with_hooks
-from tinymodel_jax.model.interventions import Hooks, Replace, combine
-from tinymodel_jax.model.transformer import LayerCache, Params, Transformer, run_with_hooks
+from tinymodel_jax.model.forward import HookedModel
+from tinymodel_jax.model.hook_points import Hooks, apply_with_hooks
+from tinymodel_jax.model.interventions import Replace, combine
+from tinymodel_jax.model.transformer import LayerCache, Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
 
 
@@ -69,13 +72,12 @@ class Changes(NamedTuple):
     amounts: Float[Array, " places"]
 
 
-def _clean_streams(
-    params: Params,
+@partial(fast_jit, static_argnames=("entry", "sources"))
+def clean_streams(
+    model: HookedModel,
     tok_ids: Int[Array, "batch seq"],
-    hooks: Hooks,
     below: tuple[Hooks, ...],
     *,
-    config: ModelConfig,
     entry: Entry,
     sources: tuple[str, ...],
 ) -> Clean:
@@ -85,18 +87,21 @@ def _clean_streams(
         below: for each of the `sources`, the hooks in front of the dictionary that reads there.
         sources: hook points that dictionaries read.
     """
+    config = model.config
     linear, attention = entry.linear_hooks(config), entry.attention_hooks(config)
     blocks = range(entry.first_block, config.n_layers)
     keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
     final = f"blocks.{config.n_layers - 1}.hook_resid_post"
     pairs = (name for pair in keys_values for name in pair)
     keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *sources}
-    logits, acts = run_with_hooks(params, config, tok_ids, hooks, sorted(keep))
+    logits, acts = model.run(tok_ids, sorted(keep))
     logprobs = jax.nn.log_softmax(logits)
 
     def read(name: str, below: Hooks) -> Array:
         # spliced there itself, the dictionary reads what is not in this pass; the compiler shares the layers below
-        return run_with_hooks(params, config, tok_ids, below, (name,))[1][name] if name in hooks else acts[name]
+        return (
+            dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name] if name in model.hooks else acts[name]
+        )
 
     return Clean(
         entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),
@@ -106,21 +111,20 @@ def _clean_streams(
         keys_values=tuple((acts[k], acts[v]) for k, v in keys_values),
         final=acts[final],
         logprobs=logprobs,
-        expected=jnp.exp(logprobs) @ _unembedding(params, config).T,
+        expected=jnp.exp(logprobs) @ _unembedding(model).T,
         sources=tuple(map(read, sources, below)),
     )
 
 
-def _effects(
-    params: Params,
+@partial(fast_jit, static_argnames=("entry", "length", "readout_config", "sharding"))
+def effects_of_changes(
+    model: HookedModel,
     clean: Clean,
     weights: Weights,
     changes: Changes,
-    hooks: Hooks,
     readout: DictionaryParams | None,
     below_readout: Hooks,
     *,
-    config: ModelConfig,
     entry: Entry,
     length: int,
     readout_config: DictionaryConfig | None = None,
@@ -138,17 +142,17 @@ def _effects(
     keep = () if readout_config is None else (readout_config.hook_in,)
 
     def run(hooks: Hooks) -> tuple[Array, list[Array]]:
-        return _changed_pass(params, clean, changes, hooks, config, entry, length, keep, sharding)
+        return _changed_pass(dataclasses.replace(model, hooks=hooks), clean, changes, entry, length, keep, sharding)
 
-    final, values = run(hooks)
+    final, values = run(model.hooks)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
     effects, final_stream = _compare(
-        _unembedding(params, config), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
+        _unembedding(model), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
     )
     if readout_config is None:
         return effects, final_stream, None
     assert readout is not None
-    if readout_config.hook_in in hooks:  # spliced there itself, as in `_clean_streams`
+    if readout_config.hook_in in model.hooks:  # spliced there itself, as in `clean_streams`
         _, values = run(below_readout)
     before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
@@ -157,23 +161,22 @@ def _effects(
 
 
 def _changed_pass(
-    params: Params,
+    model: HookedModel,
     clean: Clean,
     changes: Changes,
-    hooks: Hooks,
-    config: ModelConfig,
     entry: Entry,
     length: int,
     keep: tuple[str, ...],
     sharding: NamedSharding | None,
 ) -> tuple[Float[Array, "rows length d_model"], list[Array]]:
     """Return the final stream and kept values of the last positions; the rows of one change after those of another."""
+    config = model.config
     change, row, position = changes.places
     start = clean.joined.shape[1] - length
 
     def run(*resume: Any, hooks: Hooks, keep: list[str]) -> tuple[Array, dict[str, Array]]:
         return apply_with_hooks(
-            Transformer(config), {"params": params}, *resume, hooks=hooks, keep=keep, method="resume"
+            Transformer(config), {"params": model.params}, *resume, hooks=hooks, keep=keep, method="resume"
         )
 
     def spread(changed: Array, clean: Array) -> Array:
@@ -188,12 +191,12 @@ def _changed_pass(
     attention = entry.attention_hooks(config)
     early = [name for name in keep if not comes_after(name, entry.joined, config)]
     # positions of several changes in one row: what attention makes of them is not used, so it is not computed
-    entered = _linear_values(params, clean, changes, hooks, config, entry)
+    entered = _linear_values(model, clean, changes, entry)
     _, single = run(
         alone[None],
         entry.layer,
         entry.at_mlp,
-        hooks=combine(hooks_after(hooks, entry.edited, config), entered),
+        hooks=combine(hooks_after(model.hooks, entry.edited, config), entered),
         keep=[*attention, *early, *([entry.joined] if entry.at_mlp else [])],
     )
     single = {name: value[0] for name, value in single.items()}
@@ -204,36 +207,35 @@ def _changed_pass(
         LayerCache.of_prompt(jnp.tile(keys[:, :start], repeats), jnp.tile(values[:, :start], repeats), start)
         for keys, values in clean.keys_values
     )
-    later = combine(hooks_after(hooks, entry.joined, config), known)
+    later = combine(hooks_after(model.hooks, entry.joined, config), known)
     late = [name for name in keep if name not in early]
     final, whole = run(stream, entry.first_block, False, before, hooks=later, keep=late)
     return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
 
 
-def _linear_values(
-    params: Params, clean: Clean, changes: Changes, hooks: Hooks, config: ModelConfig, entry: Entry
-) -> Hooks:
+def _linear_values(model: HookedModel, clean: Clean, changes: Changes, entry: Entry) -> Hooks:
     """Return edits that put the values at the changed positions in at the entry's `linear_hooks`.
 
     A product of each direction with the weights, not of each position; nothing where an edit stands in between.
     """
     change, row, position = changes.places
+    config = model.config
     names = entry.linear_hooks(config)
-    if not names or any(comes_after(names[0], hook, config) for hook in hooks_after(hooks, entry.edited, config)):
+    if not names or any(comes_after(names[0], hook, config) for hook in hooks_after(model.hooks, entry.edited, config)):
         return {}
     found: Hooks = {}
     for name, value in zip(names, clean.linear, strict=True):
         _, layer, part, hook = name.split(".")
-        weights = params[f"blocks_{layer}"][part]["W_in" if part == "mlp" else f"W_{hook[-1].upper()}"]
+        weights = model.params[f"blocks_{layer}"][part]["W_in" if part == "mlp" else f"W_{hook[-1].upper()}"]
         product = jnp.einsum("nd,dm->nm" if part == "mlp" else "nd,hdk->nhk", changes.directions, weights)
         amounts = changes.amounts.reshape(-1, *[1] * (product.ndim - 1))
         found[name] = Replace((value[row, position] + (amounts * product[change]).astype(value.dtype))[None])
     return found
 
 
-def _unembedding(params: Params, config: ModelConfig) -> Float[Array, "d_model d_vocab"]:
+def _unembedding(model: HookedModel) -> Float[Array, "d_model d_vocab"]:
     """Return W_U in float32, rounded to the dtype that the model computes in."""
-    return params["W_U"].astype(config.dtype).astype(jnp.float32)
+    return model.params["W_U"].astype(model.config.dtype).astype(jnp.float32)
 
 
 def _compare(
@@ -261,8 +263,3 @@ def _compare(
     )
     effects = jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
     return effects, jnp.einsum("nbsd,bs->nd", moved, weights.real)
-
-
-_STATIC = ("config", "entry", "length", "readout_config", "sharding")
-clean_streams = fast_jit(_clean_streams, static_argnames=("config", "entry", "sources"))
-effects_of_changes = fast_jit(_effects, static_argnames=_STATIC)

@@ -15,6 +15,7 @@ measure of reconstruction unless asked for; cross-entropy and KL are over the po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams, encode, predict
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import hook_width, require_hook_names
-from tinymodel_jax.model.interventions import Hooks
 from tinymodel_jax.runtime.compilation import fast_jit
 
 Track = Callable[[list[Any], str], Iterable[Any]]
@@ -118,13 +119,13 @@ def evaluate(
     for dictionary in resolved:
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows, lm.config)
-    hooks = lm.splice_hooks()
-    means = _means(lm, hooks, batches, places, count_begin, track)
+    model = lm.hooked()
+    means = _means(model, batches, places, count_begin, track)
     sums = [RowSums((*_RECONSTRUCTION, *_MODEL)) for _ in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
-        for i, (totals, found) in enumerate(_measure_batch(lm, hooks, resolved, means, ids, count_begin)):
+        for i, (totals, found) in enumerate(_measure_batch(model, resolved, means, ids, count_begin)):
             sums[i].add(np.stack(totals, axis=1)[has_targets])
             active[i] += np.asarray(found)
     return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, resolved, strict=True)]
@@ -176,14 +177,14 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
 
 
 def _means(
-    lm: TinyModel, hooks: Hooks, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, track: Track
+    model: HookedModel, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, track: Track
 ) -> dict[str, Float[np.ndarray, " d_out"]]:
     """Return the mean over the counted tokens of the value at each place."""
     sums: dict[str, Any] = dict.fromkeys(places, 0.0)
     tokens = 0
     for ids in track(batches, "taking means"):
-        counted = _counted(ids, lm.config, begin)
-        found = sum_values(lm.params, ids, counted, hooks, config=lm.config, places=places)
+        counted = _counted(ids, model.config, begin)
+        found = sum_values(model, ids, counted, places=places)
         sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}
         tokens += int(counted.sum())
     if not tokens:
@@ -192,22 +193,21 @@ def _means(
 
 
 def _measure_batch(
-    lm: TinyModel,
-    hooks: Hooks,
+    model: HookedModel,
     dictionaries: Sequence[Dictionary],
     means: Mapping[str, np.ndarray],
     ids: Int[np.ndarray, "batch seq"],
     begin: bool,
 ) -> Iterator[tuple[list[np.ndarray], Array]]:
     """Yield, for each dictionary, each quantity's totals of the rows and the tokens that each feature was active on."""
-    config, counted = lm.config, _counted(ids, lm.config, begin)
+    config, counted = model.config, _counted(ids, model.config, begin)
     needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
     keep = tuple(sorted(needed | {resume_point(place) for place in means}))
-    clean = clean_pass(lm.params, ids, hooks, config=config, keep=keep)
+    clean = clean_pass(model, ids, keep=keep)
 
     def with_value(place: str, value: Any) -> Array:
         start = clean.acts[resume_point(place)]
-        return losses_with_value(lm.params, ids, hooks, start, value, clean.logprobs, config=config, place=place)
+        return losses_with_value(model, ids, start, value, clean.logprobs, place=place)
 
     def with_vector(place: str, vector: np.ndarray) -> np.ndarray:
         shape = (*ids.shape, len(vector))
@@ -245,7 +245,8 @@ def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarr
     return real if begin else real & (ids != config.begin_id)
 
 
-def _totals_of_rows(
+@partial(fast_jit, static_argnames=("config",))
+def _reconstruct(
     tree: DictionaryParams,
     x: Float[Array, "batch seq d_in"],
     y: Float[Array, "batch seq d_out"],
@@ -270,6 +271,3 @@ def _totals_of_rows(
     )
     active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
     return prediction, jnp.sum(jnp.where(counted, measures, 0), axis=-1), active
-
-
-_reconstruct = fast_jit(_totals_of_rows, static_argnames=("config",))

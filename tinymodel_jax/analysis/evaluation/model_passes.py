@@ -7,6 +7,7 @@ before; and it takes the value as an argument, so zeros, means and every diction
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.forward import next_token_losses
+from tinymodel_jax.model.forward import HookedModel, next_token_losses
 from tinymodel_jax.model.hook_points import BLOCK_HOOKS
-from tinymodel_jax.model.interventions import Hooks, Replace, combine
+from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_right
-from tinymodel_jax.model.transformer import run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
 
 BATCH_ROWS = 16
@@ -58,7 +58,7 @@ def require_unspliced(lm: TinyModel, names: Sequence[str]) -> None:
     Raises:
         ValueError: one is spliced.
     """
-    for name in set(names) & set(lm.splice_hooks()):
+    for name in set(names) & set(lm.hooked().hooks):
         raise ValueError(
             f"the model is spliced at {name} ({', '.join(lm.spliced)}), so what is there is a prediction already; "
             "give the model without that splice."
@@ -74,63 +74,53 @@ def resume_point(place: str) -> str:
     return f"blocks.{layer}.{'hook_resid_mid' if after else 'hook_resid_pre'}"
 
 
-def _run_clean(
-    params: Any, ids: Int[Array, "batch seq"], hooks: Hooks, *, config: ModelConfig, keep: tuple[str, ...] = ()
-) -> CleanPass:
-    logits, acts = run_with_hooks(params, config, ids, hooks, keep)
-    return CleanPass(jax.nn.log_softmax(logits), _nats(logits, ids, config), acts)
+@partial(fast_jit, static_argnames=("keep",))
+def clean_pass(model: HookedModel, ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = ()) -> CleanPass:
+    """Run the model once, with its own edits only."""
+    logits, acts = model.run(ids, keep)
+    return CleanPass(jax.nn.log_softmax(logits), _nats(logits, ids, model.config), acts)
 
 
-def _sum_of_values(
-    params: Any,
+@partial(fast_jit, static_argnames=("places",))
+def sum_values(
+    model: HookedModel,
     ids: Int[Array, "batch seq"],
     counted: Bool[Array, "batch seq"],
-    hooks: Hooks,
     *,
-    config: ModelConfig,
     places: tuple[str, ...],
 ) -> dict[str, Float[Array, " width"]]:
-    _, acts = run_with_hooks(params, config, ids, hooks, places)
+    """Return the sum over the counted positions of the value at each hook point."""
+    _, acts = model.run(ids, places)
     counts = counted[..., None]
     return {n: jnp.sum(jnp.where(counts, acts[n], 0), axis=(0, 1), dtype=jnp.float32) for n in places}
 
 
-def _losses_against(
-    params: Any,
-    ids: Int[Array, "batch seq"],
-    hooks: Hooks,
-    clean: Float[Array, "batch seq d_vocab"],
-    *,
-    config: ModelConfig,
+@fast_jit
+def losses_against(
+    model: HookedModel, ids: Int[Array, "batch seq"], clean: Float[Array, "batch seq d_vocab"]
 ) -> Float[Array, "2 batch"]:
     """Return each row's cross-entropy and KL divergence from the clean log-probabilities, summed over its targets."""
-    logits, _ = run_with_hooks(params, config, ids, hooks)
+    config = model.config
+    logits, _ = model.run(ids)
     difference = clean[:, :-1] - jax.nn.log_softmax(logits[:, :-1])
     kl = jnp.sum(jnp.exp(clean[:, :-1]) * difference, axis=-1)
     return jnp.stack([_nats(logits, ids, config), jnp.sum(jnp.where(ids[:, 1:] != config.pad_id, kl, 0), axis=1)])
 
 
-def _losses_with_value(
-    params: Any,
+@partial(fast_jit, static_argnames=("place",))
+def losses_with_value(
+    model: HookedModel,
     ids: Int[Array, "batch seq"],
-    hooks: Hooks,
     start: Float[Array, "batch seq d_model"],
     value: Float[Array, "batch seq width"],
     clean: Float[Array, "batch seq d_vocab"],
     *,
-    config: ModelConfig,
     place: str,
 ) -> Float[Array, "2 batch"]:
     """As `losses_against`, of the pass that goes on from `start`, at the resume point, with a value at `place`."""
-    edits = combine(hooks, {resume_point(place): Replace(start)}, {place: Replace(value)})
-    return _losses_against(params, ids, edits, clean, config=config)
+    changed = model.with_hooks({resume_point(place): Replace(start)}, {place: Replace(value)})
+    return losses_against(changed, ids, clean)
 
 
 def _nats(logits: Array, ids: Array, config: ModelConfig) -> Float[Array, " batch"]:
     return jnp.sum(jnp.where(ids[:, 1:] != config.pad_id, next_token_losses(logits, ids), 0), axis=1)
-
-
-clean_pass = fast_jit(_run_clean, static_argnames=("config", "keep"))
-sum_values = fast_jit(_sum_of_values, static_argnames=("config", "places"))
-losses_against = fast_jit(_losses_against, static_argnames=("config",))
-losses_with_value = fast_jit(_losses_with_value, static_argnames=("config", "place"))

@@ -32,7 +32,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.hook_points import as_names
-from tinymodel_jax.model.interventions import Hooks, Scale
+from tinymodel_jax.model.interventions import Scale
 
 _RATIOS = {
     "ce_clean": ("clean", "targets"),
@@ -93,15 +93,16 @@ def evaluate_sparse_model(
         raise ValueError("evaluate_sparse_model: no site is named; name one or more (None: all MLPs).")
     places = {lm[tag].dictionary.config.hook_out for tag in tags}
     require_unspliced(lm, tuple(places))
-    variants: list[Hooks] = [
-        lm.splice(tags).splice_hooks(),
-        lm.splice(tags, include_error=True).splice_hooks(),
-        lm.splice_hooks() | {place: Scale(0.0) for place in places},
+    model = lm.hooked()
+    variants = [
+        lm.splice(tags).hooked(),
+        lm.splice(tags, include_error=True).hooked(),
+        model.with_hooks({place: Scale(0.0) for place in places}),
     ]
     sums = RowSums(_SUMS)
     for ids in track(batches_of(rows, lm.config), "measuring the sparse model"):
-        clean = clean_pass(lm.params, ids, lm.splice_hooks(), config=lm.config)
-        losses = [losses_against(lm.params, ids, hooks, clean.logprobs, config=lm.config) for hooks in variants]
+        clean = clean_pass(model, ids)
+        losses = [losses_against(variant, ids, clean.logprobs) for variant in variants]
         targets = np.sum(ids[:, 1:] != lm.config.pad_id, axis=1)
         totals = np.stack([targets, np.asarray(clean.nats), *np.concatenate(losses)], axis=1)
         sums.add(totals[targets > 0])

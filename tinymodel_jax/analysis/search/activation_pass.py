@@ -50,14 +50,13 @@ class DictionaryInputs:
         """Rows of a batch."""
         self.config, self.lm_config = reader.dictionary.config, reader.lm.config
         self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
-        self._params = jax.device_put(reader.lm.params, everywhere)
-        self._hooks = jax.device_put(reader.lm.splice_hooks(before=reader.site), everywhere)
+        self._model = jax.device_put(reader.lm.hooked(before=reader.site), everywhere)
 
     def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
         """Return the inputs, (batch, seq, d_in); those beyond the rows given are of padding."""
         ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.lm_config.pad_id)
         name, ids = self.config.hook_in, jax.device_put(ids, self.spread)
-        _, acts = forward(self._params, ids, self._hooks, config=self.lm_config, keep=(name,), output="none")
+        _, acts = forward(self._model, ids, keep=(name,), output="none")
         return acts[name]
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tinymodel_jax.lm import FeatureReader
-from tinymodel_jax.model.interventions import Hooks
+from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
 
@@ -93,16 +93,16 @@ def fingerprint(*arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def fingerprints(reader: FeatureReader, hooks: Hooks) -> dict[str, str]:
+def fingerprints(reader: FeatureReader, model: HookedModel) -> dict[str, str]:
     """Return what numbers about a dictionary in its model depend on: fields `model` and `dictionary` of a key.
 
     Args:
         reader: `lm[tag]`.
-        hooks: the part of `lm.splice_hooks()` that the numbers see.
+        model: the model, with the splices that the numbers see.
     """
-    lm, dictionary = reader.lm, reader.dictionary
+    dictionary = reader.dictionary
     return {
-        "model": _fingerprint_of((lm.params, hooks), lm.config),
+        "model": _fingerprint_of((model.params, model.hooks), model.config),
         "dictionary": _fingerprint_of(dictionary.params, dictionary.config),
     }
 

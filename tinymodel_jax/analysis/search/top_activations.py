@@ -214,7 +214,7 @@ def search_fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, st
     Args:
         reader: `lm[tag]`.
     """
-    return {"data": fingerprint(rows), **fingerprints(reader, reader.lm.splice_hooks(before=reader.site))}
+    return {"data": fingerprint(rows), **fingerprints(reader, reader.lm.hooked(before=reader.site))}
 
 
 def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
