@@ -22,6 +22,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.dictionary import param_shapes as dictionary_shapes
@@ -147,6 +148,23 @@ def lm(shared_lm: TinyModel) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
+def story_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random model with the story world's tokenizer, for tests of commands.
+
+    2 layers, context 64, and dictionaries of 24 features: M0 and one of each kind in layer 1.
+    """
+    tokenizer = storyworld.tokenizer()
+    config = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=64, d_vocab=tokenizer.vocab_size)
+    model = TinyModel.from_params(config, random_params(param_shapes(config), 0), tokenizer)
+    for seed, tag in enumerate(("M0", "Ra1", "A1", "Rm1", "M1", "Mo1")):
+        site = Site.parse(tag)[0]
+        model.attach(tag, make_dictionary(site.hook_in, site.hook_out, seed, n_features=24))
+    folder = tmp_path_factory.mktemp("story_model") / "lm"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tok_ids() -> np.ndarray:
     """Three rows of eleven ids, which is no compiled length of the tiny model."""
     return np.random.default_rng(1).integers(0, 19, (3, 11)).astype(np.int32)
@@ -189,6 +207,14 @@ def golden():
         return json.loads(path.read_text("utf-8")) if path.suffix == ".json" else np.load(path)
 
     return load
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command wrote to stderr, having checked that it is one line without a traceback."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error
 
 
 @pytest.fixture

@@ -317,7 +317,7 @@ def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
         (["--with", "M0N3"], "--with 'M0N3' names a feature"),
         (["--with", "T1"], "'T1': this model has no dictionary there"),
         (["--text", ""], "--text '' has 0 tokens"),
-        (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
+        (["--dictionary", "no/where"], "--dictionary no/where does not exist"),
         (["-o", f"{__file__}/where"], f"--out: the folder {__file__} cannot be made"),
         (["--limit", "0"], "--limit 0 must be 1 or more"),
         (["--limit", "2", "--effects", "3"], "--effects 3: 2 of the rows read have a token to predict"),

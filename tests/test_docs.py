@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_lines import PROGRAMS, command_lines, options_of, run, split_program
 
-from tinymodel_jax.quickstart import run as quickstart
+from tinymodel_jax.commands import quickstart
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
 from tinymodel_jax.analysis.report.charts import draw_pareto
-from tinymodel_jax.commands.frame import finite_or_none
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import finite_or_none, print_table
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
