@@ -247,7 +247,9 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
     capsys.readouterr()
     with as_users_run_it():
         assert cli.main([*MINI, "-o", str(out), "--limit", "5"]) == 1
-    assert f"--out {out}: {out}.partial holds the work of a dashboard that was stopped" in capsys.readouterr().err
+    assert (
+        f"--out {out}: {out}.partial holds unfinished work on a dashboard with other options" in capsys.readouterr().err
+    )
     with as_users_run_it(), monkeypatch.context() as patch:
         patch.setattr("tinymodel_jax.analysis.search.top_activations.top_activations", stop)
         assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
