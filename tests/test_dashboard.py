@@ -267,7 +267,9 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
     capsys.readouterr()
     with as_users_run_it():
         assert cli.main([*MINI, "-o", str(out), "--limit", "5"]) == 1
-    assert f"--out {out}: {out}.partial holds the work of a dashboard that was stopped" in capsys.readouterr().err
+    assert (
+        f"--out {out}: {out}.partial holds unfinished work on a dashboard with other options" in capsys.readouterr().err
+    )
     with as_users_run_it(), monkeypatch.context() as patch:
         patch.setattr("tinymodel_jax.analysis.search.top_activations.top_activations", stop)
         assert cli.main([*MINI, "-o", str(out), "--json"]) == 0
@@ -337,7 +339,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
         (["--with", "M0N3"], "--with 'M0N3' names a feature"),
         (["--with", "T1"], "'T1': this model has no dictionary there"),
         (["--text", ""], "--text '' has 0 tokens"),
-        (["--dictionary", "no/where"], "--dictionary no/where: there is no such folder"),
+        (["--dictionary", "no/where"], "--dictionary no/where does not exist"),
         (["-o", f"{__file__}/where"], f"--out: the folder {__file__} cannot be made"),
         (["--limit", "0"], "--limit 0 must be 1 or more"),
         (["--limit", "2", "--effects", "3"], "--effects 3: 2 of the rows read have a token to predict"),

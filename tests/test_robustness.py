@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymodel_jax.commands.prompts import read_stories
+from tinymodel_jax.commands.inputs import read_stories
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import save_model
