@@ -13,7 +13,7 @@ from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.top_activations import TopActivations, top_activations
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
-from tinymodel_jax.commands.rows import open_rows
+from tinymodel_jax.commands.inputs import open_rows
 
 
 def draw(tokens: int, n_features: int, share: float, always: int = 2) -> np.ndarray:
