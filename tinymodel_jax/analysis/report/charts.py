@@ -137,7 +137,7 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of the most important features with their intervals, and of the share of the KL in the first n.
 
     Args:
-        table: the output of `tinymodel sweep --data`, most important features first.
+        table: the output of `tinymodel importance`, most important features first.
     """
     figure = _empty_figure(10.4, 4.4)
     first, share = figure.subplots(1, 2)
