@@ -2,8 +2,8 @@
 
 import gzip
 import importlib
+import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_line
 
 import convert_torch_weights
 import tinymodel_jax
 from tinymodel_jax.commands import cli
-from tinymodel_jax.commands.prompts import read_stories
+from tinymodel_jax.commands.inputs import read_stories
 from tinymodel_jax.io.artifacts import load_model
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.lm import TinyModel
@@ -32,14 +33,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands") / "lm"
     assert convert_torch_weights.main(["lm", str(DATA / "lm_f32_zip.pt"), str(folder), "--n-heads", "4"]) == 0
     return folder
-
-
-def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return what the command wrote to stderr, having checked that it is one line without a traceback."""
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
-    return error
 
 
 def test_a_converted_model_gives_the_same_log_probabilities_as_the_file(model_folder: Path) -> None:
@@ -88,9 +81,11 @@ def test_generate_gives_the_reference_s_greedy_ids(model_folder: Path, capsys: p
 
 
 def test_features_shows_the_largest_activations(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dictionary = DATA / "sparse_T1_f32_zip.pt"
-    options = ["--site", "M1", "--dictionary", str(dictionary), "--ids", "--model", str(model_folder), "--top", "2"]
-    assert cli.main(["features", GOLDEN_PROMPT, *options, "--json"]) == 0
+    file, dictionary = str(DATA / "lm_f32_zip.pt"), DATA / "sparse_T1_f32_zip.pt"
+    options = ["--site", "M1", "--dictionary", str(dictionary), "--ids", "--model", file, "--top", "2"]
+    assert cli.main(["features", GOLDEN_PROMPT, *options]) == 1
+    assert "n_heads" in error_line(capsys)
+    assert cli.main(["features", GOLDEN_PROMPT, *options, "--n-heads", "4", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["tokens"]
     lm = TinyModel(model_folder)
     lm.attach("M1", dictionary)
@@ -161,7 +156,7 @@ def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, n
     ("arguments", "says"),
     [
         (["generate", "1 2", "--ids", "--temperature", "-1"], "temperature=-1.0"),
-        (["generate", "1 x", "--ids"], "no list of whole numbers"),
+        (["generate", "1 x", "--ids"], "not a list of whole numbers"),
         (["generate", "1 999", "--ids"], "id 999"),
         (["generate", "9" * 20, "--ids"], f"id {'9' * 20} is outside the vocabulary 0..210"),
         (["generate", "Once"], "no tokenizer"),
@@ -181,8 +176,8 @@ def test_bad_input_is_one_line_and_exit_status_1(
     [
         (["generate"], "give a prompt, or --stories FILE"),
         (["generate", "--ids"], "give a prompt"),
-        (["generate", "--ids", ""], "--ids: '' is no list of whole numbers"),
-        (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is no list of whole numbers"),
+        (["generate", "--ids", ""], "--ids: '' is not a list of whole numbers"),
+        (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is not a list of whole numbers"),
         (["generate", "--stories", "none.jsonl"], "none.jsonl: No such file or directory"),
         (["generate", "--ids", "1", "--stories", "none.jsonl"], "--ids and --stories do not go together"),
         (["generate", "Once", "--prompt-toks", "0"], "--prompt-toks 0"),
@@ -194,7 +189,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
         (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
         (
             ["features", "1", "--site", "M0", "--dictionary", "none"],
-            "--dictionary none: there is no such folder or file",
+            "--dictionary none does not exist",
         ),
     ],
 )
@@ -293,12 +288,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         assert capsys.readouterr().out == f"{program} {tinymodel_jax.__version__}\n"
 
 
-def test_a_terminal_without_utf_8_shows_help_all_the_same() -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "tinymodel_jax", "--help"]
-    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"features" in done.stdout
+def test_a_terminal_without_utf_8_shows_help_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert cli.main(["--help"]) == 0
+    sys.stdout.flush()
+    assert b"features" in shown.getvalue()
 
 
 INTERRUPTED = """

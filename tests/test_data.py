@@ -211,7 +211,7 @@ def test_a_host_reads_only_its_own_rows(folder: Path) -> None:
 
 
 def test_hosts_that_do_not_divide_the_batch_are_refused(data: TokenData) -> None:
-    with pytest.raises(ValueError, match="batch_size 6 does not divide among 4 hosts"):
+    with pytest.raises(ValueError, match="batch_size 6 cannot be divided among 4 hosts"):
         host_batch(data, 6, 0, 0, 0, 4)
     with pytest.raises(ValueError, match="process_index must be 0 to 1, got 2"):
         host_batch(data, 6, 0, 0, 2, 2)

@@ -276,7 +276,7 @@ def test_a_wrong_recipe_names_everything_that_is_wrong():
         "k=11 is outside 1..n_features=10",
         "beta1=1.0",
         "prefix_widths=(4, 3)",
-        "its knob is k",
+        "set k",
     ):
         assert problem in str(error.value)
 

@@ -34,6 +34,11 @@ def planted(rows=20_000):
     return (amounts @ directions).astype(np.float32), directions
 
 
+@functools.cache
+def compiled_step(recipe):
+    return jax.jit(functools.partial(train_step, recipe=recipe))
+
+
 def recipe_for(architecture, steps=1000, **changes):
     fields = {"learning_rate": 1e-2, "batch_size": 512} | changes
     return recipe_preset("house", architecture, FEATURES, steps, **fields)
@@ -112,7 +117,7 @@ def train_with_half_dead(architecture, **changes):
             n: state.params[n] * jnp.where(half, 1e-3, 1).reshape(s) for n, s in (("b_enc", -1), ("W_enc_T", (-1, 1)))
         }
     state = state._replace(params=state.params | spoiled)
-    step = jax.jit(functools.partial(train_step, recipe=recipe))
+    step = compiled_step(recipe)
     dead, metrics = [], {}
     for i in range(recipe.steps):
         state, metrics = step(state, recipe.hyper(), x[batch_indices(len(x), 512, 0, i)])
@@ -198,13 +203,13 @@ def test_many_reinitialised_features_do_not_make_the_reconstruction_worse(transc
     assert jnp.sum((reservoir.residual - written) ** 2) < 1.001 * jnp.sum(reservoir.residual**2)
 
 
-@pytest.mark.parametrize(("done", "revived"), [(69, True), (79, True), (89, False), (99, False)])
+@pytest.mark.parametrize(("done", "revived"), [(79, True), (89, False)])
 def test_no_feature_is_reinitialised_when_the_learning_rate_decays(done, revived):
     recipe, state, x = small_state("relu", dead_after=1000)
     recipe = dataclasses.replace(recipe, steps=100, decay_fraction=0.2, warmup_steps=0)
     never = state.params | {"b_enc": state.params["b_enc"].at[3].set(-1e6)}
     state = state._replace(params=never, silent_for=state.silent_for.at[3].set(1000), step=jnp.int32(done))
-    after, _ = train_step(state, recipe.hyper(), x / state.scale_in, recipe=recipe)
+    after, _ = compiled_step(recipe)(state, recipe.hyper(), x / state.scale_in)
     assert (int(after.silent_for[3]) == 0) == revived
     assert (float(after.params["b_enc"][3]) > -1e5) == revived
 
@@ -265,6 +270,7 @@ def test_without_dead_features_there_is_no_aux_loss():
     assert all((leaf == 1).all() for leaf in found.values())
 
 
+@pytest.mark.slow
 def test_memory_mapped_activations_train_the_same_dictionary_twice(tmp_path):
     np.save(tmp_path / "x.npy", planted()[0][:1000].astype(np.float16))
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")

@@ -58,7 +58,7 @@ def test_a_number_that_is_no_json_is_an_error(number, capsys):
     assert frame.run_commands("program", "", commands, ["one"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("program: --json: the result holds a number that JSON does not know")
+    assert shown.err.startswith("program: --json: JSON cannot hold a number of the result")
     assert frame.run_commands("program", "", commands, ["other"]) == 0
     assert json.loads(capsys.readouterr().out) == {"a": 1.0}
 

@@ -30,7 +30,6 @@ LAYERS = {
     # 6: what is built on it
     "analysis": 6,
     # 7: commands
-    "quickstart": 7,
     "commands": 7,
     "__main__": 7,
     # 8: programs that are run from a clone
@@ -40,8 +39,6 @@ LAYERS = {
 """A module or folder, and its layer. A file imports lower layers and its own folder."""
 
 SIBLINGS = {
-    # what the command runs
-    ("commands", "quickstart"),
     # the command itself
     ("__main__", "commands"),
 }

@@ -19,11 +19,10 @@ from rich.console import Console
 
 from tinymodel_jax.analysis.report.page import write_page
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.commands import cli
-from tinymodel_jax.quickstart import run as run_module
-from tinymodel_jax.quickstart.transcoder import Amounts
+from tinymodel_jax.commands import cli, quickstart, quickstart_page
+from tinymodel_jax.commands.quickstart_steps import Amounts
 
-SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_a_step=8)
+SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_per_step=8)
 
 
 class Run(NamedTuple):
@@ -46,8 +45,8 @@ def run_small(out: Path, train: bool) -> Run:
 
     console = Console(record=True, width=100, file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch, as_users_run_it(), jax.numpy_dtype_promotion("standard"):
-        patch.setattr(run_module, "write_page", write)
-        page = run_module.run_quickstart(out, 3, train, console, " --seed 3", SMALL)
+        patch.setattr(quickstart_page, "write_page", write)
+        page = quickstart.run_quickstart(out, 3, train, console, " --seed 3", SMALL)
     return Run(page, console.export_text(), content)
 
 
@@ -63,7 +62,7 @@ def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
     assert str(run.page) in text.replace("\n", "")
     assert "Once upon a time" in text
     assert re.search(r"trained just now: L0 \d", text)
-    assert all(command in text for command in run_module.next_commands())
+    assert all(command in text for command in quickstart.next_commands())
 
 
 SMALLER = {
@@ -77,13 +76,13 @@ SMALLER = {
 
 
 def test_the_next_commands_hold_every_part_that_is_made_smaller():
-    assert [part for part in SMALLER if part not in " ".join(run_module.next_commands())] == []
+    assert [part for part in SMALLER if part not in " ".join(quickstart.next_commands())] == []
 
 
 @pytest.mark.slow
 def test_the_next_commands_run(tmp_path, monkeypatch, standard_promotion, no_type_checks, capsys):
     monkeypatch.chdir(tmp_path)
-    for command in run_module.next_commands():
+    for command in quickstart.next_commands():
         for words in command_lines(command):
             run_command(words, SMALLER)
     assert "│ M0 " in capsys.readouterr().out
@@ -94,10 +93,10 @@ def test_the_next_commands_begin_as_the_shell_finds_the_programs(tmp_path, monke
     folder.mkdir(parents=True)
     for name in ("python", "tinymodel"):
         (folder / name).touch(0o755)
-    monkeypatch.setattr(run_module.sys, "executable", str(folder / "python3"))
+    monkeypatch.setattr(quickstart.sys, "executable", str(folder / "python3"))
     monkeypatch.setenv("PATH", os.defpath)
     monkeypatch.chdir(tmp_path)
-    generate, _, train = run_module.next_commands()
+    generate, _, train = quickstart.next_commands()
     assert generate.startswith(".venv/bin/tinymodel generate ")
     assert [part.split(" -")[0] for part in train.split(" && ")] == [
         ".venv/bin/python",
@@ -105,11 +104,11 @@ def test_the_next_commands_begin_as_the_shell_finds_the_programs(tmp_path, monke
         ".venv/bin/tinymodel concepts",
     ]
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)  # an environment that is active
-    generate, _, train = run_module.next_commands()
+    generate, _, train = quickstart.next_commands()
     assert generate.startswith("tinymodel generate ")
     assert train.startswith("python -m train ")
     (folder / "tinymodel").unlink()
-    assert run_module.next_commands()[0].startswith("python -m tinymodel_jax generate ")
+    assert quickstart.next_commands()[0].startswith("python -m tinymodel_jax generate ")
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run):

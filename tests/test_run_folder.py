@@ -18,10 +18,9 @@ import pytest
 from bucket_server import BucketServer
 from etils import epath
 from etils.epath import backend
-from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, start, write_counting_data
+from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, start, train_here, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
-from train.__main__ import main
 from train.run import Run, trained_seconds
 from train.run_files import local_folder
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
@@ -29,19 +28,17 @@ from train.run_lock import held_folder
 
 OPTIONS = ("--steps", "8", "--save-every", "2", "--eval-every", "4", "--batch-size", "4")
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_counting_data(tmp_path_factory.mktemp("folder-data"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     out = tmp_path_factory.mktemp("folder") / "whole"
-    finish(start(*arguments(data, out)))
+    assert train_here(*arguments(data, out)) == 0
     return out
 
 
@@ -135,14 +132,14 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
 def test_a_run_in_a_bucket_goes_on_there_and_has_the_bits_of_one_on_disk(
     bucket: BucketServer, data: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(data, "gs://bucket/runs/a")) == 0
+    assert train_here(*arguments(data, "gs://bucket/runs/a")) == 0
     assert "the model is in gs://bucket/runs/a/model" in capsys.readouterr().out
 
     # as if killed while the last checkpoint was being written, and again from there
     for name in [name for name in bucket.objects if name.startswith("runs/a/model/")]:
         del bucket.objects[name]
     del bucket.objects["runs/a/checkpoints/8/commit_success.txt"]
-    assert main(arguments(data, "gs://bucket/runs/a")) == 0
+    assert train_here(*arguments(data, "gs://bucket/runs/a")) == 0
 
     for name, content in bucket.objects.items():
         copy = tmp_path / name
@@ -163,7 +160,7 @@ def test_in_a_bucket_the_metrics_of_a_step_are_there_before_its_checkpoint(bucke
             lines.setdefault(name.split("/")[1], bucket.objects["metrics.jsonl"].count(b"\n"))
 
     bucket.write = watched  # type: ignore[method-assign]
-    assert main(arguments(data, "gs://bucket")) == 0
+    assert train_here(*arguments(data, "gs://bucket")) == 0
     assert set(lines) == {"2", "4", "6", "8"}
     assert all(count >= int(step) for step, count in lines.items())
 
@@ -179,14 +176,14 @@ def test_a_bucket_that_is_full_is_one_line_and_the_run_goes_on_when_it_is_not(
         write(name, content)
 
     bucket.write = filling  # type: ignore[method-assign]
-    assert main(arguments(data, "gs://bucket/run")) == 1
+    assert train_here(*arguments(data, "gs://bucket/run")) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("train: gs://bucket/run/checkpoints cannot be written: ")
     assert "quota" in error
     assert "Traceback" not in error
 
     bucket.write, bucket.is_full = write, False  # type: ignore[method-assign]
-    assert main(arguments(data, "gs://bucket/run")) == 0
+    assert train_here(*arguments(data, "gs://bucket/run")) == 0
     assert bucket.objects["run/metrics.jsonl"] == (whole / "metrics.jsonl").read_bytes()
     model = Path("model", "model.safetensors")
     assert bucket.objects[f"run/{model.as_posix()}"] == (whole / model).read_bytes()
@@ -200,7 +197,7 @@ def test_a_bucket_has_no_lock_and_says_so(bucket: BucketServer, capsys: pytest.C
 
 def test_a_bucket_that_holds_something_else_is_left_alone(bucket: BucketServer) -> None:
     bucket.objects["letters/thesis.tex"] = b"dear"
-    with pytest.raises(ValueError, match="no run of ours"):
+    with pytest.raises(ValueError, match="not a training run"):
         open_run_folder("gs://bucket/letters", {"steps": 1})
     assert list(bucket.objects) == ["letters/thesis.tex"]
 
@@ -231,7 +228,7 @@ def test_a_disk_that_fills_is_one_line_and_earlier_checkpoints_are_whole(
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16_000, 16_000))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert f"{out}/checkpoints cannot be written: File too large. Checkpoints that were finished are whole" in err
+    assert f"{out}/checkpoints cannot be written: File too large. Finished checkpoints are intact" in err
     assert "Traceback" not in err
     assert "ERROR:" not in err
     assert (out / "checkpoints" / "2").exists()

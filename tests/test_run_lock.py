@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_a_warning(
 
 def test_a_folder_of_something_else_is_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("dear")
-    with pytest.raises(ValueError, match="no run of ours"), held_folder(tmp_path):
+    with pytest.raises(ValueError, match="not a training run"), held_folder(tmp_path):
         open_run_folder(tmp_path, {"steps": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -10,8 +10,8 @@ from conftest import as_users_run_it
 from tinymodel_jax import TinyModel
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
-from tinymodel_jax.commands.rows import open_rows
-from tinymodel_jax.quickstart.named_features import full_rows
+from tinymodel_jax.commands.inputs import open_rows
+from tinymodel_jax.commands.quickstart_steps import full_rows
 from tinymodel_jax.text.prompts_and_stories import prompt_ids, story_rows
 from tinymodel_jax.text.tokenizer import Tokenizer
 

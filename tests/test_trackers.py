@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import metrics_of, write_counting_data
+from runs import metrics_of, train_here, write_counting_data
 
-from train.__main__ import main
 from train.run_folder import MetricsLog
 from train.trackers import NO_TRACKING, Tracking, flat_metrics, open_trackers, require_trackers
 
@@ -141,14 +140,13 @@ def test_wandb_gets_the_lines_and_a_run_that_goes_on_is_the_same_run(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_a_training_run_shows_what_its_metrics_say(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_counting_data(data)
     options = ["--steps", "3", "--eval-every", "3", "--batch-size", "4", "--tensorboard"]
     out = tmp_path / "run"
-    assert main(["lm", "--preset", "smoke", "--data", str(data), "--out", str(out), *options]) == 0
+    assert train_here("lm", "--preset", "smoke", "--data", data, "--out", out, *options) == 0
     shown, texts = curves(out / "tensorboard")
     lines = metrics_of(out)
     assert texts == [line["sample"] for line in lines if "sample" in line]

@@ -73,7 +73,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
         assert train_here(*arguments(data, tmp_path)) == 0
     stopped = len(metrics_of(tmp_path))
     assert 5 < stopped < 8, "between two checkpoints, so that the stop has to save one"
-    assert f"stopped at step {stopped} of {STEPS}; the same command goes on" in capsys.readouterr().out
+    assert f"stopped at step {stopped} of {STEPS}; the same command resumes" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", str(stopped)}
     assert train_here(*arguments(data, tmp_path)) == 0
     assert_same_bits(tmp_path, whole)
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ("options", "says"),
     [
         (["--data", "{tmp}/none", "--out", "{tmp}/out"], "none"),
-        (["--data", "{data}", "--out", "{tmp}/taken"], "no run of ours"),
+        (["--data", "{data}", "--out", "{tmp}/taken"], "not a training run"),
         (["--data", "{data}", "--out", "{tmp}/file"], "is a file"),
         (["--data", "{data}", "--out", "{tmp}/out", "--batch-size", "0"], "--batch-size 0"),
         (["--data", "{data}", "--out", "{tmp}/out", "--steps", "0"], "--steps 0"),

@@ -1,6 +1,6 @@
 """The `tinymodel` command, and `python -m tinymodel_jax`.
 
-It loads the command only once it runs, so that Ctrl-C ends it without a traceback from the beginning on.
+The rest is imported inside `main`, so that Ctrl-C ends the program without a traceback even while it loads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m train prepare | lm | dictionaries | bundle`: the training programs.
 
-Only the program that is named loads, once it runs: `--help` needs none of the extra's packages, and Ctrl-C ends without
-a traceback from the beginning on.
+Only the program that is named is imported, so `--help` works without the packages of the `train` extra. Ctrl-C ends
+every program without a traceback.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import Any
 
 PROGRAMS = {
     "prepare": "Turn stories into a folder of token ids to train on.",
-    "lm": "Train a language model, or go on with a run that was stopped.",
-    "dictionaries": (
-        "Train dictionaries on activations of a language model or of files, or go on with a run that was stopped."
-    ),
-    "bundle": "Make the bundled model and its dictionaries, or go on where it was stopped.",
+    "lm": "Train a language model, or resume a stopped run.",
+    "dictionaries": "Train dictionaries on activations of a language model or of files, or resume a stopped run.",
+    "bundle": "Make the bundled model and its dictionaries, or resume a stopped run.",
 }
-"""Each is the function of that name in the module of that name; the line is the first of its docstring."""
+"""Name of a function, and of its module in `train` -> the first line of its docstring."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +44,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _with_hint(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command, which says what to install where it needs a package once it runs."""
+    """Return the command; if a package is missing when it runs, its error says what to install."""
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
@@ -64,10 +62,10 @@ def _hint(named: str, error: ModuleNotFoundError) -> str:
 
 
 def _listed(line: str) -> Callable[[], None]:
-    """Return a command for the list of commands only."""
+    """Return a command that only appears in the list of commands."""
 
     def command() -> None:
-        raise AssertionError("a command that is named is loaded instead")
+        raise AssertionError("the program of this name runs instead")
 
     command.__doc__ = line
     return command
@@ -76,7 +74,7 @@ def _listed(line: str) -> Callable[[], None]:
 if __name__ == "__main__":
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
-    keep_freed_memory()  # not in main: it holds for the whole process, and who calls main has one of their own
+    keep_freed_memory()  # not in main: it changes the whole process, which belongs to whoever calls main
     status = main()
     if status and "train.hosts" in sys.modules:
         sys.modules["train.hosts"].end_all(status)

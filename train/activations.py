@@ -1,7 +1,7 @@
-"""Where a dictionary run's activations come from: a language model's sites, or arrays in files.
+"""The activations that a dictionary run trains on: those at a language model's sites, or arrays in files.
 
-A source makes batches and turns them into vectors inside the compiled step; both depend on the step alone, and on no
-mesh. It also measures finished dictionaries on what was held out. The two kinds have the same methods.
+A source makes batches, turns them into vectors inside the compiled step, and evaluates finished dictionaries on
+held-out data. Batches and vectors depend only on the step, not on the mesh. Both kinds have the same methods.
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ from train.hosts import on_first
 from train.presets import PRESETS, DType, number_format
 
 MARGIN = 1.05
-"""Tokens of an average batch of stories for each one that is drawn from it."""
+"""Tokens in an average batch of stories per token drawn from it."""
 EVALUATION_VECTORS = 4096
-"""Size of a batch of held-out vectors."""
+"""Held-out vectors per batch."""
 STORIES_MULTIPLE = 8
-"""Of which the default number of stories a step is one, so that most meshes divide it."""
+"""The default number of stories per step is a multiple of this, so that most meshes divide it."""
 HELD_OUT_SHARE = 0.05
-"""Share of an array's rows, its last ones, that is not trained on."""
+"""Share of an array's rows, the last ones, that is held out."""
 
 Evaluation = DictionaryEvaluation | ReconstructionEvaluation
 
 
 @dataclass(frozen=True)
 class ActivationOptions:
-    """What a run's vectors are: a language model's at some sites, or those of files."""
+    """Where a run's vectors come from: sites of a language model, or files."""
 
     model: str = "mini"
-    """language model: a published name or a folder; with --compile-for, a preset of `python -m train lm` too"""
+    """language model: a published name or a folder; with --compile-for also a preset of `python -m train lm`"""
     sites: str = ""
-    """comma list of places, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer"""
+    """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer"""
     data: str | None = None
-    """folder written by `python -m train prepare`; without it, --compile-for takes stories of 128 tokens"""
+    """folder written by `python -m train prepare`; without it, --compile-for assumes stories of 128 tokens"""
     activations: Path | None = None
     """.npy file (rows, width) to train on instead of a model's sites"""
     targets: Path | None = None
-    """.npy file (rows, width) that a transcoder of --activations predicts"""
+    """.npy file (rows, width) that a transcoder predicts from --activations"""
     batch_size: int = 4096
-    """vectors a step"""
+    """vectors per step"""
     stories: int | None = None
-    """stories a step that the vectors are drawn from; by default as many as it takes"""
+    """stories per step from which the vectors are drawn; by default as many as needed"""
     data_seed: int = 0
-    """of the order of the stories, and of the tokens drawn from them"""
+    """seed of the order of the stories and of the tokens drawn from them"""
     held_out_stories: int = 512
-    """stories that the finished dictionaries are measured on, at most"""
+    """largest number of held-out stories that finished dictionaries are evaluated on"""
     dtype: DType = "auto"
     """number format of the language model; auto is bfloat16 on an accelerator, float32 on a CPU"""
 
@@ -88,18 +88,18 @@ class Place:
 
 
 class ActivationSource(Protocol):
-    """What both kinds offer."""
+    """The interface of both kinds of source."""
 
     places: Mapping[str, Place]
-    """Name of a dictionary (a site's tag) -> what it reads and predicts."""
+    """Name of a place (a site's tag) -> what a dictionary there reads and predicts."""
     context: Any
-    """Arrays that `vectors` reads, an argument of the compiled step: parameters of the language model."""
+    """Parameters of the language model, an argument of the compiled step that `vectors` reads."""
     batch_size: int
     """Vectors per step."""
     abstract_batch: Any
     """Shape, number format and sharding of a batch."""
     flops_per_vector: float
-    """Floating-point operations that making one vector of every place takes."""
+    """Floating-point operations to compute one vector of every place."""
 
     def make_batch(self, step: int) -> Any:
         """Return a step's batch on the devices."""
@@ -109,23 +109,23 @@ class ActivationSource(Protocol):
         """Return the vectors of every place, for use inside a compiled function.
 
         Args:
-            split: spread them over the mesh's `data` axis; otherwise every device holds them all, and sums over them do
-                not depend on the mesh to the last bit.
+            split: shard them over the mesh's `data` axis. Otherwise every device holds all of them, and sums over them
+                have the same bits on every mesh.
         """
         ...
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Measure dictionaries on what was held out."""
+        """Evaluate dictionaries on held-out data."""
         ...
 
 
 def open_activations(
     options: ActivationOptions, mesh: Mesh, only_compiled: bool = False
 ) -> tuple[ActivationSource, dict[str, Any]]:
-    """Return the source of a run's activations, and what the run's configuration says of it.
+    """Return the source of a run's activations, and its entries in the run's configuration.
 
     Args:
-        only_compiled: nothing is run: the mesh's devices may be absent, and the model a preset of `train lm`.
+        only_compiled: nothing will be run, so the mesh's devices may be absent and the model a preset of `train lm`.
 
     Raises:
         ValueError: the options do not fit together, the model, the data or the mesh.
@@ -149,7 +149,7 @@ def open_activations(
 
 
 class ModelActivations:
-    """The activations of a language model at some sites, all from one pass over the same stories."""
+    """Activations of a language model at some sites, all from one pass over the same stories."""
 
     def __init__(
         self,
@@ -163,11 +163,11 @@ class ModelActivations:
         """Prepare to draw `options.batch_size` vectors a step.
 
         Args:
-            params: of the language model, on every device of the mesh; or what they will be, for compiling only.
-            data: None where nothing is run; stories are then taken to be `DEFAULT_ROW_LENGTH` tokens.
+            params: parameters of the language model on every device of the mesh, or abstract arrays to compile with.
+            data: None if nothing will be run; stories are then assumed to have `DEFAULT_ROW_LENGTH` tokens.
 
         Raises:
-            ValueError: the data does not fit the model, or holds nothing out.
+            ValueError: the data does not fit the model, or has no held-out stories.
         """
         row_length, tokens_per_story = DEFAULT_ROW_LENGTH, float(DEFAULT_ROW_LENGTH)
         if data is not None:
@@ -200,7 +200,7 @@ class ModelActivations:
         return site_vectors(context, self._config, batch, self._sites, self.batch_size, key, layout)
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Measure dictionaries on the held-out stories, all in one pass, in float32."""
+        """Evaluate dictionaries on the held-out stories, all in one pass, in float32."""
         assert self._data is not None
         config = dataclasses.replace(self._config, dtype="float32")
         lm = TinyModel.from_params(config, self.context)
@@ -208,17 +208,17 @@ class ModelActivations:
 
 
 class ArrayActivations:
-    """Activations in `.npy` files: rows are vectors; the last ones are held out."""
+    """Vectors in the rows of `.npy` files; the last rows are held out."""
 
     context = ()
     flops_per_vector = 0.0
 
     def __init__(self, x: Path, y: Path | None, options: ActivationOptions, mesh: Mesh) -> None:
-        """Map the files into memory, and read each once.
+        """Map the files into memory, and check each once.
 
         Raises:
-            ValueError: a file is no matrix of floating-point numbers, a row of it is not finite in float32, or the two
-                have different lengths.
+            ValueError: a file is not a matrix of floating-point numbers, a row is not finite in float32, or the two
+                files have different lengths.
         """
         paths = (x,) if y is None else (x, y)
         arrays = [_map_matrix(path) for path in paths]
@@ -230,7 +230,7 @@ class ArrayActivations:
         self._trained_rows = n_rows - int(n_rows * HELD_OUT_SHARE)
         if self._trained_rows == n_rows:
             raise ValueError(
-                f"{x} has {n_rows} rows; with {math.ceil(1 / HELD_OUT_SHARE)} or more, some can be held out."
+                f"{x} has {n_rows} rows; it needs {math.ceil(1 / HELD_OUT_SHARE)} or more, to hold some out."
             )
         on_first(lambda: [require_finite_rows(*each) for each in zip(arrays, map(str, paths), strict=True)])
         self._arrays, self._options, self.batch_size = arrays, options, options.batch_size
@@ -255,7 +255,7 @@ class ArrayActivations:
         return {"activations": Vectors(batch[0], batch[1] if len(batch) == 2 else None)}
 
     def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Measure dictionaries on the held-out rows."""
+        """Evaluate dictionaries on the held-out rows."""
         return [evaluate_reconstruction(dictionary, self._held_out_batches()) for dictionary in dictionaries]
 
     def _held_out_batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
@@ -268,21 +268,21 @@ class ArrayActivations:
 
 def _open_arrays(options: ActivationOptions, activations: Path, mesh: Mesh) -> tuple[ActivationSource, dict[str, Any]]:
     if options.sites or options.data is not None:
-        raise ValueError("--activations takes the place of --sites and --data; give one or the other.")
+        raise ValueError("--activations replaces --sites and --data; give one or the other.")
     if options.stories is not None:
-        raise ValueError("--stories belongs to --sites: the rows of --activations come from no stories.")
+        raise ValueError("--stories needs --sites: the rows of --activations do not come from stories.")
     names = {"activations": activations.name, "targets": options.targets.name if options.targets else None}
     return ArrayActivations(activations, options.targets, options, mesh), {"arrays": names}
 
 
 def _open_model(options: ActivationOptions, mesh: Mesh, only_compiled: bool) -> tuple[ActivationSource, dict[str, Any]]:
     if options.targets is not None:
-        raise ValueError("--targets belongs to --activations; a model's site has its own targets.")
+        raise ValueError("--targets needs --activations; a model's sites have their own targets.")
     if not options.sites or (options.data is None and not only_compiled):
         raise ValueError("give --sites and --data, or --activations.")
     sites = [Site.whole(tag, "--sites ") for tag in options.sites.split(",")]
     if len({site.tag for site in sites}) < len(sites):
-        raise ValueError(f"--sites {options.sites!r} names a site twice.")
+        raise ValueError(f"--sites {options.sites!r} contains a site twice.")
     config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh, only_compiled)
     outside = [site.tag for site in sites if site.layer >= config.n_layers]
     if outside:
@@ -320,11 +320,11 @@ def _check_data(config: ModelConfig, data: TokenData) -> None:
     if data.row_length > config.n_ctx:
         raise ValueError(f"the data has rows of {data.row_length} tokens, the model a context of {config.n_ctx}.")
     if not len(data.valid):
-        raise ValueError(f"{data.folder} holds no stories out; prepare it with a --valid-fraction above 0.")
+        raise ValueError(f"{data.folder} has no held-out stories; prepare it with a --valid-fraction above 0.")
 
 
 def _axes_that_divide(mesh: Mesh, rows: int) -> tuple[str, ...]:
-    """Return the mesh axes to split rows over: all of them if that goes, whatever they are for, else fewer."""
+    """Return the mesh axes to shard rows over: all of them if they divide the rows, otherwise as many as do."""
     choices = [MESH_AXES[:n] for n in range(len(MESH_AXES), -1, -1)]
     return next(axes for axes in choices if rows % math.prod(mesh.shape[axis] for axis in axes) == 0)
 

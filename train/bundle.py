@@ -1,9 +1,9 @@
-"""Make the bundled model and its dictionaries from nothing: `python -m train bundle DEST --work WORK`.
+"""Make the bundled model and its dictionaries from scratch: `python -m train bundle DEST --work WORK`.
 
-What `TinyModel("mini")` loads, as it was made: stories of the story world, a language model of the preset `mini` on
-them, and a dictionary at every site of every layer. The same command again goes on where the last one stopped, to the
-bit. DEST is a model's folder: float16, with a card (README.md) that states how it was made, how long that took, and its
-numbers.
+This is how the model that `TinyModel("mini")` loads was made: generate story-world stories, train a language model with
+the preset `mini` on them, then a dictionary at every site of every layer. The same command resumes a stopped run
+bit-exactly. DEST is a model folder in float16 with a card (README.md) that states how the model was made, how long the
+training took, and how the dictionaries measure.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ N_FEATURES, K = 512, 28
 DICTIONARY_STEPS = 1500
 ROW_LENGTH = 256
 LIVING_ROWS, LIVING_TOKENS = 1000, 10
-"""Stories that were trained on, and on how many of their tokens a feature must be active: else it is left out."""
+"""Training stories, and the number of their tokens on which a feature must be active to be kept."""
 MEASURED_ROWS = 512
-"""Held-out stories that the card's numbers are of."""
+"""Held-out stories that the card's numbers are measured on."""
 ENTROPY_STORIES = 2000
 TOLD, TEMPERATURE = 64, 0.6
-"""Stories that the model tells for the card, and how boldly."""
+"""Stories sampled from the model for the card, and their temperature."""
 
 
 def bundle(dest: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST")], *, work: Path) -> None:
-    """Make the bundled model and its dictionaries, or go on where it was stopped.
+    """Make the bundled model and its dictionaries, or resume a stopped run.
 
     Args:
-        dest: folder to make, of the model, its dictionaries and its card.
-        work: folder of the data and the two training runs, which stay.
+        dest: folder to write: the model, its dictionaries and its card.
+        work: folder for the data and the two training runs, which are kept.
     """
     for option, folder in (("DEST", dest), ("--work", work)):
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{option} {folder} is a file; give a folder, which is made if there is none.")
+            raise ValueError(f"{option} {folder} is a file; give a folder, which is created if it does not exist.")
     with held_folder(work):
         _make(dest, work)
 
@@ -72,7 +72,7 @@ def _make(dest: Path, work: Path) -> None:
     prepare("storyworld", data, limit=STORIES, tokenizer="mini", row_length=ROW_LENGTH)
     lm("mini", data=data, out=lm_run)
     if not (work / "lm" / "model").is_dir():
-        return  # stopped by a signal, which said so
+        return  # stopped by a signal; `lm` has printed so
     n_layers = TinyModel(lm_run).config.n_layers
     sites = ",".join(f"{kind}{layer}" for layer in range(n_layers) for kind in KINDS)
     dictionaries(
@@ -84,11 +84,11 @@ def _make(dest: Path, work: Path) -> None:
     if not (work / "dictionaries" / "sweep.json").is_file():
         return
     _pack(work, dest)
-    say(f"{dest}: {_megabytes(dest):.1f} MB; this command ran for {(time.monotonic() - start) / 60:.0f} minutes")
+    say(f"{dest}: {_megabytes(dest):.1f} MB; this command took {(time.monotonic() - start) / 60:.0f} minutes")
 
 
 def _pack(work: Path, dest: Path) -> None:
-    """Write the model's folder in float16, and its card."""
+    """Write the model folder in float16, and its card."""
     model, data = TinyModel(work / "lm"), open_data(work / "data")
     records = json.loads((work / "dictionaries" / "sweep.json").read_text("utf-8"))["dictionaries"]
     for record in records:
@@ -140,27 +140,27 @@ def _card(work: Path, model: TinyModel, rows: np.ndarray) -> str:
 
 `TinyModel("mini")`: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads, d_mlp {cfg.d_mlp}, context
 {cfg.n_ctx}, {cfg.d_vocab} ids, {cfg.n_params:,} parameters; trained on the story world (docs/storyworld.md), with a
-dictionary at every site. float16 on disk, float32 in use. Made from nothing by
+dictionary at every site. float16 on disk, float32 in use. Made from scratch by
 
     python -m train bundle DEST --work WORK
 
 {time_taken}on {processor()}.
 
 - Language model: preset `mini`, {run["steps"]:,} steps of {run["batch_size"]} rows, {tokens / 1e6:.1f} M tokens of
-  {STORIES:,} stories. Held-out loss {held_out:.3f} nats a token; the stories' entropy is at most {entropy:.3f}, which
-  leaves {held_out - entropy:.3f} nats or more to learn. {_stories_told(model)}
+  {STORIES:,} stories. Held-out loss {held_out:.3f} nats per token; the stories' entropy is at most {entropy:.3f}, so
+  at least {held_out - entropy:.3f} nats per token are left to learn. {_stories_told(model)}
 - Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
-  tokens, all in one run. Features that are active at fewer than {LIVING_TOKENS} tokens of {LIVING_ROWS:,} stories they
-  were trained on are left out (most at `A0`, `A1` and `Mo0`, where few directions explain nearly everything). Measured
-  on {measured[0].tokens:,} held-out tokens; `dead` is the share of features active on none of them.
+  tokens, all in one run. Features active on fewer than {LIVING_TOKENS} tokens of {LIVING_ROWS:,} training stories are
+  left out (most of them at `A0`, `A1` and `Mo0`, where few directions explain nearly everything). Measured
+  on {measured[0].tokens:,} held-out tokens; `dead` is the share of features that are active on none of them.
 
 | site | features | L0 | explained variance | CE recovered | dead |
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 
 Versions: {", ".join(f"{name} {version}" for name, version in run["versions"].items())}; JAX devices:
-{jax.device_count()} ({jax.devices()[0].platform}). Licence: that of this repository; the stories are generated, no text
-of others is in them.
+{jax.device_count()} ({jax.devices()[0].platform}). Licence: that of this repository; the stories are
+generated and contain no text by other authors.
 """
 
 
@@ -168,8 +168,8 @@ def _stories_told(model: TinyModel) -> str:
     told = model.generate(["Once upon a time"] * TOLD, ROW_LENGTH - 8, TEMPERATURE)
     ends = sum(story.endswith("[END]") for story in told)
     kept = sum(len(set(re.findall(r"\w+", story)) & cast.NAMES) <= 2 for story in told)
-    return f"""Of {TOLD} stories told at temperature {TEMPERATURE},
-  {ends} come to an end, and {kept} name no third character, as the generator never does."""
+    return f"""Of {TOLD} stories sampled at temperature {TEMPERATURE},
+  {ends} end, and {kept} name at most two characters, as all generated stories do."""
 
 
 def _megabytes(folder: Path) -> float:

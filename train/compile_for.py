@@ -1,10 +1,9 @@
-"""`--compile-for v5e:2x4`: compile a program's training step for TPUs that are not there, and say what came out.
+"""`--compile-for v5e:2x4`: compile a program's training step for TPUs that are not there, and report on it.
 
-    report = report_step(step, arguments, mesh, flops)      # compiles, prints the table, returns a StepReport
+    report = report_step(step, arguments, mesh, flops)      # compiles, prints two tables, returns a StepReport
 
-The real TPU compiler runs on any machine (`pip install "tinymodel-jax[tpu]"`). Rely on: the report is of the step
-that was handed over, for the devices of its mesh; the memory and the collectives are the compiler's final word. It runs
-nothing and measures no speed: times are the compiler's estimates, of computing only.
+The real TPU compiler runs on any machine (`pip install "tinymodel-jax[tpu]"`), so memory and collectives are exactly
+those of a run on these devices. Nothing runs: times are the compiler's estimates and leave out the collectives.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ TOPOLOGIES = "v5e:2x4, v6e:2x4, v5p:2x2x2"
 
 @dataclass(frozen=True)
 class Chip:
-    """What a report needs to know of a TPU chip."""
+    """Properties of a TPU chip that a report uses."""
 
     hbm_bytes: int
-    """Memory."""
+    """Memory in bytes."""
     clock_hz: float
-    """Of the matrix units: the peak is clock x units x 128² (v6e: 256²) x 2 FLOP."""
+    """Clock of the matrix units; the peak is clock x units x 128² (v6e: 256²) x 2 FLOP."""
 
 
 CHIPS = {
@@ -41,10 +40,10 @@ CHIPS = {
     "v6e": Chip(32 * 10**9, 1.75e9),
     "v5p": Chip(95 * 10**9, 1.75e9),
 }
-"""Generations that `--compile-for` takes, from the maker's data sheets."""
+"""TPU generations that `--compile-for` accepts, with numbers from the maker's data sheets."""
 
 _KINDS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p"}
-"""How JAX names them."""
+"""JAX's name of a chip -> its generation."""
 
 _NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -52,12 +51,12 @@ _NO_TPU_HERE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""Keeps the compiler from asking the network what machine this is, and from locking out other compilations."""
+"""Settings that keep the compiler from querying the network about this machine and from locking out other compilers."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a compiled step needs of each chip, and what the chips exchange."""
+    """Memory, arithmetic and collectives of a compiled step, per chip."""
 
     chips: int
     device_kind: str
@@ -66,19 +65,19 @@ class StepReport:
     output_bytes: int
     """Results that do not reuse the arguments' memory, on one chip."""
     temporary_bytes: int
-    """Everything between, at its fullest, on one chip."""
+    """Largest size of the intermediate arrays on one chip."""
     program_bytes: int
-    """The compiled code."""
+    """Compiled code."""
     hbm_bytes: int | None
-    """Memory of a chip; None where it is not known."""
+    """Memory of a chip; None if unknown."""
     compiled_flops: float
-    """Floating-point operations of one chip as the compiler counts them, loop bodies once."""
+    """Floating-point operations of one chip as the compiler counts them, with loop bodies counted once."""
     flops: float
-    """Floating-point operations of one chip that the arithmetic asks for, nothing computed twice."""
+    """Floating-point operations of one chip that the algorithm needs, without recomputation."""
     peak_flops: float | None
-    """A chip's dense bfloat16 peak, FLOP/s; None where it is not known."""
+    """A chip's dense bfloat16 peak in FLOP/s; None if unknown."""
     estimated_seconds: float | None
-    """The compiler's estimate of the time of computing, collectives left out; None where it makes none."""
+    """The compiler's estimate of the compute time, without collectives; None if it gives none."""
     collectives: tuple[Collective, ...]
 
     @property
@@ -88,7 +87,7 @@ class StepReport:
 
     @property
     def share_of_peak(self) -> float | None:
-        """`flops` over what the chip could do in the estimated time."""
+        """`flops` divided by what the chip could compute at its peak in the estimated time."""
         if self.estimated_seconds is None or self.peak_flops is None:
             return None
         return self.flops / (self.estimated_seconds * self.peak_flops)
@@ -98,7 +97,7 @@ def devices_for(name: str | None) -> list[Any]:
     """Return the devices of a TPU slice, such as `v5e:2x4`, for compiling only; None gives those of this run.
 
     Raises:
-        ValueError: no such slice.
+        ValueError: there is no such slice.
         ModuleNotFoundError: the TPU compiler is not installed.
     """
     if name is None:
@@ -119,12 +118,12 @@ def devices_for(name: str | None) -> list[Any]:
 
 
 def report_step(step: Any, arguments: Sequence[Any], mesh: Mesh, flops: float) -> StepReport:
-    """Compile a step for the devices of a mesh, print what came out and return it.
+    """Compile a step for the devices of a mesh, print the report and return it.
 
     Args:
-        step: made by `jax.jit`.
-        arguments: its positional arguments: trees of `jax.ShapeDtypeStruct` with shardings over `mesh`.
-        flops: floating-point operations that a step's arithmetic asks for, on all devices together.
+        step: function made by `jax.jit`.
+        arguments: its positional arguments, as trees of `jax.ShapeDtypeStruct` with shardings over `mesh`.
+        flops: floating-point operations that one step needs, on all devices together.
 
     Raises:
         ValueError: the step does not fit the chips' memory.
@@ -135,14 +134,14 @@ def report_step(step: Any, arguments: Sequence[Any], mesh: Mesh, flops: float) -
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the step does not fit these chips: {reason} Split it over more of them.") from None
+        raise ValueError(f"the step does not fit these chips: {reason} Use more chips.") from None
     report = read_compiled(compiled, mesh, flops)
     print_report(report, mesh)
     return report
 
 
 def read_compiled(compiled: Any, mesh: Mesh, flops: float) -> StepReport:
-    """Return what a compiled step says of itself; the arguments are those of `report_step`."""
+    """Return the report on a compiled step; `mesh` and `flops` are as in `report_step`."""
     device = mesh.devices.flat[0]
     memory, text = compiled.memory_analysis(), compiled.as_text()
     chip = CHIPS.get(_KINDS.get(device.device_kind, ""))
@@ -177,7 +176,7 @@ def print_report(report: StepReport, mesh: Mesh) -> None:
         ("program", _size(report.program_bytes)),
         ("memory in all", f"{_size(report.peak_bytes)}, {share}"),
         ("FLOPs as compiled", f"{report.compiled_flops / 1e9:,.1f} G"),
-        ("FLOPs the arithmetic asks for", f"{report.flops / 1e9:,.1f} G"),
+        ("FLOPs the algorithm needs", f"{report.flops / 1e9:,.1f} G"),
         ("estimated time, without collectives", f"{seconds * 1e3:.2f} ms" if seconds is not None else "–"),
         ("share of the bfloat16 peak at that", f"{of_peak:.0%}" if of_peak is not None else "–"),
     ):
@@ -190,7 +189,7 @@ def print_report(report: StepReport, mesh: Mesh) -> None:
 
 
 def summarize(found: Sequence[Collective]) -> list[tuple[str, str, str, str, str]]:
-    """Return kind, mesh axes, executions, bytes in all and largest array of every kind of collective."""
+    """Return kind, mesh axes, number of executions, total bytes and largest array of every kind of collective."""
     rows = []
     for kind, axes in sorted({(one.kind, one.axes) for one in found}):
         same = [one for one in found if (one.kind, one.axes) == (kind, axes)]

@@ -1,9 +1,9 @@
 """Train dictionaries: `python -m train dictionaries --model MODEL --sites M0,A1 --data DATA --out OUT …`.
 
-The language model runs inside the compiled step, once for all sites, and every combination of the comma lists is
-trained on the same activations; `--activations X.npy` trains on the vectors of a file instead. The same command again
-resumes a stopped run bit-exactly. Read it from top to bottom: options, mesh, activations and compiled functions in
-`dictionaries`; then, in `_train`, one loop that steps, logs and saves.
+The language model runs inside the compiled step, once for all sites, and every combination of the comma-separated
+lists is trained on the same activations. `--activations X.npy` trains on the vectors in a file instead. The same
+command resumes a stopped run bit-exactly. Read it from top to bottom: options, mesh, activations and compiled functions
+in `dictionaries`; then, in `_train`, one loop that steps, logs and saves.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 MODEL_SITES = ActivationOptions()
 STATISTICS_BATCHES = 16
-"""Batches that the mean and the scale of the activations are taken from."""
+"""Batches from which the mean and the scale of the activations are computed."""
 RECORDED = ("loss", "l0", "explained_variance", "dead_fraction", "sparsity_coefficient", "gradient_norm")
-"""What `metrics.jsonl` keeps of a step's metrics, of every member."""
+"""Metrics of a step that `metrics.jsonl` records, for every member."""
 
 States = dict[str, DictionaryTrainState]
 """Place -> the stacked states of its sweep."""
@@ -55,20 +55,22 @@ def dictionaries(
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
     hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
-    """Train dictionaries on activations of a language model or of files, or go on with a run that was stopped.
+    """Train dictionaries on activations of a language model or of files, or resume a stopped run.
 
-    k, l1, target-l0, learning-rate and seed take comma lists: every combination is trained, in one compiled step.
+    The options k, l1, target-l0, learning-rate and seed take comma-separated lists: all combinations are trained at
+    once, in one compiled step.
 
     Args:
         steps: training steps.
-        sweep: the dictionaries.
-        source: the activations that they are trained on.
-        out: run's folder, or gs://…: the dictionaries are in OUT/dictionaries, their numbers in OUT/sweep.json.
+        sweep: dictionaries to train.
+        source: activations to train on.
+        out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
         save_every: steps between checkpoints.
-        mesh: devices, as data=2,model=4 or sweep=8; by default all of them on data.
-        compile_for: TPU slice, such as v5e:2x4: compile the step for it, say what that gives, and stop.
-        tracking: what shows the metrics beside OUT/metrics.jsonl.
-        hosts: the run's processes, each of which runs this same command.
+        mesh: device mesh, such as data=2,model=4 or sweep=8; by default all devices are on data.
+        compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
+            estimated time.
+        tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
+        hosts: processes of the run; each runs this same command.
     """
     join_hosts(hosts)
     require_trackers(tracking)
@@ -114,16 +116,16 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -
 
 
 class Program(NamedTuple):
-    """The compiled functions of a run, and where its state is; built without computing anything.
+    """A run's compiled functions and the shardings of its state.
 
-    The devices of its mesh may be absent: what `--compile-for` compiles is the step that a run executes.
+    The mesh may consist of devices that are not there: `--compile-for` compiles the same step that a run executes.
     """
 
     step: Callable[..., tuple[States, dict[str, Any]]]
-    """(states, context, batch) -> (states, metrics): one pass of the language model, then a step of every member."""
+    """(states, context, batch) -> (next states, metrics): a language model pass, then a step of every member."""
     settle: Callable[..., States]
-    """(states after the last step, context, batch, step of the batch, batches before) -> states with that batch counted
-    into the threshold of batch_topk."""
+    """(states after the last step, context, batch, step of the batch, batches before) -> states whose batch_topk
+    thresholds include that batch."""
     init: Callable[..., States]
     """Statistics of every place -> the states before the first step."""
     abstract: States
@@ -131,7 +133,7 @@ class Program(NamedTuple):
 
 
 def compiled(source: ActivationSource, sweep: Sweep, mesh: Mesh) -> Program:
-    """Return the run's compiled functions."""
+    """Return the run's compiled functions; nothing is computed yet."""
     recipes, members = sweep
     ks = {int(member.values["k"]) for member in members if "k" in member.values}
     hypers = {name: stack_members([m.hyper(shared) for m in members]) for name, shared in recipes.items()}
@@ -189,8 +191,8 @@ def first_statistics(source: ActivationSource) -> dict[str, Any]:
     bad = [name for name, pair in statistics.items() if not all(finite(pair))]
     if bad:
         raise ValueError(
-            f"the activations at {', '.join(bad)} are NaN or infinite, so nothing can be learnt from them; "
-            "take a language model whose parameters and outputs are finite."
+            f"the activations at {', '.join(bad)} are NaN or infinite, so no dictionary can be trained on them; "
+            "choose a language model whose parameters and outputs are finite."
         )
     return statistics
 
@@ -205,7 +207,7 @@ def _init(statistics: dict[str, Any], sweep: Sweep) -> States:
 
 
 def _settle_thresholds(program: Program, source: ActivationSource, states: States, sweep: Sweep) -> States:
-    """Return the states with thresholds of the finished dictionaries, from the batches that follow the training."""
+    """Return the states with the finished batch_topk thresholds, computed on batches after those of the training."""
     shared = next(iter(sweep.recipes.values()))
     if shared.architecture != "batch_topk":
         return states
@@ -225,7 +227,7 @@ def _flops_per_vector(source: ActivationSource, sweep: Sweep) -> float:
 
 
 def _describe(line: Mapping[str, Any]) -> str:
-    """Return the first members' numbers of the first places."""
+    """Return L0 and explained variance of the first member of the first places."""
     names = [name for name in line if isinstance(line[name], Mapping)]
     texts = [f"{n} L0 {line[n]['l0'][0]:.1f} EV {line[n]['explained_variance'][0]:.3f}" for n in names[:3]]
     more = sum(len(line[n]["l0"]) for n in names) - len(texts)

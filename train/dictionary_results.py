@@ -1,9 +1,9 @@
-"""What a finished dictionary run leaves: the dictionaries, their numbers, and the plot of sparsity against quality.
+"""The results of a finished dictionary run: the dictionaries, their metrics, and a plot of sparsity against quality.
 
-OUT/dictionaries/M0/            one folder a dictionary (M0_k=16_seed=1 in a sweep): config.json,
+OUT/dictionaries/M0/            one folder per dictionary (M0_k=16_seed=1 in a sweep): config.json,
                                 dictionary.safetensors, training.json
-OUT/sweep.json                  every dictionary's settings and numbers
-OUT/pareto.png                  L0 against explained variance, and against CE recovered where there is a model
+OUT/sweep.json                  settings and metrics of every dictionary
+OUT/pareto.png                  L0 against explained variance and, with a language model, against CE recovered
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
 from tinymodel_jax.analysis.report.charts import draw_pareto
-from tinymodel_jax.commands.frame import finite_or_none
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import finite_or_none, print_table
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
@@ -40,7 +39,7 @@ SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
 
 
 def write_results(run: Run, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep) -> None:
-    """Measure and write every dictionary, `sweep.json` and `pareto.png`; print a table."""
+    """Evaluate and write every dictionary, write `sweep.json` and `pareto.png`, and print a table."""
     out, (recipes, members) = run.folder, sweep
     names = [(name, index) for name in source.places for index in range(len(members))]
     dictionaries = []
@@ -80,8 +79,8 @@ def write_results(run: Run, source: ActivationSource, states: Mapping[str, Dicti
 
 
 def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw L0 against explained variance and, where it is known, CE recovered: a line a site."""
-    from matplotlib.figure import Figure  # not pyplot: nothing global, no display
+    """Draw L0 against explained variance and, where it is known, CE recovered, with one line per site."""
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a display
 
     qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
     qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
@@ -93,7 +92,7 @@ def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _one_member(stacked: DictionaryTrainState, index: int) -> DictionaryTrainState:
-    """Return a member's state, whole on every device: one dictionary fits where its training state did."""
+    """Return a member's state, replicated on every device; a dictionary is smaller than its training state."""
     sharding = stacked.step.sharding
     assert isinstance(sharding, NamedSharding)
     return settled(jax.jit(member_of, out_shardings=NamedSharding(sharding.mesh, P()))(stacked, index))

@@ -1,20 +1,21 @@
-"""Stories to token ids, a batch at a time: what the worker processes of `prepare` do.
+"""Stories to token ids, a batch at a time: the work of `prepare`'s worker processes.
 
-Rely on: pure and in order, so that the ids do not depend on how many workers there are; the choice of held-out stories
-depends on a story's contents and the seed alone, so that copies of a story never lie on both sides. Reading the source
+Rely on: pure and in order, so that the ids do not depend on the number of workers; the choice of held-out stories
+depends only on a story's contents and the seed, so that all copies of a story are in the same split. Reading the source
 and writing the result happen elsewhere.
 """
 
 from __future__ import annotations
 
 import hashlib
+import reprlib
+from array import array
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from tinymodel_jax.text.prompts_and_stories import refuse_divider, story_ids
 from tinymodel_jax.text.tokenizer import Tokenizer, clean_text, keep_story
@@ -26,22 +27,40 @@ class Batch(NamedTuple):
 
     split: str
     first: int
-    """Row number of the first, from 0, in the split of the source."""
-    column: pa.Array
-    """Texts, or lists of ids."""
+    """Number of the first row, from 1, in its split of the source."""
+    rows: Sequence[Any]
+    """Stories, or lists of ids."""
+
+
+@dataclass
+class Counts:
+    """How many rows were read and what became of them: `tokens` and `stories` by split, `left_out` by reason."""
+
+    read: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    stories: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of other rows to these."""
+        self.read += other.read
+        self.tokens.update(other.tokens)
+        self.stories.update(other.stories)
+        self.left_out.update(other.left_out)
 
 
 class Encoded(NamedTuple):
-    """What came of a batch. Dictionaries are by the split that the stories went to."""
+    """The result of a batch."""
 
-    split: str
-    read: int
-    """Rows of the batch."""
-    ids: dict[str, bytes]
-    """Little-endian uint16."""
-    tokens: dict[str, int]
-    stories: dict[str, int]
-    left_out: dict[str, int]
+    ids: dict[str, bytearray]
+    """Little-endian uint16, by split."""
+    counts: Counts
+
+
+class _Story(NamedTuple):
+    content: bytes
+    """What decides whether the story is held out."""
+    ids: Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Encoder:
     tokenizer: Tokenizer
     row_length: int
     packed: bool
-    """Whether the ids are one stream; otherwise a row a story."""
+    """Whether the ids are one stream; otherwise each row holds one story."""
     valid_fraction: float | None
     """Share of the stories to hold out; None: each stays in the split it was read from."""
     seed: int
@@ -62,101 +81,66 @@ class Encoder:
         """Return the ids of a batch.
 
         Raises:
-            ValueError: a row is no story, or holds a special token or an id that is not in the vocabulary; its number
-                is given.
+            ValueError: a row is neither a story nor a list of ids, or holds a special token or an id outside the
+                vocabulary. The message gives the row's number.
         """
-        is_text = pa.types.is_string(batch.column.type) or pa.types.is_large_string(batch.column.type)
-        self._require_no_nulls(batch)
-        kept, stories, left_out = self._encode_texts(batch) if is_text else self._encode_lists(batch)
-        split_of = [self._split(content, batch.split) for content in kept]
-        ids, tokens = {}, {}
-        for split in SPLITS:
-            chosen = [story for story, its_split in zip(stories, split_of, strict=True) if its_split == split]
-            joined = np.concatenate([np.zeros(0, ID_DTYPE), *chosen]).astype(ID_DTYPE)
-            ids[split] = joined.tobytes()
-            tokens[split] = int(np.count_nonzero(joined != self.tokenizer.pad_id))
-        counts = {split: split_of.count(split) for split in SPLITS}
-        return Encoded(batch.split, len(batch.column), ids, tokens, counts, left_out)
+        ids, counts = {split: bytearray() for split in SPLITS}, Counts(read=len(batch.rows))
+        for number, row in enumerate(batch.rows, batch.first):
+            story = self._from_text(row, number) if isinstance(row, str) else self._from_ids(row, number)
+            if isinstance(story, str):
+                counts.left_out[story] += 1
+                continue
+            split = self._split(story.content, batch.split)
+            ids[split] += self._row_bytes(story.ids)
+            counts.stories[split] += 1
+            counts.tokens[split] += len(story.ids)
+        return Encoded(ids, counts)
 
-    def _encode_texts(self, batch: Batch) -> tuple[list[bytes], Sequence[np.ndarray], dict[str, int]]:
-        texts = self._texts(batch)
-        for number, text in enumerate(texts, batch.first + 1):
-            refuse_divider(text, f"{self.source}, story {number}")
-        sound = [(number, text) for number, text in enumerate(texts, batch.first + 1) if keep_story(text)]
-        kept = [(number, text) for number, text in sound if clean_text(text).strip()]
-        left_out = {"refused": len(texts) - len(sound), "empty": len(sound) - len(kept)}
-        cut = None if self.packed else self.row_length
-        rows = [
-            np.array(story_ids(self.tokenizer, text, cut, f"{self.source}, story {number}"), ID_DTYPE)
-            for number, text in kept
-        ]
-        return [text.encode("utf-8") for _, text in kept], rows if self.packed else self._padded(rows), left_out
-
-    def _encode_lists(self, batch: Batch) -> tuple[list[bytes], Sequence[np.ndarray], dict[str, int]]:
-        lengths, values = self._flatten(batch)
-        outside = np.flatnonzero((values < 0) | (values >= self.tokenizer.vocab_size))
-        if outside.size:
-            number = batch.first + 1 + int(np.searchsorted(np.cumsum(lengths), outside[0], side="right"))
-            raise ValueError(
-                f"{self.source}, row {number} holds the id {values[outside[0]]}; the tokenizer has ids 0 to "
-                f"{self.tokenizer.vocab_size - 1}. Use the tokenizer that the ids were made with."
-            )
-        pad = self.tokenizer.pad_id
-        all_rows = np.split(values.astype(ID_DTYPE), np.cumsum(lengths)[:-1])
-        rows = [row[: np.max(np.flatnonzero(row != pad), initial=-1) + 1] for row in all_rows]
-        for number, row in enumerate(rows, batch.first + 1):
-            if (row == pad).any():
-                raise ValueError(
-                    f"{self.source}, row {number} has [PAD] (id {pad}) before a token. Pad on the right, or leave "
-                    "padding out: prepare adds it."
-                )
-        kept = [row for row in rows if row.size]
-        contents = [row.tobytes() for row in kept]
-        left_out = {"refused": 0, "empty": len(rows) - len(kept)}
-        return contents, kept if self.packed else self._padded(kept), left_out
-
-    def _padded(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return rows of `row_length`, cut or padded on the right."""
-        matrix = np.full((len(rows), self.row_length), self.tokenizer.pad_id, ID_DTYPE)
-        for place, row in zip(matrix, rows, strict=True):
-            place[: row.size] = row[: self.row_length]
-        return list(matrix)
-
-    def _flatten(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lengths of the lists, and their values in a row."""
-        kind = batch.column.type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if not (is_list and pa.types.is_integer(kind.value_type)):
-            raise ValueError(f"{self.source}: rows hold {kind}, expected 'text' as str or 'tok_ids' as list of int.")
-        flat = pc.call_function("list_flatten", [batch.column])
-        if flat.null_count:
-            raise ValueError(f"{self.source}: an id among the rows from {batch.first + 1} on is null.")
-        lengths = pc.call_function("list_value_length", [batch.column])
-        return lengths.to_numpy(zero_copy_only=False), flat.to_numpy(zero_copy_only=False)
-
-    def _texts(self, batch: Batch) -> list[str]:
+    def _from_text(self, text: str, number: int) -> _Story | str:
+        """Return the story, or why it is left out."""
+        where = f"{self.source}, story {number}"
         try:
-            return batch.column.to_pylist()
-        except UnicodeDecodeError:  # the readers do not look at every byte
-            raw = batch.column.cast(pa.large_binary()).to_pylist()
-            number = batch.first + next(i for i, text in enumerate(raw, 1) if not _is_utf8(text))
-            raise ValueError(f"{self.source}, story {number} is not valid UTF-8; mend or remove it.") from None
+            content = text.encode()
+        except UnicodeEncodeError:  # the reader makes a lone surrogate of a byte that is not UTF-8
+            raise ValueError(f"{where} is not valid Unicode text; correct or remove it.") from None
+        refuse_divider(text, where)
+        if not keep_story(text):
+            return "refused"
+        if not clean_text(text).strip():
+            return "empty"
+        return _Story(content, story_ids(self.tokenizer, text, self._most_ids, where))
 
-    def _require_no_nulls(self, batch: Batch) -> None:
-        if batch.column.null_count:
-            number = batch.first + 1 + int(np.flatnonzero(batch.column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise ValueError(f"{self.source}, row {number} has no text or ids (null or missing); mend or remove it.")
+    def _from_ids(self, row: Any, number: int) -> _Story | str:
+        """Return the ids without the padding at their end, or why the row is left out."""
+        where, pad = f"{self.source}, row {number}", self.tokenizer.pad_id
+        try:
+            ids = np.array(array("q", row))  # raises where NumPy would convert
+        except (TypeError, OverflowError):
+            found = "neither text nor ids (null or missing)" if row is None else reprlib.repr(row)
+            raise ValueError(f"{where} holds {found}; 'text' must be a string, 'tok_ids' a list of integers.") from None
+        if (outside := ids[(ids < 0) | (ids >= self.tokenizer.vocab_size)]).size:
+            raise ValueError(
+                f"{where} holds the id {outside[0]}; the tokenizer has ids 0 to {self.tokenizer.vocab_size - 1}. Use "
+                "the tokenizer that the ids were made with."
+            )
+        ids = ids[: np.max(np.flatnonzero(ids != pad), initial=-1) + 1].astype(ID_DTYPE)
+        if (ids == pad).any():
+            raise ValueError(
+                f"{where} has [PAD] (id {pad}) before a token. Pad on the right, or leave padding out: prepare adds it."
+            )
+        return _Story(ids.tobytes(), ids[: self._most_ids]) if ids.size else "empty"
+
+    @property
+    def _most_ids(self) -> int | None:
+        """How many ids of a story are kept."""
+        return None if self.packed else self.row_length
+
+    def _row_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        padding = 0 if self.packed else self.row_length - len(ids)
+        return np.asarray(ids, ID_DTYPE).tobytes() + ID_DTYPE.type(self.tokenizer.pad_id).tobytes() * padding
 
     def _split(self, content: bytes, read_from: str) -> str:
         if self.valid_fraction is None:
             return read_from
         digest = hashlib.blake2b(content, digest_size=8, key=self.seed.to_bytes(8, "little")).digest()
         return "valid" if int.from_bytes(digest, "little") < self.valid_fraction * 2**64 else "train"
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -1,7 +1,7 @@
-"""What the text of a compiled program says: its collectives, and the compiler's estimate of its time.
+"""Read a compiled program's text: its collectives, and the compiler's estimate of its time.
 
-Reads the scheduled HLO that `compiled.as_text()` gives, of any backend; instructions in loop bodies count once for each
-trip, where the compiler knows the number. It does not judge: which collectives are meant is the reader's to say.
+The text is the scheduled HLO that `compiled.as_text()` returns, on any backend. Instructions in loop bodies count once
+per iteration where the number of iterations is known.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**63 - 1
-"""What stands where the compiler has no model, as for lookups it hands to a SparseCore."""
+"""The compiler's value for instructions that it cannot estimate, such as lookups on a SparseCore."""
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=(\{\{.*?\}\}|\{\})")
@@ -45,7 +45,7 @@ _PAIRS = re.compile(r"source_target_pairs=(\{\{.*?\}\})")
 
 @dataclass(frozen=True)
 class ArrayType:
-    """Type of an array, as HLO writes it."""
+    """Type of an array in HLO's notation."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,15 +67,15 @@ class Collective:
     kind: str
     """One of `COLLECTIVES`."""
     arrays: tuple[ArrayType, ...]
-    """Its results on one device; several where the compiler combined some."""
+    """Its results on one device; several if the compiler combined collectives."""
     axes: tuple[str, ...]
-    """Mesh axes over which it goes."""
+    """Mesh axes along which devices exchange data."""
     times: int
-    """How often a run of the program executes it."""
+    """Executions per run of the program."""
 
     @property
     def bytes(self) -> int:
-        """Size of the results of one execution, on one device."""
+        """Size of the results of one execution on one device."""
         return sum(array.bytes for array in self.arrays)
 
 
@@ -93,7 +93,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Return every collective of a compiled program, in no particular order.
 
     Args:
-        mesh_shape: axis name to size, of the mesh the program was compiled for.
+        mesh_shape: axis name -> size, of the mesh that the program was compiled for.
     """
     found: dict[str, Collective] = {}
     for instruction, times in _executed(text):
@@ -110,9 +110,9 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
 
 def estimated_cycles(text: str) -> int | None:
-    """Return the clock cycles the compiler estimates for one run, or None if it estimates nothing.
+    """Return the compiler's estimate of the clock cycles of one run, or None if it gives none.
 
-    Collectives are left out, and so is the little that the compiler has no model of.
+    Collectives are left out, and so are the few instructions that the compiler cannot estimate.
     """
     found = [(int(n), times) for instruction, times in _executed(text) for n in _CYCLES.findall(instruction.line)]
     estimated = [cycles * times for cycles, times in found if cycles != _NO_ESTIMATE]
@@ -120,7 +120,7 @@ def estimated_cycles(text: str) -> int | None:
 
 
 def _executed(text: str) -> Iterator[tuple[_Instruction, int]]:
-    """Yield each instruction that runs, and how often."""
+    """Yield each instruction that runs, and how often it runs."""
     computations, entry = _parse(text)
     times: Counter[str] = Counter()
 
@@ -139,10 +139,10 @@ def _executed(text: str) -> Iterator[tuple[_Instruction, int]]:
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int:
-    """Return how often a loop's body runs; 1 where neither the compiler nor the loop's counter says it.
+    """Return how often a loop's body runs; 1 if neither the compiler nor the loop's counter tells.
 
-    The counter is the element of the loop's state that the condition finds less than a constant; it starts at 0, as
-    those of `lax.scan` and of the compiler do, and rises by a constant.
+    The counter is the element of the loop's state that the condition compares with a constant. It is assumed to start
+    at 0, as in the loops of `lax.scan` and of the compiler, and to rise by a constant.
     """
     if known := _TRIPS.search(loop.line):
         return int(known[1])
@@ -163,13 +163,13 @@ def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -
 
 
 def _constant(computation: Sequence[_Instruction], name: str) -> int | None:
-    """Return the value of a whole-number constant."""
+    """Return the value of an integer constant, or None."""
     found = next((one for one in computation if one.name == name and one.op == "constant"), None)
     return int(found.operands[0]) if found is not None and found.operands[0].isdecimal() else None
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Return the instructions of each computation, and the name of the one that starts."""
+    """Return the instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -182,7 +182,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             names = tuple(operand.strip(" %") for operand in operands.split(","))
             computations[current].append(_Instruction(current, name, op, result, names, line))
     if not entry:
-        raise ValueError("this is no text of a compiled program: it has no ENTRY computation.")
+        raise ValueError("the text is not a compiled program: it has no ENTRY computation.")
     return computations, entry
 
 
@@ -192,7 +192,7 @@ def _results(instruction: _Instruction) -> tuple[ArrayType, ...]:
         for dtype, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", instruction.result))
     ]
     if instruction.op in ("all-gather-start", "collective-permute-start"):
-        # These return their operands too, before the results; a permutation two counters after them.
+        # These return their operands before the results; a permutation also returns two counters after them.
         arrays = [array for array in arrays if array != ArrayType("u32", ())]
         arrays = arrays[len(arrays) // 2 :]
     return tuple(arrays)
@@ -209,21 +209,21 @@ def _axes(line: str, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _groups(line: str, n_devices: int) -> list[list[int]]:
-    """Return the groups of devices, by their place in the flattened mesh, that exchange data."""
+    """Return the groups of devices that exchange data, as indices into the flattened mesh."""
     if found := _PAIRS.search(line) or _LISTED.search(line):
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
         return groups or [list(range(n_devices))]
     if found := _COUNTED.search(line):  # [groups, size]<=[a,b]T(p)
         shape, base, order = found.groups()
         return _counted(base, order).reshape(_numbers(shape)).tolist()
-    if found := _ON_MESH.search(line):  # mesh['a'=2,'b'=4] {'b'}: along b, of a mesh that the compiler has named anew
+    if found := _ON_MESH.search(line):  # mesh['a'=2,'b'=4] {'b'}: along b, where the compiler has renamed the axes
         axes, base, order, along = found.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
         devices = _counted(base or str(n_devices), order).reshape(tuple(sizes.values()))
         moved = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", along)]
         size = math.prod(devices.shape[axis] for axis in moved)
         return np.moveaxis(devices, moved, range(-len(moved), 0)).reshape(-1, size).tolist()
-    raise ValueError(f"this collective's groups of devices are written in an unknown way: {line.strip()[:300]}")
+    raise ValueError(f"cannot read this collective's groups of devices: {line.strip()[:300]}")
 
 
 def _counted(base: str, order: str | None) -> np.ndarray:

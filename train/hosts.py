@@ -1,8 +1,8 @@
-"""Several processes that train together, on one machine or many: how they meet, agree and stop.
+"""Several processes that train together, on one machine or many: how they connect, agree and stop.
 
-Rely on: every process runs the same program and takes the same turns; files and prints are the first process's alone,
-and what fails there fails on all of them. A run of one process waits for nothing here. Starting the processes is the
-work of SLURM, gcloud or a shell: docs/clusters.md.
+All processes run the same program and call these functions in the same order. Only the first process writes files and
+prints; an error there ends all processes. With one process, nothing here waits. SLURM, gcloud or a shell starts the
+processes: docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 SHUTDOWN_SECONDS = 60
-"""How long a process that ends waits for the others to end too before all of them are ended."""
+"""How long an ending process waits for the others before JAX ends all of them."""
 FAILURE_SECONDS = 0.5
-"""How often a process asks whether another one failed; twice as long, it may take to end by itself."""
+"""How often a process checks whether another one failed. After a failure it has twice as long to end by itself."""
 _FAILED = "train/failed"
 
 T = TypeVar("T")
@@ -39,30 +39,30 @@ _failing = threading.Event()
 
 @dataclass(frozen=True)
 class Hosts:
-    """The processes of a run; by default there is one."""
+    """The processes of a run; the default is one."""
 
     coordinator: str | None = None
-    """where process 0 can be reached, as HOST:PORT; auto: what SLURM, Open MPI, Kubernetes or the TPU pod says"""
+    """address of process 0, as HOST:PORT; auto reads it from SLURM, Open MPI, Kubernetes or the TPU pod"""
     n_processes: int | None = None
-    """processes of the run; not with auto"""
+    """number of processes of the run; not with auto"""
     process_id: int | None = None
-    """which one of them this is, from 0; not with auto"""
+    """number of this process, from 0; not with auto"""
 
 
 ONE_PROCESS = Hosts()
 
 
 def join_hosts(hosts: Hosts) -> None:
-    """Meet the other processes of the run, if there are any. Call before devices are used.
+    """Connect to the other processes of the run, if there are any. Call this before any device is used.
 
     Raises:
-        ValueError: the options do not fit together, or there is no cluster whose environment says them.
-        RuntimeError: the processes did not meet.
+        ValueError: the options do not fit together, or `auto` finds no cluster in the environment.
+        RuntimeError: the processes could not connect.
     """
     _check_options(hosts)
     if hosts.coordinator is None:
         return
-    # JAX's own way to agree on a stop hears SIGTERM only, and loses count when Orbax asks it from another thread.
+    # JAX's preemption service handles SIGTERM only, and miscounts when Orbax calls it from another thread.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -77,16 +77,16 @@ def join_hosts(hosts: Hosts) -> None:
             f"pod ({error}); give HOST:PORT, --n-processes and --process-id."
         ) from error
     except RuntimeError as error:
-        raise RuntimeError(f"--coordinator {hosts.coordinator}: the processes did not meet ({error}).") from error
+        raise RuntimeError(f"--coordinator {hosts.coordinator}: the processes could not connect ({error}).") from error
     over = threading.Event()
-    atexit.register(over.set)  # before JAX's own, which closes what the thread asks
+    atexit.register(over.set)  # registered before JAX's own exit handler, which closes the client that the thread uses
     threading.Thread(target=_end_with_the_others, args=(over,), name="failures", daemon=True).start()
 
 
 def end_all(status: int) -> None:
-    """End this process after an error, and every other of the run, which may be waiting for this one.
+    """End all processes of the run after an error in this one, because the others may be waiting for it.
 
-    A run of one process is left to end by itself.
+    With one process, this does nothing.
     """
     client = distributed.global_state.client
     if client is None:
@@ -97,23 +97,23 @@ def end_all(status: int) -> None:
 
 
 def _end_with_the_others(over: threading.Event) -> None:
-    """End this process once another one has failed."""
+    """End this process when another one has failed."""
     client = distributed.global_state.client
     assert client is not None
     while not over.wait(FAILURE_SECONDS):
         try:
             client.key_value_try_get(_FAILED)
-        except jax.errors.JaxRuntimeError:  # nobody has set it; or the first process is gone, which JAX takes care of
+        except jax.errors.JaxRuntimeError:  # no process has failed, or the first one is gone, which JAX handles
             continue
         if not _failing.wait(2 * FAILURE_SECONDS):
-            print("train: stopped, because another process met an error; see what it printed.", file=sys.stderr)
+            print("train: stopped because another process failed; see its output.", file=sys.stderr)
             _end_together(client, 1)
         return
 
 
 def _end_together(client: Any, status: int) -> None:
-    """End once every process is about to, without waiting for threads, the first process last: the others need it."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # one does not come, and is left to JAX
+    """Wait until every process is ready to end, then exit without waiting for threads. The first process exits last."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # if a process does not arrive, JAX ends it
         client.wait_at_barrier(_FAILED, int(4000 * FAILURE_SECONDS))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,35 +123,35 @@ def _end_together(client: Any, status: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Whether this process writes files and prints."""
     return jax.process_index() == 0
 
 
 def say(message: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line on the first process."""
     if is_first():
         print(message, flush=True)
 
 
 def warn(message: str) -> None:
-    """Print a warning for the user as one line on stderr, once for all processes."""
+    """Print a warning as one line on stderr, on the first process."""
     if is_first():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def all_agree(answer: bool) -> bool:
-    """Return whether every process answers yes; all have to ask."""
+    """Return whether `answer` is true on every process; all of them must call this."""
     if jax.process_count() == 1:
         return answer
     return bool(np.all(multihost_utils.process_allgather(np.int32(answer))))
 
 
 def on_first(action: Callable[[], object]) -> None:
-    """Do something on the first process while the others wait.
+    """Call `action` on the first process while the others wait.
 
     Raises:
-        OSError, ValueError: what the action raised, on the first process.
-        RuntimeError: the same, on the others.
+        OSError, ValueError: the action's own error, on the first process.
+        RuntimeError: the action failed, on the other processes.
     """
     problem = None
     if is_first():
@@ -161,13 +161,13 @@ def on_first(action: Callable[[], object]) -> None:
             problem = error
     if all_agree(problem is None):
         return
-    raise problem or RuntimeError("stopped, because the first process met an error; see what it printed.")
+    raise problem or RuntimeError("stopped because the first process failed; see its output.")
 
 
 def settled(arrays: T) -> T:
-    """Return arrays, once they are computed where that is needed: by several processes on CPUs.
+    """Return the arrays; with several processes on CPUs, first wait until they are computed.
 
-    There the collectives of two programs in flight may each hold a thread that the other one waits for.
+    There, the collectives of two programs that run at once can each hold a thread that the other waits for.
     """
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
         jax.block_until_ready(arrays)
@@ -176,11 +176,11 @@ def settled(arrays: T) -> T:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGTERM and SIGINT at any process ask for a stop; a second one ends this process at once.
+    """In the block, SIGTERM and SIGINT to any process request a stop; a second signal ends this process at once.
 
     Yields:
-        Whether all processes stop now. Each has to ask after every step, and all get the same answer; with several
-        processes it comes a step late, so that the step need not be waited for.
+        A function that returns whether to stop now. Every process must call it after every step, and all get the same
+        answer. With several processes the answer is one step late, so that no process waits for the current step.
     """
     asked = threading.Event()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -189,7 +189,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         del frame
         asked.set()
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more ends at once, without saving", file=sys.stderr, flush=True)
+        print(
+            "stopping after this step; a second signal ends the run at once, without saving",
+            file=sys.stderr,
+            flush=True,
+        )
 
     for number in before:
         signal.signal(number, ask)
@@ -201,7 +205,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def _vote(asked: threading.Event) -> Callable[[], bool]:
-    """Return a function that begins to count whether any process is asked, and returns the count begun before."""
+    """Return a function that starts to count the processes asked to stop, and returns the result of the last count."""
     mesh = Mesh(np.array(jax.devices()), ("device",))
     places = NamedSharding(mesh, P("device"))
     count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
@@ -219,7 +223,7 @@ def _check_options(hosts: Hosts) -> None:
     place, count, which = hosts.coordinator, hosts.n_processes, hosts.process_id
     if place is None or place == "auto":
         if count is not None or which is not None:
-            raise ValueError(f"--n-processes {count} --process-id {which}: they belong to --coordinator HOST:PORT.")
+            raise ValueError(f"--n-processes {count} --process-id {which}: they need --coordinator HOST:PORT.")
         return
     host, _, port = place.rpartition(":")
     if not host or not port.isdecimal():
@@ -227,5 +231,5 @@ def _check_options(hosts: Hosts) -> None:
     if count is None or which is None or not 0 <= which < count:
         raise ValueError(
             f"--coordinator {place} --n-processes {count} --process-id {which}: "
-            "give both numbers; a process's is from 0 to below how many there are."
+            "give both numbers; process ids run from 0 to n-processes - 1."
         )

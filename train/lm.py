@@ -79,28 +79,28 @@ def lm(
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
     hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
-    """Train a language model, or go on with a run that was stopped.
+    """Train a language model, or resume a stopped run.
 
     Args:
-        preset: sizes and recipe; the options below replace single settings of it.
+        preset: model sizes and training settings; the options below change single settings.
         data: folder written by `python -m train prepare`.
-        out: run's folder, or gs://…; the finished model is in OUT/model, and TinyModel(OUT) loads it.
+        out: folder of the run, or gs://…; the finished model is in OUT/model, and TinyModel(OUT) loads it.
         steps: training steps.
-        batch_size: rows a step, over all devices.
-        micro_batches: parts of a batch that are computed one after the other, to save memory.
-        optimizer: what replaces settings of the preset's optimizer.
-        initialization: of the weights: reference, as published, or wide, with larger embeddings; by default the
+        batch_size: rows per step, over all devices.
+        micro_batches: parts into which a batch is split, computed one after the other to save memory.
+        optimizer: settings that differ from the preset's optimizer.
+        initialization: initial weights: reference, as published, or wide, with larger embeddings; the default is the
             preset's.
         dtype: number format of the computation; auto is bfloat16 on an accelerator, float32 on a CPU.
-        seed: of the initial weights and of the order of the rows.
+        seed: seed of the initial weights and of the order of the rows.
         save_every: steps between checkpoints.
-        eval_every: steps between held-out losses and samples.
-        mesh: devices, as data=4,model=2; by default all of them on data.
-        fsdp: split parameters and optimizer state over the data axis too.
-        compile_for: TPU slice, such as v5e:2x4: compile the step for it, say what that gives, and stop. Without --data,
-            rows have 128 tokens; --out is not used.
-        tracking: what shows the metrics beside OUT/metrics.jsonl.
-        hosts: the run's processes, each of which runs this same command.
+        eval_every: steps between evaluations (held-out loss and a sample).
+        mesh: device mesh, such as data=4,model=2; by default all devices are on data.
+        fsdp: also shard parameters and optimizer state over the data axis.
+        compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
+            estimated time. Rows have 128 tokens unless --data is given; --out is not used.
+        tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
+        hosts: processes of the run; each runs this same command.
     """
     join_hosts(hosts)
     require_trackers(tracking)
@@ -176,19 +176,19 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
 
 
 class Program(NamedTuple):
-    """The compiled functions of a run, and where its arrays are; built without computing anything.
+    """A run's compiled functions and the shardings of its arrays.
 
-    The devices of its mesh may be absent: what `--compile-for` compiles is the step that a run executes.
+    The mesh may consist of devices that are not there: `--compile-for` compiles the same step that a run executes.
     """
 
     step: Callable[[LMState, Any], tuple[LMState, dict[str, Any]]]
-    """(state, rows) -> (state, metrics)."""
+    """(state, rows) -> (next state, metrics)."""
     init: Callable[[jax.Array], LMState]
     """Key -> the state before the first step."""
     abstract: LMState
     """Shapes, number formats and shardings of the state."""
     rows: NamedSharding
-    """Of a batch."""
+    """Sharding of a batch."""
 
 
 def compiled(
@@ -200,7 +200,7 @@ def compiled(
     fsdp: bool,
     initialization: Initialization = "reference",
 ) -> Program:
-    """Return the run's compiled functions."""
+    """Return the run's compiled functions; nothing is computed yet."""
     rows = NamedSharding(mesh, P("data", None))
     transformation = make_optimizer(optimizer, steps)
     init = functools.partial(init_state, config=config, optimizer=transformation, initialization=initialization)
@@ -246,9 +246,9 @@ def _check_numbers(
 def _held_out_loss(
     config: ModelConfig, data: TokenData, program: Program, mesh: Mesh, batch_size: int
 ) -> Callable[[Any], dict[str, jax.Array]]:
-    """Return the mean loss over the first held-out rows, if there are any, as a function of the parameters."""
+    """Return a function of the parameters: the mean loss over the first held-out rows, if the data has any."""
     rows = np.asarray(data.valid[:HELD_OUT_ROWS], np.int32)
-    missing = -len(rows) % batch_size  # rows of [PAD] fill the last batch and count nothing
+    missing = -len(rows) % batch_size  # rows of [PAD] fill the last batch and add nothing to the sums
     rows = np.concatenate([rows, np.full((missing, rows.shape[1]), config.pad_id, np.int32)])
     batches = [
         jax.make_array_from_callback(part.shape, program.rows, lambda index, part=part: part[index])
@@ -270,13 +270,13 @@ def _held_out_loss(
 
 
 def _gatherer(mesh: Mesh) -> Callable[[Any], Any]:
-    """Return a function that brings whole arrays together, on one device of every process."""
+    """Return a function that gathers sharded arrays whole onto one device of every process."""
     gather = jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
     return lambda tree: jax.tree.map(lambda array: array.addressable_data(0), settled(gather(tree)))
 
 
 def _sample(config: ModelConfig, data: TokenData, params: Any, step: int) -> dict[str, str]:
-    """Return a story that the model tells, on the first process: text where the data has a tokenizer, else ids."""
+    """Return a story sampled from the model, on the first process: text if the data has a tokenizer, ids otherwise."""
     if not is_first():
         return {}
     begin = np.array([[config.begin_id]], np.int32)

@@ -1,4 +1,4 @@
-"""Prepare training data: `python -m train prepare SRC DEST`. Stories become a folder that `open_data` reads.
+"""Prepare training data: `python -m train prepare SRC DEST` turns stories into a folder that `open_data` reads.
 
     python -m train prepare hub:noanabeshima/TinyStoriesV2 data/stories     # tokenizes 2.7 M stories
     python -m train prepare hub:noanabeshima/TinyModelTokIds data/published # the published rows of ids
@@ -6,21 +6,27 @@
     python -m train prepare storyworld data/mini --tokenizer mini --row-length 256   # the bundled generator's stories
 
 About 8,000 stories/s on two CPU cores. Rely on: the same source, tokenizer and options give the same bytes, whatever
-the number of workers and however often the work was interrupted; DEST appears when it is complete. The same command
-again goes on where the last one stopped, or says that all is done. No tokenizer is trained here.
+the number of workers; DEST appears when it is complete, so an interruption leaves no DEST. The same command again
+starts over, or says that DEST is done. Tokenizers are not trained here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import tyro
+from etils import epath
+from rich.console import Console
 
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
@@ -38,14 +44,16 @@ from tinymodel_jax.training.data_folder import (
     is_remote,
     partial_folder,
 )
-from train.draft import Draft
-from train.encoding import Batch, Encoder
+from train.encoding import Batch, Counts, Encoded, Encoder
+from train.run_files import send
+from train.run_lock import locked_folder
 from train.sources import Source, open_source
-from train.workers import encode_all, with_progress
+from train.workers import encode_all
 
 DEFAULT_VALID_FRACTION = 0.01
 BATCH_STORIES = 2048
-"""Stories a worker encodes at a time; an interruption loses the few batches in the making."""
+"""Stories that a worker encodes at a time."""
+SECONDS_BETWEEN_LINES = 10.0
 
 _NOT_COMPARED = ("source",)  # a file may be renamed
 
@@ -67,14 +75,15 @@ def prepare(
     Args:
         src: storyworld, hub:OWNER/NAME, a file (.jsonl, .jsonl.gz, .parquet, .txt, .txt.gz), a glob in quotes, or a
             folder.
-        dest: folder to make; may be gs://….
-        limit: stories read at most from each split of the source; by default 100,000 of storyworld, else all.
+        dest: folder to make, or an address such as gs://bucket/folder.
+        limit: maximum number of stories to read from each split of the source; by default 100,000 of storyworld, all of
+            other sources.
         tokenizer: tiny_model, mini (the story world's), or a folder with a saved tokenizer or GPT-2's files.
-        row_length: tokens a row.
-        pack: cut one stream of stories into rows, instead of a story a row.
-        valid_fraction: share of stories held out, 0.01 unless the source has a validation split of its own.
-        seed: of the choice of held-out stories.
-        workers: processes; by default as many as CPU cores.
+        row_length: tokens per row.
+        pack: cut one stream of all stories into rows, instead of one story per row.
+        valid_fraction: share of stories to hold out; by default 0.01, unless the source has a validation split.
+        seed: seed of the choice of held-out stories.
+        workers: number of processes; by default one per CPU core.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     _check_numbers(limit, row_length, valid_fraction, seed, workers)
@@ -102,22 +111,17 @@ def prepare(
     if meta is not None:
         print(f"{dest} is already done: {_summary(meta)}")
         return
-    folder = _upload_folder(dest) if is_remote(dest) else Path(dest).absolute()
-    if _finished(folder, settings) is None:
-        encoder = Encoder(source.name, found, row_length, pack, valid_fraction, seed)
-        _build(source, encoder, folder, settings, workers)
-    if is_remote(dest):
-        _upload(folder, dest)
-    meta = _finished(dest, settings)
-    assert meta is not None
+    encoder = Encoder(source.name, found, row_length, pack, valid_fraction, seed)
+    with _appearing_whole(dest) as folder:
+        meta = _build(folder, source, encoder, settings, workers)
     print(f"{dest}: {_summary(meta)}")
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the tokenizer that an option `--tokenizer` names.
+    """Return the tokenizer that the option `--tokenizer` names.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         ValueError: its vocabulary is too large for 16-bit ids.
     """
     if name == "tiny_model":
@@ -128,51 +132,108 @@ def load_tokenizer(name: str) -> Tokenizer:
         found = saved_tokenizer(user_path(name)) or Tokenizer.from_gpt2(name)
     else:
         raise FileNotFoundError(
-            f"tokenizer {name!r}: neither tiny_model nor mini nor a folder with a saved tokenizer or GPT-2's files."
+            f"tokenizer {name!r} is neither tiny_model nor mini nor a folder with a saved tokenizer or GPT-2's files."
         )
     if found.vocab_size > MAX_VOCAB:
         raise ValueError(f"tokenizer {name!r} has {found.vocab_size} ids; prepared data holds at most {MAX_VOCAB}.")
     return found
 
 
-def _build(source: Source, encoder: Encoder, folder: Path, settings: dict[str, Any], workers: int) -> None:
-    """Make the folder, going on with an earlier draft of it."""
+@contextmanager
+def _appearing_whole(dest: str) -> Iterator[Path]:
+    """Yield an empty folder that becomes DEST at the end, or is sent there; it is removed when the block raises.
 
-    def require_same(earlier: Mapping[str, Any]) -> None:
-        _require_same(earlier, settings, f"{partial_folder(folder)} is the beginning of another preparation")
-
-    with Draft(folder, settings, require_same) as draft:
-        journal = draft.journal
-        # Without a fraction to hold out, the source's own validation split is read, too.
-        splits = SPLITS if encoder.valid_fraction is None else SPLITS[:1]
-        batches = (
-            batch for split in splits for batch in _batches(source, split, journal.read[split], settings["limit"])
-        )
-        for encoded in with_progress(encode_all(batches, encoder, workers), sum(journal.read.values())):
-            draft.add(encoded)
-        if journal.stories["train"] == 0:
-            draft.discard()
-            raise ValueError(f"{source.name} has no story to train on: {_counts(journal.read, journal)}.")
-
-        pad = ID_DTYPE.type(encoder.tokenizer.pad_id).tobytes()
-        row_bytes = encoder.row_length * ID_DTYPE.itemsize
-        draft.fill_row(row_bytes, pad)
-        rows = {split: journal.size[split] // row_bytes for split in SPLITS}
-        meta = DataMeta(
-            rows=rows, tokens=journal.tokens, stories=journal.stories, left_out=journal.left_out, **settings
-        )
-
-        def add_files(data: Path) -> None:
-            encoder.tokenizer.save_pretrained(data)
-            (data / DESCRIPTION_FILE).write_text(meta.to_json(), "utf-8")
-
-        draft.finish(add_files)
+    Raises:
+        ValueError: another process is preparing DEST.
+    """
+    work = partial_folder(_cached(dest) if is_remote(dest) else Path(dest))
+    folder = work / "data"
+    work.mkdir(parents=True, exist_ok=True)  # an error of locked_folder would speak of a run's checkpoints
+    try:
+        with locked_folder(work):
+            shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+            folder.mkdir()
+            try:
+                yield folder
+                if is_remote(dest):
+                    _upload(folder, epath.Path(dest))
+                else:
+                    folder.rename(dest)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # another process may have locked it by now
+            work.rmdir()
 
 
-def _batches(source: Source, split: str, first: int, limit: int | None) -> Iterator[Batch]:
-    for column in source.read(split, first, limit, BATCH_STORIES):
-        yield Batch(split, first, column)
-        first += len(column)
+def _cached(address: str) -> Path:
+    """Return where the folder for an address is made."""
+    return cache_folder() / "prepared" / hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def _upload(folder: Path, address: epath.Path) -> None:
+    """Send a folder to an address, the description last."""
+    address.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == DESCRIPTION_FILE):
+        send(file, address / file.name)
+
+
+def _build(folder: Path, source: Source, encoder: Encoder, settings: dict[str, Any], workers: int) -> DataMeta:
+    """Write all files of a prepared folder."""
+    # Without a fraction to hold out, the source's own validation split is read, too.
+    splits = SPLITS if encoder.valid_fraction is None else SPLITS[:1]
+    batches = (batch for split in splits for batch in _batches(source, split, settings["limit"]))
+    counts = Counts()
+    with ExitStack() as stack:
+        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
+        for encoded in _with_progress(encode_all(batches, encoder, workers)):
+            for split, file in files.items():
+                file.write(encoded.ids[split])
+            counts.add(encoded.counts)
+        rows = {split: _complete_rows(file, encoder) for split, file in files.items()}
+    if counts.stories["train"] == 0:
+        raise ValueError(f"{source.name} has no story to train on: {_outcome(counts)}.")
+    meta = DataMeta(
+        rows=rows,
+        tokens={split: counts.tokens[split] for split in SPLITS},
+        stories={split: counts.stories[split] for split in SPLITS},
+        left_out={reason: counts.left_out[reason] for reason in ("refused", "empty")},
+        **settings,
+    )
+    encoder.tokenizer.save_pretrained(folder)
+    (folder / DESCRIPTION_FILE).write_text(meta.to_json(), "utf-8")
+    return meta
+
+
+def _batches(source: Source, split: str, limit: int | None) -> Iterator[Batch]:
+    rows, first = itertools.islice(source.splits.get(split, ()), limit), 1
+    while batch := list(itertools.islice(rows, BATCH_STORIES)):
+        yield Batch(split, first, batch)
+        first += len(batch)
+
+
+def _complete_rows(file: IO[bytes], encoder: Encoder) -> int:
+    """Fill the last row of a file with `[PAD]`; return how many rows there are."""
+    row_bytes = encoder.row_length * ID_DTYPE.itemsize
+    missing = -file.tell() % row_bytes // ID_DTYPE.itemsize
+    file.write(ID_DTYPE.type(encoder.tokenizer.pad_id).tobytes() * missing)
+    return file.tell() // row_bytes
+
+
+def _with_progress(results: Iterable[Encoded]) -> Iterator[Encoded]:
+    """Pass results on; show how many stories are read on a terminal, else print a line every ten seconds, on stderr."""
+    started = line_at = time.monotonic()
+    read = 0
+    with Console(stderr=True).status("tokenizing") as status:
+        for result in results:
+            yield result
+            read += result.counts.read
+            now = time.monotonic()
+            shown = f"tokenizing: {read:,} stories, {read / (now - started):,.0f}/s"
+            status.update(shown)
+            if not sys.stderr.isatty() and now - line_at > SECONDS_BETWEEN_LINES:
+                line_at = now
+                print(shown, file=sys.stderr, flush=True)
 
 
 def _check_numbers(limit: int | None, row_length: int, valid_fraction: float | None, seed: int, workers: int) -> None:
@@ -192,38 +253,30 @@ def _check_numbers(limit: int | None, row_length: int, valid_fraction: float | N
 
 
 def _require_free(dest: str) -> None:
-    """Refuse a destination that holds anything but prepared data."""
+    """Refuse a destination that contains anything but prepared data."""
     if is_remote(dest):
         return
     path = Path(dest)
     if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION_FILE).is_file():
-        raise FileExistsError(f"{dest} holds something that is no prepared data; choose another DEST.")
+        raise FileExistsError(f"{dest} contains something other than prepared data; choose another DEST.")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{dest} is a file; choose another DEST.")
 
 
-def _finished(dest: str | Path, settings: Mapping[str, Any]) -> DataMeta | None:
-    """Return the description of a finished folder, if it is there; refuse one made with other settings."""
-    from etils import epath
-
+def _finished(dest: str, settings: Mapping[str, Any]) -> DataMeta | None:
+    """Return the description of a finished folder, if there is one; refuse one that was made with other settings."""
     file = epath.Path(dest) / DESCRIPTION_FILE
     if not file.exists():
         return None
     meta = DataMeta.from_json(file.read_text(), str(file))
-    _require_same({name: getattr(meta, name) for name in settings}, settings, f"{dest} was prepared otherwise")
-    if not is_remote(str(dest)):
-        shutil.rmtree(partial_folder(Path(dest)), ignore_errors=True)  # of a process interrupted after the renaming
-    return meta
-
-
-def _require_same(earlier: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
     differences = [
-        f"{name} {_short(earlier.get(name))} there, {_short(value)} now"
+        f"{name} {_short(getattr(meta, name))} there, {_short(value)} now"
         for name, value in settings.items()
-        if name not in _NOT_COMPARED and earlier.get(name) != value
+        if name not in _NOT_COMPARED and getattr(meta, name) != value
     ]
     if differences:
-        raise ValueError(f"{what}: {'; '.join(differences)}. Choose another DEST, or delete it.")
+        raise ValueError(f"{dest} was prepared otherwise: {'; '.join(differences)}. Choose another DEST, or delete it.")
+    return meta
 
 
 def _short(value: object) -> str:
@@ -239,24 +292,6 @@ def _summary(meta: DataMeta) -> str:
     )
 
 
-def _counts(read: Mapping[str, int], journal: Any) -> str:
-    refused, empty = journal.left_out["refused"], journal.left_out["empty"]
-    held_out = journal.stories["valid"]
-    return f"{sum(read.values()):,} read, {refused:,} refused, {empty:,} empty, {held_out:,} held out"
-
-
-def _upload_folder(dest: str) -> Path:
-    """Return where the folder for an address is made before it is sent there."""
-    return cache_folder() / "prepared" / hashlib.sha256(dest.encode()).hexdigest()[:16]
-
-
-def _upload(folder: Path, dest: str) -> None:
-    """Send a folder to an address, the description last, and remove it here."""
-    from etils import epath
-
-    remote = epath.Path(dest)
-    remote.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == DESCRIPTION_FILE):
-        with file.open("rb") as source, (remote / file.name).open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-    shutil.rmtree(folder)
+def _outcome(counts: Counts) -> str:
+    refused, empty = counts.left_out["refused"], counts.left_out["empty"]
+    return f"{counts.read:,} read, {refused:,} refused, {empty:,} empty, {counts.stories['valid']:,} held out"

@@ -1,4 +1,4 @@
-"""The language models that `python -m train lm` knows by name: sizes, optimizer, batch, length."""
+"""The presets of `python -m train lm`: model sizes, optimizer, batch size and number of steps."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ PresetName = Literal["tiny_model", "tiny_model_2L", "mini", "smoke"]
 
 @dataclass(frozen=True)
 class Preset:
-    """One recipe."""
+    """Everything that `train lm` needs besides data; options change single settings."""
 
     model: ModelConfig
-    """Sizes; where `any_vocabulary`, d_vocab is a placeholder."""
+    """Sizes; if `any_vocabulary`, d_vocab is replaced by the data's."""
     optimizer: LMOptimizer
     batch_size: int
-    """Rows a step."""
+    """Rows per step."""
     steps: int
     initialization: Initialization
     any_vocabulary: bool
-    """Whether the data says the vocabulary size, rather than the preset."""
+    """Whether the vocabulary size comes from the data instead of the preset."""
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What replaces single settings of a preset's optimizer; None: the preset's."""
+    """Settings that replace those of a preset's optimizer; None keeps the preset's."""
 
     method: Annotated[Literal["adamw", "muon"] | None, tyro.conf.arg(name="optimizer")] = None
     """adamw, or muon for the matrices of attention and MLPs"""
@@ -42,9 +42,9 @@ class OptimizerOptions:
     schedule: Literal["wsd", "cosine"] | None = None
     """wsd (constant, then linear to zero) or cosine"""
     warmup_steps: int | None = None
-    """steps in which the learning rate rises"""
+    """steps over which the learning rate rises"""
     weight_decay: float | None = None
-    """decoupled weight decay of the matrices"""
+    """decoupled weight decay, applied to matrices only"""
 
 
 AS_PRESET = OptimizerOptions()
@@ -91,7 +91,7 @@ def chosen_preset(
     initialization: Initialization | None,
     dtype: str,
 ) -> Preset:
-    """Return a preset with the given options in it, and the data's vocabulary where the preset leaves it open.
+    """Return a preset with the given options applied, and the data's vocabulary size where the preset allows any.
 
     Raises:
         ValueError: an option is out of its range, or the data does not fit the preset.
@@ -103,11 +103,12 @@ def chosen_preset(
             model = replace(model, d_vocab=data.vocab_size)
         elif model.d_vocab != data.vocab_size:
             raise ValueError(
-                f"--preset {name} has {model.d_vocab} ids, the data {data.vocab_size}; prepare it with its tokenizer."
+                f"--preset {name} has {model.d_vocab} ids, the data {data.vocab_size}; "
+                "prepare the data with the preset's tokenizer."
             )
         if data.row_length > model.n_ctx:
             raise ValueError(
-                f"the data has rows of {data.row_length} tokens, --preset {name} a context of {model.n_ctx}."
+                f"the data has rows of {data.row_length} tokens, but --preset {name} has a context of {model.n_ctx}."
             )
     steps = preset.steps if steps is None else steps
     if steps < 1:
@@ -124,7 +125,7 @@ def chosen_preset(
 
 
 def number_format(dtype: DType, mesh: Mesh) -> str:
-    """Return what a language model computes in: auto is bfloat16 on an accelerator, float32 on a CPU."""
+    """Return the compute dtype of a language model: auto is bfloat16 on an accelerator, float32 on a CPU."""
     if dtype != "auto":
         return dtype
     return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""A training run: its folder, its steps, what it logs and shows, its checkpoints, and a clean stop.
+"""A training run: its folder, steps, metrics, progress and checkpoints, and how it stops.
 
     with open_run(out, settings, may_change=(), tracking=tracking) as run:
         state = run.restore(abstract)
@@ -11,9 +11,9 @@
                 run.save(done, state)
         if run.is_finished: …
 
-Rely on: the metrics of a step are on disk before its checkpoint is begun; SIGTERM and Ctrl-C, at any of several
-processes, finish the step, save it and end the loop; a loss or gradient that is not finite raises an error before
-anything of it is saved.
+The metrics up to a step are on disk before the step's checkpoint is written. SIGTERM and Ctrl-C, sent to any process of
+the run, end the loop after the current step and save it. A loss or gradient that is not finite raises an error before
+that step is saved.
 """
 
 from __future__ import annotations
@@ -49,11 +49,16 @@ _TIME_FILE = "time.json"
 def open_run(
     out: str, settings: Mapping[str, Any], may_change: Sequence[str], tracking: Tracking = NO_TRACKING
 ) -> Iterator[Run]:
-    """Open a run's folder, and hear signals: an exception in a handler would crash a compilation.
+    """Lock and open a run's folder, and handle SIGTERM and Ctrl-C until the block ends.
+
+    The handlers only set a flag, because an exception in a handler would crash a compilation.
 
     Args:
-        settings, may_change: as `open_run_folder`, whose errors these are, beside those of `held_folder`.
-        tracking: what shows the metrics beside `metrics.jsonl`.
+        settings, may_change: as in `open_run_folder`.
+        tracking: trackers that show the metrics in addition to `metrics.jsonl`.
+
+    Raises:
+        ValueError, OSError: as `open_run_folder` and `held_folder`.
     """
     folder = epath.Path(os.path.expanduser(out))
     with stop_requests() as stop_requested, held_folder(folder):
@@ -79,7 +84,7 @@ class Run:
         """Prepare to run `settings["steps"]` steps, with a checkpoint every `settings["save_every"]`.
 
         Args:
-            stop_requested: what `stop_requests` yields.
+            stop_requested: the function that `stop_requests` yields.
         """
         self.folder, self.settings = folder, settings
         self.done = 0
@@ -91,9 +96,9 @@ class Run:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
 
     def restore(self, like: Any) -> Any | None:
-        """Return the state of the newest checkpoint that is whole, shaped and sharded as `like`; None without one.
+        """Return the state of the newest undamaged checkpoint, shaped and sharded as `like`; None if there is none.
 
-        The log is cut after that checkpoint's step. Call this once, before `steps`.
+        Cuts the metrics after that checkpoint's step. Call this once, before `steps`.
         """
         state, self.done = self._checkpoints.restore(like)
         self._checkpoints.forget_after(self.done)
@@ -107,11 +112,11 @@ class Run:
         flops_per_token: float,
         describe: Callable[[Mapping[str, Any]], str],
     ) -> Iterator[tuple[int, Any]]:
-        """Yield, for every step that is left, how many are done after it, and its batch.
+        """Yield (steps done after this one, batch) for every remaining step.
 
         Args:
-            make_batch: steps done before -> batch on the devices; called ahead of time.
-            flops_per_token: floating-point operations of one of the `tokens` that a step's metrics count.
+            make_batch: number of the step, from 0 -> batch on the devices; called ahead of time.
+            flops_per_token: floating-point operations per token; the metrics of a step count its `tokens`.
             describe: a step's metrics -> a few words for the progress bar.
         """
         steps = self.settings["steps"]
@@ -124,25 +129,25 @@ class Run:
                 break
         self._close_log()
         if not self.is_finished:
-            say(f"stopped at step {self.done} of {steps}; the same command goes on from there")
+            say(f"stopped at step {self.done} of {steps}; the same command resumes there")
 
     def log(self, done: int, metrics: Mapping[str, Any]) -> None:
-        """Take a step's metrics, and write those of the step before while this one is computed.
+        """Record a step's metrics. They are written one call later, so that the devices need not wait.
 
         Raises:
-            ValueError: a loss or a gradient is not finite; the step is named.
-            OSError: they cannot be written.
+            ValueError: a loss or a gradient is not finite; the message names the step.
+            OSError: the metrics cannot be written.
         """
         self._write_metrics()
         self.done, self._pending = done, (done, metrics)
 
     def must_save(self, done: int) -> bool:
-        """Whether to save now: every `save_every` steps, at the end, and before a stop. Ask once after each step."""
+        """Whether to save now: every `save_every` steps, at the end, and before a stop. Call once after each step."""
         self._stopping = self._stop_requested()
         return self._stopping or done % self.settings["save_every"] == 0 or self.is_finished
 
     def save(self, done: int, state: Any) -> None:
-        """Start to write a checkpoint, once all metrics up to it are written.
+        """Write all metrics up to this step, then start to write its checkpoint.
 
         Raises:
             ValueError, OSError: as `log`.
@@ -159,13 +164,13 @@ class Run:
         return self.done == self.settings["steps"]
 
     def speed(self, unit: str) -> str:
-        """Return how fast the steps were, in `unit`s per second, for the last line that a program prints."""
+        """Return the mean speed in `unit`s per second as text, for the last line that a program prints."""
         if self._progress is None or not self._progress.seen:
             return "nothing left to do"
         return f"{self._progress.tokens_per_second():,.0f} {unit}/s"
 
     def close(self) -> None:
-        """Close the log, and wait until the last checkpoint is written."""
+        """Close the metrics and wait until the last checkpoint is written."""
         try:
             self._close_log()
         finally:
@@ -196,21 +201,21 @@ class Run:
 
 
 def trained_seconds(out: epath.PathLike) -> float | None:
-    """Return how many seconds a run has trained up to its last checkpoint, without the pauses between sittings.
+    """Return how many seconds a run has trained up to its last checkpoint, without the time it was stopped.
 
-    None where that is not known: there is no checkpoint, or an earlier version began the run.
+    None if that is unknown: the run has no checkpoint, or an earlier version started it.
     """
     path = epath.Path(out) / _TIME_FILE
     return json.loads(path.read_text())["seconds"] if path.exists() else None
 
 
 class TrainingProgress:
-    """A bar on a terminal, or a plain line now and then: metrics, tokens per second, share of the devices' peak."""
+    """A progress bar on a terminal, or a line every 20 s elsewhere: metrics, speed, share of the devices' peak."""
 
     def __init__(
         self, first_step: int, steps: int, flops_per_token: float, describe: Callable[[Mapping[str, Any]], str]
     ) -> None:
-        """Start the bar; the arguments are those of `Run.steps`."""
+        """Show the bar; the arguments are those of `Run.steps`."""
         self._steps, self._flops_per_token, self._words = steps, flops_per_token, describe
         peak = peak_flops(jax.devices()[0])
         self._peak = None if peak is None else peak * jax.device_count()
@@ -247,7 +252,7 @@ class TrainingProgress:
         return self._timed_tokens / max(self._updated - self._started, 1e-9)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -258,7 +263,7 @@ class TrainingProgress:
 
 
 def _require_finite(line: Mapping[str, Any], step: int) -> None:
-    """Check the loss, and the gradient's norm, which is not finite in the last step before the parameters are not."""
+    """Check the loss, and the gradient norm, which stops being finite one step before the parameters do."""
     for path, value in jax.tree_util.tree_leaves_with_path(line):
         names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
         what = next((name for name in ("loss", "gradient_norm") if name in names), None)
@@ -266,12 +271,12 @@ def _require_finite(line: Mapping[str, Any], step: int) -> None:
             whose = " of " + " member ".join(name for name in names if name != what) if len(names) > 1 else ""
             raise ValueError(
                 f"the {what.replace('_', ' ')}{whose} is {value} at step {step}; the last good checkpoint is kept. "
-                "A lower --learning-rate with another --out may train."
+                "Try a lower --learning-rate, with another --out."
             )
 
 
 def _plain(value: Any) -> Any:
-    """Return a number, or a list of them (7 digits: float32 has no more), for JSON; counts without a decimal point."""
+    """Return a number or a list of numbers for JSON: counts as integers, lists with 7 digits, all that float32 has."""
     if isinstance(value, str):
         return value
     number = np.asarray(value)

@@ -1,7 +1,7 @@
-"""Writing a run's files: on disks and on object stores, and what is said when it fails.
+"""Writing a run's files to disks and object stores.
 
-Rely on: a reader sees a file's old content or its new one, never a part; whatever the system, TensorStore or an object
-store's client raises becomes one error. What the files mean is not looked at here.
+A reader sees a file's old content or its new content, never a part of it. Errors of the operating system, of
+TensorStore and of object stores' clients all become one `OSError` with a message for users.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tinymodel_jax.training.data_folder import is_remote
 
 @contextmanager
 def local_folder(place: epath.PathLike) -> Iterator[Path]:
-    """Yield a folder to write to: the place itself or, for an address, one whose files are sent there at the end.
+    """Yield a local folder to write to: `place` itself or, for an object store, one whose files are then copied there.
 
     Raises:
-        OSError: something in it cannot be written.
+        OSError: a file cannot be written.
     """
     if not is_remote(place):
         with writing(epath.Path(place)):
@@ -60,24 +60,24 @@ def send(file: Path, address: epath.Path) -> None:
 
 @contextmanager
 def writing(what: epath.Path) -> Iterator[None]:
-    """Make one error of whatever the system, Orbax or TensorStore raise when something cannot be written."""
+    """Turn every error of the system, Orbax or TensorStore in the block into an `OSError` that names `what`."""
     try:
         yield
     except Exception as error:
         raise OSError(
-            f"{what} cannot be written: {_reason(error)}. Checkpoints that were finished are whole: "
-            "mend the cause, and the same command goes on from the last of them."
+            f"{what} cannot be written: {_reason(error)}. Finished checkpoints are intact: "
+            "remove the cause, and the same command resumes from the last one."
         ) from error
 
 
 def words(error: BaseException) -> str:
-    """Return what an error says, on one line and not too long."""
+    """Return an error's message on one line of at most 200 characters."""
     text = " ".join(str(error).split())
-    code = re.search(r"\[os_error_code='(\d+)'\]", text)  # TensorStore's, after the names of many files
+    code = re.search(r"\[os_error_code='(\d+)'\]", text)  # TensorStore writes it after many file names
     return os.strerror(int(code[1])) if code else text[:200] or type(error).__name__
 
 
 def _reason(error: BaseException) -> str:
-    """Return the system's words for what stopped the writing, where they are behind an error, else its own."""
+    """Return the operating system's message if it caused the error, and the error's own message otherwise."""
     system = error.strerror if isinstance(error, OSError) else None
     return system or (_reason(error.__cause__) if error.__cause__ else words(error))

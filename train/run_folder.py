@@ -1,17 +1,17 @@
-"""A training run's folder: its configuration, metrics and checkpoints, in a state from which the run can go on.
+"""A training run's folder: its configuration, metrics and checkpoints, always in a state that the run can resume from.
 
-    OUT/config.json     what was asked for, resolved, and the versions that ran it
-    OUT/metrics.jsonl   one line a step, the same bytes whether or not the run was interrupted
-    OUT/time.json       seconds that the steps up to the last checkpoint took
-    OUT/checkpoints/    Orbax; written in the background, the last few kept
-    OUT/run.lock        while a run holds the folder (train/run_lock.py)
-    OUT/model/          the published artifact, once the run is done
+    OUT/config.json     settings of the run, and the package versions that it ran with
+    OUT/metrics.jsonl   one line per step, the same bytes whether or not the run was interrupted
+    OUT/time.json       seconds of training up to the last checkpoint
+    OUT/checkpoints/    Orbax checkpoints; written in the background, the last three are kept
+    OUT/run.lock        exists while a run uses the folder (train/run_lock.py)
+    OUT/model/          the finished model
 
-The order that makes it safe: metrics up to a step are on disk before that step's checkpoint is written, and a run that
-goes on cuts off the metrics after the step it restored. A checkpoint that cannot be read, or whose checksum is not that
-of what was saved, is skipped for the one before it. OUT may be an address (`gs://…`); object stores cannot append, so
-there `metrics.jsonl` is copied whole before every checkpoint and at the end. Of several processes the first writes all
-this but the checkpoints, to which each adds its part.
+Metrics up to a step are on disk before that step's checkpoint is written, and a resumed run cuts off the metrics after
+the step it restored. A checkpoint that cannot be read, or whose checksum is wrong, is skipped for the one before it.
+OUT may be an address (`gs://…`). Object stores cannot append, so there `metrics.jsonl` is copied whole before every
+checkpoint and at the end. In a run of several processes, every process writes its part of the checkpoints, and the
+first process writes everything else.
 """
 
 from __future__ import annotations
@@ -49,29 +49,29 @@ def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: 
 
     Args:
         out: folder, or an address such as `gs://bucket/folder`.
-        may_change: names of settings that do not touch the numbers, and may differ when the run goes on.
+        may_change: names of settings that do not affect the results and may differ when the run is resumed.
 
     Raises:
-        ValueError: the folder holds a run with another configuration (the difference is listed), or other files.
-        OSError: it cannot be written.
+        ValueError: the folder holds a run with another configuration (the differences are listed), or other files.
+        OSError: the folder cannot be written.
     """
     on_first(lambda: _open(epath.Path(out), config, may_change))
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages whose code makes the numbers."""
+    """Return the versions of the packages that can affect the results."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"tinymodel_jax": tinymodel_jax.__version__, "python": sys.version.split()[0], **packages}
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step, in order, none twice and none lost. The first process's alone."""
+    """`metrics.jsonl`: one JSON object per step, in order, each exactly once. Only the first process writes it."""
 
     def __init__(self, path: epath.PathLike, steps_done: int, trackers: Sequence[Tracker] = ()) -> None:
-        """Open the log and cut off what follows step `steps_done`.
+        """Open the log and cut off the lines after step `steps_done`.
 
         Args:
-            trackers: shown every line that is added; closed with the log.
+            trackers: get every line that is added, and are closed with the log.
 
         Raises:
             ValueError: lines before that step are missing.
@@ -81,7 +81,7 @@ class MetricsLog:
         on_first(lambda: self._open(steps_done))
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines; they are on this machine's disk when this returns."""
+        """Append lines; they are on this machine's disk when this returns."""
         if not is_first():
             return
         lines = list(lines)
@@ -94,14 +94,14 @@ class MetricsLog:
                 tracker.log(line)
 
     def publish(self) -> None:
-        """Make everything appended readable at the log's address; a log that has none is so already."""
+        """Copy the log to its object store, if it is in one."""
         if not is_first() or not is_remote(self._path):
             return
         with writing(self._path):
             send(self._local, self._path)
 
     def close(self) -> None:
-        """Publish the log; nothing can be added any more."""
+        """Publish the log and close it."""
         if not is_first():
             return
         for tracker in self._trackers:
@@ -115,7 +115,7 @@ class MetricsLog:
         if len(kept) < steps_done or (kept and not kept[-1].endswith(b"\n")):
             raise ValueError(
                 f"{self._path} has {len(kept)} of the {steps_done} lines that its checkpoint needs; "
-                "restore it or start anew."
+                "restore the file or start a new run."
             )
         write_file(self._path, b"".join(kept))
         self._local = Path(self._path)
@@ -126,16 +126,16 @@ class MetricsLog:
 
 
 class Checkpoints:
-    """The last few states of a run; saving goes on in the background while the run does."""
+    """The last few states of a run, saved in the background."""
 
     def __init__(self, folder: epath.PathLike) -> None:
-        """Open the folder, or make it.
+        """Open the folder; create it if it does not exist.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the folder cannot be written.
         """
         self._folder = epath.Path(folder) if is_remote(folder) else epath.Path(Path(folder).absolute())
-        # Where a folder cannot be made, threads would wait for one that is made in the background for minutes.
+        # When a folder cannot be created in the background, threads wait for it for minutes.
         folders_first = ocp.AsyncOptions(create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True, async_options=folders_first
@@ -156,9 +156,9 @@ class Checkpoints:
             self._manager.save(step, args=arguments)
 
     def restore(self, like: Any) -> tuple[Any | None, int]:
-        """Return the newest state that is whole, shaped and sharded as `like`, and its step; None and 0 without one.
+        """Return the newest undamaged state, shaped and sharded as `like`, and its step; None and 0 if there is none.
 
-        Every one that is not whole is named in a warning. All processes return the same.
+        A warning names every damaged checkpoint. All processes return the same state.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             restored, reason = self._read(step, like)
@@ -172,18 +172,18 @@ class Checkpoints:
         return None, 0
 
     def forget_after(self, step: int) -> None:
-        """Delete checkpoints that follow `step`: they are damaged, and the run will write them anew."""
+        """Delete the checkpoints after `step`: they are damaged, and the run will write them again."""
         for later in [s for s in self._manager.all_steps() if s > step]:
             self._manager.delete(later)
 
     def close(self) -> None:
-        """Wait until everything is saved, unless a save failed: others may never end then.
+        """Wait until everything is saved. Do not wait after a failed save, because other saves may then never end.
 
         Raises:
             OSError: the last save failed.
         """
         if self._failed:
-            return  # and stay quiet: the echoes of a failure come until the process ends
+            return  # and keep the loggers silent: messages about the failure arrive until the process ends
         with self._saving():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -191,7 +191,7 @@ class Checkpoints:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Wait for the save before; Orbax itself waits for minutes where it failed in one of several processes."""
+        """Wait for the previous save. Orbax itself waits for minutes if it failed in one of several processes."""
         try:
             with writing(self._folder):
                 while self._manager.is_saving_in_progress() and self._quiet.failure is None:
@@ -204,11 +204,11 @@ class Checkpoints:
             raise
 
     def _read(self, step: int, like: Any) -> tuple[Any, str]:
-        """Return what a checkpoint holds, and no words, or why it cannot be read."""
+        """Return the content of a checkpoint and an empty text, or None and why it cannot be read."""
         try:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), checksum=ocp.args.JsonRestore())
             return self._manager.restore(step, args=arguments), ""
-        except Exception as error:  # whatever a damaged file makes Orbax, TensorStore or JSON raise
+        except Exception as error:  # Orbax, TensorStore and JSON raise many kinds for damaged files
             return None, words(error)
 
 
@@ -221,7 +221,7 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
         if changed and _has_begun(out):
             raise ValueError(
                 f"{out} holds a run with another configuration: {'; '.join(changed)}. "
-                "Repeat its options to go on, or choose another --out."
+                "Repeat its options to resume it, or choose another --out."
             )
         if not changed:
             if before.get("versions") != versions():
@@ -229,7 +229,9 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
                 warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
             return
     elif out.exists() and any(found.name != LOCK_FILE for found in out.iterdir()):
-        raise ValueError(f"{out} holds files but no run of ours (no config.json); choose an empty folder.")
+        raise ValueError(
+            f"{out} holds files that are not a training run (there is no config.json); choose an empty folder."
+        )
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -241,18 +243,18 @@ def _read(path: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}); choose another --out.") from error
     if not isinstance(content, dict) or content.get("format") != "tinymodel_jax/run":
-        raise ValueError(f"{path} is no training run's; choose another --out.")
+        raise ValueError(f"{path} is not a training run's configuration; choose another --out.")
     return content
 
 
 def _has_begun(out: epath.Path) -> bool:
-    """Whether a step was done; before that, another configuration loses nothing."""
+    """Whether the run has done a step; before that, another configuration may replace its own."""
     metrics = out / "metrics.jsonl"
     return metrics.exists() and metrics.stat().length > 0
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], left_out: Sequence[str]) -> list[str]:
-    """Return `name: old -> new` of every setting that differs, with dots between the names of nested ones."""
+    """Return `name: old -> new` for every setting that differs; names of nested settings are joined by dots."""
     was, new = (
         _settings({name: value for name, value in one.items() if name not in left_out})
         for one in (before, json.loads(json.dumps(now)))
@@ -269,18 +271,18 @@ def _settings(value: Any, name: str = "") -> dict[str, Any]:
 
 
 class _QuietLibraries:
-    """Keeps Orbax, asyncio and TensorStore from printing page after page on what a failed save is about to raise."""
+    """Silences Orbax, asyncio and TensorStore, which print pages about a failed save that raises an error anyway."""
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
-        """What stopped the thread in which Orbax saves."""
+        """The exception that ended the thread in which Orbax saves."""
         self._loggers, self._hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
         sys.unraisablehook = self._without_echoes
         for logger in self._loggers:
             logger.addFilter(self._swallow)
 
     def close(self) -> None:
-        """Let them print again."""
+        """Restore their loggers."""
         sys.unraisablehook = self._hook
         for logger in self._loggers:
             logger.removeFilter(self._swallow)
@@ -291,6 +293,6 @@ class _QuietLibraries:
         return False
 
     def _without_echoes(self, unraisable: Any) -> None:
-        # of TensorStore's writes that end after the first one failed
+        # TensorStore raises this for writes that end after the first failure
         if str(unraisable.exc_value) != "Event loop is closed":
             self._hook(unraisable)

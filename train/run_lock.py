@@ -1,9 +1,9 @@
-"""The lock of a run's folder, so that no two runs train in it at once.
+"""The lock of a folder, so that two runs cannot write to it at the same time.
 
-    OUT/run.lock        while a run holds the folder: its process, its machine, and since when
+    OUT/run.lock        exists while a run holds the folder: its process, its machine, and since when
 
-Rely on: the lock ends with the process that holds it, however that ends; of several processes of one run the first
-holds it for all. Object stores, and file systems that have no `flock`, cannot be locked: a warning says so.
+Rely on: the lock ends with the process that holds it, even if that is killed; in a run of several processes, the first
+holds it for all. Object stores, and file systems without `flock`, cannot be locked; a warning says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -28,32 +28,44 @@ LOCK_FILE = "run.lock"
 
 @contextmanager
 def held_folder(out: epath.PathLike) -> Iterator[None]:
-    """Hold a run's folder, which is made where there is none.
+    """Lock a run's folder, for all processes of the run. The folder is made if it does not exist.
 
     Raises:
         ValueError: another run holds it, or it is a file.
         OSError: it cannot be written.
     """
-    locks: list[IO[str]] = []
-    on_first(lambda: locks.extend(_take(epath.Path(out))))
+    folder = epath.Path(out)
+    with ExitStack() as locks:
+        if is_remote(folder):
+            warn(f"{folder} is in an object store, which cannot be locked; make sure that no other run uses it.")
+        else:
+            on_first(lambda: locks.enter_context(locked_folder(Path(folder))))
+        yield
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder, for this process alone. The folder is made if it does not exist.
+
+    Raises:
+        ValueError: another process holds it, or it is a file.
+        OSError: it cannot be written.
+    """
+    lock = _take(folder)
     try:
         yield
     finally:
-        for lock in locks:
-            Path(lock.name).unlink(missing_ok=True)
-            lock.close()
+        Path(lock.name).unlink(missing_ok=True)
+        lock.close()
 
 
-def _take(folder: epath.Path) -> list[IO[str]]:
-    """Return the lock's file, open and locked; none on an object store."""
+def _take(folder: Path) -> IO[str]:
+    """Return the lock's file, open and locked."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --out wants a folder.")
-    if is_remote(folder):
-        warn(f"{folder} is in an object store, which cannot be locked; make sure that no other run uses it.")
-        return []
-    with writing(folder):
+        raise ValueError(f"{folder} is a file; give a folder.")
+    with writing(epath.Path(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / LOCK_FILE
+        path = folder / LOCK_FILE
         lock = path.open("a+", encoding="utf-8")
     try:
         _lock(lock, folder)
@@ -61,15 +73,15 @@ def _take(folder: epath.Path) -> list[IO[str]]:
         lock.close()
         raise
     if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
-        lock.close()  # it is that of a run which has ended, and removed it, in this moment
+        lock.close()  # of a run that has just ended and removed it
         return _take(folder)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
     lock.flush()
-    return [lock]
+    return lock
 
 
-def _lock(lock: IO[str], folder: epath.Path) -> None:
+def _lock(lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,14 +1,12 @@
-"""What `prepare` reads: stories, or rows of token ids, from local files or the hub, through the `datasets` library, and
-the stories of the bundled story world, which are told as they are read.
+"""What `prepare` reads: stories, or rows of token ids, from local files, the hub, or the bundled story world.
 
-Rely on: rows come in order and a batch at a time, from any row on; the same contents have the same fingerprint wherever
-they lie; whatever cannot be read is one error that says where. Local files need no network, and nothing is kept in a
-cache. What the rows mean is not looked at here.
+Rely on: rows come in order, one at a time; the same contents have the same fingerprint wherever they are stored;
+whatever cannot be read is one error that says where. Local files need no network. The rows themselves are checked in
+`encoding.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import gzip
 import hashlib
@@ -17,29 +15,26 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import Any, TypeVar
 
 from tinymodel_jax.bundled import storyworld
 
+T = TypeVar("T")
+Row = Any
+"""A story as a str, or a list of token ids. Anything else is refused when it is encoded."""
+
 STORY_WORLD = "storyworld"
 STORY_WORLD_SEED = 0
-"""Seed of the stories to train on; those of another seed are new to what was trained."""
+"""Seed of the stories to train on. A model that was trained on them has not seen the stories of other seeds."""
 STORY_WORLD_STORIES = 100_000
-"""How many of them are read where no limit is given."""
+"""Stories to read when no limit is given: the story world has no last story."""
 HUB_PREFIX = "hub:"
-ENDINGS = {".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text"}
-"""File ending -> the reader of the `datasets` library."""
 COLUMNS = ("tok_ids", "text")
-"""Where rows are found; the first that a source has."""
-_SOURCES = (
-    f"SRC may be {STORY_WORLD}, {HUB_PREFIX}OWNER/NAME, a file ({', '.join(ENDINGS)}), a glob of files, or a folder "
-    "whose file names say train and valid"
-)
+"""Fields that hold the rows. The first one that a source has is read."""
+_TABLE_ROWS = 2048
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
@@ -47,79 +42,29 @@ _SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class StoryWorld:
-    """The stories of `STORY_WORLD_SEED`, told as they are read."""
-
-    fingerprint: str
-    """Of the grammar and its stories."""
-    name: str = STORY_WORLD
-    splits: tuple[str, ...] = ("train",)
-    default_limit: int = STORY_WORLD_STORIES
-    """Rows to read where no limit is given: the stories have no end."""
-
-    def read(self, split: str, first: int, limit: int | None, batch_size: int) -> Iterator[pa.Array]:
-        """Yield the texts, `batch_size` at a time, from story `first` to story `limit`, or without end."""
-        for start in itertools.count(first, batch_size):
-            count = batch_size if limit is None else min(batch_size, limit - start)
-            if count <= 0:
-                return
-            yield pa.array([story.text for story in storyworld.stories(STORY_WORLD_SEED, count, start)])
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Files, or a data set of the hub."""
+class Source:
+    """An opened source."""
 
     name: str
     """What it is called, without folders."""
     fingerprint: str
-    """SHA-256 of the files' contents, or the hub's commit."""
-    splits: dict[str, Any]
-    """`train`, and `valid` if the source has a validation split of its own: `datasets.IterableDataset`."""
-    files: tuple[Path, ...]
-    """Local files; none for the hub."""
-    default_limit: None = None
-    """All rows are read where no limit is given."""
-
-    def read(self, split: str, first: int, limit: int | None, batch_size: int) -> Iterator[pa.Array]:
-        """Yield the texts or lists of ids of a split, `batch_size` at a time, from row `first` to row `limit`.
-
-        Raises:
-            ValueError: something cannot be read, or the rows have neither `text` nor `tok_ids`.
-        """
-        rows = self.splits[split].skip(first)
-        tables = (rows if limit is None else rows.take(max(0, limit - first))).iter(batch_size)
-        while True:
-            try:
-                with _quiet_library():
-                    table = next(tables, None)
-            except Exception as error:  # whatever the readers and the network raise
-                otherwise = f"{self.name} cannot be read after row {first}: {_words(error)} Run the same command again."
-                raise ValueError(_first_problem(self.files) or otherwise) from error
-            if table is None:
-                return
-            column = next((name for name in COLUMNS if name in table.column_names), None)
-            if column is None:
-                found = ", ".join(table.column_names) or "none"
-                raise ValueError(f"{self.name} has the fields {found}; stories are in 'text', ids in 'tok_ids'.")
-            first += len(table)
-            # A slice of the file's block would take the whole block along to another process.
-            yield pa.concat_arrays(table[column].chunks)
-
-
-Source = StoryWorld | StoredRows
-"""Something to read, opened."""
+    """SHA-256 of the files' contents, the hub's commit, or a SHA-256 of the story world."""
+    splits: Mapping[str, Iterator[Row]]
+    """Rows of `train`, and of `valid` if the source has a validation split. Each can be read once."""
+    default_limit: int | None = None
+    """Rows to read when no limit is given; None: all."""
 
 
 def open_source(src: str) -> Source:
     """Open what the user named.
 
     Raises:
-        FileNotFoundError: there is no such file, or the hub lacks it or cannot be reached.
-        ValueError: it is of no kind that can be read, or empty.
+        FileNotFoundError: there is no such file or data set, or the hub cannot be reached.
+        ValueError: files of this kind cannot be read.
     """
     if src == STORY_WORLD:
-        return StoryWorld(storyworld.fingerprint())
+        rows = (storyworld.story(STORY_WORLD_SEED, index).text for index in itertools.count())
+        return Source(STORY_WORLD, storyworld.fingerprint(), {"train": rows}, STORY_WORLD_STORIES)
     if src.startswith(HUB_PREFIX):
         return _open_hub(src)
     src = os.path.expanduser(src)
@@ -128,33 +73,30 @@ def open_source(src: str) -> Source:
         return _open_folder(src, path)
     files = [path] if path.is_file() else sorted(file for file in map(Path, glob.glob(src)) if file.is_file())
     if not files:
-        raise FileNotFoundError(f"{src}: there is no such file. {_SOURCES}.")
+        raise FileNotFoundError(f"{src}: there is no such file. {_allowed()}.")
     name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     return _open_files(src, name, {"train": files})
 
 
-def _open_folder(src: str, folder: Path) -> StoredRows:
-    """Open the files of a folder whose names, or folders' names, say train or valid; no other is touched."""
+def _allowed() -> str:
+    return (
+        f"SRC may be {STORY_WORLD}, {HUB_PREFIX}OWNER/NAME, a file ({', '.join(_READERS)}), a glob of files, or a "
+        "folder whose file names say train and valid"
+    )
+
+
+def _open_folder(src: str, folder: Path) -> Source:
+    """Open the files of a folder whose names, or folders' names, say train or valid. Other files are not read."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and _ending(file))
     split_of = {file: _named_split(file.relative_to(folder)) for file in files}
     found = {split: [file for file in files if split_of[file] == split] for split in ("train", "valid")}
     if not found["train"]:
-        others = ", ".join(sorted(file.name for file in files)[:5]) or "no file to read"
+        others = ", ".join(sorted(file.name for file in files)[:5]) or "no file that can be read"
         raise ValueError(
             f"{src} holds no file whose name says train; it has {others}. Name files by a glob in quotes, such as "
-            f"'{folder / '*.jsonl'}'. {_SOURCES}."
+            f"'{folder / '*.jsonl'}'. {_allowed()}."
         )
     return _open_files(src, folder.resolve().name, {split: chosen for split, chosen in found.items() if chosen})
-
-
-def _open_files(src: str, name: str, files: dict[str, list[Path]]) -> StoredRows:
-    """Open local files, by their split."""
-    every = [file for chosen in files.values() for file in chosen]
-    kinds = {ENDINGS.get(_ending(file)) for file in every}
-    if None in kinds or len(kinds) > 1:
-        raise ValueError(f"{src}: files must have one of the endings {', '.join(ENDINGS)}, all of one kind.")
-    data_files = {split: [str(file) for file in chosen] for split, chosen in files.items()}
-    return StoredRows(name, _contents(every), _splits(src, every, kinds.pop(), data_files=data_files), tuple(every))
 
 
 def _named_split(file: Path) -> str | None:
@@ -163,40 +105,116 @@ def _named_split(file: Path) -> str | None:
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), None)
 
 
-def _open_hub(src: str) -> StoredRows:
+def _open_files(src: str, name: str, files: Mapping[str, list[Path]]) -> Source:
+    every = [file for chosen in files.values() for file in chosen]
+    readers = {_READERS.get(_ending(file)) for file in every}
+    read = readers.pop()
+    if read is None or readers:
+        raise ValueError(f"{src}: files must have one of the endings {', '.join(_READERS)}, all of one kind.")
+    splits = {split: itertools.chain.from_iterable(map(read, chosen)) for split, chosen in files.items()}
+    return Source(name, _contents(every), splits)
+
+
+def _open_hub(src: str) -> Source:
+    from datasets import load_dataset
     from huggingface_hub import HfApi
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises, which is reported here
     repository = src.removeprefix(HUB_PREFIX)
     try:
         commit = HfApi().dataset_info(repository).sha
-    except Exception as error:  # the hub's, the network's, or a malformed name
+        found: Any = load_dataset(repository, revision=commit, streaming=True)
+    except Exception as error:  # the hub's, the library's, the network's, or a malformed name
         raise FileNotFoundError(
-            f"{src} cannot be opened: {_words(error)} Check the name and the network. {_SOURCES}."
+            f"{src} cannot be opened: {_words(error)} Check the name and the network. {_allowed()}."
         ) from None
-    # All reading is of this commit, so that a run that goes on reads what the interrupted one did.
-    return StoredRows(src, str(commit), _splits(src, (), repository, revision=commit), ())
-
-
-def _splits(src: str, files: Sequence[Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Open what the arguments name to `datasets.load_dataset`; return its splits."""
-    from datasets import load_dataset
-
-    try:
-        with _quiet_library():
-            found = load_dataset(*args, **kwargs, streaming=True)
-    except StopIteration:  # how the library takes an empty file
-        raise ValueError(f"{src} is empty.") from None
-    except Exception as error:  # the library raises what its readers and the network do
-        raise ValueError(_first_problem(files) or f"{src} cannot be opened: {_words(error)}") from error
     if "train" not in found:
         raise ValueError(f"{src} has no training split; it has {', '.join(found)}.")
     valid = next((name for name in ("validation", "valid") if name in found), None)
     named = {"train": found["train"], **({"valid": found[valid]} if valid else {})}
-    return {name: rows.with_format("arrow") for name, rows in named.items()}
+    tables = {split: rows.with_format("arrow").iter(_TABLE_ROWS) for split, rows in named.items()}
+    return Source(src, str(commit), {split: _table_rows(tables[split], src) for split in tables})
+
+
+def _text_rows(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file. A byte that is not UTF-8 becomes a lone surrogate."""
+    opened = gzip.open if file.suffix == ".gz" else open
+    with opened(file, "rt", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in _readable(lines, f"{file}", "line"):
+            yield line.rstrip("\n")
+
+
+def _json_rows(file: Path) -> Iterator[Row]:
+    column = None
+    for number, line in enumerate(_text_rows(file), 1):
+        if line.strip():
+            record = _json_object(line, f"{file}, line {number}")
+            column = column or _column(record, f"{file}")
+            yield record.get(column)
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); correct or remove it.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}; correct or remove it.")
+    return value
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    from pyarrow.parquet import ParquetFile
+
+    def tables() -> Iterator[Any]:
+        with ParquetFile(file) as opened:
+            yield from opened.iter_batches(_TABLE_ROWS)
+
+    return _table_rows(tables(), f"{file}")
+
+
+def _table_rows(tables: Iterable[Any], where: str) -> Iterator[Row]:
+    """Yield the rows of Arrow tables or record batches."""
+
+    def columns(table: Any) -> dict[str, Any]:
+        return {name: table[name].to_pylist() if name in COLUMNS else None for name in table.schema.names}
+
+    for named in _readable(map(columns, tables), where, "table"):
+        yield from named[_column(named, where)]
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_rows,
+    ".jsonl.gz": _json_rows,
+    ".parquet": _parquet_rows,
+    ".txt": _text_rows,
+    ".txt.gz": _text_rows,
+}
+"""File ending -> its reader."""
+
+
+def _readable(items: Iterable[T], where: str, what: str) -> Iterator[T]:
+    """Pass items on, and make one error of whatever a reader or the network raises."""
+    done = 0
+    try:
+        for item in items:
+            yield item
+            done += 1
+    except Exception as error:
+        raise ValueError(f"{where} cannot be read after {what} {done}: {_words(error)}") from error
+
+
+def _column(names: Iterable[str], where: str) -> str:
+    column = next((name for name in COLUMNS if name in names), None)
+    if column is None:
+        raise ValueError(
+            f"{where} has the fields {', '.join(names) or 'none'}; stories are in 'text', ids in 'tok_ids'."
+        )
+    return column
 
 
 def _ending(file: Path) -> str:
-    return next((ending for ending in ENDINGS if file.name.endswith(ending)), "")
+    return next((ending for ending in _READERS if file.name.endswith(ending)), "")
 
 
 def _contents(files: list[Path]) -> str:
@@ -211,39 +229,3 @@ def _contents(files: list[Path]) -> str:
 def _words(error: Exception) -> str:
     """Return the first line of what an error says, as a sentence."""
     return (str(error).partition("\n")[0].rstrip(".") or type(error).__name__) + "."
-
-
-def _first_problem(files: Sequence[Path]) -> str | None:
-    """Return what is wrong with the first line that is no JSON object, in files that should have them."""
-    for file in files:
-        if ENDINGS.get(_ending(file)) == "json" and (problem := _first_bad_line(file)) is not None:
-            return f"{file}, {problem}; mend or remove it."
-    return None
-
-
-def _first_bad_line(path: Path) -> str | None:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                value = json.loads(line) if line.strip() else {}
-                if not isinstance(value, dict):
-                    return f"line {number}: expected a JSON object, got {type(value).__name__}"
-                json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        return f"line {number}: not valid JSON ({error})"
-    except (OSError, EOFError) as error:
-        return f"after line {number}: {error}"
-    return None
-
-
-@contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
-    """Keep `datasets` from logging what is about to be raised and explained."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

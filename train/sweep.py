@@ -1,7 +1,7 @@
-"""What a dictionary run trains: the recipe of every site, and the members of the sweep that its options ask for.
+"""What a dictionary run trains: the recipe of every site, and the members of the sweep.
 
-An option that holds a comma list makes a member for every value; several lists make every combination. All members of a
-site share one recipe, which decides what is compiled, and differ in the numbers of `DictionaryHyper` and the seed.
+Every value of a comma-separated option makes a member; several such options make all combinations. The members of a
+site share one compiled recipe and differ in the numbers of `DictionaryHyper` and in the seed.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from train.activations import Place
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What is trained at every place."""
+    """The dictionaries to train at every place."""
 
     n_features: int
-    """size of every dictionary"""
+    """features per dictionary"""
     architecture: Architecture = "batch_topk"
     """activation function"""
     recipe: str = "house"
     """house, reference, or a .json file with fields of DictionaryRecipe"""
     k: str | None = None
-    """active features a vector, of topk and batch_topk"""
+    """active features per vector (topk and batch_topk)"""
     l1: str | None = None
-    """coefficient of the sparsity loss, of relu, gated and jumprelu"""
+    """coefficient of the sparsity loss (relu, gated and jumprelu)"""
     target_l0: str | None = None
-    """active features a vector to aim at, of relu, gated and jumprelu"""
+    """target number of active features per vector (relu, gated and jumprelu)"""
     learning_rate: str | None = None
     """largest learning rate"""
     seed: str = "0"
-    """of the initial parameters; the order of the data is that of --data-seed"""
+    """seed of the initial parameters; --data-seed sets the order of the data"""
     skip: bool = False
-    """train a linear skip connection beside the features, of transcoders"""
+    """also train a linear skip connection (transcoders)"""
     matryoshka: str | None = None
-    """comma list of the sizes of nested dictionaries; the last is n-features"""
+    """sizes of nested dictionaries, separated by commas; the last is n-features"""
     random_prefixes: int | None = None
-    """number of nested dictionaries whose sizes are drawn anew each step"""
+    """number of nested dictionaries whose sizes are drawn again at every step"""
     dead_after: int | None = None
-    """vectors for which a dead feature was silent"""
+    """number of vectors without activation after which a feature counts as dead"""
 
 
 VARIED: dict[str, tuple[str, Callable[[str], float]]] = {
@@ -60,7 +60,7 @@ VARIED: dict[str, tuple[str, Callable[[str], float]]] = {
     "learning_rate": ("learning_rate", float),
     "seed": ("seed", int),
 }
-"""Options that take a comma list -> the recipe's field (or the seed), and what a value is."""
+"""Option that takes a comma-separated list -> the recipe's field (or the seed), and the type of its values."""
 
 PUBLISHED_WIDTH = 768
 
@@ -70,9 +70,9 @@ class Member:
     """One dictionary of a site's sweep."""
 
     values: Mapping[str, float]
-    """Field -> value, of what the options set; the seed always."""
+    """Field -> value, for the fields that options set, and always the seed."""
     name: str
-    """What tells it from the others, `k=16_seed=1`; empty where there is one only."""
+    """Name among the members, such as `k=16_seed=1`; empty if there is only one."""
 
     def recipe(self, shared: DictionaryRecipe) -> DictionaryRecipe:
         """Return the recipe of this member alone."""
@@ -85,18 +85,18 @@ class Member:
 
 
 class Sweep(NamedTuple):
-    """What a run trains."""
+    """The recipes and members of a run."""
 
     recipes: dict[str, DictionaryRecipe]
-    """Place -> what its members share."""
+    """Place -> recipe that its members share."""
     members: list[Member]
 
 
 def make_sweep(options: SweepOptions, places: Mapping[str, Place], steps: int, batch_size: int) -> Sweep:
-    """Return what the options ask for.
+    """Return the recipes and members for the options.
 
     Raises:
-        ValueError: an option is wrong, or they do not go together.
+        ValueError: an option is invalid, or the options do not fit together.
     """
     members = parse_members({name: getattr(options, name) for name in VARIED})
     changes: dict[str, Any] = {"batch_size": batch_size, "skip": options.skip}
@@ -116,10 +116,10 @@ def make_sweep(options: SweepOptions, places: Mapping[str, Place], steps: int, b
 
 
 def parse_members(lists: Mapping[str, str | None]) -> list[Member]:
-    """Return every combination of the values of comma lists (option -> text; None where it is not given).
+    """Return one member for every combination of values (option -> comma-separated text; None if not given).
 
     Raises:
-        ValueError: a value is no number, or a list names one twice.
+        ValueError: a value is not a number, or a list contains one twice.
     """
     values: dict[str, list[float]] = {}
     for option, text in lists.items():
@@ -145,17 +145,17 @@ def site_recipe(
     members: list[Member],
     **changes: Any,
 ) -> DictionaryRecipe:
-    """Return the recipe that the members of a site share: `house`, `reference`, or a JSON file's fields.
+    """Return the recipe that the members of a site share: `house`, `reference`, or the fields of a JSON file.
 
-    Where no coefficient is asked for, that of `relu` and `gated` is the preset's in proportion to the square root of
-    the width, as the preset says.
+    Unless an option sets the sparsity coefficient of `relu` and `gated`, the preset's is scaled with the square root of
+    the width, as `recipe_preset` recommends.
 
     Args:
-        width: of the activations that the dictionary reads.
+        width: width of the activations that the dictionary reads.
         changes: fields of the recipe that the options set.
 
     Raises:
-        ValueError: the preset or a field is unknown, or the fields do not go together.
+        ValueError: the preset or a field is unknown, or the fields do not fit together.
     """
     for field in ("k", "target_l0", "sparsity", "learning_rate"):
         given = [member.values[field] for member in members if field in member.values]
@@ -179,7 +179,7 @@ def init_members(
     statistics_in: ActivationStatistics,
     statistics_out: ActivationStatistics | None,
 ) -> DictionaryTrainState:
-    """Return the stacked states before the first step, each as a run of its own would start."""
+    """Return the stacked states before the first step; each equals the start of a run with that member alone."""
     return stack_members(
         [
             init_state(jax.random.key(int(m.values["seed"])), m.recipe(recipe), statistics_in, statistics_out)
@@ -194,9 +194,9 @@ def _numbers(option: str, text: str, number: Callable[[str], float]) -> list[flo
         values = [number(part) for part in text.split(",")]
     except ValueError:
         kind = "whole numbers" if number is int else "numbers"
-        raise ValueError(f"{flag} {text!r} is no comma list of {kind}.") from None
+        raise ValueError(f"{flag} {text!r} is not a comma-separated list of {kind}.") from None
     if len(set(values)) < len(values):
-        raise ValueError(f"{flag} {text!r} names a value twice; every member of a sweep has its own.")
+        raise ValueError(f"{flag} {text!r} contains a value twice; list each value once.")
     if option == "seed" and not all(0 <= value < 2**32 for value in values):
         raise ValueError(f"{flag} {text!r}: seeds are 0 to {2**32 - 1}.")
     return values
@@ -206,7 +206,7 @@ def _widths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     if not all(part.isdecimal() for part in text.split(",")):
-        raise ValueError(f"--matryoshka {text!r} is no comma list of sizes.")
+        raise ValueError(f"--matryoshka {text!r} is not a comma-separated list of sizes.")
     return tuple(map(int, text.split(",")))
 
 
@@ -216,5 +216,5 @@ def _fields_of(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"--recipe {path} cannot be read as JSON ({error}).") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"--recipe {path} holds no JSON object of recipe fields.")
+        raise ValueError(f"--recipe {path} is not a JSON object with fields of DictionaryRecipe.")
     return fields

@@ -1,8 +1,8 @@
-"""TensorBoard and Weights & Biases, for those who ask: the lines of `metrics.jsonl`, shown as curves.
+"""TensorBoard and Weights & Biases: optional trackers that show the lines of `metrics.jsonl` as curves.
 
-Rely on: neither package is needed, or loaded, unless it is asked for; a run that goes on continues its curves, without
-the points after the step it goes on from (TensorBoard hides them, W&B skips what it already has). `metrics.jsonl`
-remains the record; nothing is read back from here.
+Neither package is imported unless its option is given. A resumed run continues its curves from the step it restored:
+TensorBoard hides the points after that step, and W&B skips steps that it already has. `metrics.jsonl` remains the
+record; nothing is read back from the trackers.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from tinymodel_jax.training.data_folder import is_remote
 from train.hosts import is_first
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-"""Option (and extra of pyproject.toml) -> the package that it needs."""
+"""Option (and extra in pyproject.toml) -> package that it needs."""
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run's metrics are shown, beside `metrics.jsonl`."""
+    """Trackers that show a run's metrics in addition to `metrics.jsonl`."""
 
     tensorboard: bool = False
-    """show the metrics in TensorBoard, from OUT/tensorboard"""
+    """write the metrics for TensorBoard to OUT/tensorboard"""
     wandb: str | None = None
-    """show the metrics in this project of Weights & Biases"""
+    """send the metrics to this Weights & Biases project"""
 
 
 NO_TRACKING = Tracking()
 
 
 class Tracker(Protocol):
-    """Something that shows lines of metrics."""
+    """A service that shows metrics."""
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Show a line of `metrics.jsonl`."""
         ...
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send everything that was logged."""
         ...
 
 
 def require_trackers(tracking: Tracking) -> None:
-    """Check that what was asked for is installed.
+    """Check that the packages of the given options are installed.
 
     Raises:
-        ImportError: it is not.
+        ImportError: one is missing.
     """
     for option, asked in (("tensorboard", tracking.tensorboard), ("wandb", tracking.wandb is not None)):
         if asked:
@@ -59,12 +59,12 @@ def require_trackers(tracking: Tracking) -> None:
 
 
 def open_trackers(tracking: Tracking, out: epath.PathLike, config: Mapping[str, Any], first_step: int) -> list[Tracker]:
-    """Return the trackers that were asked for; none but on the first process.
+    """Return the trackers that the options name; none except on the first process.
 
     Args:
-        out: run's folder.
-        config: what W&B shows as the run's configuration.
-        first_step: steps done before.
+        out: folder of the run.
+        config: configuration that W&B shows.
+        first_step: steps already done.
     """
     if not is_first():
         return []
@@ -77,7 +77,7 @@ def open_trackers(tracking: Tracking, out: epath.PathLike, config: Mapping[str, 
 
 
 def flat_metrics(value: Any, name: str = "") -> Iterator[tuple[str, float | str]]:
-    """Yield the name and value of everything in a line: `{"M1": {"loss": [2.5, 3]}}` has M1/loss/0 and M1/loss/1."""
+    """Yield (name, value) of every number and text: `{"M1": {"loss": [2.5, 3]}}` gives M1/loss/0 and M1/loss/1."""
     if isinstance(value, Mapping | list):
         parts = value.items() if isinstance(value, Mapping) else enumerate(value)
         for part, inside in parts:
@@ -88,7 +88,7 @@ def flat_metrics(value: Any, name: str = "") -> Iterator[tuple[str, float | str]
 
 class _TensorBoard:
     def __init__(self, folder: epath.Path, first_step: int) -> None:
-        # The suffix keeps a file apart from one begun in the same second.
+        # Without the suffix, two files started in the same second would have the same name.
         self._writer = _load("tensorboard").SummaryWriter(
             str(folder), purge_step=first_step + 1, filename_suffix=f".{first_step}"
         )

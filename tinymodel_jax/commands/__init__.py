@@ -1,1 +1,1 @@
-"""The commands of `tinymodel`, one a file, the frame they run in, and what they share."""
+"""The `tinymodel` command: one file per subcommand, and what they share."""

@@ -1,4 +1,4 @@
-"""The `tinymodel` command: which commands there are."""
+"""The `tinymodel` command and its list of subcommands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands
 from tinymodel_jax.commands.generate import generate
+from tinymodel_jax.commands.importance import importance
 from tinymodel_jax.commands.patch import patch
 from tinymodel_jax.commands.quickstart import quickstart
 from tinymodel_jax.commands.sweep import sweep
@@ -23,6 +24,7 @@ COMMANDS = {
     "top": top,
     "concepts": concepts,
     "sweep": sweep,
+    "importance": importance,
     "patch": patch,
     "dashboard": dashboard,
 }

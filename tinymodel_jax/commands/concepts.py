@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
-from tinymodel_jax.commands.options import parse_sites, prepare_output
-from tinymodel_jax.commands.prompts import load_lm
-from tinymodel_jax.commands.rows import unseen_stories
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import print_json, print_table
+from tinymodel_jax.commands.inputs import unseen_stories
+from tinymodel_jax.commands.options import (
+    Model,
+    ModelOptions,
+    OutFile,
+    dictionary_folders,
+    named_dictionaries,
+    parse_sites,
+    prepare_output,
+)
 from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
@@ -22,24 +26,25 @@ if TYPE_CHECKING:
 
 def concepts(
     *,
-    model: str = "mini",
+    model: Model = ModelOptions("mini"),
     sites: str = "",
     dictionaries: tuple[Path, ...] = (),
     stories: int = 100,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    out: OutFile = None,
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Say which concepts of the story world the dictionaries found, beside neurons and random directions.
+    """Score how well dictionaries find the known concepts of the story world, next to neurons and random directions.
+
+    The model has to be trained on the story world, as `mini` is.
 
     Args:
-        model: one that was trained on the story world.
-        sites: tags, as M0,Rm2, of the model's dictionaries; all of them if there are no --dictionaries either.
-        dictionaries: folders of dictionaries, or folders that hold such folders; each knows its site.
-        stories: unseen stories to read; half of them choose the features, half score them.
-        out: JSON file for the score of every concept at every place.
-        plot: PNG file for a heat map of them.
-        json: print a JSON object a line: a place and a concept.
+        sites: tags of the model's dictionaries, such as M0,Rm2; by default all, unless --dictionaries are given.
+        dictionaries: folders of dictionaries, or folders of such folders; each dictionary stores its site.
+        stories: number of unseen stories to read; half of them choose the features, half score them.
+        out: JSON file for the score of every concept in every dictionary and baseline.
+        plot: PNG file for a heat map of these scores.
+        json: print one JSON object per line, for a dictionary or baseline and a concept.
     """
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
@@ -52,12 +57,12 @@ def concepts(
     from tinymodel_jax.analysis.concepts.recovery import concept_records, plot_concepts, recover_concepts
     from tinymodel_jax.runtime.atomic_files import replace_file
 
-    lm = load_lm(model)
-    told = unseen_stories(lm, stories)
+    lm = model.load()
+    unseen = unseen_stories(lm, stories)
     if not (tags or folders or lm.dictionary_tags):
-        raise ValueError(f"--model {model} came without dictionaries; give --dictionaries FOLDER.")
+        raise ValueError(f"--model {model.name} came without dictionaries; give --dictionaries FOLDER.")
     named = dict(named_dictionaries(lm, tags if tags or folders else lm.dictionary_tags, folders))
-    recoveries = recover_concepts(lm, told, named, track=lambda places: with_progress(list(places), "scoring"))
+    recoveries = recover_concepts(lm, unseen, named, track=partial(with_progress, what="scoring"))
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_dictionary, make_output_folder, parse_sites
-from tinymodel_jax.commands.prompts import load_lm, token_rows
-from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
-from tinymodel_jax.commands.searches import search, storyworld_truth
+from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth, token_rows
+from tinymodel_jax.commands.options import (
+    ModelAndDictionary,
+    ModelAndDictionaryOptions,
+    make_output_folder,
+    parse_sites,
+)
+from tinymodel_jax.commands.top import search
 from tinymodel_jax.dictionaries.sites import KINDS, Site
 from tinymodel_jax.runtime.progress import with_progress
 
@@ -29,42 +34,38 @@ def dashboard(
     *,
     site: str,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    model: str = "mini",
+    model: ModelAndDictionary = ModelAndDictionaryOptions("mini"),
     data: str = STORY_WORLD,
     limit: int = 200,
-    dictionary: Path | None = None,
-    n_heads: int | None = None,
     others: Annotated[str, tyro.conf.arg(name="with")] = "",
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     effects: int = 0,
     json: bool = False,
 ) -> None:
-    """Write pages about all features of a dictionary: open index.html in the folder, without a server.
+    """Write pages about all features of a dictionary; open index.html in the folder, no server needed.
 
-    Stopped, the same command goes on with the search, and with the effects, where they were.
+    If the command is stopped, run it again: it resumes the search and the measurement of effects.
 
     Args:
-        site: dictionary's tag, such as M2.
+        site: tag of the dictionary, such as M2.
         out: folder for the pages; an older dashboard there is replaced.
-        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
-        limit: rows to read at most.
-        dictionary: folder or file to use at the site, instead of the model's own or published one.
-        n_heads: attention heads of a file whose width is not the published 768.
-        others: dictionaries with upstream and downstream features, as M0,M1; all of the model's if left out.
-        text: a text to make a page of; may be given again.
-        effects: rows on which every feature is turned off to measure its effect; 0 leaves effects out.
-        json: print a JSON object about the pages.
+        limit: largest number of rows to read.
+        others: dictionaries to search for upstream and downstream features, such as M0,M1; by default all.
+        text: text to make a page about; can be given several times.
+        effects: number of rows on which every feature is turned off to measure its effect; 0 leaves effects out.
+        json: print a JSON object about the pages instead of a sentence.
     """
     place = Site.whole(site, "--site ")
-    _check_options(effects, dictionary)
+    if effects < 0:
+        raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
     make_output_folder("--out", out.absolute().parent)
     from tinymodel_jax.analysis.report.dashboard.build import open_partial, publish, text_records
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    lm = load_lm(model, n_heads, place.tag, dictionary)
+    lm = model.load_with_dictionary(place)
     reader = lm[place.tag]
     tags = _other_tags(lm, place, others)
     rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
@@ -76,13 +77,13 @@ def dashboard(
         )
     clock = Clock()
     partial = open_partial(out)
-    told = limit if data == STORY_WORLD else None
+    n_stories = limit if data == STORY_WORLD else None
     try:
-        facts = _measure(reader, rows, tags, partial, told, measured, clock)
+        facts = _measure(reader, rows, tags, partial, n_stories, measured, clock)
     except OtherWorkError as error:
         raise ValueError(
-            f"--out {out}: {partial} holds the work of a dashboard that was stopped, with other options; give those "
-            "again to go on, or delete that folder to start anew."
+            f"--out {out}: {partial} holds unfinished work on a dashboard with other options; give those options "
+            "to resume it, or delete that folder to start again."
         ) from error
     records = text_records(reader, texts, clock.track)
     _write(reader, partial, facts, rows, data, records, clock)
@@ -91,23 +92,17 @@ def dashboard(
 
 
 class Clock:
-    """How long each kind of work took, in seconds; what it tracks shows a progress bar."""
+    """Measures how long each kind of work takes, in seconds, and shows its progress."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
 
     def track(self, things: Sequence[Any], what: str) -> Iterator[Any]:
-        """Yield things; the time until the last is done belongs to `what`."""
+        """Yield things, and add the time until the last is done to the work `what`."""
         started = time.monotonic()
-        yield from with_progress(list(things), what)
+        yield from with_progress(things, what)
         self.seconds[what] = self.seconds.get(what, 0) + time.monotonic() - started
-
-
-def _check_options(effects: int, dictionary: Path | None) -> None:
-    if effects < 0:
-        raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
-    check_dictionary(dictionary)
 
 
 def _other_tags(lm: TinyModel, place: Site, others: str) -> list[str]:
@@ -128,24 +123,25 @@ def _measure(
     rows: np.ndarray,
     tags: Sequence[str],
     partial: Path,
-    told: int | None,
+    n_stories: int | None,
     measured: np.ndarray,
     clock: Clock,
 ) -> Facts:
-    """Return what the pages show; `told` is the number of stories of the story world that the rows hold.
+    """Return what the pages show.
 
     Args:
-        measured: rows that every feature is turned off on; none leaves effects out.
+        n_stories: number of stories of the story world that the rows hold; None for other data.
+        measured: rows on which every feature is turned off; without rows, effects are left out.
     """
     from tinymodel_jax.analysis.effects.importance import causal_importance
     from tinymodel_jax.analysis.report.dashboard.build import EFFECTS, SEARCH, gather
     from tinymodel_jax.analysis.search.feature_queries import concept_f1
 
-    found = search(reader, rows, partial / SEARCH, track=lambda starts: clock.track(starts, "search"))
+    found = search(reader, rows, partial / SEARCH, track=clock.track)
     facts = gather(reader, rows, found, tags, clock.track)
-    if told is not None:
-        truth = storyworld_truth(reader.lm, rows, told)
-        f1 = concept_f1(reader, rows, truth, track=lambda parts: clock.track(parts, "concepts"))
+    if n_stories is not None:
+        truth = storyworld_truth(reader.lm, rows, n_stories)
+        f1 = concept_f1(reader, rows, truth, track=functools.partial(clock.track, what="concepts"))
         facts = dataclasses.replace(facts, f1=f1)
     if len(measured):
         importance = causal_importance(
@@ -153,7 +149,7 @@ def _measure(
             reader.site.tag,
             measured,
             work_file=partial / EFFECTS,
-            track=lambda left: clock.track(left, "effects"),
+            track=functools.partial(clock.track, what="effects"),
         )
         facts = dataclasses.replace(facts, importance=importance)
     return facts

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from tinymodel_jax.commands.frame import finite_or_none, print_json
-from tinymodel_jax.commands.named_dictionaries import dictionary_folders, named_dictionaries
-from tinymodel_jax.commands.options import parse_sites, prepare_json_output
-from tinymodel_jax.commands.prompts import load_lm
-from tinymodel_jax.commands.rows import open_rows
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import finite_or_none, print_json, print_table
+from tinymodel_jax.commands.inputs import open_rows
+from tinymodel_jax.commands.options import (
+    Model,
+    ModelOptions,
+    OutFile,
+    dictionary_folders,
+    named_dictionaries,
+    parse_sites,
+    prepare_json_output,
+)
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.progress import with_progress
@@ -30,7 +33,7 @@ COLUMNS = {
     "kl": "KL",
     "dead_fraction": "dead",
 }
-"""What the table shows of the results, with its heading; the file has all of them."""
+"""Results that the table shows, with their headings; the file has all results."""
 WITH_MARGIN = ("explained_variance", "ce_recovered")
 
 
@@ -40,27 +43,22 @@ def evaluate(
     sites: str = "",
     dictionaries: tuple[Path, ...] = (),
     sparse_model: bool = False,
-    model: str = "tiny_model",
+    model: Model = ModelOptions(),
     limit: int = 256,
     count_begin: bool = False,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    n_heads: int | None = None,
+    out: OutFile = None,
     json: bool = False,
 ) -> None:
-    """Measure dictionaries: sparsity, reconstruction, and what the model loses when it runs through them.
+    """Measure dictionaries: sparsity, reconstruction, and the loss of the model when it runs through them.
 
     Args:
-        data: held-out text: a folder of `python -m train prepare`, a file of stories (.jsonl, .txt, also .gz), or
-            `storyworld`.
-        sites: tags, as M0,A1, of the model's own or published dictionaries to measure.
-        dictionaries: folders of dictionaries to measure, or folders that hold such folders; each knows its site.
-        sparse_model: measure the model with all MLPs replaced at once by their transcoders, too: by those of
-            --dictionaries where there are some, else by its own.
-        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
-        limit: rows (stories) to read at most.
-        count_begin: let [BEGIN], the same in every story, count in L0, explained variance, MSE, cosine and densities.
-        out: JSON file to write; a PNG of the same name with the plots is written beside it.
-        n_heads: attention heads of a file whose width is not the published 768.
+        data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
+        sites: tags of the model's own or published dictionaries to measure, such as M0,A1.
+        dictionaries: folders of dictionaries to measure, or folders of such folders; each dictionary stores its site.
+        sparse_model: also measure the model with every MLP replaced by its transcoder, of --dictionaries or its own.
+        limit: largest number of rows (stories) to read.
+        count_begin: count [BEGIN], the same in every story, in all measures except cross-entropy and KL.
+        out: JSON file to write; the plots are written beside it, as a PNG of the same name.
         json: print the JSON instead of a table.
     """
     tags = parse_sites("--sites", sites)
@@ -68,14 +66,14 @@ def evaluate(
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
     prepare_json_output("--out", out)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
-    lm = load_lm(model, n_heads)
+    lm = model.load()
     named = named_dictionaries(lm, tags, folders)
     sparse_lm = _with_transcoders(lm, named[len(tags) :]) if sparse_model else None
     rows = open_rows(lm, data, limit)
     content = {
         "format": "tinymodel_jax/evaluation",
         "format_version": 1,
-        "model": model,
+        "model": model.name,
         "data": data,
         "rows": len(rows),
         "count_begin": count_begin,
@@ -113,7 +111,7 @@ def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, 
 
 
 def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) -> TinyModel:
-    """Return the model with a transcoder at every MLP, the given ones first.
+    """Return the model with a transcoder attached at every MLP: the given ones, and its own for the other layers.
 
     Raises:
         ValueError: two are of one layer, or a layer has none.
@@ -130,7 +128,7 @@ def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) ->
         attached.attach(tag, dictionary)
         names[tag] = name
     for tag in mlp_tags(lm):
-        attached[tag]  # refuses here, before hours of measuring, what has no dictionary
+        attached[tag]  # raises now, not after hours of measuring, if a layer has no dictionary
     return attached
 
 

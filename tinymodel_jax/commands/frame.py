@@ -1,7 +1,7 @@
-"""The frame of every command of the project: what it prints, how it fails.
+"""What all command-line programs of the project share: arguments, exit status, errors, JSON and tables.
 
-Exit status 0, 1 (failed) or 2 (bad usage); an error is one line on stderr, with `--debug` its traceback. Heavy parts
-load when a command uses them, so `--help` is quick.
+The exit status is 0, 1 (failed) or 2 (bad usage). An error is one line on stderr; `--debug` shows its traceback.
+Modules that take long to load are imported inside commands, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from tinymodel_jax import __version__
 from tinymodel_jax.runtime.paths import user_path
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 USER_PATHS = tyro.constructors.ConstructorRegistry()
-"""Expands `~` in every option that is a `Path`: a shell leaves it in `--out=~/x`, and a program has no shell."""
+"""Expands `~` in every option that is a `Path`: shells leave it in `--out=~/x`, and other programs call without one."""
 
 
 @USER_PATHS.primitive_rule
@@ -44,7 +47,7 @@ def run_commands(
     commands: Mapping[str, Callable[..., None]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run one of several commands, as the command line says; return the exit status."""
+    """Run the command that the arguments name; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _let_every_character_print()
     if arguments == ["--version"]:
@@ -57,15 +60,15 @@ def run_commands(
             tyro.extras.subcommand_cli_from_dict(
                 dict(commands),
                 prog=program,
-                description=f"{description} Any command takes --debug, which shows the traceback of an error; "
-                "--version alone says which release this is.",
+                description=f"{description} Every command accepts --debug, which shows the traceback of an error; "
+                "--version alone prints the version.",
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:  # tyro's own, after --help or bad usage
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
         return 1
     except KeyboardInterrupt:
         return 130
@@ -79,7 +82,7 @@ def run_commands(
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON, in ASCII, so that every terminal and file can hold it.
+    """Print a value as one line of JSON in ASCII, which every terminal and file can hold.
 
     Raises:
         ValueError: a number is infinite or NaN.
@@ -87,22 +90,47 @@ def print_json(value: Any) -> None:
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"--json: the result holds a number that JSON does not know ({error}).") from error
+        raise ValueError(f"--json: JSON cannot hold a number of the result ({error}).") from error
     print(text)
 
 
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    *,
+    title: str | None = None,
+    right: Collection[str] = (),
+) -> None:
+    """Print a table, in which brackets and `:words:` of prompts and names are shown as they are.
+
+    Args:
+        rows: a cell for each column; a `rich.text.Text` where parts have a style.
+        right: columns that are aligned on the right, such as numbers.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=None if title is None else Text(title, "table.title"), title_justify="left")
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    Console().print(table)
+
+
 def finite_or_none(number: int | float) -> int | float | None:
-    """Return a number, or None for infinity and NaN, which JSON does not know."""
+    """Return a number, or None for infinity and NaN, which JSON cannot hold."""
     return number if math.isfinite(number) else None
 
 
 def significant(number: float, digits: int = 6) -> float | None:
-    """Return a number with so many significant digits, so that small ones stay; None for infinity and NaN."""
+    """Return a number rounded to significant digits, or None for infinity and NaN."""
     return finite_or_none(float(f"{number:.{digits}g}"))
 
 
 def _let_every_character_print() -> None:
-    """Show a character that the terminal's encoding lacks as `?`, instead of failing."""
+    """Print `?` for a character that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -1,19 +1,135 @@
-"""Options that several commands have: files to write, lists of sites; checked before anything is loaded."""
+"""Options that several commands share: a model, its dictionaries, files to write; checked before anything is loaded."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from tinymodel_jax.dictionaries.sites import Site
 
+if TYPE_CHECKING:
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
+    from tinymodel_jax.lm import TinyModel
+
+OutFile = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
+"""A file to write, `--out` or `-o`."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which language model a command runs."""
+
+    name: Annotated[str, tyro.conf.arg(name="model")] = "tiny_model"
+    """published name, `mini`, folder, or file (.pt, .safetensors) with the reference's names."""
+    n_heads: int | None = None
+    """attention heads, for a file whose width is not the published 768."""
+
+    def load(self) -> TinyModel:
+        """Load the model; JAX loads here, not for `--help`."""
+        from tinymodel_jax.lm import TinyModel
+
+        return TinyModel(self.name, n_heads=self.n_heads)
+
+
+@dataclass(frozen=True)
+class ModelAndDictionaryOptions(ModelOptions):
+    """Which language model a command runs, with which dictionary."""
+
+    dictionary: Path | None = None
+    """folder or file of a dictionary to use at the site, instead of the model's own or the published one."""
+
+    def load_with_dictionary(self, site: Site) -> TinyModel:
+        """Load the model, and attach the dictionary if one is given.
+
+        Raises:
+            FileNotFoundError: the dictionary does not exist.
+        """
+        if self.dictionary is not None and not self.dictionary.exists():
+            raise FileNotFoundError(f"--dictionary {self.dictionary} does not exist.")
+        lm = self.load()
+        if self.dictionary is not None:
+            lm.attach(site.tag, self.dictionary)
+        return lm
+
+
+Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
+ModelAndDictionary = Annotated[ModelAndDictionaryOptions, tyro.conf.arg(name="")]
+
+
+def require_positive(option: str, number: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ValueError: it is.
+    """
+    if number < 1:
+        raise ValueError(f"{option} {number} must be 1 or more.")
+
+
+def parse_sites(option: str, text: str) -> list[str]:
+    """Return the tags of a list such as `M0, A1`, without repeats.
+
+    Raises:
+        ValueError: one is not a tag, or names a feature.
+    """
+    tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
+    for tag in tags:
+        Site.whole(tag, f"{option} ")
+    return list(tags)
+
+
+def dictionary_folders(folder: Path) -> list[Path]:
+    """Return the folder if it holds a dictionary, otherwise the folders in it that do.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or holds no dictionary.
+        NotADirectoryError: it is a file.
+    """
+    from tinymodel_jax.io.artifacts import DICTIONARY_FILE
+
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"--dictionaries {folder} is a file; name a dictionary's folder, or a folder of such folders."
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--dictionaries {folder} does not exist.")
+    found = [f for f in (folder, *sorted(folder.iterdir())) if (f / DICTIONARY_FILE).is_file()]
+    if not found:
+        raise FileNotFoundError(f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
+    return [folder] if found[0] == folder else found
+
+
+def named_dictionaries(lm: TinyModel, tags: Sequence[str], folders: Sequence[Path]) -> list[tuple[str, Dictionary]]:
+    """Return dictionaries that fit the model, each with a name.
+
+    The name is the tag or the folder's name; where two folders have the same name, the folder's path.
+
+    Raises:
+        ValueError: a tag has no dictionary, or one does not fit the model.
+    """
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
+    from tinymodel_jax.lm import FeatureReader
+
+    named = [(lm[tag].site.tag, lm[tag].dictionary) for tag in tags]
+    names = [*tags, *(folder.name for folder in folders)]
+    for folder in folders:
+        fitting = FeatureReader.of(lm, Dictionary.from_pretrained(folder)).dictionary
+        name = folder.name if names.count(folder.name) == 1 else str(folder)
+        named.append((name, fitting))
+    return named
+
 
 def prepare_output(option: str, path: Path | None) -> None:
-    """Make the folder of a file that is written in the end.
+    """Make the folder of a file that is written at the end of a command.
 
     Raises:
         OSError: the folder cannot be made or written to.
-        ValueError: the file is a folder.
+        ValueError: the path is a folder.
     """
     if path is None:
         return
@@ -22,21 +138,8 @@ def prepare_output(option: str, path: Path | None) -> None:
     make_output_folder(option, path.parent)
 
 
-def make_output_folder(option: str, folder: Path) -> None:
-    """Make a folder for what is written in the end.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"{option}: the folder {folder} cannot be made: {error.strerror}.") from error
-    _try_a_file(option, folder)
-
-
 def prepare_json_output(option: str, path: Path | None) -> None:
-    """Do as `prepare_output`, and refuse a file that is not named as JSON: its plots have the same name.
+    """Do as `prepare_output`, and require the suffix .json: the plots get the same name with .png.
 
     Raises:
         OSError, ValueError: as `prepare_output`; or the file has another suffix.
@@ -46,36 +149,23 @@ def prepare_json_output(option: str, path: Path | None) -> None:
     prepare_output(option, path)
 
 
-def check_dictionary(path: Path | None) -> None:
-    """Refuse a --dictionary that is not there.
+def make_output_folder(option: str, folder: Path) -> None:
+    """Make a folder for files that are written at the end of a command.
 
     Raises:
-        FileNotFoundError: there is no such folder or file.
+        OSError: it cannot be made or written to.
     """
-    if path is not None and not path.exists():
-        raise FileNotFoundError(f"--dictionary {path}: there is no such folder or file.")
-
-
-def work_file(out: Path | None) -> Path | None:
-    """Return where the state of work is kept whose result goes to `out`: `OUT.work`."""
-    return None if out is None else out.with_name(f"{out.name}.work")
-
-
-def parse_sites(option: str, text: str) -> list[str]:
-    """Return the tags of a list such as `M0, A1`, each once.
-
-    Raises:
-        ValueError: one is no tag, or names a feature.
-    """
-    tags = dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip())
-    for tag in tags:
-        Site.whole(tag, f"{option} ")
-    return list(tags)
-
-
-def _try_a_file(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{option}: the folder {folder} cannot be made: {error.strerror}.") from error
     try:
         with tempfile.NamedTemporaryFile(dir=folder):  # a named one: some file systems refuse the others
             pass
     except OSError as error:
         raise type(error)(f"{option}: the folder {folder} cannot be written to: {error.strerror}.") from error
+
+
+def work_file(out: Path | None) -> Path | None:
+    """Return the file, `OUT.work`, that keeps the state of unfinished work on `out`."""
+    return None if out is None else out.with_name(f"{out.name}.work")

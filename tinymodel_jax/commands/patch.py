@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import prepare_output
-from tinymodel_jax.commands.prompts import load_lm, shown, token_id, token_rows
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import print_json, print_table
+from tinymodel_jax.commands.inputs import shown, token_id, token_rows
+from tinymodel_jax.commands.options import Model, ModelOptions, OutFile, prepare_output
 from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
@@ -19,42 +19,39 @@ if TYPE_CHECKING:
 
 
 def patch(
-    clean: Annotated[str, tyro.conf.Positional],
-    corrupted: Annotated[str, tyro.conf.Positional],
+    clean: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLEAN")],
+    corrupted: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORRUPTED")],
     *,
     answer: str | None = None,
     wrong: str | None = None,
     hooks: tuple[str, ...] = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"),
-    model: str = "tiny_model",
-    n_heads: int | None = None,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    model: Model = ModelOptions(),
+    out: OutFile = None,
     json: bool = False,
 ) -> None:
-    """Put values of a clean prompt's run into a corrupted prompt's, and show which bring the clean answer back.
+    """Patch activations of a clean prompt into a corrupted one, and show which restore the clean answer.
 
-    The effect is 0 where patching changes nothing and 1 where it restores the clean run.
+    The effect is 0 where patching changes nothing and 1 where it restores the clean run. It is measured by the logit
+    difference of the two answers, or by the log-probability of the answer if both prompts have the same one.
 
     Args:
         clean: text that leads to the answer.
-        corrupted: text of as many tokens that does not.
+        corrupted: text of the same number of tokens that does not.
         answer: next token after the clean text; by default the model's most likely one.
-        wrong: next token to compare with; by default the most likely one after the corrupted text, or none where that
-            is the answer: then the answer's log-probability is measured.
-        hooks: hook points of a block to patch, by position or, where there are heads, by head.
-        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
-        n_heads: attention heads of a file whose width is not the published 768.
-        out: picture of the effects, .png or .svg.
+        wrong: next token to compare with; by default the most likely one after the corrupted text.
+        hooks: hook points of a block to patch, by position, or by head where there are heads.
+        out: .png or .svg file for heat maps of the effects.
         json: print a JSON object.
     """
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
     prepare_output("--out", out)
-    lm = load_lm(model, n_heads)
+    lm = model.load()
     rows = token_rows(lm, [clean, corrupted])
     if len(rows[0]) != len(rows[1]):
         raise ValueError(
-            f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; choose words of as many tokens, so that "
-            "positions correspond."
+            f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; they need the same number, so that positions "
+            "correspond."
         )
     from tinymodel_jax.analysis.effects import patching
 
@@ -70,7 +67,7 @@ def patch(
         hooks,
         answer=tokens[0],
         wrong=tokens[1] if tokens[1:] else None,
-        track=lambda kinds: with_progress(kinds, "patching"),
+        track=partial(with_progress, what="patching"),
     )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
@@ -81,12 +78,12 @@ def patch(
     else:
         print(title)
         _print_strongest(found, labels)
-    if out is not None:  # after what was found is printed, which a picture that cannot be written does not take away
+    if out is not None:  # last: the effects are printed even if the picture cannot be written
         _draw(found, labels, title, out)
 
 
 def _metric_title(words: list[str]) -> str:
-    if len(words) == 1:  # both prompts go on alike
+    if len(words) == 1:  # both prompts have the same answer
         return f"log-probability of {words[0]!r}"
     return f"logit of {words[0]!r} minus {words[1]!r}"
 

@@ -2,63 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.options import check_dictionary, prepare_output
-from tinymodel_jax.commands.prompts import load_lm
-from tinymodel_jax.commands.rows import STORY_WORLD, open_rows
-from tinymodel_jax.commands.searches import search, storyworld_truth
+from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth
+from tinymodel_jax.commands.options import (
+    ModelAndDictionary,
+    ModelAndDictionaryOptions,
+    OutFile,
+    prepare_output,
+    require_positive,
+    work_file,
+)
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.runtime.progress import with_progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinymodel_jax.analysis.search.top_activations import TopActivations
+    from tinymodel_jax.lm import FeatureReader
+
+CONTEXTS = 20
+"""Top contexts of a feature that a search keeps, unless more are asked for."""
 
 
 def top(
     *,
     site: str,
-    model: str = "mini",
+    model: ModelAndDictionary = ModelAndDictionaryOptions("mini"),
     data: str = STORY_WORLD,
     limit: int = 200,
     feature: int | None = None,
     contains: str | None = None,
     concept: str | None = None,
     top: int = 10,
-    dictionary: Path | None = None,
-    n_heads: int | None = None,
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    out: OutFile = None,
     json: bool = False,
 ) -> None:
-    """Search tokens for what every feature of a dictionary reacts to, and show features or one of them.
+    """Find the tokens that activate each feature of a dictionary most, and list features or show one of them.
 
     Args:
-        site: dictionary's tag, such as M2; M2N123 is --site M2 --feature 123.
-        model: published name, folder, or file (.pt, .safetensors) with the reference's names.
+        site: tag of the dictionary, such as M2; M2N123 means --site M2 --feature 123.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
-        limit: rows to read at most.
-        feature: show this one: contexts, quantiles, histogram, logit effects, partners.
-        contains: list features whose top contexts peak on this text, the largest share first.
-        concept: list features by how well they tell this concept of the story world (F1 at the best threshold).
-        top: features, or contexts of the one, that are shown.
-        dictionary: folder or file to use at the site, instead of the model's own or published one.
-        n_heads: attention heads of a file whose width is not the published 768.
-        out: file of the search's result: read if it is there, else written; a stopped search goes on.
-        json: print a JSON object a line.
+        limit: largest number of rows to read.
+        feature: show this feature: contexts, quantiles, histogram, logit effects, and the features active with it.
+        contains: list features whose top contexts peak on this text, those with the largest share first.
+        concept: list features by how well they detect this concept of the story world (F1 at the best threshold).
+        top: number of features to list, or of contexts of the one feature to show.
+        out: file for the result of the search; if it exists, it is read instead. A stopped search is resumed.
+        json: print one JSON object per line.
     """
     place, of_tag = Site.parse(site)
     if of_tag is not None and feature is not None:
         raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
     _check_options(top, (chosen, contains, concept), data, concept)
-    check_dictionary(dictionary)
     prepare_output("--out", out)
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionaries.dictionary import resolve_indices
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    lm = load_lm(model, n_heads, place.tag, dictionary)
+    lm = model.load_with_dictionary(place)
     reader = lm[place.tag]
     if chosen is not None:
         chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))
@@ -79,9 +87,57 @@ def top(
         show(found, records)
 
 
+def search(
+    reader: FeatureReader,
+    rows: np.ndarray,
+    out: Path | None,
+    n_contexts: int = 1,
+    track: Callable[[Sequence[Any], str], Iterable[Any]] = with_progress,
+) -> TopActivations:
+    """Return the result in a file, or search and write it; a stopped search is resumed.
+
+    Args:
+        out: the file, which `prepare_output` has checked.
+        n_contexts: number of top contexts per feature that are needed; each comes from another row.
+        track: wraps the batches and a name of the work, to show progress.
+
+    Raises:
+        OtherWorkError: the file is of another search.
+        ValueError: it is damaged, or has fewer contexts.
+    """
+    from tinymodel_jax.analysis.search.resumable import OtherWorkError
+    from tinymodel_jax.analysis.search.top_activations import load_top_activations, search_fingerprints, top_activations
+
+    needed = min(n_contexts, len(rows))
+    if out is not None and out.exists():
+        found = load_top_activations(out)
+        now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
+        changed = [name for name, value in now.items() if getattr(found, name) != value]
+        if changed:
+            what = ", ".join(changed)
+            raise OtherWorkError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
+        if (held := found.top.row.shape[1]) < needed:
+            raise ValueError(
+                f"--out {out} holds {held} contexts of a feature, not {needed}; name another file, or delete it."
+            )
+        return found
+    work = work_file(out)
+    found = top_activations(
+        reader.lm,
+        reader.site.tag,
+        rows,
+        k=max(CONTEXTS, needed),
+        work_file=work,
+        track=lambda starts: track(starts, "search"),
+    )
+    if out is not None and work is not None:
+        found.save(out)
+        work.unlink(missing_ok=True)  # last: until the result is written, this file is the only one
+    return found
+
+
 def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str | None) -> None:
-    if top < 1:
-        raise ValueError(f"--top {top} must be 1 or more.")
+    require_positive("--top", top)
     if sum(question is not None for question in questions) > 1:
         raise ValueError("--feature, --contains and --concept do not go together; give one of them.")
     if questions[1] == "":
@@ -95,7 +151,7 @@ def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str
 
         close = ", ".join(difflib.get_close_matches(concept, CONCEPTS, cutoff=0.3)) or "none"
         raise ValueError(
-            f"--concept {concept}: no concept of the story world. Closest: {close}. All: docs/storyworld.md."
+            f"--concept {concept} is not a concept of the story world. Closest: {close}. All: docs/storyworld.md."
         )
     if data != STORY_WORLD:
         raise ValueError(f"--concept {concept}: only the story world's tokens have known concepts; leave --data out.")

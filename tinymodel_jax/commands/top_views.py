@@ -1,9 +1,10 @@
-"""What `tinymodel top` shows: a record for each feature, as JSON or printed."""
+"""What `tinymodel top` shows: a record of each feature, printed as JSON or for people."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from tinymodel_jax.analysis.search.feature_queries import concept_f1, context_wi
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
-from tinymodel_jax.commands.tables import print_table
+from tinymodel_jax.commands.frame import print_table
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.runtime.progress import with_progress
 
 BANDS, OF_A_BAND = 5, 2
-"""Bands of the sampled contexts, and how many are shown of each."""
+"""Number of bands of the sampled contexts, and of contexts shown from each."""
 BAR = 40
 """Characters of the longest bar."""
 
@@ -34,17 +35,15 @@ def ranked(
     contains: str | None,
     concept: str | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return features in the order of what was asked for, and the number they are ordered by; by density if nothing.
+    """Return features in the order that the options ask for, and their scores; by density without scores by default.
 
     Args:
-        truth: `storyworld_truth`, where it is known.
+        truth: result of `storyworld_truth`, for rows of the story world.
     """
     if concept is not None:
         assert truth is not None
         one = list(CONCEPTS).index(concept)
-        score = concept_f1(reader, rows, truth[..., [one]], track=lambda parts: with_progress(list(parts), "telling"))[
-            :, 0
-        ]
+        score = concept_f1(reader, rows, truth[..., [one]], track=partial(with_progress, what="scoring"))[:, 0]
         return np.argsort(-score, kind="stable"), score
     if contains is None:
         return np.argsort(-found.density, kind="stable"), None
@@ -64,7 +63,7 @@ def feature_records(
     features: np.ndarray,
     score: np.ndarray | None,
 ) -> list[dict[str, Any]]:
-    """Return what is known of features, in a line each."""
+    """Return a short record of each feature."""
     lm, known = reader.lm, _known(reader, rows, truth, features)
     effects = logit_effects(lm, found.tag, min(5, lm.config.d_vocab), features)
     records = []
@@ -81,7 +80,7 @@ def feature_records(
 def feature_record(
     reader: FeatureReader, found: TopActivations, rows: np.ndarray, truth: np.ndarray | None, feature: int, top: int
 ) -> dict[str, Any]:
-    """Return all that is known of one feature."""
+    """Return the full record of one feature."""
     lm, alone = reader.lm, np.array([feature])
     effects = logit_effects(lm, found.tag, min(10, lm.config.d_vocab), alone)
     words = {
@@ -175,7 +174,7 @@ def _numbers(found: TopActivations, feature: int) -> dict[str, Any]:
 def _known(
     reader: FeatureReader, rows: np.ndarray, truth: np.ndarray | None, features: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Return the concept that each feature tells best; nothing where the truth is not known."""
+    """Return the concept that each feature detects best; nothing where the truth is unknown."""
     if truth is None:
         return [{} for _ in features]
     f1 = concept_f1(reader, rows, truth, features)
@@ -195,7 +194,7 @@ def _contexts(lm: TinyModel, rows: np.ndarray, contexts: Contexts, feature: int,
 
 
 def _usual_token(lm: TinyModel, found: TopActivations, rows: np.ndarray, feature: int) -> str | None:
-    """Return the token that most of the top contexts peak on; the strongest of several. None without contexts."""
+    """Return the token on which most of the top contexts peak, or None without contexts."""
     present = found.top.row[feature] >= 0
     peaks = rows[found.top.row[feature][present], found.top.position[feature][present]]
     return lm.tokenizer.decode([Counter(peaks.tolist()).most_common(1)[0][0]]) if len(peaks) else None

@@ -1,8 +1,8 @@
-"""The pure parts of training: data, sharding, states and steps. The loops over them are in the package `train`.
+"""The pure parts of training: data, sharding, states and steps. The training loops are in the package `train`.
 
     from tinymodel_jax.training import recipe_preset, train_on_arrays
 
-The names here train dictionaries, and each loads when it is first used. The language model's step is in `lm_step`.
+The names exported here train dictionaries; each is imported on first use. The language model's step is in `lm_step`.
 """
 
 import importlib

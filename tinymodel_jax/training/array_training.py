@@ -1,7 +1,7 @@
-"""Train a dictionary on arrays of activations: toy models with known features, or other people's models.
+"""Train a dictionary on arrays of activations, such as those of a toy model or of a model from another package.
 
-The arrays may be memory-mapped files of any width and length. No more than a batch of them is ever on the device, and
-the batches are a pure function of (seed, step), so a run can be repeated exactly.
+The arrays may be memory-mapped files of any width and length; only one batch at a time is on the device. Batches are a
+pure function of (seed, step), so a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tinymodel_jax.training.dictionary_state import ActivationStatistics, finali
 from tinymodel_jax.training.dictionary_step import settle_threshold, threshold_batches, train_step
 
 STATISTICS_ROWS = 65_536
-"""Rows that mean and scale are taken from."""
+"""Rows from which the mean and the scale are computed, at most."""
 CHECKED_VALUES = 1 << 22
-"""Values that `require_finite_rows` reads at a time (16 MiB of float32)."""
+"""Values that `require_finite_rows` reads at once (16 MiB of float32)."""
 
 
 def train_on_arrays(
@@ -31,9 +31,9 @@ def train_on_arrays(
     """Train a dictionary for `recipe.steps` steps.
 
     Args:
-        x: activations (rows, d_in), of any floating-point type, on the host or memory-mapped.
+        x: activations (rows, d_in) of any floating-point type, in memory or memory-mapped.
         y: targets (rows, d_out) of a transcoder; None trains an SAE.
-        seed: of the initial parameters and the order of the rows.
+        seed: seed of the initial parameters and of the order of the rows.
 
     Returns:
         The dictionary, with hook points "x" (and "y"), and every metric of `train_step` as an array over steps.
@@ -54,7 +54,7 @@ def train_on_arrays(
         rows = batch_indices(len(x), recipe.batch_size, seed, i)
         state, metrics = step(state, hyper, to_device(x[rows]), None if y is None else to_device(y[rows]))
         if history:
-            _require_finite_step(history[-1], i)  # of the step before, while this one runs
+            _require_finite_step(history[-1], i)  # check the previous step while this one runs
         history.append(metrics)
     _require_finite_step(history[-1], recipe.steps)
     if recipe.architecture == "batch_topk":
@@ -68,7 +68,7 @@ def train_on_arrays(
 
 
 def array_statistics(array: np.ndarray, seed: int) -> ActivationStatistics:
-    """Return the statistics of the first rows of the order that a seed gives, a chunk at a time."""
+    """Return the statistics of the first rows in the order of a seed, computed chunk by chunk."""
     statistics = ActivationStatistics.zero(array.shape[1])
     chunk = min(len(array), 4096)
     for i in range(max(1, min(len(array), STATISTICS_ROWS) // chunk)):
@@ -82,13 +82,13 @@ def to_device(rows: np.ndarray) -> jax.Array:
 
 
 def require_finite_rows(array: np.ndarray, name: str) -> None:
-    """Check every row of a matrix, which may be a mapped file: some of it is in memory at a time.
+    """Check every row of a matrix, reading a part at a time, so that it may be a memory-mapped file.
 
     Args:
-        name: what the error calls the array.
+        name: name of the array in the error message.
 
     Raises:
-        ValueError: a row holds NaN or infinity, or numbers whose squares float32 cannot hold.
+        ValueError: a row contains NaN, infinity, or numbers whose squares overflow float32.
     """
     rows_together = max(1, CHECKED_VALUES // array.shape[1])
     for start in range(0, len(array), rows_together):
@@ -96,10 +96,10 @@ def require_finite_rows(array: np.ndarray, name: str) -> None:
             rows = np.asarray(array[start : start + rows_together], np.float32)
             bad = np.flatnonzero(~np.isfinite(np.einsum("ij,ij->i", rows, rows)))
         if bad.size:
-            value = array[start + bad[0]][np.argmax(np.abs(rows[bad[0]]))]  # of NaN and numbers, argmax takes NaN
+            value = array[start + bad[0]][np.argmax(np.abs(rows[bad[0]]))]  # argmax returns the position of a NaN
             raise ValueError(
-                f"{name}: row {start + bad[0]} (the first is 0) holds {value}; training takes finite numbers whose "
-                "squares float32 can hold. Leave the row out, or mend what made it."
+                f"{name}: row {start + bad[0]} (the first is 0) contains {value}; training needs finite numbers whose "
+                "squares do not overflow float32. Leave the row out, or correct its source."
             )
 
 
@@ -108,7 +108,7 @@ def _require_finite_step(metrics: dict[str, jax.Array], step: int) -> None:
     if bad is not None:
         raise ValueError(
             f"train_on_arrays: {bad} is {metrics[bad]} at step {step}, on finite data; "
-            "a lower learning_rate in the recipe may train."
+            "try a lower learning_rate in the recipe."
         )
 
 

@@ -1,7 +1,7 @@
-"""The largest activations of a whole batch (BatchTopK), laid out in rows of a few slots, for any spread over inputs.
+"""The largest activations of a whole batch (BatchTopK), laid out in rows of a few slots.
 
-Exact, and without a limit on the features of one input: an input with many active features takes several rows. The
-layout has one static shape, at most one unfilled row an input. Selections carry no gradient.
+Exact, and without a limit on the active features of one input: an input with many of them takes several rows. The
+layout has a static shape, with at most one partly filled row per input. Selections carry no gradient.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class BatchSelection(NamedTuple):
     values: Float[Array, "rows slots"]
     positions: Int[Array, "rows slots"]
     owner: Int[Array, " rows"]
-    """The input a row belongs to, rising; rows from `used` on belong to none and hold only zeros."""
+    """Input that a row belongs to, in rising order; rows from `used` on belong to no input and contain only zeros."""
     used: Int[Array, ""]
-    """Number of rows that hold something."""
+    """Number of rows in use."""
     threshold: Float[Array, ""]
     """Smallest value selected."""
 
@@ -31,11 +31,11 @@ class BatchSelection(NamedTuple):
 def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int) -> BatchSelection:
     """Return the `k * batch` largest of non-negative `z`, for a `k` up to `k_max`. Zeros are never selected.
 
-    Of equal values, those of the lower inputs are, and of one input those of the lower features.
+    Among equal values, those of lower inputs are selected first, and within an input those of lower features.
     """
     batch, most = z.shape[0], z.shape[0] * min(k_max, z.shape[1])
     # The n largest values lie in the n groups with the largest maxima: two searches of small arrays instead of one.
-    size = 2 ** max(0, round(math.log2(z.shape[1] / k_max) / 2))  # where both are about as large
+    size = 2 ** max(0, round(math.log2(z.shape[1] / k_max) / 2))  # so that both searches are about equally large
     grouped = jnp.pad(z, ((0, 0), (0, -z.shape[1] % size))).reshape(batch, -1, size)
     maxima = grouped.max(axis=-1)
     row, group = _places(largest_of_all(maxima, k * batch)[0] & (maxima > 0), most)
@@ -50,7 +50,7 @@ def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int) -
 
 
 def _in_rows(value: Array, position: Array, owner: Array, batch: int, slots: int) -> BatchSelection:
-    """Lay entries that are ordered by their owner out in rows of slots; entries of owner `batch` are none."""
+    """Lay out entries, ordered by owner, in rows of slots; entries with owner `batch` are empty."""
     most = value.shape[0]
     counts = jnp.zeros(batch, jnp.int32).at[owner].add(1, mode="drop")
     rows_each = (counts + slots - 1) // slots
@@ -69,7 +69,7 @@ def _in_rows(value: Array, position: Array, owner: Array, batch: int, slots: int
 
 
 def _places(mask: Array, size: int) -> tuple[Array, Array]:
-    """Return row and column of the first `size` True places of a matrix in reading order; the row count where none."""
+    """Return row and column of the first `size` True entries in row-major order; past the last entry, the row count."""
     columns = jnp.arange(mask.shape[1], dtype=jnp.int32)
     in_row = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     before = jnp.cumsum(in_row[:, -1]) - in_row[:, -1]

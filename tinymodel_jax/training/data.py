@@ -1,8 +1,7 @@
-"""Training data: the batches drawn from a folder of token ids, and their making ahead of time.
+"""Training data: batches drawn from a folder of token ids, and a thread that makes them ahead of time.
 
-Rely on: a batch is a pure function of (seed, step), whatever came before, so that resuming needs the step alone; every
-row comes once in each epoch; a host reads only its own rows of a batch. Putting a batch on devices and masking `[PAD]`
-in a loss belong to the training step.
+Rely on: a batch is a pure function of (seed, step), so that resuming needs only the step; every row occurs once per
+epoch; a host reads only its own rows of a batch. The training step puts batches on devices and masks `[PAD]`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ T = TypeVar("T")
 
 
 def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[np.ndarray, " batch"]:
-    """Return which rows make the batch of a step.
+    """Return the indices of the rows of a step's batch.
 
-    The rows of every epoch are shuffled anew and the epochs laid end to end; step `s` takes the places from
-    `s * batch_size`. So a batch may span epochs, each of which holds every row once.
+    Every epoch is a new permutation of the rows, and the epochs are concatenated. Step `s` takes `batch_size` rows
+    starting at position `s * batch_size`, so that a batch may span epochs.
 
     Args:
-        n_rows: rows to draw from.
-        batch_size: rows a batch, of all hosts together; may exceed `n_rows`.
+        n_rows: number of rows to draw from.
+        batch_size: rows per batch, over all hosts; may exceed `n_rows`.
         seed: 0 to 2^64 - 1.
         step: counts from 0.
 
@@ -57,21 +56,21 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[n
 def host_batch(
     data: TokenData, batch_size: int, seed: int, step: int, process_index: int = 0, process_count: int = 1
 ) -> Int32[np.ndarray, "host_batch row_length"]:
-    """Return this host's rows of a step's training batch: the contiguous `process_index`-th part of `process_count`.
+    """Return this host's rows of a step's batch: the `process_index`-th of `process_count` contiguous parts.
 
     Args:
-        data: rows come from `data.train`; no others are read from disk.
-        batch_size: rows of all hosts together.
-        seed, step: as `batch_indices`.
+        data: the rows are read from `data.train`; only this host's rows are read from disk.
+        batch_size: rows over all hosts.
+        seed, step: as in `batch_indices`.
         process_index: 0 to `process_count` - 1.
-        process_count: hosts; must divide `batch_size`.
+        process_count: number of hosts; must divide `batch_size`.
 
     Raises:
         ValueError: a number is out of its range.
     """
     _require_range("process_index", process_index, 0, process_count - 1)
     if batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} does not divide among {process_count} hosts; use a multiple of it.")
+        raise ValueError(f"batch_size {batch_size} cannot be divided among {process_count} hosts; use a multiple.")
     indices = batch_indices(len(data.train), batch_size, seed, step)
     return data.train[np.split(indices, process_count)[process_index]].astype(np.int32)
 
@@ -81,14 +80,14 @@ def prefetch(
 ) -> Iterator[tuple[int, T]]:
     """Yield (step, batch) in order while a background thread makes the next ones.
 
-    What `make_batch` raises is raised here, after the batches before it. Closing the iterator, as leaving a `for` loop
-    early does once it is garbage, ends the thread when the batch in the making is done.
+    An error in `make_batch` is raised here, after the batches before it. Closing the iterator (leaving a `for` loop
+    early does so, too) ends the thread as soon as its current batch is done.
 
     Args:
-        make_batch: step -> batch; may put it on a device. Called in order by one thread.
+        make_batch: makes the batch of a step, possibly on a device. One thread calls it, in order.
         start_step: the first step.
         stop_step: the step after the last.
-        depth: batches made ahead at most.
+        depth: maximum number of batches made ahead.
 
     Raises:
         ValueError: `depth` is below 1.
@@ -109,7 +108,7 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
                 return
             try:
                 made.put((make_batch(step), None))
-            except BaseException as error:  # nothing may be lost: the consumer waits for an answer
+            except BaseException as error:  # the consumer waits for an answer, whatever happens
                 made.put((None, error))
                 return
 
@@ -128,11 +127,11 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
         thread.join()
 
 
-@functools.lru_cache(maxsize=4)  # the epochs of a batch that spans two, for two seeds or matrices; 8 bytes a row
+@functools.lru_cache(maxsize=4)  # two epochs, for a batch that spans them, of two data sets; 8 bytes per row
 def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of the rows.
 
-    NumPy promises that a bit generator's raw stream never changes, but not what `Generator.permutation` makes of it.
+    NumPy promises that the raw output of a bit generator never changes; `Generator.permutation` may change.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n_rows)
     order = np.argsort(bits, kind="stable").astype(np.int64)

@@ -3,8 +3,8 @@
     DATA/        data.json  train.bin  valid.bin  [tokenizer.json  token_table.json]
 
 Rely on: `train.bin` and `valid.bin` are little-endian uint16 matrices (rows, row_length), mapped into memory and never
-loaded whole; a folder that is missing, unfinished, damaged or something else is one error. Nothing is written here:
-that is the work of `python -m train prepare`.
+loaded whole; a folder that is missing, unfinished, damaged or of another kind is one error. `python -m train prepare`
+writes the folder; this file only reads it.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ FORMAT_VERSION = 1
 DESCRIPTION_FILE = "data.json"
 SPLITS = ("train", "valid")
 DEFAULT_ROW_LENGTH = 128
-"""Tokens a row of the reference's data set."""
+"""Tokens per row in the data set of the original model."""
 ID_DTYPE = np.dtype("<u2")
-"""Number format of the ids on disk."""
+"""Data type of the ids on disk."""
 MAX_VOCAB = 1 << 16
 
 
 @dataclass(frozen=True)
 class DataMeta:
-    """What a prepared folder holds and what it was made of: `data.json`. The same source gives the same bytes."""
+    """What a prepared folder contains and how it was made: the content of `data.json`."""
 
     row_length: int
-    """Tokens a row."""
+    """Tokens per row."""
     vocab_size: int
     """Every id is below this."""
     packed: bool
     """Whether rows are cut from one stream of stories; otherwise a row holds one story, padded with `[PAD]`."""
     rows: dict[str, int]
-    """Rows of each split."""
+    """Number of rows in each split."""
     tokens: dict[str, int]
-    """Ids of each split that are not `[PAD]`."""
+    """Ids in each split that are not `[PAD]`."""
     stories: dict[str, int]
-    """Stories of each split."""
+    """Number of stories in each split."""
     left_out: dict[str, int]
-    """Stories in neither split: `refused` by `keep_story`, or `empty`."""
+    """Number of stories in neither split, by reason: `refused` by `keep_story`, or `empty`."""
     source: str
     """Name of what was read, without folders."""
     source_fingerprint: str
@@ -62,11 +62,11 @@ class DataMeta:
     tokenizer_fingerprint: str
     """`Tokenizer.fingerprint`."""
     limit: int | None
-    """Stories read at most from each split of the source; None: all."""
+    """Maximum number of stories read from each split of the source; None: all."""
     valid_fraction: float | None
-    """Share of stories held out; None: the source has a validation split of its own."""
+    """Share of stories held out; None: the source's own validation split was used."""
     seed: int
-    """Of the choice of held-out stories."""
+    """Seed of the choice of held-out stories."""
 
     def to_json(self) -> str:
         """Return the text of `data.json`."""
@@ -78,7 +78,7 @@ class DataMeta:
         """Read the text of a `data.json`.
 
         Raises:
-            ValueError: it is no such text, or damaged; `where` names it in the message.
+            ValueError: the text is damaged or describes something else. The message calls it `where`.
         """
         try:
             content = json.loads(text)
@@ -90,25 +90,25 @@ class DataMeta:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of `data.json`: equal when source, tokenizer and options are."""
+        """SHA-256 of `data.json`, in hexadecimal: equal if source, tokenizer and options are equal."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """A prepared folder, open for reading."""
+    """A prepared folder that is open for reading."""
 
     train: UInt16[np.ndarray, "rows row_length"]
     """Rows to train on."""
     valid: UInt16[np.ndarray, "held_out row_length"]
-    """Held-out rows; there may be none."""
+    """Held-out rows, possibly none."""
     meta: DataMeta
     folder: Path
-    """Where it is on this machine, for the tokenizer saved in it."""
+    """Location on this machine. The tokenizer is saved there, too."""
 
     @property
     def row_length(self) -> int:
-        """Tokens a row."""
+        """Tokens per row."""
         return self.meta.row_length
 
     @property
@@ -118,16 +118,16 @@ class TokenData:
 
     @property
     def fingerprint(self) -> str:
-        """Of source, tokenizer and options together; see `DataMeta`."""
+        """`DataMeta.fingerprint`."""
         return self.meta.fingerprint
 
 
 def open_data(path: str | os.PathLike[str]) -> TokenData:
-    """Map a prepared folder into memory. One elsewhere (`gs://…`) is first copied to the cache, once.
+    """Map a prepared folder into memory. A folder at an address (`gs://…`) is first copied to the cache, once.
 
     Raises:
-        FileNotFoundError: there is no prepared folder, or it was not finished.
-        ValueError: the folder holds something else, or is damaged.
+        FileNotFoundError: there is no prepared folder, or its preparation was not finished.
+        ValueError: the folder contains something else, or is damaged.
     """
     folder = _local_copy(os.fspath(path)) if is_remote(path) else user_path(path)
     meta = _read_meta(folder, path)
@@ -152,7 +152,7 @@ def _read_meta(folder: Path, asked: str | os.PathLike[str]) -> DataMeta:
     if not file.is_file():
         if partial_folder(folder).exists():
             raise FileNotFoundError(f"preparing {asked} was not finished; run the same prepare command again.")
-        what = "is no prepared data: it has no data.json" if folder.exists() else "does not exist"
+        what = "is not prepared data (it has no data.json)" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{asked} {what}; make it with: python -m train prepare SRC {asked}")
     try:
         text = file.read_text("utf-8")
@@ -164,7 +164,9 @@ def _read_meta(folder: Path, asked: str | os.PathLike[str]) -> DataMeta:
 def _check_description(content: Any, where: str) -> None:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{where} describes {found!r}, expected {FORMAT!r}; give a folder of python -m train prepare.")
+        raise ValueError(
+            f"{where} describes {found!r}, expected {FORMAT!r}; give a folder made by python -m train prepare."
+        )
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{where} has format version {version!r}; this release reads {FORMAT_VERSION}.")
@@ -208,20 +210,20 @@ def _check_sizes(folder: Path, meta: DataMeta) -> None:
 
 
 def partial_folder(folder: Path) -> Path:
-    """Return where an unfinished preparation of a folder is kept: beside it."""
+    """Return the folder that holds the files of an unfinished preparation, beside `folder`."""
     folder = folder.absolute()
     return folder.parent / f"{folder.name}.partial"
 
 
 def _local_copy(address: str) -> Path:
-    """Copy a prepared folder to the cache, unless it is there; `data.json` tells which it is."""
+    """Copy a prepared folder to the cache, unless it is there. The hash of `data.json` identifies it."""
     from etils import epath  # an extra, needed for addresses only
 
     from tinymodel_jax.io.hub import cache_folder
 
     remote = epath.Path(address)
     if not (remote / DESCRIPTION_FILE).exists():
-        raise FileNotFoundError(f"{address} is no prepared data: it has no data.json.")
+        raise FileNotFoundError(f"{address} is not prepared data (it has no data.json).")
     key = hashlib.sha256((remote / DESCRIPTION_FILE).read_bytes()).hexdigest()
     folder = cache_folder() / "data" / key
     if folder.exists():
@@ -232,7 +234,7 @@ def _local_copy(address: str) -> Path:
         for file in remote.iterdir():
             with file.open("rb") as source, open(temporary / file.name, "wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-        with contextlib.suppress(FileExistsError):  # another process may have been quicker
+        with contextlib.suppress(OSError):  # another process may have made it by now
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

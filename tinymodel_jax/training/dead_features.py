@@ -1,7 +1,7 @@
-"""Bringing dead features back: AuxK gradients, and re-initialisation from inputs the dictionary reconstructs badly.
+"""Reviving dead features: AuxK gradients, and re-initialisation from badly reconstructed inputs.
 
-A feature is dead once it was silent for `dead_after` inputs. AuxK lets dead features predict what the others left;
-re-initialisation gives each a badly reconstructed input to stand for, and forgets its optimizer moments.
+A feature is dead after `dead_after` inputs without activation. AuxK trains dead features to predict the residual of the
+others. Re-initialisation points each dead feature at a badly reconstructed input and resets its optimizer moments.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def add_aux_gradient(
     weight: Float[Array, ""],
     key: Array,
 ) -> tuple[TrainParams, Float[Array, ""]]:
-    """Return the gradient with `weight` times AuxK's added, and AuxK's loss as a share of the residual's variance.
+    """Return the gradient plus `weight` times AuxK's, and AuxK's loss as a share of the residual's variance.
 
-    Takes at most `aux_features` dead features, drawn anew each step when there are more, and lets the `aux_k` largest
-    of them act on each input: products of `aux_features` rows rather than a second search over all features. The
-    residual gets no gradient, the encoder does.
+    Uses at most `aux_features` dead features, drawn at random if there are more, of which the `aux_k` largest are
+    active on each input. This takes products with `aux_features` rows instead of a second search over all features. The
+    encoder gets gradient; the residual does not.
     """
     width = residual.shape[-1]
     size = min(recipe.aux_features or 2 * width, recipe.n_features)
@@ -65,9 +65,9 @@ def add_aux_gradient(
 def update_reservoir(
     reservoir: Reservoir, x: Float[Array, "batch d_in"], residual: Float[Array, "batch d_out"], key: Array
 ) -> Reservoir:
-    """Return the reservoir after a batch was offered to it.
+    """Return the reservoir updated with a batch.
 
-    Weighted sampling without replacement over everything offered since it was emptied. Source: Efraimidis & Spirakis
+    Weighted sampling without replacement from all inputs since the reservoir was emptied. Source: Efraimidis & Spirakis
     2006, algorithm A-ES (in logarithms).
     """
     error = jnp.sum(residual * residual, axis=-1)
@@ -79,14 +79,15 @@ def update_reservoir(
 
 
 def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_sae: bool) -> DictionaryTrainState:
-    """Give every dead feature an input of the reservoir to stand for, zero its moments, and empty the reservoir.
+    """Re-initialise every dead feature from an input of the reservoir, zero its moments, and empty the reservoir.
 
-    The new decoder row points along that input's residual, with the mean norm of the living rows. An SAE's encoder
-    reads along the residual too; a transcoder's along the input, reaching zero halfway to the mean input. On its own
-    input the feature writes a share of the residual, the same for all: the largest, up to 1, at which they together
-    leave no more of the reservoir's residuals than there was. For they are active on each other's inputs too, on far
-    outliers all of them, and hundreds that each wrote everything would drown the reconstruction. Dead features beyond
-    the reservoir's size, or beyond what it holds, wait for the next time.
+    The new decoder row points along that input's residual and has the mean norm of the living rows. An SAE's encoder
+    also reads along the residual. A transcoder's encoder reads along the input, with an activation that reaches zero
+    halfway to the mean input. On its input, a feature writes a share of the residual. The share is the same for all
+    features: the largest, up to 1, at which together they do not increase the error on the reservoir. Without this
+    limit, hundreds of features, which are also active on each other's inputs and all active on far outliers, would make
+    the reconstruction much worse. If the reservoir has fewer inputs than there are dead features, the rest stay dead
+    until the next re-initialisation.
     """
     assert state.reservoir is not None
     params, reservoir = state.params, state.reservoir
@@ -134,10 +135,10 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
 
 
 def _bearable_share(reservoir: Reservoir, reads: Array, bias: Array, rows: Array, recipe: DictionaryRecipe) -> Array:
-    """Return the largest factor up to 1 of features' activations that adds no error on the reservoir's inputs."""
+    """Return the largest factor, up to 1, on features' activations that adds no error on the reservoir's inputs."""
     held = reservoir.priority > -jnp.inf
     acts = jax.nn.relu(reservoir.x @ reads.T + bias)
-    if recipe.architecture == "topk":  # which never has more of them active
+    if recipe.architecture == "topk":  # which never has more than k active
         k = recipe.k or 1
         acts = jnp.where(kept_of_rows(acts, *jax.lax.top_k(acts, k), k), acts, 0)
     together = acts @ rows

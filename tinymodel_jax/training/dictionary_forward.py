@@ -1,12 +1,13 @@
-"""What a dictionary predicts in training, its loss, and the gradients: the dense way, and the sparse way for TopK.
+"""A dictionary's predictions, loss and gradients in training: dense for all architectures, or sparse for TopK.
 
-Both ways give the same numbers. Which features stay active is decided on activations weighted by the norm of their
-decoder row, so scaling a feature's decoder up and its encoder down by the same factor changes nothing. A feature's own
-activation stays unweighted: it is multiplied with its unnormalised decoder row.
+Both give the same numbers. Active features are chosen by activations weighted with the norm of their decoder row, so
+scaling a feature's decoder up and its encoder down by the same factor changes nothing. The activation itself is not
+weighted: it multiplies the unnormalised decoder row.
 
     pre  = (x - b_dec if subtract_b_dec else x) @ W_enc_T.T + b_enc         z = pre * |W_dec row|
-    topk, batch_topk: acts = relu(pre) of the largest z of an input, or of k times the batch in the whole batch
-        (never more than that: of equal z those of the lower inputs and features are kept)
+    topk: acts = relu(pre) for the k largest z of an input
+    batch_topk: acts = relu(pre) for the k * batch largest z of the whole batch
+        (among equal z, lower inputs and then lower features are kept)
     jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionaries.dictionary`
 """
 
@@ -35,27 +36,27 @@ from tinymodel_jax.training.sparse_rows import (
 )
 
 Widths = tuple[int, ...] | Int[Array, " l"]
-"""Sizes of the nested dictionaries: known (a tuple) or drawn for this step (an array)."""
+"""Sizes of the nested dictionaries: fixed (a tuple) or drawn for this step (an array)."""
 
 
 class Execution(NamedTuple):
-    """How to compute a step; every choice gives the same numbers. Static. `execution_for` chooses."""
+    """How to compute a step, as static choices that all give the same numbers. `execution_for` makes them."""
 
     sparse: bool
-    """Whether topk and batch_topk decode only the rows they selected."""
+    """Whether topk and batch_topk decode only the selected rows."""
     on_cpu: bool
-    """Whether gathers and scatters are loops over few rows, and top-k has two stages."""
+    """Whether gathers and scatters loop over a few rows at a time, and top-k has two stages."""
     map_members: bool
-    """Whether a sweep runs its members one after the other in the compiled step, rather than batched."""
+    """Whether a sweep computes its members one after the other in the compiled step instead of batched."""
     mesh: Mesh | None = None
-    """Devices that inputs, features and members are spread over; None for one device."""
+    """Devices that inputs, features and members are sharded over; None for one device."""
     slots: tuple[int, ...] = ()
-    """Rising numbers of features that a step may select, of which it takes the least that holds its `k`: so a member of
-    a sweep that is mapped over does not pay for the largest `k`. Empty: the recipe's k alone."""
+    """Numbers of features that a step may select, in rising order. A step uses the smallest that is at least its `k`,
+    so that members of a mapped sweep do not pay for the largest `k`. Empty: only the recipe's k."""
 
 
 class Outcome(NamedTuple):
-    """What a forward pass found, besides the loss and its gradient."""
+    """Results of a forward pass."""
 
     loss: Float[Array, ""]
     reconstruction: Float[Array, ""]
@@ -65,7 +66,7 @@ class Outcome(NamedTuple):
     fired: Bool[Array, " n_features"]
     residual: Float[Array, "batch d_out"]
     threshold: Float[Array, ""]
-    """Smallest weighted activation that was kept (batch_topk; else 0)."""
+    """Smallest weighted activation that was kept (batch_topk; 0 for others)."""
 
 
 def execution_for(
@@ -73,12 +74,12 @@ def execution_for(
 ) -> Execution:
     """Choose how to compute a step on a backend (default: JAX's default backend, or the mesh's).
 
-    On CPUs and GPUs topk and batch_topk decode by gathering rows; TPUs, whose gathers are slow, use dense products, and
-    so does everyone whose features are spread over devices, or for whom batch_topk compares inputs of several. One CPU
-    maps over the members of a sweep: batching them measured slower there. Only the CPU choices are measured.
+    On CPUs and GPUs, topk and batch_topk decode by gathering rows. Dense products are used on TPUs, whose gathers are
+    slow, and when features are sharded or batch_topk compares inputs on several devices. A single CPU maps over the
+    members of a sweep, which measured faster than batching them. Only the CPU choices are measured.
 
     Args:
-        ks: of the members of a sweep. Only topk on one CPU gains by them: batch_topk's loops end early by themselves.
+        ks: the members' k in a sweep. Only topk on one CPU uses them: batch_topk's loops end early by themselves.
     """
     backend = backend or (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform)
     alone = mesh is None or mesh.size == 1
@@ -104,7 +105,7 @@ def loss_and_gradient(
 ) -> tuple[Outcome, TrainParams]:
     """Return the outcome of a forward pass on scaled `x` and `y`, and the gradient of its loss (without AuxK).
 
-    `hyper.sparsity` is the coefficient in force at this step, after warm-up and controller.
+    `hyper.sparsity` is this step's coefficient, after warm-up and controller.
     """
 
     if not (recipe.takes_k and execution.sparse):
@@ -145,13 +146,13 @@ def select(
 def weighted_activations(
     params: TrainParams, recipe: DictionaryRecipe, x: Float[Array, "batch d_in"]
 ) -> Float[Array, "batch f"]:
-    """Return what topk and batch_topk choose the largest of: positive pre-activations times decoder norms."""
+    """Return positive pre-activations times decoder norms, by which topk and batch_topk choose active features."""
     linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
     return jax.nn.relu(linear) * losses.row_norms(params["W_dec"])
 
 
 def effective_bias(params: TrainParams, recipe: DictionaryRecipe) -> Float[Array, " n_features"]:
-    """Return the encoder's bias with `b_dec`, where the encoder subtracts it, folded in: one product less."""
+    """Return the encoder's bias with the subtracted `b_dec` folded in, which saves a product."""
     bias = params["b_enc"] if recipe.architecture != "gated" else jnp.zeros(params["W_enc_T"].shape[0])
     return bias - params["W_enc_T"] @ params["b_dec"] if recipe.subtract_b_dec else bias
 
@@ -193,14 +194,14 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
             acts = jax.nn.relu(linear * jnp.exp(params["r_mag"]) + params["b_mag"])
             acts = jnp.where(penalised > 0, acts, 0)
             extra = _gate_loss(params, recipe, penalised, x, y)
-            # the magnitudes make up for a shrinking decoder, so a penalty on its norm would shrink it without end
+            # magnitudes can compensate for a smaller decoder, so a penalty on its norm would shrink it without limit
             norms = jax.lax.stop_gradient(norms)
         if recipe.penalty == "l1":
             sparsity = losses.l1_penalty(penalised, norms * shares)
         else:
             sparsity = losses.log_penalty(penalised, norms, shares)
     elif recipe.architecture == "jumprelu":
-        norms = jax.lax.stop_gradient(norms)  # they cancel in the activations and only place the threshold
+        norms = jax.lax.stop_gradient(norms)  # they cancel in the activations and only scale the threshold
         z = linear * norms
         jumped: Array = losses.jump(z, params["threshold"], recipe.bandwidth)  # type: ignore[assignment]
         acts = jumped / norms
@@ -221,14 +222,14 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
 
 
 def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
-    """Return which weighted activations are kept, and the smallest of them for batch_topk, else 0."""
+    """Return which weighted activations are kept, and the smallest of them (0 except for batch_topk)."""
     if recipe.architecture == "batch_topk":
         return largest_of_all(z, k * z.shape[0])
     return kept_of_rows(z, *largest(z, recipe.k or 0, execution), k), jnp.zeros(())
 
 
 def largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
-    """Return the `k` largest of each row and their positions, wherever rows and columns live."""
+    """Return the `k` largest of each row and their positions, for any sharding of rows and columns."""
     if execution.mesh is None:
         return top_k(z, k, execution.on_cpu)
     return top_k_of_shards(z, k, execution.mesh)
@@ -243,9 +244,9 @@ def _compare(params, recipe: DictionaryRecipe, x: Array, y: Array, decoded: Arra
 
 
 def _gate_loss(params, recipe: DictionaryRecipe, gate: Array, x: Array, y: Array) -> Array:
-    """Return the error of predicting with the gate's own activations and a frozen decoder.
+    """Return the error of a prediction from the gate's activations and a frozen decoder.
 
-    It gives the gate a gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), eq. 8.
+    This gives the gate a gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), eq. 8.
     """
     frozen = jax.lax.stop_gradient(params)
     prediction = gate @ frozen["W_dec"] + frozen["b_dec"]

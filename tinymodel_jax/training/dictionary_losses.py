@@ -1,7 +1,7 @@
 """The terms of a dictionary's training loss, as pure functions over activation arrays.
 
-Each is a formula that a test checks in closed form. Arrays are float32 and scaled as the recipe says; `b` is an input,
-`l` a Matryoshka prefix (1 for a plain dictionary), `f` a feature, `d` a width. Nothing here knows about optimizers.
+Arrays are float32 and scaled as the recipe specifies. Axes: `b` input, `l` Matryoshka prefix (1 for a plain
+dictionary), `f` feature, `d` width.
 """
 
 from __future__ import annotations
@@ -95,16 +95,16 @@ def target_l0_loss(l0: Float[Array, ""], target: Float[Array, ""]) -> Float[Arra
 
 
 def aux_loss(residual: Float[Array, "b d"], acts: Float[Array, "b k"], rows: Float[Array, "k d"]) -> Float[Array, ""]:
-    """Return how much of the residual's variance dead features leave: `|e - acts @ rows|^2 / |e - mean e|^2`.
+    """Return the share of the residual's variance that dead features leave: `|e - acts @ rows|^2 / |e - mean e|^2`.
 
-    No `b_dec` is added: the residual is already without it. Source: Gao et al. 2024, appendix A.2.
+    `b_dec` is not added, because it is already subtracted from the residual. Source: Gao et al. 2024, appendix A.2.
     """
     error = jnp.mean(jnp.sum(jnp.square(residual - acts @ rows), axis=-1))
     return error / (variance(residual) + TINY)
 
 
 def prefix_shares(widths: Int[Array, " l"], n_features: int) -> Float[Array, " f"]:
-    """Return for every feature the share of the prefixes that hold it."""
+    """Return for every feature the share of prefixes that contain it."""
     return jnp.mean(jnp.arange(n_features)[:, None] < widths, axis=-1, dtype=jnp.float32)
 
 
@@ -119,15 +119,17 @@ def decode_prefixes(
 ) -> Float[Array, "b l d"]:
     """Return `acts[:, :w] @ W_dec[:w]` for every prefix size w.
 
-    Known sizes cost one product altogether. Drawn ones (an array) cost one product each, because their shapes are not
-    known when compiling.
+    Sizes in a tuple cost one product in total. Sizes in an array cost one product each, because they are not known at
+    compile time.
     """
     if isinstance(widths, tuple):
         edges = (0, *widths)
         parts = [acts[:, i:j] @ W_dec[i:j] for i, j in itertools.pairwise(edges)]
         return jnp.cumsum(jnp.stack(parts, axis=1), axis=1) if len(parts) > 1 else parts[0][:, None]
     features = jnp.arange(acts.shape[-1])
-    one = jax.checkpoint(lambda width: jnp.where(features < width, acts, 0) @ W_dec)  # else every masked copy is kept
+    one = jax.checkpoint(
+        lambda width: jnp.where(features < width, acts, 0) @ W_dec
+    )  # otherwise every masked copy is kept
     return jnp.moveaxis(jax.lax.map(one, widths), 0, 1)
 
 

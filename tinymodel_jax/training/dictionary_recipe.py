@@ -1,13 +1,13 @@
-"""`DictionaryRecipe`: everything that decides how one dictionary is trained, and the presets `house` and `reference`.
+"""`DictionaryRecipe`: all settings of a dictionary's training, and the presets `house` and `reference`.
 
-Frozen, hashable, validated once, and JSON and back without loss. It does not say where the activations come from or on
-which devices they are. What a sweep varies without compiling again are the numbers of `DictionaryHyper`.
+Recipes are frozen, hashable, validated once, and survive JSON. They do not contain the source of the activations or the
+devices. A sweep varies the numbers of `DictionaryHyper` without compiling again.
 
 Units. Inputs and targets are scaled once so that their mean norm is the square root of their width (`scale_inputs`).
-The reconstruction loss is the squared error summed over the width and averaged over inputs; sparsity penalties are sums
-over features averaged over inputs, of activations times the norms of their decoder rows. Terms without a unit of their
-own (AuxK, the target-L0 loss) are multiplied by the variance of the scaled targets, summed over the width: they weigh
-the same beside the reconstruction wherever the targets' mean lies.
+The reconstruction loss is the squared error, summed over the width and averaged over inputs. Sparsity penalties act on
+activations times the norms of their decoder rows, summed over features and averaged over inputs. Dimensionless terms
+(AuxK, the target-L0 loss) are multiplied by the variance of the scaled targets, summed over the width, so that their
+weight relative to the reconstruction does not depend on the targets' mean.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SHARES = ("decay_fraction", "final_learning_rate")
 
 
 class DictionaryHyper(NamedTuple):
-    """The numbers a sweep varies: traced scalars, or arrays with a leading axis of members."""
+    """The numbers that a sweep varies: traced scalars, or arrays with a leading axis of members."""
 
     sparsity: Array
     """Coefficient of the sparsity loss, in the recipe's units (float32)."""
     k: Array
-    """Active features an input, at most the recipe's `k` (int32; not read by other architectures)."""
+    """Active features per input, at most the recipe's `k` (int32; only topk and batch_topk read it)."""
     target_l0: Array
-    """Active features an input that the controller or the target-L0 loss aims at (float32; else not read)."""
+    """Target number of active features per input (float32; only a controller or the target-L0 loss reads it)."""
     learning_rate: Array
     """Largest learning rate of the schedule (float32)."""
 
@@ -48,31 +48,31 @@ class DictionaryRecipe(_JsonConfig):
     """How to train one dictionary. Build one with `recipe_preset`, or field by field."""
 
     architecture: Architecture
-    """Activation function: which pre-activations become active features."""
+    """Activation function, which decides which features are active."""
     n_features: int
-    """Dictionary size, in features."""
+    """Dictionary size (features)."""
     steps: int
-    """Length of the training, in steps; the schedules end with it."""
+    """Length of the training (steps); the schedules end with it."""
     batch_size: int = 4096
-    """Activation vectors a step."""
+    """Activation vectors per step."""
     k: int | None = None
-    """Active features an input of topk and batch_topk; the largest of them in a sweep. None for the others."""
+    """Active features per input of topk and batch_topk, the largest in a sweep; None for other architectures."""
     penalty: Penalty = "l1"
     """Sparsity penalty of relu and gated on weighted activations z: `l1` is sum(z), `log` is sum(log(1 + z))."""
     sparsity: float = 0.0
     """Coefficient of the sparsity loss: the penalty (relu, gated), the L0 or target-L0 loss (jumprelu)."""
     target_l0: float | None = None
-    """Active features an input to aim at: a controller of `sparsity` (relu, gated), the loss's target (jumprelu)."""
+    """Target number of active features per input, for a controller of `sparsity` (relu, gated) or a loss (jumprelu)."""
     controller_rate: float = 0.01
-    """Largest relative change of the controlled sparsity coefficient a step."""
+    """Largest relative change of the controlled sparsity coefficient per step."""
     sparsity_warmup_steps: int = 0
     """Steps over which the sparsity coefficient grows linearly from 0; the controller starts after them."""
     learning_rate: float = 2e-4
     """Adam's largest learning rate."""
     beta1: float = 0.9
-    """Adam's decay of the mean gradient, per step."""
+    """Adam's decay of the mean gradient per step."""
     beta2: float = 0.999
-    """Adam's decay of the mean squared gradient, per step."""
+    """Adam's decay of the mean squared gradient per step."""
     warmup_steps: int = 0
     """Steps over which the learning rate grows linearly from 0."""
     decay_fraction: float = 0.0
@@ -88,24 +88,24 @@ class DictionaryRecipe(_JsonConfig):
     skip: bool = False
     """Whether a linear map from input to prediction is trained beside the features (transcoders only)."""
     bandwidth: float = 0.1
-    """Width of the window around jumprelu's threshold in which it gets gradient, in units of weighted activations."""
+    """Width of the window around jumprelu's threshold that passes gradient, in units of weighted activations."""
     dead_after: int = 10_000_000
-    """Inputs a feature stays silent for before it counts as dead."""
+    """Number of inputs without activation after which a feature counts as dead."""
     aux_coefficient: float = 0.0
-    """Coefficient of AuxK: dead features predict the residual, as a share of its variance. 0 leaves it out."""
+    """Coefficient of AuxK: dead features predict the residual, as a share of its variance. 0 turns it off."""
     aux_features: int | None = None
-    """Dead features that take part in AuxK in one step; None is twice the width of the target."""
+    """Dead features that take part in AuxK per step; None is twice the width of the target."""
     aux_k: int | None = None
-    """Of them, features active on an input; None is an eighth of the width of the target."""
+    """Dead features active per input in AuxK; None is an eighth of the width of the target."""
     reinit_every: int | None = None
     """Steps between re-initialisations of dead features from high-error inputs, until the learning rate decays; None
-    never does it."""
+    turns them off."""
     reservoir_size: int = 5_000
     """High-error inputs kept for re-initialisation."""
     prefix_widths: tuple[int, ...] | None = None
     """Matryoshka: sizes of the nested dictionaries, increasing, the last being `n_features`."""
     random_prefixes: int | None = None
-    """Matryoshka: number of nested dictionaries whose sizes are drawn anew each step; one is the whole."""
+    """Matryoshka: number of nested dictionaries whose sizes are drawn at every step; the last has all features."""
 
     def __post_init__(self) -> None:
         problems = [*self._problems_of_numbers(), *self._problems_of_architecture(), *self._problems_of_prefixes()]
@@ -114,22 +114,22 @@ class DictionaryRecipe(_JsonConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DictionaryRecipe:
-        """Build the recipe from `to_dict`'s output, also after a round through JSON, which turns tuples into lists.
+        """Build the recipe from `to_dict`'s output, also after JSON has turned tuples into lists.
 
         Raises:
-            ValueError: a field is unknown or missing, or the fields do not go together.
+            ValueError: a field is unknown or missing, or the fields do not fit together.
         """
         widths = values.get("prefix_widths")
         return super().from_dict({**values, "prefix_widths": None if widths is None else tuple(widths)})
 
     @property
     def takes_k(self) -> bool:
-        """Whether the architecture keeps a set number of features."""
+        """Whether the architecture keeps a fixed number of features (topk and batch_topk)."""
         return self.architecture in ("topk", "batch_topk")
 
     @property
     def is_controlled(self) -> bool:
-        """Whether a controller moves the sparsity coefficient."""
+        """Whether a controller adjusts the sparsity coefficient."""
         return self.target_l0 is not None and self.architecture in ("relu", "gated")
 
     @property
@@ -138,16 +138,18 @@ class DictionaryRecipe(_JsonConfig):
         return len(self.prefix_widths) if self.prefix_widths is not None else self.random_prefixes or 1
 
     def hyper(self, **changes: float | int) -> DictionaryHyper:
-        """Return the recipe's numbers as the scalars a step takes, some of them changed.
+        """Return the recipe's numbers as scalars for a step, with `changes` applied.
 
         Raises:
-            ValueError: a name is unknown, `k` is larger than the recipe's, or a target is given to a recipe without.
+            ValueError: a name is unknown, `k` is larger than the recipe's, or the recipe has no `target_l0` to change.
         """
         values = {name: getattr(self, name) for name in DictionaryHyper._fields} | changes
         unknown = sorted(set(changes) - set(DictionaryHyper._fields))
         problems = [f"{name!r} cannot vary in a sweep; choose from {DictionaryHyper._fields}" for name in unknown]
         if changes.get("k") is not None and not 1 <= changes["k"] <= (self.k or 0):
-            problems.append(f"k={changes['k']} is outside 1..{self.k or 0}, the recipe's k: give that the largest")
+            problems.append(
+                f"k={changes['k']} is outside 1..{self.k or 0}; the recipe's k must be the largest of the sweep"
+            )
         if changes.get("target_l0") is not None and self.target_l0 is None:
             problems.append("target_l0 needs a recipe with a target_l0")
         if problems:
@@ -184,12 +186,12 @@ class DictionaryRecipe(_JsonConfig):
             return [f"penalty {self.penalty!r} is unknown; choose l1 or log"]
         problems = []
         if self.takes_k != (self.k is not None):
-            wants = "needs a k" if self.takes_k else f"takes no k (got {self.k}); its knobs are sparsity and target_l0"
+            wants = "needs a k" if self.takes_k else f"takes no k (got {self.k}); set sparsity or target_l0"
             problems.append(f"architecture {self.architecture!r} {wants}")
         elif self.k is not None and not (_is_whole(self, "k") and self.k <= self.n_features):
             problems.append(f"k={self.k!r} is outside 1..n_features={self.n_features}")
         if self.takes_k and (self.sparsity or self.target_l0 is not None):
-            problems.append(f"architecture {self.architecture!r} takes no sparsity or target_l0; its knob is k")
+            problems.append(f"architecture {self.architecture!r} takes no sparsity or target_l0; set k")
         if self.target_l0 is not None and self.target_l0 > self.n_features:
             problems.append(f"target_l0={self.target_l0} is above n_features={self.n_features}")
         if self.aux_coefficient and self.architecture in ("relu", "gated"):
@@ -215,20 +217,21 @@ class DictionaryRecipe(_JsonConfig):
 def recipe_preset(
     name: str, architecture: Architecture, n_features: int, steps: int, **changes: Any
 ) -> DictionaryRecipe:
-    """Return the recipe of a preset, some of its fields changed.
+    """Return the recipe of a preset with some fields changed.
 
-    `house` is this package's own, tuned on activations of small TinyStories models (docs/training_dictionaries.md): its
-    learning rate falls with the square root of the dictionary's size, from 2e-3 at 1,024 features, and a feature is
-    dead after 10 million silent inputs, or a tenth of a shorter training. `reference` is what the configurations beside
-    the published dictionaries say: log penalty, Adam with betas 0.5 and 0.9375, a learning rate of 2^-10 that stays and
-    decays at the end, dead features re-initialised every 800 steps from 5,000 high-error inputs. They leave open the
-    penalty's form and units, how long the decay is and when a feature counts as dead: those are chosen here.
+    `house` is this package's recipe, tuned on activations of small TinyStories models (docs/training_dictionaries.md).
+    Its learning rate falls with the square root of the dictionary's size, from 2e-3 at 1,024 features, and a feature is
+    dead after 10 million silent inputs, or a tenth of a shorter training. `reference` follows the configurations of the
+    published dictionaries: log penalty, Adam with betas 0.5 and 0.9375, a constant learning rate of 2^-10 with a decay
+    at the end, and dead features re-initialised every 800 steps from 5,000 high-error inputs. Those configurations do
+    not specify the penalty's form and units, the length of the decay and when a feature counts as dead, which are
+    chosen here.
 
-    The L1 coefficient of both, 5, suits widths near 768. The loss of scaled inputs grows with their width, the penalty
-    with its square root, so narrow activations want a smaller one: in proportion to the square root of the width.
+    The L1 coefficient of both, 5, suits widths near 768. The loss of scaled inputs grows with their width and the
+    penalty with its square root, so scale the coefficient with the square root of the width for other activations.
 
     Raises:
-        ValueError: the preset is unknown, or the fields do not go together.
+        ValueError: the preset is unknown, or the fields do not fit together.
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")

@@ -1,10 +1,10 @@
 """The state of a dictionary's training: how it starts, and the dictionary that it becomes.
 
-The state is a tree of arrays and nothing else: everything a step reads besides its batch, so that saving it resumes a
-run to the bit, and stacking states along a leading axis makes a sweep. The features' axis is the first of every feature
-parameter (the encoder is stored transposed, as `W_enc_T`): gradients and re-initialisation then touch whole rows.
-`finalize` gives a dictionary that reads and predicts unscaled activations, with the numbers that training gave; only
-batch_topk differs, which keeps what exceeds one threshold instead of the largest of a batch.
+The state is a tree of arrays with everything that a step reads besides its batch. So a saved state resumes a run
+bit-exactly, and states stacked along a leading axis form a sweep. The first axis of every feature parameter is the
+features' (the encoder is stored transposed, as `W_enc_T`), so gradients and re-initialisation update whole rows.
+`finalize` returns a dictionary for unscaled activations that computes what training computed. Only batch_topk differs:
+it keeps activations above a fixed threshold instead of the largest of a batch.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tinymodel_jax.training.dictionary_losses import TINY, row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 
 INITIAL_NORM = 0.1
-"""Norm of every encoder and decoder row at the start."""
+"""Initial norm of every encoder and decoder row."""
 
 TrainParams = dict[str, Array]
 
 
 class ActivationStatistics(NamedTuple):
-    """Sums over activation vectors from which training takes the mean and the scale; add batches with `update`."""
+    """Sums over activation vectors, for the mean and the scale of training inputs; `update` adds a batch."""
 
     vectors: Float[Array, ""]
-    """Vectors seen."""
+    """Number of vectors."""
     sum: Float[Array, " d"]
     """Sum of the vectors."""
     norm_sum: Float[Array, ""]
@@ -55,7 +55,7 @@ class ActivationStatistics(NamedTuple):
 
     @property
     def scale(self) -> Float[Array, ""]:
-        """Factor that makes the mean norm the square root of the width; 1 where all vectors are 0."""
+        """Factor that makes the mean norm the square root of the width; 1 if all vectors are 0."""
         mean_norm = self.norm_sum / jnp.maximum(self.vectors, 1)
         return jnp.where(mean_norm > 0, self.sum.shape[0] ** 0.5 / jnp.where(mean_norm > 0, mean_norm, 1), 1)
 
@@ -64,15 +64,15 @@ class Reservoir(NamedTuple):
     """A sample of inputs, drawn without replacement with probability proportional to their squared error."""
 
     priority: Float[Array, " size"]
-    """Sampling key, log(uniform) / squared error: the largest are kept; -inf marks an empty place."""
+    """Sampling key, log(uniform) / squared error: the largest are kept; -inf marks an empty slot."""
     x: Float[Array, "size d_in"]
     """Scaled inputs."""
     residual: Float[Array, "size d_out"]
-    """What the dictionary left of their scaled targets when they were drawn."""
+    """Residuals of their scaled targets at the step when they were drawn."""
 
 
 class DictionaryTrainState(NamedTuple):
-    """Everything a training step carries on. A sweep's state has a leading axis of members on every leaf."""
+    """Everything that one training step passes to the next. In a sweep, every leaf has a leading axis of members."""
 
     params: TrainParams
     """`W_enc_T [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]`, and by architecture `b_enc`, `threshold`, `b_gate`,
@@ -82,7 +82,7 @@ class DictionaryTrainState(NamedTuple):
     step: Int[Array, ""]
     """Steps done."""
     mean_in: Float[Array, " d_in"]
-    """Mean scaled input at the start."""
+    """Mean scaled input, computed before training."""
     scale_in: Float[Array, ""]
     """Factor from activations to training inputs."""
     scale_out: Float[Array, ""]
@@ -90,14 +90,14 @@ class DictionaryTrainState(NamedTuple):
     silent_for: Int[Array, " n_features"]
     """Inputs since each feature was last active."""
     sparsity_factor: Float[Array, ""]
-    """What the controller multiplies the sparsity coefficient with; 1 without one."""
+    """The controller's factor on the sparsity coefficient; 1 without a controller."""
     threshold: Float[Array, ""]
-    """batch_topk: mean of the smallest weighted activation kept, for use outside of batches; 0 before. In training a
-    running mean; `settle_threshold` makes it that of the finished dictionary."""
+    """batch_topk: mean of the smallest weighted activation kept, which the finished dictionary uses as its threshold. A
+    running mean during training; `settle_threshold` recomputes it for the finished dictionary."""
     reservoir: Reservoir | None
-    """Inputs to re-initialise dead features from; None where the recipe does not."""
+    """Inputs to re-initialise dead features from; None if the recipe does not re-initialise any."""
     key: UInt32[Array, "..."]
-    """Data of the random key that every step folds its number into."""
+    """Key data of the random key; every step folds its number into it."""
 
 
 def init_state(
@@ -108,14 +108,15 @@ def init_state(
 ) -> DictionaryTrainState:
     """Return the state before the first step.
 
-    Decoder rows are random directions of norm 0.1; an SAE's encoder is its transpose, a transcoder's has directions of
-    its own. Encoder biases make every pre-activation 0 at the mean input, and `b_dec` is the mean target.
+    Decoder rows are random directions of norm 0.1. An SAE's encoder is the decoder's transpose; a transcoder's encoder
+    has independent random directions. Encoder biases make every pre-activation 0 at the mean input, and `b_dec` is the
+    mean target.
 
     Args:
-        statistics_out: of the targets of a transcoder; None makes an SAE.
+        statistics_out: statistics of a transcoder's targets; None makes an SAE.
 
     Raises:
-        ValueError: the recipe wants a skip connection for an SAE, or `subtract_b_dec` for a transcoder.
+        ValueError: the recipe has a skip connection for an SAE, or `subtract_b_dec` for a transcoder.
     """
     is_sae = statistics_out is None
     if is_sae and recipe.skip:
@@ -123,7 +124,7 @@ def init_state(
     if not is_sae and recipe.subtract_b_dec:
         raise ValueError("init_state: subtract_b_dec=True needs an SAE (no targets): b_dec is a target's mean.")
     statistics_out = statistics_in if statistics_out is None else statistics_out
-    # two arrays of ones, because donated buffers may not appear twice in a state
+    # two separate arrays of ones, because donated buffers may not occur twice in a state
     scale_in = statistics_in.scale if recipe.scale_inputs else jnp.ones(())
     scale_out = statistics_out.scale if recipe.scale_inputs else jnp.ones(())
     mean_in = statistics_in.mean * scale_in
@@ -152,9 +153,9 @@ def finalize(
     dictionary are its first features.
 
     Args:
-        state: one member's state.
-        hook_in, hook_out: where the dictionary reads and what it predicts; equal for an SAE.
-        k: the member's own k, where a sweep varied it; None is the recipe's.
+        state: state of one member.
+        hook_in, hook_out: hook points of the inputs and the targets; equal for an SAE.
+        k: the member's k if the sweep varies it; None takes the recipe's.
     """
     params = state.params
     norms = row_norms(params["W_dec"])
@@ -188,7 +189,7 @@ def finalize(
 
 
 def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoir:
-    """Return a reservoir that holds nothing."""
+    """Return an empty reservoir."""
     size = recipe.reservoir_size
     return Reservoir(jnp.full(size, -jnp.inf), jnp.zeros((size, d_in)), jnp.zeros((size, d_out)))
 
@@ -196,7 +197,7 @@ def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoi
 def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out: Array, is_sae: bool) -> TrainParams:
     features = recipe.n_features
     W_dec = _directions(jax.random.fold_in(key, 0), features, mean_out.size)
-    # a copy, because donated buffers may not appear twice in a state
+    # a copy, because donated buffers may not occur twice in a state
     W_enc_T = jnp.copy(W_dec) if is_sae else _directions(jax.random.fold_in(key, 1), features, mean_in.size)
     params = {"W_enc_T": W_enc_T, "W_dec": W_dec, "b_dec": mean_out}
     bias = jnp.zeros(features) if recipe.subtract_b_dec else -W_enc_T @ mean_in
@@ -212,10 +213,10 @@ def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out:
 
 
 def _first_threshold(recipe: DictionaryRecipe) -> Array:
-    """Return the threshold with about the target number of features above it, were pre-activations normal.
+    """Return the threshold that the target number of features would exceed if pre-activations were normal.
 
     Scaled inputs have about unit variance in every direction, so weighted pre-activations have the standard deviation
-    INITIAL_NORM^2. Without it half of all features start active and the target-L0 loss drowns everything else.
+    INITIAL_NORM^2. At a threshold of 0, half of all features would start active and the target-L0 loss would dominate.
     """
     share = min(0.5, (recipe.target_l0 or recipe.n_features / 20) / recipe.n_features)
     return INITIAL_NORM**2 * jax.scipy.special.ndtri(jnp.float32(1 - share))

@@ -1,8 +1,8 @@
-"""One step of training a dictionary, and of a whole sweep of them: pure functions of a state and a batch.
+"""One training step of a dictionary or of a whole sweep, as pure functions of a state and a batch.
 
-`train_step` and `sweep_step` are not compiled here: put them inside the program that makes the activations. All that a
-recipe asks for happens in the step, on the device: scaling, loss, gradient clipping, Adam, schedules, AuxK, counting
-and re-initialising dead features, the controller, the threshold of batch_topk.
+`train_step` and `sweep_step` are not compiled here; call them inside the compiled function that computes the
+activations. The step does everything on the device: scaling, loss, gradient clipping, Adam, schedules, AuxK, counting
+and re-initialising dead features, the controller, and the threshold of batch_topk.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainP
 from tinymodel_jax.training.sparse_rows import kth_largest
 
 THRESHOLD_RATE, THRESHOLD_SHARE = 0.01, 0.05
-"""Weight of the newest batch in the running mean of batch_topk's threshold; early, so that it is of the last 5 %."""
+"""Weight of the newest batch in the running mean of batch_topk's threshold; early on, the mean spans the last 5 %."""
 THRESHOLD_BATCHES, THRESHOLD_INPUTS = 16, 8192
-"""Batches, and inputs in them, that the threshold of a finished batch_topk dictionary is the mean of, at least."""
+"""The threshold of a finished batch_topk dictionary is a mean over at least this many batches and inputs."""
 MAX_SILENCE = 1 << 30
-"""Where the count of inputs since a feature was active stops."""
+"""Largest count of inputs since a feature was active."""
 
 Metrics = dict[str, Array]
 
@@ -52,16 +52,16 @@ def train_step(
     recipe: DictionaryRecipe,
     execution: Execution | None = None,
 ) -> tuple[DictionaryTrainState, Metrics]:
-    """Take one step on a batch of unscaled activations; every row counts, so leave padding out beforehand.
+    """Take one step on a batch of unscaled activations. Every row counts, so remove padding first.
 
     Args:
         y: targets of a transcoder; None trains an SAE on `x`.
-        execution: how to compute; None chooses by JAX's default backend.
+        execution: how to compute the step; None chooses for JAX's default backend.
 
     Returns:
         The next state, and float32 scalars of this batch before the update: `loss`, `reconstruction` (squared error of
         scaled targets, summed over the width), `sparsity` (that loss before its coefficient), `sparsity_coefficient`,
-        `aux` (share of the residual's variance that dead features leave; 0 where none is dead), `l0`,
+        `aux` (share of the residual's variance that dead features leave; 0 if none is dead), `l0`,
         `explained_variance` (around the batch's mean), `dead_fraction`, `gradient_norm`, `learning_rate`, `threshold`.
     """
     execution = execution or execution_for(recipe)
@@ -111,7 +111,7 @@ def sweep_step(
     recipe: DictionaryRecipe,
     execution: Execution | None = None,
 ) -> tuple[DictionaryTrainState, Metrics]:
-    """Take one step of every member of a sweep on the same batch; members do not see each other.
+    """Take one step of every member of a sweep on the same batch; members do not affect each other.
 
     Args:
         states: `stack_members` of the members' states, all at the same step.
@@ -121,7 +121,7 @@ def sweep_step(
         The stacked next states and metrics, each metric with an axis of members.
     """
     execution = execution or execution_for(recipe)
-    step = states.step[0]  # one number for all, so that what happens every n steps stays a branch under vmap
+    step = states.step[0]  # the same for all members, so that what happens every n steps stays a branch under vmap
 
     def member(state: DictionaryTrainState, hyper: DictionaryHyper) -> tuple[DictionaryTrainState, Metrics]:
         state = state._replace(step=step)
@@ -138,14 +138,14 @@ def settle_threshold(
     *,
     recipe: DictionaryRecipe,
 ) -> DictionaryTrainState:
-    """Count a batch into the threshold of a batch_topk dictionary whose training is over: the mean over such batches.
+    """Average a batch into the threshold of a trained batch_topk dictionary.
 
-    The running mean of training is behind where the dictionary still changes quickly, as in short trainings, and keeps
-    too many features. Call this with `threshold_batches` batches before `finalize`. Other architectures stay as they
-    are.
+    The running mean of training lags behind while the dictionary changes quickly, as in a short training, and would
+    keep too many features. Call this with `threshold_batches` batches before `finalize`. Other architectures are
+    unchanged.
 
     Args:
-        counted: batches counted before; 0 starts anew.
+        counted: number of batches averaged before; 0 starts again.
     """
     if recipe.architecture != "batch_topk":
         return state
@@ -156,7 +156,7 @@ def settle_threshold(
 
 
 def threshold_batches(batch_size: int) -> int:
-    """Return how many batches `settle_threshold` wants."""
+    """Return how many batches to pass to `settle_threshold`."""
     return max(THRESHOLD_BATCHES, -(-THRESHOLD_INPUTS // batch_size))
 
 
@@ -169,7 +169,7 @@ def settle_thresholds(
     recipe: DictionaryRecipe,
     execution: Execution,
 ) -> DictionaryTrainState:
-    """Do what `settle_threshold` does for every member of a sweep."""
+    """Apply `settle_threshold` to every member of a sweep."""
     return _of_members(
         lambda state, hyper: settle_threshold(state, hyper, x, counted, recipe=recipe), execution, states, hypers
     )
@@ -194,7 +194,7 @@ def member_of(stacked: Any, index: int | Int[Array, ""]) -> Any:
 def learning_rate_share(step: Array, recipe: DictionaryRecipe) -> Float[Array, ""]:
     """Return the learning rate as a share of the largest: linear warm-up, constant, linear decay at the end.
 
-    Where the warm-up reaches into the decay, the lower of the two holds.
+    Where warm-up and decay overlap, the lower of the two applies.
     """
     rise = _ramp(step, min(recipe.warmup_steps, recipe.steps))
     decay_steps = recipe.decay_fraction * recipe.steps
@@ -227,7 +227,7 @@ def _adam(
 def _count(
     state: DictionaryTrainState, recipe: DictionaryRecipe, hyper: DictionaryHyper, outcome: Outcome, batch: int
 ) -> DictionaryTrainState:
-    """Update what a step keeps track of besides parameters: silence, the controller, batch_topk's threshold."""
+    """Update the counts of silent inputs, the controller, and batch_topk's threshold."""
     silent_for = jnp.where(outcome.fired, 0, jnp.minimum(state.silent_for + batch, MAX_SILENCE))
     factor = state.sparsity_factor
     if recipe.is_controlled:
@@ -246,7 +246,7 @@ def _offer_and_reinitialise(
     assert recipe.reinit_every is not None
     state = state._replace(reservoir=update_reservoir(state.reservoir, x, residual, key))
     done = state.step + 1
-    early_enough = done <= (1 - recipe.decay_fraction) * recipe.steps  # later, a new feature could not learn any more
+    early_enough = done <= (1 - recipe.decay_fraction) * recipe.steps  # later, a new feature could no longer learn
     due = (done % recipe.reinit_every == 0) & early_enough
     return jax.lax.cond(due, lambda s: reinitialise_dead(s, recipe, is_sae), lambda s: s, state)
 

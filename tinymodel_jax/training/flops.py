@@ -1,4 +1,4 @@
-"""How much arithmetic training takes, and how much a device can do."""
+"""Floating-point operations of training, and the peak rates of devices."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _DENSE_BF16_PEAK = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
-"""FLOP/s a device, dense bfloat16, from the makers' data sheets; the first key found in the device's name counts."""
+"""Part of a device's name -> dense bfloat16 peak in FLOP/s, from the makers' data sheets; the first match counts."""
 
 
 def training_flops_per_token(config: ModelConfig, seq: int) -> float:
-    """Return the floating-point operations of one token, forward and backward: 6 a matrix parameter, and attention.
+    """Return the floating-point operations per token, forward and backward: 6 per matrix parameter, plus attention.
 
     Attention counts the causal half of scores and mixtures, 12 · n_layers · d_model · seq / 2.
     """
@@ -33,15 +33,15 @@ def training_flops_per_token(config: ModelConfig, seq: int) -> float:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Return a device's dense bfloat16 peak in FLOP/s; None where it is not known."""
+    """Return a device's dense bfloat16 peak in FLOP/s; None if it is unknown."""
     return next((peak for name, peak in _DENSE_BF16_PEAK.items() if name in device.device_kind), None)
 
 
 def dictionary_flops_per_vector(recipe: DictionaryRecipe, d_in: int, d_out: int) -> float:
     """Return the floating-point operations of training a dictionary on one vector.
 
-    Two products of the encoder (its gradient by the input is not needed) and three of the decoder, dense; topk and
-    batch_topk need all features in the encoder's forward product only.
+    Dense training takes two products with the encoder (it needs no gradient for the input) and three with the decoder.
+    topk and batch_topk need all features only in the encoder's forward product.
     """
     if recipe.takes_k:
         return 2.0 * d_in * recipe.n_features + 2.0 * (recipe.k or 0) * (d_in + 3 * d_out)

@@ -1,7 +1,7 @@
 """One training step of the language model, as a pure function `(state, tok_ids) -> (state, metrics)`.
 
-AdamW or Muon with warm-up, decay and clipping; the loss is the mean next-token cross-entropy over targets that are not
-`[PAD]`; gradients accumulate over micro-batches to the same sum. Parameters and moments are float32 whatever computes.
+AdamW or Muon with warm-up, decay and clipping. The loss is the mean next-token cross-entropy over targets that are not
+`[PAD]`. Gradients accumulated over micro-batches have the same sum. Parameters and moments are always float32.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class LMOptimizer:
     """The optimizer and its schedule."""
 
     method: Literal["adamw", "muon"] = "adamw"
-    """`muon` makes the updates of attention's and the MLPs' matrices orthogonal; AdamW takes all else."""
+    """`muon` makes the updates of attention and MLP matrices orthogonal, and uses AdamW for all other parameters."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine"] = "wsd"
     """After the warm-up: constant, then linear to zero over the last `decay_fraction`; or half a cosine to a tenth."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises linearly from zero; at most all of them."""
+    """Steps over which the learning rate rises linearly from zero, limited to the length of the training."""
     decay_fraction: float = 0.2
-    """Part of all steps in which `wsd` decays, and the least part in which `cosine` does, whatever the warm-up."""
+    """Share of all steps in which `wsd` decays, and the smallest share in which `cosine` does, after a long warm-up."""
     beta1: float = 0.9
-    """Decay of the gradient's mean; Muon's is 0.95."""
+    """Decay of the gradient's mean (0.95 for Muon's)."""
     beta2: float = 0.95
     """Decay of the squared gradient's mean."""
     weight_decay: float = 0.1
-    """Decoupled, on matrices only (embeddings and biases are left out)."""
+    """Decoupled weight decay, applied to matrices but not to embeddings and biases."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
 
@@ -85,9 +85,9 @@ class LMState(NamedTuple):
 
 
 def learning_rate_schedule(optimizer: LMOptimizer, steps: int) -> Schedule:
-    """Return the learning rate as a function of the step, 0 … steps - 1: the lower of the warm-up and the decay.
+    """Return the learning rate as a function of the step, 0 … steps - 1: the lower of warm-up and decay.
 
-    A warm-up that reaches into the decay, or is longer than the training, delays neither the decay nor its end.
+    A warm-up that overlaps the decay, or is longer than the training, does not delay the decay.
     """
     peak, warmup = optimizer.learning_rate, min(optimizer.warmup_steps, steps)
     decay = max(int(optimizer.decay_fraction * steps), 1)
@@ -115,9 +115,9 @@ def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransfor
 
 
 def _muon(optimizer: LMOptimizer) -> optax.GradientTransformation:
-    """Return the direction of Muon's updates, of the size of AdamW's, so that one learning rate does for both.
+    """Return the direction of Muon's updates, scaled to the size of AdamW's, so that one learning rate suits both.
 
-    A head's matrices are one with those of its layer's other heads. Source: Jordan et al., Muon (2024); the size from
+    The matrices of a layer's heads are treated as one matrix. Source: Jordan et al., Muon (2024); the size from
     Liu et al., Muon is Scalable for LLM Training (2025), section 2.2.
     """
     return optax.contrib.muon(
@@ -139,7 +139,8 @@ def init_state(
 ) -> LMState:
     """Return the state before the first step.
 
-    Without layer norm, embeddings of 1e-4 leave almost nothing in the residual stream at first: `wide` learns faster.
+    Without layer norm, the `reference` embeddings of 1e-4 make the residual stream almost zero at first, so `wide`
+    learns faster.
     """
     params: Any = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     if initialization == "wide":
@@ -155,11 +156,11 @@ def summed_loss(
     """Return the summed next-token cross-entropy (nats), and the number of targets in it.
 
     Args:
-        ignored_id: id that is no target, usually `config.pad_id`; None counts all.
+        ignored_id: targets with this id are left out, usually `config.pad_id`; None counts all targets.
     """
     logits: Any = Transformer(config).apply({"params": params}, tok_ids)
-    # The last position has no target. It weighs nothing rather than being cut off: logits are the largest array of a
-    # step, and cutting them copies them in both directions.
+    # The last position has no target. It gets weight 0 instead of being cut off, because logits are the largest array
+    # of a step, and slicing them copies them in both directions.
     targets = jnp.roll(tok_ids, -1, axis=1)
     counted = jnp.broadcast_to(jnp.arange(tok_ids.shape[1]) < tok_ids.shape[1] - 1, targets.shape)
     if ignored_id is not None:
@@ -181,11 +182,11 @@ def train_step(
     """Take one step; the metrics are `loss` (nats), `gradient_norm` before clipping, `learning_rate`, `tokens`.
 
     Args:
-        micro_batches: parts, one after the other, into which the batch is cut to save memory; must divide it.
-        computed_on: tree of the parameters' shardings while they compute; None where they compute as they are stored.
+        micro_batches: number of parts of the batch, computed one after the other to save memory; must divide the batch.
+        computed_on: tree of the parameters' shardings during the computation; None if these are as stored.
     """
-    # Without this, parameters that are stored in parts over `data` make XLA split the products along the parts and
-    # exchange the activations, which are far larger than the parameters.
+    # Otherwise, for parameters that are stored sharded over `data`, XLA splits the products along these shards and
+    # exchanges the activations, which are far larger than the parameters.
     params = state.params if computed_on is None else jax.lax.with_sharding_constraint(state.params, computed_on)
 
     def gradient(part: Array) -> Any:
@@ -197,7 +198,7 @@ def train_step(
     if micro_batches == 1:
         total = gradient(tok_ids)
     else:
-        # Rows are dealt out in turn, so that each part has rows of every device.
+        # Every micro_batches-th row belongs to the same part, so that each part has rows of every device.
         parts = tok_ids.reshape(-1, micro_batches, tok_ids.shape[1]).swapaxes(0, 1)
         start = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, parts[0]))
         total, _ = jax.lax.scan(add, start, parts)

@@ -1,8 +1,8 @@
-"""Where arrays live: the mesh, and for each family of parameters one ordered table of partition rules.
+"""The device mesh, and for each family of parameters one ordered table of partition rules.
 
-Modules know nothing of this. A rule is (pattern, PartitionSpec) over paths such as `blocks_0/attn/W_Q`; the first that
-matches wins, every leaf must match one, and every rule must be used, so a renamed parameter cannot fall through.
-Optimizer moments have the same paths below their own prefix, hence the same shardings.
+Flax modules contain no sharding. A rule is (pattern, PartitionSpec) over paths such as `blocks_0/attn/W_Q`. The first
+match applies, every leaf must match a rule, and every rule must be used, so a renamed parameter is an error. Optimizer
+moments have the same paths below a prefix of their own, hence the same shardings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LM_RULES: Rules = (
     (r"b_U$", P("model")),
     (r"(^|/)(step|count|ns_coeffs)$", P()),
 )
-"""Tensor parallelism of the language model: heads, neurons and vocabulary over `model`."""
+"""Tensor parallelism for the language model: heads, neurons and vocabulary over `model`."""
 
 LM_FSDP_RULES: Rules = (
     (r"W_(E|pos)$", P(None, "data")),
@@ -58,14 +58,14 @@ DICTIONARY_RULES: Rules = (
     (r"/(b_dec|W_skip)$|^(step|mean_in|scale_in|scale_out|sparsity_factor|threshold|key|reservoir/.*)$", P("sweep")),
     (r"^moments/count$", P("sweep")),
 )
-"""A sweep's training state: members over `sweep`, features over `model`; the rest of a member is on all its devices."""
+"""A sweep's training state: members over `sweep`, features over `model`; a member's devices share its other arrays."""
 
 
 def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh from `"data=4,model=2"`; axes left out have size 1, and no text puts all devices on `data`.
+    """Return a mesh from `"data=4,model=2"`. Missing axes have size 1; the empty string puts all devices on `data`.
 
     Raises:
-        ValueError: an axis is unknown or repeated, a size is no number, or the sizes do not use all devices.
+        ValueError: an axis is unknown or repeated, a size is not a number, or the sizes do not use all devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(MESH_AXES, 1)
@@ -90,7 +90,7 @@ def rows_on_devices(matrix: np.ndarray, rows: np.ndarray, where: NamedSharding, 
 
     Args:
         rows: row numbers, in the array's order.
-        where: sharding of the (rows, width) array; rows may be split, also over several processes.
+        where: sharding of the (rows, width) array, whose rows may be spread over several processes.
     """
 
     def read(index: Any) -> np.ndarray:
@@ -143,7 +143,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def abstract_arrays(tree: Any, placed: Any) -> Any:
-    """Return the tree as `jax.ShapeDtypeStruct`s that live where `placed` says: what is to be restored or compiled for.
+    """Return the tree as `jax.ShapeDtypeStruct`s with shardings, to restore a checkpoint or to compile with.
 
     Args:
         placed: the tree's shardings.
@@ -158,10 +158,10 @@ def path_name(path: Any) -> str:
 
 @jax.jit
 def checksum(tree: Any) -> UInt32[Array, " leaves"]:
-    """Return one number a leaf: the sum of its 32-bit words, each times an odd weight of its place, modulo 2^32.
+    """Return one number per leaf: the sum of its 32-bit words, each times an odd weight of its position, modulo 2^32.
 
-    Integer sums are the same in any order, so any sharding gives the same number; a change in a single word always
-    changes it, since an odd weight has an inverse.
+    Integer sums do not depend on order, so every sharding gives the same number. A change in a single word always
+    changes the sum, because an odd weight has an inverse.
     """
     return jnp.stack([_leaf_checksum(leaf) for leaf in jax.tree.leaves(tree)])
 

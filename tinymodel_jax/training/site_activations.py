@@ -1,7 +1,7 @@
-"""Activations to train dictionaries on, from one pass of the language model: every site's at the same tokens.
+"""Activations to train dictionaries on, from one pass of the language model: all sites at the same tokens.
 
 Pure functions for use inside a compiled step. A step's vectors are those of `n` tokens drawn from a batch of stories,
-never `[PAD]`, so that a batch has one static size whatever the lengths of its stories. `[BEGIN]` takes part: a spliced
+never `[PAD]`, so a batch has a static size for stories of any length. `[BEGIN]` is included, because a spliced
 dictionary has to predict it too.
 """
 
@@ -23,13 +23,13 @@ class Vectors(NamedTuple):
     """A batch of activation vectors to train one dictionary on."""
 
     x: Float[Array, "n d_in"]
-    """What the dictionary reads."""
+    """Inputs of the dictionary."""
     y: Float[Array, "n d_out"] | None
-    """What it predicts; None where that is `x`."""
+    """Targets; None if they are `x`."""
 
 
 def draw_tokens(tok_ids: Int[Array, "batch seq"], pad_id: int, n: int, key: Array) -> Int[Array, " n"]:
-    """Draw `n` places of the flattened batch that are not `[PAD]`, each once before any comes again."""
+    """Draw `n` positions of the flattened batch that are not `[PAD]`, each once before any is repeated."""
     real = tok_ids.reshape(-1) != pad_id
     order = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0))
     return order[jnp.arange(n) % jnp.maximum(jnp.sum(real), 1)]
@@ -47,8 +47,8 @@ def site_vectors(
     """Return each site's vectors (tag -> vectors) at the same `n` tokens.
 
     Args:
-        params, config: of the language model; layers above the highest site are not computed.
-        layout: where the vectors shall live on a mesh, a `Sharding`; None leaves it to the compiler.
+        params, config: those of the language model; layers above the highest site are not computed.
+        layout: sharding of the vectors; None leaves it to the compiler.
     """
     names = tuple(sorted({hook for site in sites for hook in (site.hook_in, site.hook_out)}))
     _, acts = run_with_hooks(params, config, tok_ids, {}, names)

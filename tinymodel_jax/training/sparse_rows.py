@@ -1,10 +1,10 @@
-"""Exact top-k selection, and products with the few rows a selection names, with gradients that stay sparse.
+"""Exact top-k selection, and products with only the selected rows, with sparse gradients.
 
-A TopK dictionary needs k of its F decoder rows per input, so decoding by gathering them, and scattering gradients to
-them, replaces five of six dense products. Everything here is exact: the same numbers as the dense products up to the
-order of summation. Selections carry no gradient. `rowwise` picks between loops over small blocks (several times faster
-on a CPU), which end after the first `used` rows, and one large gather or scatter (accelerators); both give the same
-results as long as the values of later rows are 0.
+A TopK dictionary uses k of its F decoder rows per input, so gathering these rows to decode, and scattering gradients to
+them, replaces five of six dense products. Results equal those of the dense products up to the order of summation.
+Selections carry no gradient. With `rowwise`, loops over small blocks end after the first `used` rows, which is several
+times faster on a CPU; otherwise there is one large gather or scatter, for accelerators. Both give the same results if
+the values of later rows are 0.
 
 Axes: `b` input, `l` prefix of a Matryoshka dictionary (1 otherwise), `k` slot, `f` feature, `d` width.
 """
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK = 8
-"""Inputs a gathering loop handles at once: their rows (8 x 32 x 768 floats) stay in a core's cache."""
+"""Inputs per iteration of a gathering loop; their rows (8 x 32 x 768 floats) fit a core's cache."""
 
 
 def top_k(
@@ -29,8 +29,8 @@ def top_k(
     """Return the `k` largest of each row, largest first, and their positions; ties go to the lower position.
 
     Args:
-        two_stage: find the k groups with the largest maxima first, then search only those. On a CPU that is 2 to 3
-            times faster than `lax.top_k`; it falls back to it where F has no fitting divisor.
+        two_stage: first find the k groups with the largest maxima, then search only those. On a CPU this is 2 to 3
+            times faster than `lax.top_k`, which is used if F has no suitable divisor.
     """
     group = _group_size(values.shape[-1], k) if two_stage else 1
     if group == 1:
@@ -46,9 +46,10 @@ def top_k(
 
 
 def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Float[Array, "b k"], Int[Array, "b k"]]:
-    """Return what `top_k` does, of rows spread over `data` and columns over `model`.
+    """Return the same as `top_k`, for rows sharded over `data` and columns over `model`.
 
-    Every device searches its own part, and only what it found travels. Columns that `model` does not divide are on all.
+    Every device searches its own part, and only the results are exchanged. Columns that `model` does not divide are
+    replicated.
     """
     rows = P("data", None)
     if values.shape[1] % mesh.shape["model"]:
@@ -69,10 +70,10 @@ def top_k_of_shards(values: Float[Array, "b f"], k: int, mesh: Mesh) -> tuple[Fl
 def kept_of_rows(
     values: Float[Array, "b f"], best: Float[Array, "b n"], positions: Int[Array, "b n"], k: Int[Array, ""] | int
 ) -> Bool[Array, "b f"]:
-    """Return where the `k` largest of each row are, of which there are never more; ties go to the lower position.
+    """Return a mask of the `k` largest of each row, never more; ties go to the lower position.
 
     Args:
-        best, positions: the `n` largest of each row, as `top_k` gives them; `k` is at most `n`.
+        best, positions: the `n` largest of each row, as `top_k` returns them; `k` is at most `n`.
     """
     nth = jnp.broadcast_to(jnp.asarray(k - 1), (values.shape[0], 1))
     limit, last = (jnp.take_along_axis(a, nth, axis=1) for a in (best, positions))
@@ -80,9 +81,9 @@ def kept_of_rows(
 
 
 def largest_of_all(values: Float[Array, "b f"], rank: Int[Array, ""]) -> tuple[Bool[Array, "b f"], Float[Array, ""]]:
-    """Return where the `rank` largest of non-negative `values` are, never more of them, and the smallest of them.
+    """Return a mask of the `rank` largest of non-negative `values`, never more, and the smallest of them.
 
-    Ties go to the lower row, and in a row to the lower position.
+    Ties go to the lower row, and within a row to the lower position.
     """
     smallest = kth_largest(values, rank)
     above, tied = values > smallest, values == smallest
@@ -99,7 +100,8 @@ def largest_of_all(values: Float[Array, "b f"], rank: Int[Array, ""]) -> tuple[B
 def kth_largest(values: Float[Array, "*shape"], rank: Int[Array, ""]) -> Float[Array, ""]:
     """Return the `rank`-th largest of non-negative `values` (rank 1 is the maximum), exactly.
 
-    The bits of non-negative floats are ordered as the floats are, so 31 counts find the value bit by bit; no sort.
+    The bits of non-negative floats are in the same order as the floats, so 31 counts find the value bit by bit, without
+    sorting.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
@@ -122,7 +124,7 @@ def selected_values(
 ) -> Float[Array, "b k"]:
     """Return `values`, which are `x @ W.T + bias` at `positions`, with gradients to `W` and `bias` only.
 
-    A value of 0 stands for an empty slot or an inactive feature and passes no gradient. `x` is data: it gets none.
+    A value of 0 is an empty slot or an inactive feature and passes no gradient. `x` is data and gets none.
     """
     del x, W, bias, positions, used, rowwise
     return values
@@ -205,7 +207,7 @@ def _with_rows(equation: str, left: Array, positions: Array, W: Array, used: Arr
 
 
 def _group_size(n: int, k: int) -> int:
-    """Return the divisor of `n` nearest the one that balances both stages; 1 where one stage is as good."""
+    """Return the divisor of `n` nearest to the one that balances both stages; 1 if one stage is as good."""
     ideal = (n / k) ** 0.5
     fitting = [g for g in range(2, n // k + 1) if n % g == 0 and ideal / 2 <= g <= ideal * 2]
     return min(fitting, key=lambda g: abs(g - ideal), default=1) if n // k >= 8 else 1

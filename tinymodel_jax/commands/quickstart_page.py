@@ -1,19 +1,53 @@
-"""What the page says of features: their cards, and the data that its script reads."""
+"""The page of `tinymodel quickstart`: what the steps found, cards of features, and the data that its script reads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinymodel_jax.analysis.report.page import token_text
+from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.commands.quickstart_steps import NAMED_FROM, PROMPT, SITE, Named
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.quickstart.named_features import NAMED_FROM, Named
+
+
+def write_quickstart_page(
+    path: Path,
+    lm: TinyModel,
+    story: list[int],
+    named: Named,
+    strongest: list[list[tuple[int, float]]],
+    acts: np.ndarray,
+    found: Mapping[str, Any],
+) -> None:
+    """Write the page.
+
+    Args:
+        story: token ids of the story.
+        strongest: strongest features of each token, with their activations.
+        acts: (tokens, features): activations on the story.
+        found: what the other steps found, for the template.
+    """
+    content = {
+        "model": f"{lm!r:.80}, trained on the story world",
+        "site": SITE,
+        "site_words": f"a sparse autoencoder of {named.acts.shape[2]} features of the residual stream in layer 2",
+        "prompt": PROMPT,
+        "named_from": NAMED_FROM,
+        "tokens": [token_text(lm.tokenizer.decode([i])) for i in story],
+        "n_concepts": len(storyworld.CONCEPTS),
+        "features": [describe_feature(lm, named, feature) for feature in interesting_features(named, strongest)],
+        "data": script_data(named, strongest, acts),
+        **found,
+    }
+    write_page(path, "quickstart.html.jinja", content)
 
 
 def interesting_features(named: Named, tokens: list[list[tuple[int, float]]], count: int = 24) -> list[int]:
-    """Return features of the story that tell a concept well, one a concept first."""
+    """Return features of the story that detect a concept well, the best one of each concept first."""
     present = {feature for found in tokens for feature, _ in found}
     ordered = sorted(present, key=lambda f: -named.f1[f])
     first = {named.concept[f]: f for f in reversed(ordered)}
@@ -22,7 +56,7 @@ def interesting_features(named: Named, tokens: list[list[tuple[int, float]]], co
 
 
 def describe_feature(lm: TinyModel, named: Named, feature: int) -> dict[str, Any]:
-    """Return a feature's card: its concept, the tokens it is strongest on, and its top contexts."""
+    """Return a feature's card: its concept, the tokens it is most active on, and its top contexts."""
     acts = np.where(named.real, named.acts[..., feature], 0)
     top, where = [], np.argsort(-acts.max(axis=1), kind="stable")[:4]
     largest = max(float(acts.max()), 1e-9)

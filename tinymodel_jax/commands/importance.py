@@ -1,0 +1,122 @@
+"""`tinymodel importance`."""
+
+from __future__ import annotations
+
+import json as json_format
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinymodel_jax.commands.frame import print_json, print_table, significant
+from tinymodel_jax.commands.inputs import open_rows
+from tinymodel_jax.commands.options import (
+    ModelAndDictionary,
+    ModelAndDictionaryOptions,
+    OutFile,
+    prepare_json_output,
+    require_positive,
+    work_file,
+)
+from tinymodel_jax.commands.sweep import moved_tokens, tokens_cell
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.progress import with_progress
+
+if TYPE_CHECKING:
+    from tinymodel_jax.analysis.effects.importance import CausalImportance
+    from tinymodel_jax.lm import TinyModel
+
+
+def importance(
+    *,
+    site: str,
+    data: str,
+    limit: int = 64,
+    top: int = 10,
+    model: ModelAndDictionary = ModelAndDictionaryOptions(),
+    out: OutFile = None,
+    json: bool = False,
+) -> None:
+    """Measure the causal importance of every feature of a dictionary: turn it off on every row of a data set.
+
+    To resume a run that was stopped, give the same command with the same --out.
+
+    Args:
+        site: tag of the dictionary, such as M2.
+        data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
+        limit: largest number of rows to measure on.
+        top: number of features in the table, the most important ones; --json and --out have all.
+        out: JSON file to write; the plots are written beside it, as a PNG of the same name.
+        json: print the JSON instead of a table.
+    """
+    place = Site.whole(site, "--site ")
+    require_positive("--top", top)
+    prepare_json_output("--out", out)
+    from tinymodel_jax.analysis.effects.importance import causal_importance
+
+    lm = model.load_with_dictionary(place)
+    rows = open_rows(lm, data, limit)
+    work = work_file(out)
+    found = causal_importance(lm, site, rows, work_file=work, track=partial(with_progress, what="ablating"))
+    table = {"site": site, "data": data, "rows": found.n_rows, "features": _entries(lm, found)}
+    if out is not None:
+        _write(table, out)
+    if work is not None:
+        work.unlink(missing_ok=True)  # last: until the table is written, this file is the only result
+    if json:
+        print_json(table)
+    else:
+        _print_importance(table, top)
+
+
+def _entries(lm: TinyModel, found: CausalImportance) -> list[dict[str, Any]]:
+    """Return the features that were active, the most important first; unknown numbers are None."""
+    order = found.order()
+    order = order[found.active_rows[order] > 0]
+    moved = moved_tokens(lm, found.final_stream[order], ids=_has_no_tokenizer(lm))
+    return [
+        {"feature": int(feature), "active_rows": int(found.active_rows[feature])}
+        | {
+            name: [significant(part[feature]) for part in getattr(found, name)]
+            for name in ("kl", "loss", "kl_all", "loss_all")
+        }
+        | {"tokens": tokens}
+        for feature, tokens in zip(order, moved, strict=True)
+    ]
+
+
+def _has_no_tokenizer(lm: TinyModel) -> bool:
+    """Whether tokens can be shown as ids only: prepared rows are read without a tokenizer."""
+    try:
+        return lm.tokenizer.vocab_size != lm.config.d_vocab
+    except (ValueError, OSError):  # the model has none, or the published one cannot be loaded
+        return True
+
+
+def _write(table: dict[str, Any], out: Path) -> None:
+    from tinymodel_jax.analysis.report.charts import plot_importance
+
+    replace_file(out, json_format.dumps(table, allow_nan=False).encode() + b"\n")
+    if table["features"]:
+        plot_importance(table, out.with_suffix(".png"))
+
+
+def _print_importance(table: dict[str, Any], top: int) -> None:
+    columns = ["feature", "rows", "KL, all rows", "loss, where active"]
+    numbers = [
+        [
+            str(entry["feature"]),
+            str(entry["active_rows"]),
+            *(_interval(entry[name]) for name in ("kl_all", "loss")),
+            tokens_cell(entry["tokens"]),
+        ]
+        for entry in table["features"][:top]
+    ]
+    on = "one row: nats" if table["rows"] == 1 else f"{table['rows']} rows: nats, 95 % intervals"
+    title = f"turning off each of {len(table['features'])} active features of {table['site']} on {on}"
+    print_table([*columns, "tokens: mean logit"], numbers, title=title, right=columns)
+
+
+def _interval(effect: list[float | None]) -> str:
+    mean, half_width = effect
+    return f"{mean:+.5f}" + ("" if half_width is None else f" ± {half_width:.5f}")
