@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Shaped
 
 NORMAL_95 = 1.959964
 """Half-width of the interval that holds 95 % of a standard normal variable."""
@@ -44,7 +44,7 @@ class RowSums:
         self._sum = np.zeros(len(names))
         self._products = np.zeros((len(names), len(names)))
 
-    def add(self, totals: Mapping[str, Float[Any, " rows"]], where: Bool[np.ndarray, " rows"] | None = None) -> None:
+    def add(self, totals: Mapping[str, Shaped[Any, " rows"]], where: Bool[np.ndarray, " rows"] | None = None) -> None:
         """Add the totals of more rows, or of those of them where a mask is true."""
         columns = np.stack([np.asarray(totals[name], np.float64) for name in self._names], axis=1)
         columns = columns if where is None else columns[where]
