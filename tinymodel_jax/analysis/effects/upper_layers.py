@@ -1,10 +1,11 @@
-"""What many changes at one site do to the logits: the layers above are run once a change, all else once.
+"""What many changes at one site do to the logits: the layers above run once per change, everything else once.
 
-One clean pass gives everything that the changes share. A change is sparse: it adds `amount x direction` to the value at
-a hook point, at a few positions. Those positions alone go through the rest of the block and through the next block's
-queries, keys and values; from there on all positions count that attention may reach, those from a change's first one
-on, with the clean keys and values of the ones before. Nothing is approximated: attention is causal, and all else acts
-on each position by itself.
+A clean pass gives what the changes share. Each change adds `amount x direction` to the value at a hook point, at a few
+positions. Two refinements save work, and approximate nothing, since only attention mixes positions, and it is causal.
+First, the changed positions alone go through the rest of the block and the next block's queries, keys and values; after
+that, all positions from the chunk's first change on run, with the clean keys and values of earlier ones. Running those
+positions from the start takes about 40 % longer on the `sparse` case of `benchmarks/sweeps.py`, 9 % on `dense`. Second,
+the first weights multiply each direction, not each position; without this the cases take about 8 % and 10 % longer.
 
 There is no layer norm, so the change of the logits is the change of the final residual stream times W_U.
 """
