@@ -100,7 +100,7 @@ CALLS = {
         lambda lm: interventions.ablate(make_dictionary("x", "x"), 1),
         "belongs to no site yet: it was trained on arrays. Attach it",
     ),
-    "splice feature": (lambda lm: lm.splice("M0N3"), "a whole dictionary is spliced, 'M0'"),
+    "splice feature": (lambda lm: lm.splice("M0N3"), "splice: 'M0N3' names a feature; name the site, 'M0'"),
     "splice none": (lambda lm: lm.splice(["M0", "A0"]), "'A0': this model has no dictionary"),
     "hook": (
         lambda lm: lm.run_with_hooks(IDS, interventions.scale("blocks.0.hook_mpl_out", 0.0)),

@@ -19,6 +19,7 @@ Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
 MLPActivation = Literal["relu", "jumprelu"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 Config = TypeVar("Config", bound="_JsonConfig")
@@ -231,6 +232,18 @@ def dtype_name(dtype: Any) -> str:
         name = str(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}.")
+    return name
+
+
+def compute_dtype(dtype: Any) -> str:
+    """Return the name of a number format that a TinyModel computes in.
+
+    Raises:
+        ValueError: it is neither float32 nor bfloat16.
+    """
+    name = dtype_name(dtype)
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
     return name
 
 

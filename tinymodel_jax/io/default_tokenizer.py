@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
 
@@ -39,6 +40,22 @@ def default_tokenizer() -> Tokenizer:
     from tinymodel_jax.io import hub  # the network part loads when it is needed
 
     return Tokenizer.from_pretrained(hub.tokenizer_folder())
+
+
+def tokenizer_of_model(folder: Path | None, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer saved in a model's folder, else the default one.
+
+    Raises:
+        FileNotFoundError: as `default_tokenizer`.
+        ValueError: there is none, and the default one does not have as many ids as the model.
+    """
+    found = saved_tokenizer(folder)
+    if found is None and config.d_vocab != 10_000:
+        raise ValueError(
+            f"this model has no tokenizer, and the default one has 10,000 ids, not {config.d_vocab}. "
+            "Use token ids (generate_ids), or TinyModel.from_params(config, params, tokenizer)."
+        )
+    return default_tokenizer() if found is None else found
 
 
 class LazyTokenizer:

@@ -89,10 +89,7 @@ def model_folder(name: str) -> Path:
         converted = convert_model(load_torch_file(pt_file), PUBLISHED_N_HEADS)
         artifacts.save_model(converted.config, converted.params, folder, dictionaries=converted.dictionaries)
 
-    otherwise = (
-        "A local file needs no network: TinyModel('FILE.pt') or --model FILE.pt, or convert it: "
-        "tinymodel-convert lm FILE.pt DEST."
-    )
+    otherwise = "A local file needs no network: TinyModel('FILE.pt')."
     return _converted(cache_folder() / "models" / name, [_Source(REPOSITORY, (f"{name}.pt",))], build, otherwise)
 
 
@@ -114,10 +111,7 @@ def dictionary_folder(tag: str) -> Path:
         artifacts.save_dictionary(convert_dictionary(load_torch_file(pt_file), site), folder)
 
     sources = [_Source(REPOSITORY, (f"{file}.pt",)) for file in site.published_files()]
-    otherwise = (
-        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt'), or where --site names {site.tag}, "
-        f"--dictionary FILE.pt; or convert it: tinymodel-convert dictionary FILE.pt DEST --site {site.tag}."
-    )
+    otherwise = f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt')."
     return _converted(cache_folder() / "dictionaries" / site.tag, sources, build, otherwise)
 
 

@@ -56,6 +56,22 @@ def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> lis
     return [tokenizer.begin_id, *ids]
 
 
+def prompt_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Int32[np.ndarray, "prompts seq"]:
+    """Return prompts as rows, padded with `[PAD]` to the longest.
+
+    Raises:
+        TypeError: as `prompt_ids`.
+        ValueError: as `prompt_ids`, or a prompt has more than `max_length` tokens.
+    """
+    rows = [prompt_ids(tokenizer, text) for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) > max_length:
+            raise ValueError(
+                f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {max_length}."
+            )
+    return _padded(rows, max(map(len, rows), default=0), tokenizer.pad_id)
+
+
 def story_ids(tokenizer: Tokenizer, text: str, max_length: int | None, name: str = "the story") -> list[int]:
     """Return `[BEGIN]`, the ids of a story and `[END]`, cut to `max_length`: a story that is cut has no `[END]`.
 
@@ -78,7 +94,11 @@ def story_rows(
         TypeError, ValueError: as `prompt_ids`.
     """
     rows = [story_ids(tokenizer, text, max_length, f"{name} {number}") for number, text in enumerate(texts, 1)]
-    found = np.full((len(rows), width or max(map(len, rows), default=0)), tokenizer.pad_id, np.int32)
-    for place, row in zip(found, rows, strict=True):
+    return _padded(rows, width or max(map(len, rows), default=0), tokenizer.pad_id)
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
+    padded = np.full((len(rows), width), pad_id, np.int32)
+    for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
-    return found
+    return padded
