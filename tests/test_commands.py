@@ -159,7 +159,10 @@ def test_a_file_without_stories_is_a_clear_error(tmp_path: Path, content: str, n
         (["generate", "9" * 20, "--ids"], f"id {'9' * 20} is outside the vocabulary 0..210"),
         (["generate", "Once"], "no tokenizer"),
         (["features", "1", "--ids", "--site", "M9"], "layer 9"),
-        (["features", "1", "--ids", "--site", "M0"], "this model has no dictionary there"),
+        (
+            ["features", "1", "--ids", "--site", "M0"],
+            "Give one: lm.attach('M0', path). For this command: --dictionary PATH.",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_1(
