@@ -40,7 +40,7 @@ def run(words: Sequence[str], replaced: Mapping[str, str] | None = None) -> None
     """Run a command, which must succeed; one of `NOT_RUN` is passed over, and any other unknown one is refused.
 
     Args:
-        replaced: parts of commands, such as `--steps 1000`, and what stands for them here.
+        replaced: parts of commands, such as `--steps 1000`, and what replaces them here.
     """
     program, arguments = split_program(words)
     if program in NOT_RUN:

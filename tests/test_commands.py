@@ -81,9 +81,11 @@ def test_generate_gives_the_reference_s_greedy_ids(model_folder: Path, capsys: p
 
 
 def test_features_shows_the_largest_activations(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dictionary = DATA / "sparse_T1_f32_zip.pt"
-    options = ["--site", "M1", "--dictionary", str(dictionary), "--ids", "--model", str(model_folder), "--top", "2"]
-    assert cli.main(["features", GOLDEN_PROMPT, *options, "--json"]) == 0
+    file, dictionary = str(DATA / "lm_f32_zip.pt"), DATA / "sparse_T1_f32_zip.pt"
+    options = ["--site", "M1", "--dictionary", str(dictionary), "--ids", "--model", file, "--top", "2"]
+    assert cli.main(["features", GOLDEN_PROMPT, *options]) == 1
+    assert "n_heads" in error_line(capsys)
+    assert cli.main(["features", GOLDEN_PROMPT, *options, "--n-heads", "4", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["tokens"]
     lm = TinyModel(model_folder)
     lm.attach("M1", dictionary)

@@ -1,4 +1,4 @@
-"""The documentation's snippets and commands run as they stand, and name only options that there are."""
+"""The documentation's snippets and commands run as written, and name only options that exist."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ SMALLER = {
     "--limit 100000": "--limit 100 --tokenizer mini --workers 1",  # the published tokenizer is on the hub
     "--row-length 256 --limit 2000": "--row-length 256 --limit 100 --workers 1",
 }
-"""Parts of commands, and what stands for them here."""
+"""Parts of commands, and what replaces them in these tests."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -27,7 +27,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like the repository's root, to write into, with stories of one's own."""
+    """A folder that looks like the repository's root, to write into, with a file of stories."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     (tmp_path / "stories").mkdir()
     with gzip.open(tmp_path / "stories" / "one.jsonl.gz", "wt") as file:

@@ -58,17 +58,16 @@ def test_the_file_holds_what_the_function_measures_and_the_table_shows_it(story_
     assert f"{content['dictionaries'][0]['results']['explained_variance']:.4f} ±" in shown
 
 
-def test_the_sparse_model_takes_the_transcoders_that_are_given(story_model, tmp_path, failing, capsys):
+def test_the_sparse_model_takes_the_transcoders_that_are_given(story_model, stories, tmp_path, failing, capsys):
     lm = TinyModel(story_model)
     own = lm["M1"].dictionary
     silent = Dictionary.from_params(own.config, own.params | {"W_dec": 0 * own.params["W_dec"]})
     silent.save_pretrained(tmp_path / "silent")
-    data = ["--data", "storyworld", "--limit", "4", "--sparse-model"]
+    data = ["--data", stories, "--sparse-model"]
 
     def measured(*options: str) -> dict:
         assert cli.main(["eval", "--model", str(story_model), *data, *options, "--json"]) == 0
         content = json.loads(capsys.readouterr().out)
-        assert content["dictionaries"] == [] or options
         assert content["sparse_model"]["sites"] == ["M0", "M1"]
         return content["sparse_model"]["results"]
 
@@ -76,7 +75,7 @@ def test_the_sparse_model_takes_the_transcoders_that_are_given(story_model, tmp_
     assert results["ce_with_errors"] == pytest.approx(results["ce_clean"], abs=1e-4)
     changed = measured("--dictionaries", str(tmp_path / "silent"))
     lm.attach("M1", silent)
-    expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, "storyworld", 4)))
+    expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, stories, 256)))
     assert changed["ce_sparse"] == pytest.approx(expected.ce_sparse, abs=1e-4)
     assert changed["ce_sparse"] != pytest.approx(results["ce_sparse"], abs=1e-4)
     own.save_pretrained(tmp_path / "other")

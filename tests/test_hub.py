@@ -669,21 +669,3 @@ def test_gpt2s_files_are_the_published_ones_and_give_the_published_ids(
     server.small = set(server.files)
     tok_ids, _ = fresh_default_tokenizer()(["Once upon a time", "In the forest"])
     assert tok_ids.tolist() == [[9996, 51, 56, 4, 36], [9996, 662, 2, 284, 9997]]
-
-
-# Importing
-
-
-def test_importing_every_public_name_opens_no_socket() -> None:
-    program = """
-import sys
-events = []
-sys.addaudithook(lambda event, args: events.append(event) if event.startswith(("socket.", "urllib.")) else None)
-import tinymodel_jax
-for name in tinymodel_jax.__all__:
-    repr(getattr(tinymodel_jax, name))
-import tinymodel_jax.io.hub
-print(events, "huggingface_hub" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert done.stdout == "[] False\n"

@@ -12,7 +12,6 @@ from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.commands.cli import main
 from tinymodel_jax.model import interventions
 
-DATA = Path(__file__).parent / "data"
 PROMPT = "Once upon a time, there was a girl named Lily. One day,"
 OTHER = PROMPT.replace("girl named Lily", "boy named Tim")
 
@@ -83,15 +82,6 @@ def test_features_are_steered_and_read_out(story_model, no_type_checks, capsys, 
     first = json.loads(capsys.readouterr().out)["features"][0]
     changes = [x["change"] for x in first["readout"]] + [first["kl"]]
     assert changes != [round(change, 6) for change in changes]  # small ones keep their digits
-
-
-def test_a_reference_file_of_another_width_is_swept(capsys, no_type_checks):
-    files = ["--model", str(DATA / "lm_f32_zip.pt"), "--dictionary", str(DATA / "sparse_T1_f32_zip.pt")]
-    options = ["sweep", "1 2 3", "--ids", "--site", "M1", *files, "--json"]
-    assert main(options) == 1
-    assert "n_heads" in error_line(capsys)
-    assert main([*options, "--n-heads", "4"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"] == "1 2 3"
 
 
 def test_causal_importance_is_written(run, tmp_path: Path):

@@ -58,11 +58,11 @@ def concepts(
     from tinymodel_jax.runtime.atomic_files import replace_file
 
     lm = model.load()
-    told = unseen_stories(lm, stories)
+    unseen = unseen_stories(lm, stories)
     if not (tags or folders or lm.dictionary_tags):
         raise ValueError(f"--model {model.name} came without dictionaries; give --dictionaries FOLDER.")
     named = dict(named_dictionaries(lm, tags if tags or folders else lm.dictionary_tags, folders))
-    recoveries = recover_concepts(lm, told, named, track=partial(with_progress, what="scoring"))
+    recoveries = recover_concepts(lm, unseen, named, track=partial(with_progress, what="scoring"))
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())

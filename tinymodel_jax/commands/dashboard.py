@@ -77,13 +77,13 @@ def dashboard(
         )
     clock = Clock()
     partial = open_partial(out)
-    told = limit if data == STORY_WORLD else None
+    n_stories = limit if data == STORY_WORLD else None
     try:
-        facts = _measure(reader, rows, tags, partial, told, measured, clock)
+        facts = _measure(reader, rows, tags, partial, n_stories, measured, clock)
     except OtherWorkError as error:
         raise ValueError(
-            f"--out {out}: {partial} holds the work of a dashboard that was stopped, with other options; give those "
-            "again to go on, or delete that folder to start anew."
+            f"--out {out}: {partial} holds unfinished work on a dashboard with other options; give those options "
+            "to resume it, or delete that folder to start again."
         ) from error
     records = text_records(reader, texts, clock.track)
     _write(reader, partial, facts, rows, data, records, clock)
@@ -92,14 +92,14 @@ def dashboard(
 
 
 class Clock:
-    """How long each kind of work took, in seconds; what it tracks shows a progress bar."""
+    """Measures how long each kind of work takes, in seconds, and shows its progress."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.seconds: dict[str, float] = {}
 
     def track(self, things: Sequence[Any], what: str) -> Iterator[Any]:
-        """Yield things; the time until the last is done belongs to `what`."""
+        """Yield things, and add the time until the last is done to the work `what`."""
         started = time.monotonic()
         yield from with_progress(things, what)
         self.seconds[what] = self.seconds.get(what, 0) + time.monotonic() - started
@@ -123,14 +123,15 @@ def _measure(
     rows: np.ndarray,
     tags: Sequence[str],
     partial: Path,
-    told: int | None,
+    n_stories: int | None,
     measured: np.ndarray,
     clock: Clock,
 ) -> Facts:
-    """Return what the pages show; `told` is the number of stories of the story world that the rows hold.
+    """Return what the pages show.
 
     Args:
-        measured: rows that every feature is turned off on; none leaves effects out.
+        n_stories: number of stories of the story world that the rows hold; None for other data.
+        measured: rows on which every feature is turned off; without rows, effects are left out.
     """
     from tinymodel_jax.analysis.effects.importance import causal_importance
     from tinymodel_jax.analysis.report.dashboard.build import EFFECTS, SEARCH, gather
@@ -138,8 +139,8 @@ def _measure(
 
     found = search(reader, rows, partial / SEARCH, track=clock.track)
     facts = gather(reader, rows, found, tags, clock.track)
-    if told is not None:
-        truth = storyworld_truth(reader.lm, rows, told)
+    if n_stories is not None:
+        truth = storyworld_truth(reader.lm, rows, n_stories)
         f1 = concept_f1(reader, rows, truth, track=functools.partial(clock.track, what="concepts"))
         facts = dataclasses.replace(facts, f1=f1)
     if len(measured):

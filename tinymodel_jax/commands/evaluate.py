@@ -33,7 +33,7 @@ COLUMNS = {
     "kl": "KL",
     "dead_fraction": "dead",
 }
-"""What the table shows of the results, with its heading; the file has all of them."""
+"""Results that the table shows, with their headings; the file has all results."""
 WITH_MARGIN = ("explained_variance", "ce_recovered")
 
 
@@ -49,7 +49,7 @@ def evaluate(
     out: OutFile = None,
     json: bool = False,
 ) -> None:
-    """Measure dictionaries: sparsity, reconstruction, and what the model loses when it runs through them.
+    """Measure dictionaries: sparsity, reconstruction, and the loss of the model when it runs through them.
 
     Args:
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
@@ -111,7 +111,7 @@ def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, 
 
 
 def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) -> TinyModel:
-    """Return the model with a transcoder at every MLP, the given ones first.
+    """Return the model with a transcoder attached at every MLP: the given ones, and its own for the other layers.
 
     Raises:
         ValueError: two are of one layer, or a layer has none.
@@ -128,7 +128,7 @@ def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) ->
         attached.attach(tag, dictionary)
         names[tag] = name
     for tag in mlp_tags(lm):
-        attached[tag]  # refuses here, before hours of measuring, what has no dictionary
+        attached[tag]  # raises now, not after hours of measuring, if a layer has no dictionary
     return attached
 
 

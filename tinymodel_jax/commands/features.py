@@ -61,7 +61,7 @@ def features(
 
 
 def _strongest(acts: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
-    """Return the active features of each position, strongest first, `top` at most."""
+    """Return up to `top` active features of each position, strongest first."""
     order = (-acts).argsort(axis=-1, kind="stable")[:, :top]
     return [[(int(f), float(a[f])) for f in o if a[f] > 0] for a, o in zip(acts, order, strict=True)]
 

@@ -62,7 +62,7 @@ def importance(
     if out is not None:
         _write(table, out)
     if work is not None:
-        work.unlink(missing_ok=True)  # only now: until the table is written, it is all there is of the work
+        work.unlink(missing_ok=True)  # last: until the table is written, this file is the only result
     if json:
         print_json(table)
     else:

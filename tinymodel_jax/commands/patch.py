@@ -78,12 +78,12 @@ def patch(
     else:
         print(title)
         _print_strongest(found, labels)
-    if out is not None:  # after what was found is printed, which a picture that cannot be written does not take away
+    if out is not None:  # last: the effects are printed even if the picture cannot be written
         _draw(found, labels, title, out)
 
 
 def _metric_title(words: list[str]) -> str:
-    if len(words) == 1:  # both prompts go on alike
+    if len(words) == 1:  # both prompts have the same answer
         return f"log-probability of {words[0]!r}"
     return f"logit of {words[0]!r} minus {words[1]!r}"
 

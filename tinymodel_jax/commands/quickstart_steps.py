@@ -104,13 +104,13 @@ def tell(lm: TinyModel, seed: int, console: Console) -> list[int]:
     return story
 
 
-def name_features(lm: TinyModel, told: Sequence[storyworld.Story], console: Console) -> Named:
+def name_features(lm: TinyModel, labelled: Sequence[storyworld.Story], console: Console) -> Named:
     """Find the concept that each feature of `SITE` detects best, on stories with known concepts at every token."""
     console.rule("2 · What the features mean")
-    tok_ids = full_rows(lm, [story.text for story in told])
-    truth = storyworld.labels(told, lm.tokenizer, width=tok_ids.shape[1])
+    tok_ids = full_rows(lm, [story.text for story in labelled])
+    truth = storyworld.labels(labelled, lm.tokenizer, width=tok_ids.shape[1])
     reader = lm[SITE]
-    starts = with_progress(range(0, len(told), 12), "reading labelled stories")
+    starts = with_progress(range(0, len(labelled), 12), "reading labelled stories")
     acts = np.concatenate([np.asarray(reader(tok_ids[start : start + 12])) for start in starts])
     real = lm.config.is_text(tok_ids)
     best, f1 = concepts_of_units(acts[real], truth[real])
@@ -257,7 +257,7 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
 
 
 def count_concepts(
-    lm: TinyModel, told: Sequence[storyworld.Story], training: dict[str, Any] | None, console: Console
+    lm: TinyModel, labelled: Sequence[storyworld.Story], training: dict[str, Any] | None, console: Console
 ) -> dict[str, Any]:
     """Count the concepts that dictionaries, neurons and random directions found."""
     console.rule("6 · How many of the known concepts were found")
@@ -266,10 +266,10 @@ def count_concepts(
         others[JUST_NOW] = training["dictionary"]
     found = [
         *recover_concepts(
-            lm, told, [SITE], track=lambda places: with_progress(places, "scoring units, random ones too")
+            lm, labelled, [SITE], track=functools.partial(with_progress, what="scoring units, random ones too")
         ),
         *recover_concepts(
-            lm, told, others, baselines=False, track=lambda places: with_progress(places, "scoring features")
+            lm, labelled, others, baselines=False, track=functools.partial(with_progress, what="scoring features")
         ),
     ]
     if training is not None:

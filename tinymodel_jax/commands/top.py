@@ -132,7 +132,7 @@ def search(
     )
     if out is not None and work is not None:
         found.save(out)
-        work.unlink(missing_ok=True)  # only now: until the result is written, it is all there is of the search
+        work.unlink(missing_ok=True)  # last: until the result is written, this file is the only one
     return found
 
 
