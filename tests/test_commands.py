@@ -209,7 +209,7 @@ def test_no_name_of_a_model_is_not_the_current_folder(
 ) -> None:
     monkeypatch.chdir(model_folder)
     assert cli.main(["generate", "1", "--ids", "--model", ""]) == 1
-    assert "a model is named by its path or published name, got ''" in error_line(capsys)
+    assert "give the path or published name of a model, got ''" in error_line(capsys)
 
 
 def test_a_dictionary_s_folder_is_not_read_for_another_site(

@@ -367,7 +367,7 @@ def test_a_missing_huggingface_hub_names_the_extra(server: HubServer, monkeypatc
 
 def test_a_page_that_is_no_hub_is_not_taken_for_a_model(server: HubServer) -> None:
     server.statuses[MODEL] = 200  # as a network's login page answers everything
-    assert f"{MODEL} cannot be had from {server.url}" in refused(FileNotFoundError, TinyModel)
+    assert f"{MODEL} cannot be downloaded from {server.url}" in refused(FileNotFoundError, TinyModel)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SHA256)
@@ -428,7 +428,7 @@ def test_a_truncated_download_is_one_error_and_the_next_try_works(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.breaks[MODEL] = [size] + [0] * 20
     message = refused(FileNotFoundError, TinyModel)
-    assert "noanabeshima/tiny_model/tiny_model.pt cannot be had" in message
+    assert "noanabeshima/tiny_model/tiny_model.pt cannot be downloaded" in message
     assert left_in(cache) == []
     server.breaks.clear()
     assert TinyModel().config == CONFIG

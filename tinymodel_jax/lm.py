@@ -1,8 +1,9 @@
-"""`TinyModel`: a language model with its parameters, tokenizer and dictionaries, behind the seed's API.
+"""`TinyModel`: a language model with its parameters, tokenizer and dictionaries.
 
-A small façade over pure functions: it checks input, pads it to a few lengths so that few programs are compiled, and
-calls functions that instances with equal configurations share. Computations never change it; `attach` adds a
-dictionary, `splice` returns another model. Inside `jit`, `grad` or `vmap` its methods work unpadded and unchecked.
+A small façade over pure functions. It checks token ids, pads them to one of a few lengths so that few programs are
+compiled, and calls compiled functions that all models with the same configuration share. `attach` adds a dictionary to
+the model, `splice` returns another model, and everything else leaves the model unchanged. Inside `jit`, `grad` and
+`vmap` the methods neither pad nor check values.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class TinyModel(WeightViews, TextGeneration):
         name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`),
             `mini`, which comes with the package and needs no network, a folder written by `save_pretrained` or by a
             training run, or a `.pt` or `.safetensors` file with the reference's names.
-        n_heads: attention heads of a file; needed where its width is not the published 768.
+        n_heads: number of attention heads, for a file whose width is not the published 768.
         dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
 
     Raises:
-        FileNotFoundError: there is no such model; the message says what was tried and what would work.
-        ValueError: the file or folder holds no model or an incomplete one, or `dtype` is another.
+        FileNotFoundError: the model was not found; the message says what was tried and what would work.
+        ValueError: the file or folder does not hold a complete model, or `dtype` is not supported.
     """
 
     config: ModelConfig
@@ -70,13 +71,13 @@ class TinyModel(WeightViews, TextGeneration):
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
         Raises:
-            ValueError: an argument is of another type, the tree does not fit the configuration, the tokenizer has
-                another vocabulary size, or the configuration's dtype is neither float32 nor bfloat16.
+            ValueError: an argument has the wrong type, the tree does not fit the configuration, the tokenizer's
+                vocabulary size differs, or the configuration's dtype is neither float32 nor bfloat16.
         """
         return cls._of(config, _checked_arrays(params, config), tokenizer, ModelDictionaries(config))
 
     def with_params(self, config: ModelConfig, params: Mapping[str, Any]) -> TinyModel:
-        """Return a model of other parameters with this one's tokenizer, and without dictionaries.
+        """Return a model with these parameters and this model's tokenizer, without dictionaries.
 
         Raises:
             ValueError: as `from_params`.
@@ -85,7 +86,7 @@ class TinyModel(WeightViews, TextGeneration):
 
     @classmethod
     def _of(cls, *parts: Any) -> TinyModel:
-        """Build a model of its parts, which are those of `_fill`, without loading anything."""
+        """Build a model from the arguments of `_fill`, without loading anything."""
         lm = cls.__new__(cls)
         lm._fill(*parts)
         return lm
@@ -111,7 +112,7 @@ class TinyModel(WeightViews, TextGeneration):
         """Return float32 log-probabilities of the next token.
 
         Args:
-            tok_ids: integers (batch, seq), or (seq,) for a batch of one; right-padded rows need no mask.
+            tok_ids: integers (batch, seq), or (seq,) for a batch of one. Right-padded rows need no mask.
         """
         return self._run(tok_ids, "logprobs", ())[0]
 
@@ -120,7 +121,7 @@ class TinyModel(WeightViews, TextGeneration):
         return self._run(tok_ids, "logits", ())[0]
 
     def residual(self, tok_ids: Any, layer: int) -> Float[Array, "batch seq d_model"]:
-        """Return the residual stream before block `layer`; `layer == n_layers` is what the unembedding reads.
+        """Return the residual stream before block `layer`, or after the last block if `layer == n_layers`.
 
         Raises:
             ValueError: `layer` is outside 0..n_layers.
@@ -136,12 +137,12 @@ class TinyModel(WeightViews, TextGeneration):
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
 
         Args:
-            attn_mask: (batch, seq), 1 where the token counts as a target. Left out, it is the tokenizer's second
-                output, which is 0 at `[END]` and `[PAD]`; to count `[END]`, as `evaluate` does, pass
+            attn_mask: (batch, seq), 1 where the token counts as a target. By default all tokens count but `[END]` and
+                `[PAD]`, as in the tokenizer's mask; to count `[END]`, as `evaluate` does, pass
                 `tok_ids != lm.config.pad_id`.
 
         Raises:
-            ValueError: the mask has another shape, or no token counts.
+            ValueError: the shapes of mask and ids differ, or no token counts.
         """
         return mean_loss(self.hooked(), *ids_and_targets(tok_ids, attn_mask, self.config))
 
@@ -151,7 +152,7 @@ class TinyModel(WeightViews, TextGeneration):
         """Return log-probabilities and the activations at hook points (all of them when `names` is None).
 
         Raises:
-            ValueError: a name is no hook point; the closest are listed.
+            ValueError: a name is not a hook point; the message lists the closest ones.
         """
         keep = hook_names(self.config) if names is None else as_names(names)
         require_hook_names(keep, self.config)
@@ -160,15 +161,15 @@ class TinyModel(WeightViews, TextGeneration):
     def run_with_hooks(
         self, tok_ids: Any, hooks: Mapping[str, Hook], keep: str | Iterable[str] = ()
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-        """Return log-probabilities and kept activations of a pass with edits.
+        """Run the model with edits; return log-probabilities and the activations to keep.
 
         Args:
-            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` run compiled, once per kind of edit; plain
-                functions `(value, acts) -> value` run operation by operation and are called anew on every call.
-            keep: hook names, or one, whose values, after their edit, come back.
+            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are compiled once per kind of edit. Plain
+                functions `(value, acts) -> value` are called on every pass, which then runs operation by operation.
+            keep: one or several hook names, whose values are returned as they are after their edits.
 
         Raises:
-            ValueError: a name is no hook point, a hook is no edit, or an edit does not fit the value there.
+            ValueError: a name is not a hook point, a hook is not an edit, or an edit does not fit the value there.
         """
         keep = as_names(keep)
         require_edits(hooks)
@@ -194,14 +195,14 @@ class TinyModel(WeightViews, TextGeneration):
 
     @property
     def dictionaries(self) -> dict[str, Dictionary]:
-        """Tag -> dictionary, for those attached or loaded so far."""
+        """Tag -> dictionary, for the dictionaries attached or loaded so far."""
         return self._dictionaries.loaded
 
     @property
     def dictionary_tags(self) -> tuple[str, ...]:
         """Tags of the dictionaries that are attached or came with the model, in the order of the forward pass.
 
-        Published ones, which any tag may fetch, are not listed.
+        Published dictionaries are not listed until they are loaded.
         """
         return self._dictionaries.tags
 
@@ -209,10 +210,10 @@ class TinyModel(WeightViews, TextGeneration):
         """Return the activations of a dictionary, or of one of its features, as a function of token ids.
 
         `lm["M2"](tok_ids)` is (batch, seq, n_features), `lm["M1N123"](tok_ids)` is (batch, seq). The dictionary is the
-        attached one, else the model's own, else the published default, which is loaded once.
+        attached one, otherwise the one that came with the model, otherwise the published default. It is loaded once.
 
         Raises:
-            ValueError: the tag is none, its layer or feature does not exist, or the site has no dictionary.
+            ValueError: the tag is not valid, its layer or feature does not exist, or the site has no dictionary.
         """
         site, feature = Site.parse(tag)
         dictionary = self._dictionaries.at(site)
@@ -224,13 +225,13 @@ class TinyModel(WeightViews, TextGeneration):
         """Put a dictionary at a site, for `lm[tag]` and `splice`.
 
         Args:
-            dictionary: folder of `save_pretrained`, which says for which hook points it was made; a file with the
-                reference's names, which does not; or a Dictionary, which goes where you put it.
+            dictionary: a folder written by `save_pretrained`, which must be for this site; or a file with the
+                reference's names or a `Dictionary`, which may go to any site of the same width.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
-            ValueError: the tag is none, the folder is for another site, the widths do not fit, or a parameter is not
-                finite.
+            FileNotFoundError: the file or folder does not exist.
+            ValueError: the tag is not valid, the folder is for another site, the widths do not fit, or a parameter is
+                not finite.
         """
         self._dictionaries.attach(Site.whole(tag, "attach: "), dictionary)
 
@@ -243,12 +244,13 @@ class TinyModel(WeightViews, TextGeneration):
     ) -> TinyModel:
         """Return a model whose forward pass runs through the dictionaries at these sites; this one is unchanged.
 
-        Dictionaries act in the order of the forward pass; a site that was spliced before takes the new switches.
+        Dictionaries act in the order of the forward pass. Splicing a site again replaces its options.
 
         Args:
-            include_error: add the reconstruction error back: values stay, gradients flow through the dictionary.
-            detach_error: let no gradient through the error.
-            detach_pred: let no gradient through the prediction.
+            include_error: add the reconstruction error, so that values stay the same and gradients flow through the
+                dictionary.
+            detach_error: stop gradients at the error.
+            detach_pred: stop gradients at the prediction.
         """
         switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
         sites = [Site.whole(tag, "splice: ") for tag in as_names(tags)]
@@ -256,7 +258,7 @@ class TinyModel(WeightViews, TextGeneration):
 
     @property
     def spliced(self) -> tuple[str, ...]:
-        """Tags of the dictionaries that the forward pass runs through, in its order."""
+        """Tags of the spliced dictionaries, in the order of the forward pass."""
         return tuple(self._dictionaries.splices)
 
     def hooked(self, before: Site | None = None) -> HookedModel:
@@ -271,10 +273,10 @@ class TinyModel(WeightViews, TextGeneration):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer: its own, else the default one for the published vocabulary of 10,000.
+        """The tokenizer saved with the model, otherwise the default one for the published vocabulary of 10,000 ids.
 
         Raises:
-            ValueError: the model has none.
+            ValueError: the model has no tokenizer.
         """
         if self._tokenizer is None or isinstance(self._tokenizer, Path):
             found = tokenizer_of_model(self._tokenizer, self.config)
@@ -285,8 +287,7 @@ class TinyModel(WeightViews, TextGeneration):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.
 
-        Dictionaries that came with the model are saved too, used or not. `TinyModel(directory)` loads it. Splices are
-        not saved.
+        This includes all dictionaries that came with the model, but not its splices. `TinyModel(directory)` loads it.
         """
         tokenizer = saved_tokenizer(self._tokenizer) if isinstance(self._tokenizer, Path) else self._tokenizer
         dictionaries = self._dictionaries.load_own()

@@ -1,6 +1,6 @@
-"""The dictionaries of a model, and the activations of one as a function of token ids.
+"""The dictionaries of a model, and their activations as functions of token ids.
 
-A tag may mean a dictionary that was attached, one that came with the model, or a published one. The last two are
+A tag names an attached dictionary, one that came with the model, or a published one, in this order. Dictionaries are
 loaded when they are first used.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class ModelDictionaries:
     """The dictionaries at the sites of one model, and those that its forward pass runs through.
 
-    `loaded` holds those that are attached or loaded so far, `splices` the edits of the forward pass, in its order; both
-    by tag.
+    `loaded` maps tags to the dictionaries attached or loaded so far, `splices` maps tags to the edits of the forward
+    pass, in its order.
     """
 
     def __init__(self, config: ModelConfig, own: Mapping[str, Dictionary | Path] | None = None):
-        """Start with those that came with the model, read or yet to be read."""
+        """Start with the dictionaries that came with the model: `own`, tag -> dictionary or its folder."""
         self.config = config
         self.loaded: dict[str, Dictionary] = {}
         self.splices: dict[str, Splice] = {}
@@ -51,10 +51,11 @@ class ModelDictionaries:
         return {tag: self.at(Site.whole(tag)) for tag in self.tags}
 
     def at(self, site: Site) -> Dictionary:
-        """Return the dictionary at a site: the attached one, else the model's own, else the published default.
+        """Return the dictionary at a site, and load it if needed.
 
         Raises:
-            ValueError: the model has no such layer, or nothing is there and the published ones do not fit.
+            ValueError: the layer does not exist, or the model has no dictionary there and the published ones do not
+                fit.
         """
         self._require_layer(site)
         if site.tag not in self.loaded:
@@ -71,7 +72,7 @@ class ModelDictionaries:
         """Put a dictionary at a site; load it if it is given by its path or published name.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
+            FileNotFoundError: the file or folder does not exist.
             ValueError: the layer does not exist, the folder is for another site, the widths do not fit, or a parameter
                 is not finite.
         """
@@ -91,7 +92,7 @@ class ModelDictionaries:
         self.loaded[site.tag] = Dictionary.from_params(config, dictionary.params)
 
     def spliced(self, sites: Iterable[Site], switches: Mapping[str, bool]) -> ModelDictionaries:
-        """Return the same dictionaries, with those at the sites spliced into the forward pass, too."""
+        """Return the same dictionaries, with those at the sites spliced into the forward pass as well."""
         other = ModelDictionaries(self.config, self._own)
         splices = dict(self.splices)
         for site in sites:
@@ -102,7 +103,7 @@ class ModelDictionaries:
         return other
 
     def hooks(self, before: Site | None = None) -> Hooks:
-        """Return the hooks of the splices, or of those that act before a site is read."""
+        """Return the hooks of the splices, or only of the splices that act before a site is read."""
         acting = [s for tag, s in self.splices.items() if before is None or _order(tag) < before.order]
         return combine(*({splice.config.hook_out: splice} for splice in acting))
 
@@ -114,7 +115,7 @@ class ModelDictionaries:
 
     @property
     def _has_published_sizes(self) -> bool:
-        """Whether the model has the sizes of the one that the published dictionaries were trained on."""
+        """Whether the model has the sizes of the model that the published dictionaries were trained on."""
         return (self.config.n_layers, self.config.d_model, self.config.d_vocab) == (4, 768, 10_000)
 
 
@@ -130,13 +131,13 @@ class FeatureReader:
 
     @classmethod
     def of(cls, lm: TinyModel, dictionary: Dictionary) -> FeatureReader:
-        """Return the reader of a dictionary at its own site, whatever the model has there.
+        """Return the reader of a dictionary at the site in its configuration, instead of the model's dictionary there.
 
         Raises:
             ValueError: it does not fit the model.
         """
         tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
-        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
+        holder = lm.splice([])  # so that attaching, which checks layer and width, leaves `lm` unchanged
         holder.attach(tag, dictionary)
         return holder[tag]
 
@@ -147,7 +148,8 @@ class FeatureReader:
             indices: an int (drops the last axis), a list or a slice; by default all, or the feature that the tag names.
 
         Raises:
-            ValueError: an index is out of range, the tag names a feature, or `tok_ids` are not valid for the model.
+            ValueError: an index is out of range, indices are given for a tag that names a feature, or `tok_ids` are not
+                valid for the model.
         """
         config, tag = self.dictionary.config, self.site.tag
         if self.feature is not None and indices is not None:

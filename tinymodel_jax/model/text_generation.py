@@ -45,18 +45,18 @@ class TextGeneration:
         """Continue a prompt, or several in one batch; return prompts and continuations as text.
 
         Args:
-            prompt: text, which gets `[BEGIN]` in front unless it has it; it may hold no other special token, so that a
-                story that ended has to lose its `[END]` to be continued.
-            n_toks: tokens to add at most; a row also stops where the context is full.
-            temperature: divides the logits; 0 takes the most likely token.
+            prompt: one text or several. `[BEGIN]` is put in front of a text that does not start with it; other special
+                tokens are errors, so remove the `[END]` of a finished story to continue it.
+            n_toks: maximum number of tokens to add; a row also stops when the context is full.
+            temperature: divisor of the logits; 0 takes the most likely token.
             break_on_end: stop a row at `[END]`, which stays in the text.
             top_k: sample from the k most likely tokens only.
-            top_p: sample from the fewest tokens whose probabilities reach this sum.
-            seed: of the random draws, 0 to 2**32 - 1; a batch's rows draw differently.
+            top_p: sample from the smallest set of most likely tokens whose probabilities sum to this.
+            seed: seed of the random draws, 0 to 2**32 - 1. Each row of a batch draws differently.
 
         Raises:
-            ValueError: a prompt is longer than the context or no text, holds `[END]`, `[PAD]` or a second `[BEGIN]`, or
-                an option is out of range.
+            ValueError: a prompt is longer than the context, is not a text, or holds `[END]`, `[PAD]` or a second
+                `[BEGIN]`; or an option is out of range.
         """
         if not isinstance(prompt, Iterable):
             raise ValueError(f"generate takes a text or a list of texts, got {prompt!r:.80}.")
@@ -79,11 +79,11 @@ class TextGeneration:
         top_p: float | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Continue rows of token ids; return int32 (batch, prompt + generated), padded with `[PAD]` after each row.
+        """Continue rows of token ids; return int32 (batch, prompt + generated), right-padded with `[PAD]`.
 
-        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end, so that a `[PAD]` at the end
-        of a prompt is never a token of it. One that ends with `[END]`, as the tokenizer ends shorter rows, is finished
-        unless `break_on_end=False`. Options as `generate`.
+        Rows may be right-padded with `[PAD]`; each is continued after its last other token. A row that ends with
+        `[END]`, which the tokenizer puts after the shorter rows of a batch, is finished unless `break_on_end=False`.
+        The options are those of `generate`.
         """
         ids = check_tok_ids(tok_ids, self.config)
         end_id = self.config.end_id if break_on_end else None
