@@ -148,6 +148,7 @@ def _appearing_whole(dest: str) -> Iterator[Path]:
     """
     work = partial_folder(_cached(dest) if is_remote(dest) else Path(dest))
     folder = work / "data"
+    work.mkdir(parents=True, exist_ok=True)  # an error of locked_folder would speak of a run's checkpoints
     try:
         with locked_folder(work):
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
