@@ -1,7 +1,7 @@
-"""Training on one accelerator: the language model, dictionaries and sweeps, beside PyTorch with torch.compile.
+"""Training on one accelerator: the language model, dictionaries and sweeps, compared with PyTorch and torch.compile.
 
     python benchmarks/gpu.py [--rounds 3] [--dictionary-batch 32768] [--json FILE]
-    python benchmarks/gpu.py --small            # tiny sizes, on any machine: shows that it runs, not how fast
+    python benchmarks/gpu.py --small            # tiny sizes on any machine, to check that it runs
 
 The language model computes in bfloat16 with float32 parameters, on 256 rows of 128 tokens; dictionaries of 25,000
 features read 768-wide vectors in float32, as they are trained by default, and take the whole `house` recipe's step. A
@@ -33,7 +33,7 @@ from tinymodel_jax.training.flops import training_flops_per_token
 
 OURS, PYTORCH = "tinymodel_jax", "PyTorch"
 Times = dict[str, dict[str, list[float]]]
-"""Workload -> side -> seconds a step, by round."""
+"""Seconds per step of each round, by workload and side."""
 
 
 class Row(NamedTuple):
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     title: str
     rates: dict[str, float]
-    """Side -> tokens or vectors a second."""
+    """Tokens or vectors per second, by side."""
     remark: str
 
 
@@ -56,7 +56,7 @@ def main(
     Args:
         small: run tiny sizes, on a CPU too.
         rounds: how often each workload takes its turn; medians count.
-        dictionary_batch: vectors a step of the large dictionaries; 32,768 needs about 30 GB.
+        dictionary_batch: vectors per step of the large dictionaries; 32,768 need about 30 GB.
         json_file: file to write all times to.
     """
     sizes = SMALL if small else LARGE
@@ -90,13 +90,13 @@ def main(
 
 
 def pytorch_problem() -> str | None:
-    """Return why PyTorch cannot take part, if so."""
+    """Return why PyTorch cannot take part, or None."""
     missing = [name for name in ("torch", "tiny_model") if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)} (PyPI torch, tinymodel)" if missing else None
 
 
 def alternate(sides: dict[str, Side], rounds: int) -> Times:
-    """Return the seconds a step of every workload and side; a round runs each of them once."""
+    """Return the seconds per step of every workload and side; each round runs all of them once."""
     names = ["lm", "relu", "topk", *(f"sweep-{members}" for members in SWEEP_MEMBERS)]
     times: Times = {name: {} for name in names}
     for _ in track(range(rounds), description="timing", console=Console(stderr=True)):
@@ -108,7 +108,7 @@ def alternate(sides: dict[str, Side], rounds: int) -> Times:
 
 
 def results(times: Times, sizes: Sizes, peak: float | None) -> list[Row]:
-    """Turn times into rates, with what is to be said of each."""
+    """Turn times into rates with remarks."""
     n_tokens = sizes.batch[0] * sizes.batch[1]
     per_step = {"lm": n_tokens, "relu": sizes.dictionary_batch, "topk": sizes.dictionary_batch}
     per_step |= {f"sweep-{members}": members * sizes.sweep_batch for members in SWEEP_MEMBERS}
@@ -137,7 +137,7 @@ def results(times: Times, sizes: Sizes, peak: float | None) -> list[Row]:
 
 def as_table(rows: list[Row]) -> Table:
     """Lay out the rates, and ours over PyTorch's."""
-    table = Table(title="tokens or vectors a second")
+    table = Table(title="tokens or vectors per second")
     for column in ("workload", PYTORCH, OURS, "ours / PyTorch", "remark"):
         table.add_column(column, justify="left" if column in ("workload", "remark") else "right")
     for title, rates, remark in rows:

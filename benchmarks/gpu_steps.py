@@ -1,7 +1,7 @@
 """The two sides of `gpu.py`: this package's training steps, and PyTorch's with torch.compile.
 
 Every call runs some steps, queued one after the other, and returns the seconds a step took once all are done. A call is
-compiled and warmed up when it is first wanted.
+compiled and warmed up when it is first requested.
 """
 
 import functools
@@ -27,21 +27,21 @@ MODEL_FILE = "model.pt"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """Sizes of all workloads."""
 
     model: ModelConfig
     batch: tuple[int, int]
-    """Rows and tokens a step of the language model."""
+    """Rows, and tokens per row, in a step of the language model."""
     width: int
     n_features: int
     dictionary_batch: int
-    """Vectors a step of a dictionary."""
+    """Vectors per step of a dictionary."""
     sweep_features: int
     """Features of each member of a sweep."""
     sweep_batch: int
     k: int
     steps: int
-    """Steps a call."""
+    """Steps per call."""
 
 
 LARGE = Sizes(ModelConfig(dtype="bfloat16"), (256, 128), 768, 25_000, 32_768, 4096, 8192, k=32, steps=20)
@@ -59,7 +59,7 @@ SMALL = Sizes(
 
 
 def our_calls(folder: Path, sizes: Sizes) -> Calls:
-    """Return this package's calls, and what it knows of the device."""
+    """Return this package's calls; `device` describes the device."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory too
     calls = {
         "device": _device,
@@ -74,7 +74,7 @@ def our_calls(folder: Path, sizes: Sizes) -> Calls:
 
 
 def pytorch_calls(folder: Path, sizes: Sizes) -> Calls:
-    """Return PyTorch's calls, and its name of the device ("cpu" where it sees no GPU)."""
+    """Return PyTorch's calls; `device` returns the name of the GPU, or "cpu"."""
     torch: Any = importlib.import_module("torch")
     torch.set_float32_matmul_precision("high")  # as XLA's default on a GPU
     return {
@@ -86,7 +86,7 @@ def pytorch_calls(folder: Path, sizes: Sizes) -> Calls:
 
 
 def _device() -> tuple[str, str, float | None]:
-    """Return the platform, the device's name, and its dense bfloat16 peak in FLOP/s where known."""
+    """Return the platform, the name of the device, and its dense bfloat16 peak in FLOP/s, if known."""
     import jax
 
     from tinymodel_jax.training.flops import peak_flops
@@ -118,7 +118,7 @@ def _our_lm(sizes: Sizes) -> Callable[[], float]:
 def _our_dictionaries(
     sizes: Sizes, architecture: Any, n_features: int, batch: int, members: int = 1
 ) -> Callable[[], float]:
-    """Train one dictionary, or a sweep of them that differ in their seeds."""
+    """Return a call that trains one dictionary, or a sweep of dictionaries with different seeds."""
     import jax
 
     from tinymodel_jax.training.dictionary_recipe import recipe_preset

@@ -4,7 +4,7 @@
 
 The checkpoint has the published shapes in random bfloat16 (87.8 MB). Every number is the median of processes that did
 nothing else; files are in the system's cache, as after a download. It needs no PyTorch. This process imports little,
-because a child's peak memory starts at what its parent held.
+because the peak memory of a child process starts at that of its parent.
 """
 
 import json
@@ -62,7 +62,7 @@ print(time.perf_counter() - start)
 
 
 class Measurement(NamedTuple):
-    """One line of the table; a goal of None is no goal."""
+    """One line of the table."""
 
     title: str
     values: list[float]
@@ -71,7 +71,7 @@ class Measurement(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What a process took."""
+    """Time, memory and output of a process."""
 
     seconds: float
     peak_mb: float
@@ -82,7 +82,7 @@ def main(rounds: int = 5, json_file: Annotated[Path | None, tyro.conf.arg(name="
     """Measure conversion, loading and import.
 
     Args:
-        rounds: processes of each kind; medians count.
+        rounds: processes of each kind; the result is the median.
         json_file: file to write all values to.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,7 @@ def main(rounds: int = 5, json_file: Annotated[Path | None, tyro.conf.arg(name="
 
 
 def measure(folder: Path, rounds: int) -> list[Measurement]:
-    """Run every process `rounds` times in turn."""
+    """Run all processes in turn, `rounds` times."""
     source, destination = folder / "full_size.pt", folder / "converted"
     run("-c", WRITE, str(source))
     convert, load, load_pt, imports = [], [], [], []
@@ -123,10 +123,10 @@ def measure(folder: Path, rounds: int) -> list[Measurement]:
 
 
 def run(*arguments: str) -> Finished:
-    """Run Python in a process of its own.
+    """Run Python in a new process.
 
     Raises:
-        SystemExit: it failed; its own message is on stderr.
+        SystemExit: the process failed; its message is on stderr.
     """
     path = os.pathsep.join(filter(None, [str(CONVERTER.parent), os.environ.get("PYTHONPATH")]))
     start = time.perf_counter()
@@ -145,7 +145,7 @@ def run(*arguments: str) -> Finished:
 
 
 def as_table(measurements: list[Measurement]) -> Table:
-    """Lay out medians and extremes beside the goals."""
+    """Return a table of medians, extremes and goals."""
     table = Table()
     for column in ("measured", "median", "range", "goal"):
         table.add_column(column, justify="left" if column == "measured" else "right")
@@ -159,7 +159,7 @@ def as_table(measurements: list[Measurement]) -> Table:
 
 
 def write_json(path: Path, machine: dict[str, str], measurements: list[Measurement]) -> None:
-    """Write the machine and all values."""
+    """Write a description of the machine and all values."""
     rows = [m._asdict() | {"median": median(m.values)} for m in measurements]
     path.write_text(json.dumps({"machine": machine, "measurements": rows}, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""The machine and the versions a measurement was made with, in words that hold no host name and no path."""
+"""A description of the machine and the versions used in a measurement, without host names or paths."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ TUNED_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-"""Settings with which glibc keeps freed memory, so that large arrays are not faulted in anew for every operation."""
+"""Settings that make glibc keep freed memory, so that large arrays cause no page faults in every operation."""
 
 
 def describe_machine(more_packages: Iterable[str] = ()) -> dict[str, str]:

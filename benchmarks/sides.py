@@ -1,7 +1,7 @@
-"""Contenders of a benchmark, each in a process of its own, timed one at a time, with a watch on everybody else.
+"""Contenders of a benchmark: each runs in its own process and is timed alone, while other processes are watched.
 
 `Side` starts a process, which makes named calls on request. Every measurement also says how busy other processes kept
-the cores, so that a benchmark can leave out what was measured in bad company. Linux only.
+the cores, so that a benchmark can discard measurements on a busy machine. Linux only.
 """
 
 import functools
@@ -19,19 +19,19 @@ import numpy as np
 
 Calls = dict[str, Callable[[], Any]]
 QUIET = 0.05
-"""Largest share of the cores that others may use during a measurement that counts."""
+"""Largest share of the cores that other processes may use during a measurement that counts."""
 ATTEMPTS = 20
-"""Rounds tried for one that counts."""
+"""Rounds tried for each one that counts."""
 SHORTEST_MEASUREMENT = 0.5
 STAT = Path("/proc/stat")
 
 
 class Measured(NamedTuple):
-    """How long a call takes."""
+    """The duration of a call."""
 
     seconds: float
     others: float
-    """Share of all cores that other processes used meanwhile."""
+    """Share of all cores that other processes used in that time."""
 
 
 class Side:
@@ -42,7 +42,7 @@ class Side:
         self._connection, far_end = context.Pipe()
         self._process = context.Process(target=serve, args=(make_calls, Path(folder), far_end), daemon=True)
         self._process.start()
-        far_end.close()  # so that a dead process is an EOFError here, not a wait without end
+        far_end.close()  # so that a dead process raises EOFError here instead of blocking forever
 
     def __enter__(self) -> "Side":
         return self
@@ -52,7 +52,7 @@ class Side:
         self._process.join()
 
     def measure(self, name: str) -> Measured:
-        """Return how long a call takes, and how busy other processes kept the cores meanwhile."""
+        """Return the duration of a call, and the share of the cores that other processes used."""
         self._connection.send((name, False))
         return self._connection.recv()
 
@@ -88,7 +88,7 @@ def quiet_rounds(
 
 
 def once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """Return a call that is made when it is first wanted, so that a process holds only what it measures."""
+    """Return a call that is created on first use, so that a process holds only what it measures."""
     made = functools.cache(make)
     return lambda: made()()
 

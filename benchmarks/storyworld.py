@@ -1,7 +1,7 @@
-"""The story world in numbers: speed, lengths, how much repeats, how much there is to predict.
+"""The story world in numbers: speed, lengths, repetition, entropy.
 
     python benchmarks/storyworld.py                                       # the generator alone
-    python benchmarks/storyworld.py --real tinystories.jsonl.gz           # beside real stories
+    python benchmarks/storyworld.py --real tinystories.jsonl.gz           # compared with real stories
 
 Repetition is the share of the 5-grams of words (small letters, without punctuation) of a text that came before in it;
 it grows with the amount of text, so equal amounts are compared. Speed is stories per second of processor time of one
@@ -28,7 +28,7 @@ from tinymodel_jax.commands.frame import USER_PATHS
 SEED = 1
 NGRAM = 5
 AMOUNTS = (50_000, 100_000, 200_000, 400_000)
-"""5-grams among which repetition is counted."""
+"""Numbers of 5-grams in which repetition is counted."""
 ROUNDS = 9
 ROUND_STORIES = 1_000
 SAMPLE = 5_000
@@ -50,8 +50,8 @@ def main(real: Path | None = None) -> None:
     told = list(storyworld.stories(SEED, SAMPLE))
     tokens = [len(storyworld.tokenizer().encode(story.text, max_length=None)) for story in told]
     words = [len(story.text.split()) for story in told]
-    print(f"words a story: {quantiles(words)}; tokens a story: {quantiles(tokens)}")
-    print(f"entropy: at most {storyworld.entropy(told):.3f} nats/token, of {np.mean(tokens) + 1:.1f} tokens a story")
+    print(f"words per story: {quantiles(words)}; tokens per story: {quantiles(tokens)}")
+    print(f"entropy: at most {storyworld.entropy(told):.3f} nats/token, of {np.mean(tokens) + 1:.1f} tokens per story")
     print(f"concepts: {len(storyworld.CONCEPTS)}")
 
     print_repetition("story world", [story.text for story in storyworld.stories(SEED, COMPARED)])
@@ -60,7 +60,7 @@ def main(real: Path | None = None) -> None:
 
 
 def stories_per_second(round_: int) -> float:
-    """Return how many stories a second one process tells."""
+    """Return the number of stories per second that one process generates."""
     start = time.process_time()
     for _ in storyworld.stories(SEED, ROUND_STORIES, round_ * ROUND_STORIES):
         pass
@@ -80,25 +80,25 @@ def ngrams(text: str) -> list[tuple[str, ...]]:
 
 
 def print_repetition(name: str, texts: list[str]) -> None:
-    """Print how much of some texts came before."""
+    """Print how much of the texts repeats earlier text."""
     shares = [f"{repetition(texts, amount):.1%} of {amount:,}" for amount in AMOUNTS]
     print(f"repeated 5-grams, {name}: {', '.join(shares)}; within a story {repetition_within(texts):.2%}")
 
 
 def repetition(texts: Iterable[str], amount: int) -> float:
-    """Return the share of the first `amount` 5-grams that came before."""
+    """Return the share of the first `amount` 5-grams that occurred before."""
     counts = Counter(islice((ngram for text in texts for ngram in ngrams(text)), amount))
     return 1 - len(counts) / counts.total()
 
 
 def repetition_within(texts: Iterable[str]) -> float:
-    """Return the share of 5-grams that came before in the same story."""
+    """Return the share of 5-grams that occurred before in the same story."""
     found = [ngrams(text) for text in texts]
     return 1 - sum(len(set(each)) for each in found) / sum(map(len, found))
 
 
 def quantiles(values: list[int]) -> str:
-    """Return the least, the median and the greatest."""
+    """Return minimum, maximum and median as text."""
     return f"{min(values)} to {max(values)}, median {int(statistics.median(values))}"
 
 

@@ -1,18 +1,18 @@
-"""Sweeps over a dictionary's features, against the PyTorch reference doing the same with hooks in a loop.
+"""Sweeps over a dictionary's features, compared with the PyTorch reference, which uses hooks in a loop.
 
     python benchmarks/sweeps.py [--rounds 3] [--only NAME …] [--json FILE] [--quiet 0.05]
 
-Needs Linux; `dense` and `sparse` need PyTorch and the reference (PyPI `torch`, `tinymodel`), too. 256 features at Rm2
-(the residual stream before the MLP of layer 2) are turned off one at a time on a prompt of 64 tokens; KL and the change
-of the loss must agree before anything is timed. `dense`: the random dictionary's features that are active most.
-`sparse`: the encoder's bias is lowered until 30 of the 25,000 features are active a token, as in a trained dictionary,
-and 256 of the active ones are drawn; nearly all of these are active at one position. The reference gets the change of
-the stream handed to it: its loop is one whole forward pass a feature, with a hook that adds it.
+It needs Linux; `dense` and `sparse` also need PyTorch and the reference (PyPI `torch`, `tinymodel`). 256 features at
+Rm2 (the residual stream before the MLP of layer 2) are turned off one at a time on a prompt of 64 tokens. KL and the
+change of the loss must agree before anything is timed. `dense` uses the most active features of a random dictionary.
+`sparse` lowers the encoder's bias until 30 of the 25,000 features are active per token, as in a trained dictionary, and
+draws 256 of the active ones, nearly all of which are active at one position. The reference is given the change of the
+stream: its loop runs one whole forward pass per feature, with a hook that adds the change.
 
-Two cases measure this package by itself. `evaluate`: eight dictionaries of one site of the bundled model on 32 stories,
-together and one after the other. `top`: the search over 25,000 features of a full-size model, on 65,536 of the 600,000
-tokens that its samples are sized for, against the encoder's matrix products alone. Sides, rounds and quiet as in
-`vs_reference.py`.
+Two cases measure this package alone. `evaluate` evaluates eight dictionaries of one site of the bundled model on 32
+stories, together and one after the other. `top` compares the search over 25,000 features of a full-size model with the
+encoder's matrix products alone, on 65,536 of the 600,000 tokens that the sample sizes are meant for. `vs_reference.py`
+explains sides, rounds and `--quiet`.
 """
 
 import functools
@@ -37,13 +37,13 @@ from tinymodel_jax.commands.frame import USER_PATHS
 
 
 class Case(NamedTuple):
-    """What is compared."""
+    """A comparison."""
 
     title: str
     other: str
-    """What the other side is."""
+    """Description of the other side."""
     goal: float
-    """Our time over the other's, at most."""
+    """Largest ratio of our time to the other side's."""
 
 
 Swept = Literal["dense", "sparse"]
@@ -58,9 +58,9 @@ LAYER, N_SWEPT, LENGTH, L0 = 2, 256, 64, 30
 EVALUATED, STORIES, SEARCHED_TOKENS = 8, 32, 65_536
 SITE, CHOSEN_FILE = f"Rm{LAYER}", "chosen.npz"
 DECODER_SCALE = 300.0
-"""What the random decoder is multiplied with on both sides, so that features have effects that can be compared."""
+"""Factor on the random decoder on both sides, which makes the effects of features large enough to compare."""
 TOLERANCE, LEAST_EFFECT = 1e-3, 1e-3
-"""Share of the largest effect by which results may differ, and how large that has to be at least, nats."""
+"""Largest difference as a share of the largest effect, and smallest value of that effect in nats."""
 
 
 def main(
@@ -116,7 +116,7 @@ def inputs() -> np.ndarray:
 
 
 def choose(acts: np.ndarray, path: Path) -> None:
-    """Write which features are swept, and by how much the encoder's bias is lowered, for both sides to read.
+    """Write which features are swept and by how much the encoder's bias is lowered; both sides read it.
 
     Args:
         acts: activations of the random dictionary, (seq, n_features).
@@ -129,7 +129,7 @@ def choose(acts: np.ndarray, path: Path) -> None:
 
 
 def our_calls(folder: Path) -> Calls:
-    """Return this package's calls; what each holds is made when it is first wanted. `choose` comes before sweeps."""
+    """Return this package's calls, which create what they hold on first use. `choose` must run before sweeps."""
     full_size = functools.cache(functools.partial(_full_size, folder))
     evaluations, searches = functools.cache(evaluation_calls), functools.cache(search_calls)
 
@@ -214,7 +214,7 @@ def reference_calls(folder: Path) -> Calls:
         clean = lm(ids)
 
     def one(removed: Any) -> tuple[float, float]:
-        """Return KL and the change of the loss when the stream loses something."""
+        """Return KL and the change of the loss when a vector is removed from the stream."""
         with place.register_forward_hook(lambda module, args, out: out - removed):
             moved = lm(ids) - clean
         kl = -(clean.exp() * moved).sum(-1).mean()
@@ -242,7 +242,7 @@ def check_same(name: str, mine: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def as_table(times: dict[str, dict[str, list[float]]]) -> Table:
-    """Lay out medians, the fastest times, and ratios beside their goals."""
+    """Return a table of medians, fastest times, ratios and goals."""
     table = Table(title="median (fastest), seconds")
     for column in ("case", "other", "", "tinymodel_jax", "ratio", "goal"):
         table.add_column(column, justify="left" if column in ("case", "other") else "right")

@@ -23,16 +23,16 @@ from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
 
 WHOLE_PASS = 600_000
-"""Tokens of the pass that the samples are sized for; a shorter measurement takes the same shares."""
+"""Tokens in the pass that the sample sizes are meant for; a shorter measurement samples the same shares."""
 SITE = Site("M", 2)
 ROW = 256
-"""Tokens of a row."""
+"""Tokens per row."""
 
 
 def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return a search over `n_tokens`, and its encoder's products alone, as calls; what they compile is compiled.
+    """Return a search over `n_tokens` and the products of its encoder alone, as calls that are already compiled.
 
-    The products are one a batch, `x @ W_enc`, with the package's compiler options. The search is all of it: peaks,
+    There is one product per batch, `x @ W_enc`, with the package's compiler options. The search is all of it: peaks,
     positions, sums, histograms, contexts, co-activation and its partners at the end.
     """
     model = TinyModel.from_params(*_model())
@@ -53,7 +53,7 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
         for x in inputs.drawn:
             jax.block_until_ready(product(x, W))
 
-    Sums.zero(n_features, 20, 40).take_in(searching.measure(0), 0)
+    Sums.zero(n_features, 20, 40).add(searching.measure(0), 0)
     jax.block_until_ready(product(inputs.drawn[0], W))
     return search, products
 
@@ -68,7 +68,7 @@ def _model() -> tuple[ModelConfig, Any]:
 
 
 def _dictionary(n_features: int) -> Dictionary:
-    """Return a transcoder of which a feature in 500 is active at a token, as in a trained one."""
+    """Return a transcoder with one in 500 features active per token, as in a trained one."""
     config = DictionaryConfig(SITE.hook_in, SITE.hook_out, d_in=768, d_out=768, n_features=n_features)
     W = jax.random.normal(jax.random.key(1), (768, n_features)) / 768**0.5
     params = {"W_enc": W, "b_enc": jnp.full(n_features, -2.9), "W_dec": W.T, "b_dec": jnp.zeros(768)}
@@ -76,7 +76,7 @@ def _dictionary(n_features: int) -> Dictionary:
 
 
 class _Drawn(DictionaryInputs):
-    """Inputs that are drawn beforehand, a batch after the other, and from the first one again."""
+    """Inputs that are drawn in advance and returned batch by batch, again and again."""
 
     def __init__(self, reader: FeatureReader, per_device: int, n_rows: int):
         super().__init__(reader, per_device)

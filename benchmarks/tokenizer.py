@@ -1,4 +1,4 @@
-"""Stories per second of cleaning and of tokenizing, beside plain calls of the libraries, alternating in one run.
+"""Stories per second of cleaning and tokenizing, alternating with plain calls of the libraries.
 
 The plain calls are Unidecode (of the `test` extra) and four regular expressions for cleaning, and `encode_batch_fast`
 with the library's truncation and one NumPy look-up for tokenizing. Both sides must give the same ids before anything is
@@ -37,7 +37,7 @@ def main(stories: Path, gpt2: Path, rounds: int = 5) -> None:
         texts: list[str] = [json.loads(line)["text"] for line in lines]
     ours = Tokenizer.from_gpt2(gpt2)
     plain = plain_calls(gpt2, ours)
-    first = Tokenizer.from_gpt2(gpt2)  # nothing looked up yet
+    first = Tokenizer.from_gpt2(gpt2)  # with empty look-ups
     first_seconds = seconds(lambda: first(texts))
 
     for mine, theirs in zip(ours(texts), plain(texts), strict=True):

@@ -50,7 +50,7 @@ Name = Literal[
     "sweep",
 ]
 Times = dict[str, list[float]]
-"""Contender -> seconds of every quiet round."""
+"""Seconds of every quiet round, by contender."""
 OURS = "tinymodel_jax"
 CONTENDERS: dict[str, tuple[str, Callable[[Path], Calls]]] = {
     OURS: ("jax", our_calls),
@@ -61,7 +61,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Path], Calls]]] = {
     "sparsify": ("sparsify", sparsify_calls),
     "solo runs": ("jax", solo_calls),
 }
-"""Contender -> the module it needs, and what makes its calls."""
+"""The module that each contender needs, and the function that creates its calls."""
 PACKAGES = ("sae-lens", "dictionary-learning", "eai-sparsify")
 WARM_UP, TOLERANCE = 3, 1e-3
 """Untimed steps, and the largest relative difference of their losses."""
@@ -74,13 +74,13 @@ class Workload:
     title: str
     others: tuple[str, ...]
     goal: float
-    """Largest ratio that the project aims at."""
+    """Largest ratio that the project aims for."""
     goal_tuned: float
     """The same with --tuned-allocator."""
     same_losses: bool = False
     """Whether all contenders compute the same."""
     activations: int | None = None
-    """Activation vectors a step, where speed is told by them."""
+    """Activation vectors per step, if speed is measured in them."""
 
 
 _PYTORCH, _PEERS = ("PyTorch", "PyTorch, fused Adam"), ("SAELens", "dictionary_learning")
@@ -157,7 +157,7 @@ def measure(name: str, contenders: list[str], folder: str, rounds: int, quiet: f
 
 
 def require_same_losses(name: str, losses: dict[str, list[float]]) -> None:
-    """Raise SystemExit where another contender's losses are not ours."""
+    """Raise SystemExit if another contender's losses differ from ours."""
     for label, values in losses.items():
         for mine, other in zip(losses[OURS], values, strict=True):
             if abs(mine - other) > TOLERANCE * abs(other):
@@ -165,13 +165,13 @@ def require_same_losses(name: str, losses: dict[str, list[float]]) -> None:
 
 
 def ratio(times: Times) -> float | None:
-    """Return our median time over that of the fastest other; None where there is no other."""
+    """Return our median time over that of the fastest other contender, or None without others."""
     others = [median(values) for label, values in times.items() if label != OURS]
     return median(times[OURS]) / min(others) if others else None
 
 
 def as_table(results: dict[str, Times], tuned: bool) -> Table:
-    """Lay out medians (dictionaries: also activations a second) and ratios beside their goals."""
+    """Return a table of medians (for dictionaries also activations per second), ratios and goals."""
     table = Table(title="median time of a step, in milliseconds; activations a second")
     for column in ("workload", "others", OURS, "ratio", "goal"):
         table.add_column(column, justify="left" if column in ("workload", "others") else "right")
@@ -185,7 +185,7 @@ def as_table(results: dict[str, Times], tuned: bool) -> Table:
 
 
 def speed(seconds: list[float], workload: Workload) -> str:
-    """Return a median in milliseconds, and activations a second where they count."""
+    """Return a median in milliseconds, and activations per second if they are counted."""
     middle = median(seconds)
     rate = f" ({workload.activations / middle:,.0f}/s)" if workload.activations else ""
     return f"{middle * 1e3:,.1f}{rate}"

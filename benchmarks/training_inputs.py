@@ -20,9 +20,9 @@ class LMCase:
 
     config: ModelConfig
     batch: tuple[int, int]
-    """Rows and tokens a step."""
+    """Rows, and tokens per row, in a step."""
     file: str
-    """Name of its first weights in the benchmark's folder."""
+    """File of its initial weights in the benchmark's folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ class DictionaryCase:
     width: int
     n_features: int
     batch: int = 4096
-    """Activation vectors a step."""
+    """Activation vectors per step."""
     k: int = 32
-    """Active features a vector, of topk and batch_topk."""
+    """Active features per vector, for topk and batch_topk."""
 
 
 FULL = LMCase(ModelConfig(), (8, 256), "full.pt")

@@ -65,7 +65,7 @@ def test_the_card_s_dictionaries_are_good():
         assert dead < 5, tag
 
 
-@pytest.mark.parametrize("tags", [["A1", "M3"], pytest.param(TAGS, marks=pytest.mark.slow)], ids=["two", "all"])
+@pytest.mark.parametrize("tags", [["M3"], pytest.param(TAGS, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_dictionaries_measure_as_the_card_says(mini, unseen, tags):
     stated = stated_on_the_card()
     measured = evaluate(mini, [mini[tag].dictionary for tag in tags], unseen[0])
@@ -79,8 +79,8 @@ def test_dictionaries_measure_as_the_card_says(mini, unseen, tags):
 
 
 def test_its_stories_end_and_keep_their_names(mini):
-    told = mini.generate(["Once upon a time"] * 16, 250, 0.6)
-    assert sum(story.endswith("[END]") for story in told) >= 14
+    told = mini.generate(["Once upon a time"] * 8, 250, 0.6)
+    assert sum(story.endswith("[END]") for story in told) >= 7
     met = [set(re.findall(r"\w+", story)) & cast.NAMES for story in told]
     assert all(met)
     # a hero and a friend: the generator never tells a third name

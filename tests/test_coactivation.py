@@ -1,6 +1,7 @@
 """Which features are active together: exact on the sample, undefined where a feature does not vary."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.top_activations import TopActivations, top_activations
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
+from tinymodel_jax.commands.inputs import open_rows
 
 
 def draw(tokens: int, n_features: int, share: float, always: int = 2) -> np.ndarray:
@@ -57,7 +59,7 @@ def test_all_active_features_of_a_token_count_however_many_there_are(share):
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_where_counting_takes_long_the_sample_is_thinned_evenly(share, monkeypatch):
     active = draw(999, 96, share)
-    work = min(np.square(active.sum(axis=1)).sum(), 999 * 96**2 / coactivation.AS_ONE)
+    work = min(np.square(active.sum(axis=1)).sum(), 999 * 96**2 / coactivation.DENSE_SPEEDUP)
     monkeypatch.setattr(coactivation, "PAIRS", work / 2.5)
     assert_partners(active[::3], *partners_of_all(np.packbits(active, axis=1), 96, 6))
 
@@ -69,10 +71,18 @@ def test_without_tokens_every_correlation_is_undefined():
 
 
 @pytest.fixture(scope="module")
-def found() -> tuple[TopActivations, np.ndarray]:
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of short stories: the paragraphs of one of the story world."""
+    path = tmp_path_factory.mktemp("stories") / "stories.txt"
+    path.write_text(storyworld.story(0, 0).text + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(stories: Path) -> tuple[TopActivations, np.ndarray]:
     """A search of a bundled dictionary of which up to 89 features are active at a token, and the activity."""
     lm = TinyModel("mini")
-    rows, _ = lm.tokenizer([story.text for story in storyworld.stories(0, 3)], add_end=True)
+    rows = open_rows(lm, str(stories), 10)
     return top_activations(lm, "M0", rows), np.asarray(lm["M0"](rows))[lm.config.is_text(rows)] > 0
 
 
@@ -83,16 +93,13 @@ def test_a_bundled_dictionary_s_partners_are_those_of_its_activity(found):
     assert_partners(active, result.partners, result.correlation)
 
 
-def test_the_command_the_pages_and_the_file_agree_on_what_is_undefined(found, tmp_path, capsys):
+def test_the_command_and_the_pages_agree_on_what_is_undefined(found, stories, capsys):
     result, active = found
     always, varies = int(np.argmax(active.all(axis=0))), int(np.argmax(result.partners[:, 0] >= 0))
     assert _partners(result)[always] is None
     listed = _partners(result)[varies]
     assert listed is not None
     assert listed[0][0] == result.partners[varies, 0]
-    result.save(tmp_path / "found.safetensors")
-    stories = tmp_path / "stories.txt"
-    stories.write_text("Mia saw a dog. The dog was big and happy.\n")
     command = ["top", "--site", "M0", "--feature", str(always), "--data", str(stories)]
     assert cli.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["partners"] is None

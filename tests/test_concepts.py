@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.analysis.concepts.labels import CHUNK, auc_of_all, score_concepts
+from tinymodel_jax.analysis.concepts import labels
+from tinymodel_jax.analysis.concepts.labels import auc_of_all, score_concepts
 
 POSITIONS, CONCEPTS = 4000, 5
 
@@ -37,7 +38,7 @@ def test_a_perfect_dictionary_scores_one_and_its_features_are_named(truth):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_random_units_score_the_chance_level(truth, sparse):
-    acts = np.random.default_rng(2).normal(size=(POSITIONS, 300))
+    acts = np.random.default_rng(2).normal(size=(POSITIONS, 100))
     found = scores(np.maximum(acts - 1, 0) if sparse else acts, truth)
     assert np.abs(found.auc - 0.5).max() < 0.12  # 20 positives of the rarest: a standard error of 0.065
     assert (found.f1 < found.chance_f1 + 0.05).all()
@@ -69,11 +70,12 @@ def test_a_unit_that_fits_only_where_it_was_chosen_gets_no_credit(truth):
     assert found.auc[0] == pytest.approx(0.5)
 
 
-def test_the_best_unit_is_found_in_any_chunk(truth):
-    acts = np.random.default_rng(5).random((POSITIONS, 2 * CHUNK + 3)) * 0.5
+def test_the_best_unit_is_found_in_any_chunk(truth, monkeypatch):
+    monkeypatch.setattr(labels, "CHUNK", 8)
+    acts = np.random.default_rng(5).random((POSITIONS, 19)) * 0.5
     acts[:, -1] = truth[:, 2]
     found = scores(acts, truth)
-    assert found.f1_unit[2] == found.auc_unit[2] == 2 * CHUNK + 2
+    assert found.f1_unit[2] == found.auc_unit[2] == 18
 
 
 def test_a_concept_that_holds_nowhere_has_no_score(truth):

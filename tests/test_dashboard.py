@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
+from oracle import F32, assert_close, encode, forward
 
-from tinymodel_jax.analysis.effects.importance import causal_importance
+from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
 from tinymodel_jax.analysis.report.dashboard import build, windows
-from tinymodel_jax.analysis.report.dashboard.build import Heading, gather, text_records, write_dashboard
-from tinymodel_jax.analysis.report.dashboard.records import Facts, shard_records, text_record
-from tinymodel_jax.analysis.report.dashboard.shards import rounded, write_data
+from tinymodel_jax.analysis.report.dashboard.build import Heading, gather, text_records, write_dashboard, write_data
+from tinymodel_jax.analysis.report.dashboard.records import Facts, rounded, shard_records, text_record
 from tinymodel_jax.analysis.report.dashboard.weights_graph import neighbours, strongest_products, weights_graph
-from tinymodel_jax.analysis.report.dashboard.windows import BEFORE, TOP, shown_contexts, window_activations
+from tinymodel_jax.analysis.report.dashboard.windows import BEFORE, TOP, window_activations
+from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.top_activations import top_activations
 from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.params import flatten
 
 SPECIAL, UNK = (19, 20, 21), 22
 MINI = ["dashboard", "--site", "M2", "--model", "mini", "--limit", "6"]
@@ -54,8 +56,10 @@ def rows() -> np.ndarray:
 @pytest.fixture(scope="module")
 def facts(shared_lm: TinyModel, rows: np.ndarray) -> Facts:
     found = top_activations(shared_lm, "M1", rows)
-    importance = causal_importance(shared_lm, "M1", rows[:3])
-    f1 = np.random.default_rng(0).random((12, 5))
+    rng = np.random.default_rng(0)
+    f1, stream = rng.random((12, 5)), rng.normal(size=(12, 16)).astype(np.float32)
+    kl, loss, kl_all, loss_all = (MeanEffect(*rng.normal(size=(2, 12))) for _ in range(4))
+    importance = CausalImportance(3, rng.integers(0, 4, 12), kl, loss, kl_all, loss_all, stream)
     measured = gather(shared_lm["M1"], rows, found, shared_lm.dictionary_tags[:-1], silent)
     return dataclasses.replace(measured, f1=f1, importance=importance)
 
@@ -88,10 +92,10 @@ def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids):
     """With what lies between held fixed, steering a feature of M0 moves M1's pre-activations by the weights."""
     links = weights_graph(lm, "M1", ["M0"], top=12).upstream["M0"]
     read, between = "blocks.1.hook_mlp_in", "blocks.1.hook_attn_out"
-    direction = lm["M0"].dictionary.params["W_dec"][5]
-    _, clean = lm.run_with_cache(tok_ids, [read, between])
-    hooks = {"blocks.0.hook_mlp_out": lambda x, acts: x + 0.5 * direction, between: lambda x, acts: clean[between]}
-    _, steered = lm.run_with_hooks(tok_ids, hooks, keep=[read])
+    direction = np.asarray(lm["M0"].dictionary.params["W_dec"][5])
+    _, clean = forward(flatten(lm.params), lm.config, tok_ids)
+    edits = {"blocks.0.hook_mlp_out": lambda x, seen: x + 0.5 * direction, between: lambda x, seen: clean[between]}
+    _, steered = forward(flatten(lm.params), lm.config, tok_ids, edits)
     moved = np.asarray((steered[read] - clean[read]) @ lm["M1"].dictionary.params["W_enc"])
     weight = links.values[links.features == 5]
     np.testing.assert_allclose(moved, np.broadcast_to(0.5 * weight, moved.shape), atol=1e-5)
@@ -114,19 +118,35 @@ def test_neighbours_are_the_largest_cosines_whatever_the_chunks(monkeypatch):
     np.testing.assert_allclose(np.take_along_axis(W @ W[:7].T, products.features, axis=1), products.values, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def read(shared_lm: TinyModel, rows: np.ndarray) -> np.ndarray:
+    """What a dictionary at M1 reads when the model runs through that at M0."""
+    name = "blocks.1.hook_mlp_in"
+    return np.asarray(shared_lm.splice("M0").run_with_cache(rows, name)[1][name])
+
+
+def strongest_rows(acts: np.ndarray, n: int) -> Contexts:
+    """Return the rows with the largest peaks of each feature."""
+    peaks = acts.max(axis=1).T
+    order = np.argsort(-peaks, axis=1)[:, :n]
+    value = np.take_along_axis(peaks, order, axis=1)
+    position = np.take_along_axis(acts.argmax(axis=1).T, order, axis=1)
+    return Contexts(value, np.where(value > 0, order, -1).astype(np.int32), position.astype(np.int32))
+
+
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [("relu", {}), ("topk", {"k": 3}), ("batch_topk", {"k": 3}), ("jumprelu", {}), ("gated", {})],
 )
-def test_windows_hold_the_activations_of_the_whole_dictionary(lm, rows, architecture, options, monkeypatch):
+def test_windows_hold_the_activations_of_the_whole_dictionary(lm, rows, read, architecture, options, monkeypatch):
     monkeypatch.setattr(windows, "TOGETHER", 7)
     site = "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"
     lm.attach("M1", make_dictionary(*site, architecture=architecture, subtract_b_dec=True, **options))
     spliced = lm.splice("M0")
-    contexts = shown_contexts(top_activations(spliced, "M1", rows))
-    acts = window_activations(spliced["M1"], rows, contexts, batch=4)
-    dense = np.array(spliced["M1"](rows))
+    dense = encode(spliced["M1"].dictionary.params, spliced["M1"].dictionary.config, read)
     dense[np.isin(rows, SPECIAL)] = 0
+    contexts = strongest_rows(dense, 9)
+    acts = window_activations(spliced["M1"], rows, contexts, batch=4)
     assert np.any(contexts.row >= 0)
     for (feature, number), row in np.ndenumerate(contexts.row):
         expected = np.zeros(acts.shape[2])
@@ -134,7 +154,7 @@ def test_windows_hold_the_activations_of_the_whole_dictionary(lm, rows, architec
             place = contexts.position[feature, number] - BEFORE + i
             if row >= 0 and 0 <= place < rows.shape[1]:
                 expected[i] = dense[row, place, feature]
-        np.testing.assert_allclose(acts[feature, number], expected, atol=1e-5)
+        assert_close(acts[feature, number], expected, F32)
     present = contexts.row >= 0
     np.testing.assert_allclose(acts[..., BEFORE][present], contexts.value[present], rtol=1e-4)
 
@@ -262,7 +282,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
 
 def pages_of(folder: Path, name: str) -> Path:
     """Make a folder as a dashboard's, whose page says `name`."""
-    (folder / "data").mkdir(parents=True)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(f"{build.GENERATOR} {name}")
     return folder
 
@@ -286,28 +306,28 @@ def test_a_run_that_is_stopped_while_it_takes_its_place_leaves_nothing_to_the_ne
     assert {path.name for path in tmp_path.iterdir()} == {"pages", "pages.old"}
 
 
-def test_an_older_dashboard_is_replaced_and_nothing_else(tmp_path, capsys):
-    older = tmp_path / "older"
-    (older / "data").mkdir(parents=True)
+def test_an_older_dashboard_is_replaced(tmp_path):
+    older, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
     (older / "data/shard-0999.js").touch()
-    (older / "index.html").write_text(build.GENERATOR)
-    options = ["--with", "M0", "--text", "Once upon a time", "--text", "A fox"]
-    with as_users_run_it():
-        assert cli.main([*MINI, "-o", str(older), *options]) == 0
-    assert not (older / "data/shard-0999.js").exists()
-    assert len(read_data(older, "index")["texts"]) == 2
-    assert list(read_data(older, "shard-0000")[0]["upstream"]) == ["M0"]
+    for name in build.WORK:
+        (partial / name).touch()
+    assert build.open_partial(older) == partial
+    build.publish(pages_of(partial, "third"), older)
+    assert {path.name for path in older.iterdir()} == {"index.html", "data"}
+    assert not list((older / "data").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["pages"]
 
-    assert [path.name for path in tmp_path.iterdir()] == ["older"]
 
-    other = tmp_path / "other"
-    (other / "data").mkdir(parents=True)
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    other = pages_of(tmp_path / "other", "")
     (other / "index.html").write_text("my own page")
-    capsys.readouterr()
-    with as_users_run_it():
-        assert cli.main([*MINI, "-o", str(other)]) == 1
-    assert "is there and no dashboard; name another folder" in capsys.readouterr().err
+    mixed = pages_of(tmp_path / "mixed", "")
+    (mixed / "notes").touch()
+    for folder in (other, mixed):
+        with pytest.raises(ValueError, match="exists and is not a dashboard; name another folder"):
+            build.open_partial(folder)
     assert (other / "index.html").read_text() == "my own page"
+    assert (mixed / "notes").exists()
 
 
 @pytest.mark.parametrize(

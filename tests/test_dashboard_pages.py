@@ -1,5 +1,6 @@
 """The pages of a dashboard in a real browser: of the bundled model, and of 25,000 features."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 
 from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
-from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, Heading, write_dashboard
+from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GENERATOR, Heading, write_dashboard
 from tinymodel_jax.analysis.report.dashboard.records import Facts
 from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.report.dashboard.windows import AFTER, BEFORE, shown_contexts
@@ -35,23 +36,30 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dashboard of the bundled model."""
+    """A dashboard of the bundled model, in the place of an older one."""
     out = tmp_path_factory.mktemp("mini") / "pages"
+    (out / "data").mkdir(parents=True)
+    (out / "data/shard-0999.js").touch()
+    (out / "index.html").write_text(GENERATOR)
     options = ["--site", "M2", "--model", "mini", "--limit", "8", "--with", "M1,Rm3"]
     with as_users_run_it():
         assert cli.main(["dashboard", *options, "--text", TEXT, "-o", str(out)]) == 0
+    assert not (out / "data/shard-0999.js").exists()
     return out
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dashboard without concepts, with effects that were measured on one row."""
-    folder = tmp_path_factory.mktemp("plain")
-    (folder / "stories.txt").write_text("Mia saw a dog. The dog was big.\nLeo lost his red ball.\n")
-    options = ["--site", "M2", "--model", "mini", "--data", str(folder / "stories.txt"), "--with", "M3"]
-    with as_users_run_it():
-        assert cli.main(["dashboard", *options, "--effects", "1", "-o", str(folder / "pages")]) == 0
-    return folder / "pages"
+    """A dashboard of sixty invented features without concepts, with effects that were measured on one row."""
+    out = tmp_path_factory.mktemp("plain")
+    facts, rows = invented(60)
+    effect = MeanEffect(np.random.default_rng(1).gamma(0.5, 0.01, 60), np.full(60, np.nan))
+    stream = np.zeros((60, 1), np.float32)
+    importance = CausalImportance(1, np.ones(60, int), effect, effect, effect, effect, stream)
+    words = [f" word{i}" for i in range(VOCABULARY)]
+    facts = dataclasses.replace(facts, importance=importance)
+    write(out, facts, rows, words)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +71,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("many")
     facts, rows = invented(MANY)
     words = [HOSTILE, *(f" word{i}" for i in range(1, VOCABULARY))]
-    heading, config = Heading("a model", "M2", "about"), ModelConfig(d_vocab=VOCABULARY)
     opened = {feature // A_SHARD for feature in (7, 64, 12345)}
 
     def track(things: Sequence[Any], what: str) -> Sequence[Any]:
         return [shard for shard in things if shard in opened] if what == "pages" else things
 
-    write_dashboard(out, heading, facts, rows, words, config, {}, [], track)
+    write(out, facts, rows, words, track)
     return out
+
+
+def write(out: Path, facts: Facts, rows: np.ndarray, words: list[str], track: Any = lambda things, _: things) -> None:
+    heading, config = Heading("a model", "M2", "about"), ModelConfig(d_vocab=VOCABULARY)
+    write_dashboard(out, heading, facts, rows, words, config, {}, [], track)
 
 
 def invented(n: int) -> tuple[Facts, np.ndarray]:
@@ -219,7 +231,7 @@ def test_effects_of_one_row_have_no_interval_to_speak_of(plain, browser):
     assert "nats per position over 1 row; KL +" in said
     assert said.endswith(" nats over the one where it is active ([BEGIN] and [END] count here)")
     assert "±" not in said
-    assert "Seen on 19 tokens of 2 rows." in " ".join(texts(browser, "header p")[0].split())
+    assert "Measured on 19,200 tokens of 300 rows." in " ".join(texts(browser, "header p")[0].split())
     assert problems(browser) == []
 
 
@@ -252,9 +264,8 @@ def test_small_and_large_numbers_are_written_alike(mini, browser):
     assert shown == ["0", "0.000143", "0.001284", "0.02", "-1.235", "12.35", "1235", "≈ 0"]
 
 
-@pytest.mark.parametrize("width", [360, 420])
-def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser, width):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser):
+    size = {"width": 360, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
         for page in (plain, mini, many):
@@ -279,7 +290,7 @@ def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser, widt
 
 def test_a_histogram_of_some_tokens_says_so_and_is_left_out_where_it_counts_none(many, browser):
     open_page(browser, many, "#feature/14")
-    assert "two bins an octave; one token in 9" in texts(browser, ".ends")[0]
+    assert "two bins per octave; one token in 9" in texts(browser, ".ends")[0]
     go(browser, "#feature/13")
     assert texts(browser, ".histogram") == []
     assert "Strongest contexts" in texts(browser, "main")[0]
@@ -288,11 +299,11 @@ def test_a_histogram_of_some_tokens_says_so_and_is_left_out_where_it_counts_none
 
 def test_what_is_not_there_is_said(many, browser):
     open_page(browser, many, "#feature/25000")
-    assert texts(browser, "[role=alert]") == ["There is no such feature; they are 0 to 24999."]
+    assert texts(browser, "[role=alert]") == ["There is no feature 25000; features are numbered 0 to 24999."]
     moved = many / "data/shard-0001.js"
     moved.rename(many / "data/away.js")
     open_page(browser, many, "#feature/64")
-    assert "data/shard-0001.js is not there" in texts(browser, "[role=alert]")[0]
+    assert "data/shard-0001.js is missing" in texts(browser, "[role=alert]")[0]
     (many / "data/away.js").rename(moved)
     go(browser, "#feature/65")
     assert len(problems(browser)) == 1  # the missing file

@@ -80,9 +80,13 @@ def test_the_loss_counts_neither_padding_nor_what_follows_it(params, config, tok
     assert_close(losses[0], next_token_loss(forward(flatten(params), config, tok_ids[:, :7])[0], tok_ids[:, :7]), F32)
 
 
-def test_loss_and_gradients_equal_the_reference_s(golden_lm, golden, golden_ids):
-    expected = golden("lm_grads_adamw.npz")
-    loss, grads = jax.value_and_grad(loss_of)(golden_lm.params, golden_ids, golden_lm.config)
+@pytest.fixture(scope="module")
+def loss_and_gradients(shared_golden_lm, golden_ids):
+    return jax.value_and_grad(loss_of)(shared_golden_lm.params, golden_ids, shared_golden_lm.config)
+
+
+def test_loss_and_gradients_equal_the_reference_s(golden_lm, golden, loss_and_gradients):
+    expected, (loss, grads) = golden("lm_grads_adamw.npz"), loss_and_gradients
     assert_close(loss, expected["loss"], GOLDEN)
     grads = as_torch(grads, golden_lm.config)
     for name in expected.files:
@@ -92,12 +96,12 @@ def test_loss_and_gradients_equal_the_reference_s(golden_lm, golden, golden_ids)
     assert_gradient_close(norms, expected["grad_l2/all"])
 
 
-def test_an_adamw_step_on_our_gradients_is_the_reference_s(golden_lm, golden, golden_ids):
+def test_an_adamw_step_on_our_gradients_is_the_reference_s(golden_lm, golden, golden_ids, loss_and_gradients):
     """Decoupled weight decay, Loshchilov and Hutter 2019, Algorithm 2, by hand for the first step."""
     expected, config = golden("lm_grads_adamw.npz"), golden_lm.config
     rate, beta1, beta2, epsilon, decay = 1e-3, 0.9, 0.95, 1e-8, 0.1
     after = {}
-    grads = flatten(jax.grad(loss_of)(golden_lm.params, golden_ids, config))
+    grads = flatten(loss_and_gradients[1])
     for name, value in flatten(golden_lm.params).items():
         grad, value = np.asarray(grads[name], np.float64), np.asarray(value, np.float64)
         mean, square = (1 - beta1) * grad / (1 - beta1), (1 - beta2) * grad**2 / (1 - beta2)
@@ -181,11 +185,11 @@ def test_one_program_serves_all_edits_of_a_kind(params, config, tok_ids, compila
         "scale": [interventions.scale("blocks.0.hook_mlp_out", factor) for factor in (0.0, 0.5)],
         "none": [{}, {}],
     }
+    cases = [(hooks, ()) for hooks in kinds.values()] + [(kinds["add"], ("blocks.1.hook_resid_mid",))]
     results = []
-    for hooks in kinds.values():
-        for keep in ((), ("blocks.1.hook_resid_mid",)):
-            with compilations() as compiled:
-                results += [passes.forward(HookedModel(params, config, hook), ids, keep=keep)[0] for hook in hooks]
-                assert compiled.value <= 1  # 0 where another test has asked for the same
+    for hooks, keep in cases:
+        with compilations() as compiled:
+            results += [passes.forward(HookedModel(params, config, hook), ids, keep=keep)[0] for hook in hooks]
+            assert compiled.value <= 1  # 0 where another test has asked for the same
     values = [np.asarray(result).tobytes() for result in results]
     assert len(set(values)) == 7  # two edits of each of three kinds, and none; with `keep` they are the same again

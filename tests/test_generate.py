@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import error_of, forward, softmax
+from oracle import error_of, forward, reconstruct, softmax
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
@@ -26,11 +27,11 @@ GREEDY = [
 ]
 
 
-def uncached(lm, prompt, n_toks, end_id=None):
-    """Continue one prompt by the argmax of the whole forward pass, recomputed for every token."""
-    ids = list(prompt)
+def uncached(lm, prompt, n_toks, end_id=None, edits=None):
+    """Continue one prompt by the argmax of NumPy's forward pass, recomputed for every token."""
+    ids, params = list(prompt), flatten(lm.params)
     for _ in range(min(n_toks, lm.config.n_ctx - len(ids))):
-        ids.append(int(np.argmax(np.asarray(lm(ids))[0, -1])))
+        ids.append(int(forward(params, lm.config, [ids], edits)[0][0, -1].argmax()))
         if ids[-1] == end_id:
             break
     return ids
@@ -48,13 +49,17 @@ def golden_prompt(golden):
     return np.array([[case["begin"], *map(int, case["prompt"].split())]], np.int32)
 
 
-@pytest.mark.parametrize("case", GREEDY)
-def test_greedy_text_is_the_reference_s(golden_lm, golden, case):
-    case = golden("generate.json")[case]
-    prompt = np.array([[case["begin"], *map(int, case["prompt"].split())]], np.int32)
-    end_id = case["end"] if case["kwargs"].get("break_on_end", True) else None
-    out = continue_prompts(golden_lm.hooked(), prompt, case["kwargs"]["n_toks"], 0.0, end_id)
-    assert out.tolist() == [[case["begin"], *case["ids_after_begin"]]]
+def test_greedy_text_is_the_reference_s(golden_lm, golden):
+    """All cases in one batch, since fewer tokens are the start of more."""
+    cases = [golden("generate.json")[name] for name in GREEDY]
+    prompts = ragged([[c["begin"], *map(int, c["prompt"].split())] for c in cases], golden_lm.config.pad_id)
+    ends = [c["end"] if c["kwargs"].get("break_on_end", True) else None for c in cases]
+    texts = {end: continue_prompts(golden_lm.hooked(), prompts, 50, 0.0, end) for end in {*ends}}
+    for row, (case, end) in enumerate(zip(cases, ends, strict=True)):
+        expected = [case["begin"], *case["ids_after_begin"]]
+        assert texts[end][row, : len(expected)].tolist() == expected
+        if expected[-1] == end:
+            assert (texts[end][row, len(expected) :] == golden_lm.config.pad_id).all()
 
 
 def test_a_prompt_that_fills_the_context_gets_no_token_more(golden_lm, golden):
@@ -77,15 +82,23 @@ def test_batched_prompts_of_different_lengths_equal_the_uncached_argmax(lm):
     assert out.tolist() == ragged(expected, lm.config.pad_id).tolist()
 
 
-def test_a_row_stops_at_the_end_token_and_the_others_go_on(golden_lm, golden_prompt):
-    """169 is the fourth token that follows the golden prompt."""
-    other = [3, 1, 4]
-    expected = [uncached(golden_lm, prompt, 10, 169) for prompt in (golden_prompt[0].tolist(), other)]
-    assert expected[0][-1] == 169
-    assert len(expected[0]) - 6 < len(expected[1]) - 3
-    pad = golden_lm.config.pad_id
-    out = continue_prompts(golden_lm.hooked(), ragged([golden_prompt[0], other], pad), 10, 0.0, 169)
+def test_a_row_stops_at_the_end_token_and_the_others_continue(lm):
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    end = uncached(lm, prompts[0], 4)[-1]
+    expected = [uncached(lm, prompt, 10, end) for prompt in prompts]
+    assert len(expected[0]) - len(prompts[0]) == 4 < len(expected[1]) - len(prompts[1])
+    pad = lm.config.pad_id
+    out = continue_prompts(lm.hooked(), ragged(prompts, pad), 10, 0.0, end)
     assert out.tolist() == ragged(expected, pad).tolist()
+
+
+def test_a_prompt_that_ends_is_finished_unless_told_otherwise(lm):
+    config = lm.config
+    rows = [[config.begin_id, 5, 17], [config.begin_id, 5, config.end_id]]
+    out = lm.generate_ids(rows, 4, 0.0)
+    assert out.shape[1] > 3
+    assert out[1].tolist() == [*rows[1], *[config.pad_id] * (out.shape[1] - 3)]
+    assert (lm.generate_ids(rows, 4, 0.0, break_on_end=False)[1] != config.pad_id).sum() == 7
 
 
 def test_padding_inside_a_prompt_is_a_token_like_any_other(lm):
@@ -102,24 +115,30 @@ def test_rows_are_as_long_as_the_longest_needs(lm):
     np.testing.assert_array_equal(continue_prompts(lm.hooked(), prompts, 0, 0.0), prompts[:, :4])
 
 
-def test_a_spliced_model_generates_as_its_own_uncached_forward_pass(golden_lm):
-    spliced = golden_lm.splice(["M1", "A2", "Rm3", "Ra0"])
-    prompts = [[208, 5, 17], [208, 100, 3, 42, 9, 7]]
-    expected = [uncached(spliced, prompt, 8) for prompt in prompts]
-    assert expected != [uncached(golden_lm, prompt, 8) for prompt in prompts]
-    out = spliced.generate_ids(ragged(prompts, golden_lm.config.pad_id), 8, 0.0, break_on_end=False)
-    assert out.tolist() == ragged(expected, golden_lm.config.pad_id).tolist()
+def test_a_spliced_model_generates_as_numpy_does(lm):
+    tags, prompts = ["M1", "A1", "Rm1", "Ra1"], [[19, 5, 17], [19, 10, 3, 4, 9, 7]]
+    edits = dict(splice_edit(lm.dictionaries[tag]) for tag in tags)
+    expected = [uncached(lm, prompt, 8, edits=edits) for prompt in prompts]
+    assert expected != [uncached(lm, prompt, 8) for prompt in prompts]
+    out = lm.splice(tags).generate_ids(ragged(prompts, lm.config.pad_id), 8, 0.0, break_on_end=False)
+    assert out.tolist() == ragged(expected, lm.config.pad_id).tolist()
+
+
+def splice_edit(dictionary):
+    """Return the hook point that a dictionary predicts, and the edit that puts the prediction there."""
+    params, config = dictionary.params, dictionary.config
+
+    def edit(value, seen):
+        return reconstruct(params, config, value if config.hook_in == config.hook_out else seen[config.hook_in])
+
+    return config.hook_out, edit
 
 
 def test_hooks_act_on_the_prompt_and_on_every_new_token(lm):
     hooks = interventions.steer("blocks.0.hook_mlp_out", jnp.linspace(-2, 2, 16))
-    flat, ids, plain = flatten(lm.params), [3, 1, 4], [3, 1, 4]
-    vector = np.linspace(-2, 2, 16)
-    for _ in range(8):
-        edits = {"blocks.0.hook_mlp_out": lambda value, seen: value + vector}
-        ids.append(int(forward(flat, lm.config, [ids], edits)[0][0, -1].argmax()))
-        plain.append(int(forward(flat, lm.config, [plain])[0][0, -1].argmax()))
-    assert ids != plain
+    vector, prompt = np.linspace(-2, 2, 16), [3, 1, 4]
+    ids = uncached(lm, prompt, 8, edits={"blocks.0.hook_mlp_out": lambda value, seen: value + vector})
+    assert ids != uncached(lm, prompt, 8)
     assert continue_prompts(lm.hooked().with_hooks(hooks), np.array([[3, 1, 4]]), 8, 0.0).tolist() == [ids]
 
 
@@ -135,8 +154,8 @@ def test_bfloat16_generation_is_its_own_uncached_argmax(lm):
 
 
 def test_sampled_frequencies_are_the_model_s_probabilities(golden_lm, golden, golden_prompt):
-    """4,096 draws; a frequency deviates by sqrt(p (1 - p) / n), by five of those once in 8,000 runs of 211 tokens."""
-    n = 4096
+    """A frequency deviates by sqrt(p (1 - p) / n), by five of those once in 8,000 runs of 211 tokens."""
+    n = 2048
     prompts = np.repeat(golden_prompt, n, axis=0)
     for temperature in (0.8, 2.0):
         expected = np.array(golden("generate.json")[f"next_tok_probs_T{temperature}"])
@@ -148,7 +167,7 @@ def test_sampled_frequencies_are_the_model_s_probabilities(golden_lm, golden, go
 
 
 def test_filtered_sampling_draws_the_kept_tokens_only_and_each_in_its_share(golden_lm, golden, golden_prompt):
-    n, temperature, k, p = 4096, 2.0, 12, 0.6
+    n, temperature, k, p = 2048, 2.0, 12, 0.6
     probabilities = np.array(golden("generate.json")[f"next_tok_probs_T{temperature}"])
     prompts = np.repeat(golden_prompt, n, axis=0)
     cases: list[tuple[dict[str, Any], np.ndarray]] = [
@@ -161,7 +180,7 @@ def test_filtered_sampling_draws_the_kept_tokens_only_and_each_in_its_share(gold
         expected = np.where(kept, probabilities, 0) / probabilities[kept].sum()
         frequencies = np.bincount(out[:, -1], minlength=211) / n
         assert set(np.flatnonzero(frequencies)) <= set(np.flatnonzero(kept))
-        # Every kept token has at least 1 percent here, 40 expected draws: all appear.
+        # Every kept token has at least 1 percent here, 20 expected draws: all appear.
         assert expected[kept].min() > 0.01
         assert set(np.flatnonzero(frequencies)) == set(np.flatnonzero(kept))
         assert (np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / n)).all()
@@ -179,6 +198,9 @@ def likely(probabilities, top_k, top_p):
     return kept
 
 
+compiled_keep = jax.jit(keep_likely)
+
+
 @settings(max_examples=60)
 @given(
     st.integers(0, 10**6),
@@ -188,7 +210,7 @@ def likely(probabilities, top_k, top_p):
 )
 def test_what_is_kept_is_what_numpy_keeps(seed, top_k, top_p, spread):
     logits = (np.random.default_rng(seed).normal(size=(3, 23)) * spread).astype(np.float32)
-    kept = np.asarray(keep_likely(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
+    kept = np.asarray(compiled_keep(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
     for row, out in zip(logits.astype(np.float64), kept, strict=True):
         expected = likely(softmax(row), top_k, top_p)
         np.testing.assert_array_equal(np.isfinite(out), expected)
@@ -197,7 +219,7 @@ def test_what_is_kept_is_what_numpy_keeps(seed, top_k, top_p, spread):
 
 def test_ties_with_the_last_kept_token_are_kept():
     logits = jnp.array([[1.0, 3.0, 1.0, 0.0]])
-    assert np.isfinite(keep_likely(logits, jnp.int32(2), jnp.float32(1))).tolist() == [[True, True, True, False]]
+    assert np.isfinite(compiled_keep(logits, jnp.int32(2), jnp.float32(1))).tolist() == [[True, True, True, False]]
 
 
 def sample(lm, prompts=((3, 1, 4),), **options):
@@ -213,7 +235,7 @@ def test_one_candidate_is_the_greedy_choice(lm):
         assert sample(lm, seed=5, **options) == greedy
 
 
-@pytest.mark.parametrize("temperature", [1.17e-38, 1e-40, 1e-46, 5e-324])
+@pytest.mark.parametrize("temperature", [1.17e-38, 1e-46, 5e-324])
 def test_a_temperature_that_float32_holds_as_a_subnormal_number_is_greedy(lm, temperature):
     greedy = sample(lm, temperature=0.0)
     for options in ({}, {"top_k": 3}, {"top_p": 0.5}):
@@ -228,8 +250,8 @@ def test_the_smallest_normal_numbers_take_the_most_likely_token(lm, options):
 
 
 def test_the_largest_temperature_draws_every_token_alike(lm):
-    drawn = sample(lm, prompts=[(3, 1, 4)] * 400, temperature=3.4e38, n_toks=1)
-    assert len({row[-1] for row in drawn}) > lm.config.d_vocab / 2
+    drawn = sample(lm, prompts=[(3, 1, 4)] * 2, temperature=3.4e38, n_toks=13)
+    assert len({token for row in drawn for token in row[3:]}) > lm.config.d_vocab / 2
 
 
 def test_filters_that_let_everything_pass_change_nothing(lm):
@@ -309,11 +331,8 @@ def test_a_prompt_without_tokens_is_an_error(lm, ids):
 
 
 def test_edited_values_of_the_prompt_reach_the_cache(lm):
-    name, ids, plain = "blocks.0.attn.hook_v", [3, 1, 4, 1, 5], [3, 1, 4, 1, 5]
-    flat = flatten(lm.params)
-    for _ in range(8):
-        ids.append(int(forward(flat, lm.config, [ids], {name: lambda value, seen: value * -9})[0][0, -1].argmax()))
-        plain.append(int(forward(flat, lm.config, [plain])[0][0, -1].argmax()))
-    assert ids != plain
+    name, prompt = "blocks.0.attn.hook_v", [3, 1, 4, 1, 5]
+    ids = uncached(lm, prompt, 8, edits={name: lambda value, seen: value * -9})
+    assert ids != uncached(lm, prompt, 8)
     hooks = interventions.scale(name, -9.0)
     assert continue_prompts(lm.hooked().with_hooks(hooks), np.array([[3, 1, 4, 1, 5]]), 8, 0.0).tolist() == [ids]

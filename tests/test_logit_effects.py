@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
+from oracle import forward
 
 from tinymodel_jax.analysis.search import logit_effects as module
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
-from tinymodel_jax.model import interventions
+from tinymodel_jax.params import flatten
 
 
 @pytest.mark.parametrize("tag", ["M1", "Ra1", "A1"])
@@ -27,9 +28,9 @@ def test_in_the_last_layer_it_is_the_whole_effect(lm, tok_ids):
     """Nothing comes after the last MLP: clamping the feature 1 higher moves the centred logits by the effect."""
     dictionary = lm["M1"].dictionary
     found = logit_effects(lm, "M1", top=23, features=np.array([5]))
-    name = dictionary.config.hook_out
-    steered, _ = lm.run_with_hooks(tok_ids, interventions.steer(name, dictionary.params["W_dec"][5]))
-    moved = np.asarray(steered - lm(tok_ids))
+    edits = {dictionary.config.hook_out: lambda value, seen: value + np.asarray(dictionary.params["W_dec"][5])}
+    steered, plain = (forward(flatten(lm.params), lm.config, tok_ids, edit)[0] for edit in (edits, None))
+    moved = steered - plain
     moved = moved - moved.mean(axis=-1, keepdims=True)
     expected = np.broadcast_to(found.promoted_effect[0], (*tok_ids.shape, 23))
     np.testing.assert_allclose(moved[..., found.promoted[0]], expected, atol=1e-4)
@@ -39,20 +40,20 @@ def test_features_heads_errors_embeddings_and_biases_add_up_to_the_logits(lm, to
     """There is no layer norm, so what each part writes to the stream, times W_U, is its share of every logit."""
     lm.attach("M0", make_dictionary("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", seed=3))
     names = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.hook_z", "hook_mlp_in", "hook_mlp_out")]
-    _, acts = lm.run_with_cache(tok_ids, names)
-    written = {"tokens": lm.W_E[tok_ids], "positions": lm.W_pos[: tok_ids.shape[1]]}
+    _, kept = lm.run_with_cache(tok_ids, names)
+    acts, W_O, b_O = {name: np.asarray(array) for name, array in kept.items()}, np.asarray(lm.W_O), np.asarray(lm.b_O)
+    written = {"tokens": np.asarray(lm.W_E)[tok_ids], "positions": np.asarray(lm.W_pos)[: tok_ids.shape[1]]}
     for layer in range(2):
         dictionary, block = lm[f"M{layer}"].dictionary, f"blocks.{layer}"
         for head in range(2):
-            written[f"head {layer}.{head}"] = acts[f"{block}.attn.hook_z"][:, :, head] @ lm.W_O[layer, head]
-        written[f"attention bias {layer}"] = lm.b_O[layer]
-        features = lm[f"M{layer}"](tok_ids)
+            written[f"head {layer}.{head}"] = acts[f"{block}.attn.hook_z"][:, :, head] @ W_O[layer, head]
+        written[f"attention bias {layer}"] = b_O[layer]
+        features, W_dec = np.asarray(lm[f"M{layer}"](tok_ids)), np.asarray(dictionary.params["W_dec"])
         for feature in range(12):
-            direction = dictionary.params["W_dec"][feature]
-            written[f"feature {layer}.{feature}"] = features[..., feature, None] * direction
-        written[f"decoder bias {layer}"] = dictionary.params["b_dec"]
-        written[f"error {layer}"] = acts[f"{block}.hook_mlp_out"] - dictionary(acts[f"{block}.hook_mlp_in"])
-    shares = {name: np.asarray(value @ lm.W_U, np.float64) for name, value in written.items()}
+            written[f"feature {layer}.{feature}"] = features[..., feature, None] * W_dec[feature]
+        written[f"decoder bias {layer}"] = np.asarray(dictionary.params["b_dec"])
+        written[f"error {layer}"] = acts[f"{block}.hook_mlp_out"] - np.asarray(dictionary(kept[f"{block}.hook_mlp_in"]))
+    shares = {name: np.asarray(value @ np.asarray(lm.W_U), np.float64) for name, value in written.items()}
     total = sum(shares.values()) + np.asarray(lm.b_U, np.float64)
     np.testing.assert_allclose(total, lm.logits(tok_ids), rtol=1e-4, atol=1e-4)
     moved = [name for name, share in shares.items() if np.abs(share).max() > 1e-2]

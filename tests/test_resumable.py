@@ -26,14 +26,14 @@ def test_what_is_saved_comes_back(tmp_path):
 
 def test_other_work_is_refused_by_the_name_of_what_changed(tmp_path):
     Progress(tmp_path / "work", {"tag": "M1", "k": 3}).save({}, 1)
-    with pytest.raises(ValueError, match=r"changed: k \(was 3, now 4\)\. Ask for the same, or delete it"):
+    with pytest.raises(ValueError, match=r"changed: k \(was 3, now 4\)\. Use the same input, or delete the file"):
         Progress(tmp_path / "work", {"tag": "M1", "k": 4}).load()
 
 
 @pytest.mark.parametrize("content", [b"", b"something else", b"\x00" * 64])
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "work").write_bytes(content)
-    with pytest.raises(ValueError, match="damaged or no work file"):
+    with pytest.raises(ValueError, match="damaged or not a work file"):
         Progress(tmp_path / "work", {}).load()
 
 

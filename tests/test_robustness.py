@@ -100,21 +100,6 @@ def test_scaling_attention_scores_keeps_attention_causal(lm: TinyModel, factor: 
         np.testing.assert_allclose(acts[name][0, :, 3, :4], 0.25, rtol=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1e-46, 1e-38, 1e-30, 1e-6])
-def test_a_tiny_temperature_is_greedy(lm: TinyModel, temperature: float) -> None:
-    greedy = lm.generate_ids(TOK_IDS, 8, 0.0, break_on_end=False)
-    np.testing.assert_array_equal(lm.generate_ids(TOK_IDS, 8, temperature, break_on_end=False), greedy)
-
-
-def test_a_prompt_that_ends_is_finished_unless_told_otherwise(lm: TinyModel) -> None:
-    cfg = lm.config
-    rows = [[cfg.begin_id, 5, 17], [cfg.begin_id, 5, cfg.end_id]]
-    out = lm.generate_ids(rows, 4, 0.0)
-    assert out.shape[1] > 3
-    assert out[1].tolist() == [*rows[1], *[cfg.pad_id] * (out.shape[1] - 3)]
-    assert (lm.generate_ids(rows, 4, 0.0, break_on_end=False)[1] != cfg.pad_id).sum() == 7
-
-
 def test_only_padding_at_the_end_is_stripped() -> None:
     assert strip_padding(np.array([9, 1, 9, 2, 9, 9]), 9).tolist() == [9, 1, 9, 2]
     assert strip_padding(np.array([1, 2]), 9).tolist() == [1, 2]

@@ -513,7 +513,7 @@ def test_the_entropy_is_the_choices_over_the_tokens(told: list[storyworld.Story]
     few = told[:30]
     tokens = sum(len(tokenizer.encode(story.text)) + 1 for story in few)
     assert storyworld.entropy(few) == pytest.approx(sum(story.nats for story in few) / tokens)
-    with pytest.raises(ValueError, match="the entropy of no stories is not known"):
+    with pytest.raises(ValueError, match="entropy needs at least one story"):
         storyworld.entropy([])
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
+from oracle import F32, assert_close, encode
 
 from tinymodel_jax.analysis.search import top_activations as module
 from tinymodel_jax.analysis.search.contexts import uniform
 from tinymodel_jax.analysis.search.feature_statistics import feature_chunks, statistics
 from tinymodel_jax.analysis.search.top_activations import EDGES, TopActivations, load_top_activations, top_activations
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, encode
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 
 K, SAMPLED = 4, 6
@@ -39,16 +40,16 @@ def rows() -> np.ndarray:
     return ids.astype(np.uint16)
 
 
-@pytest.fixture
-def activations(lm: TinyModel, rows: np.ndarray) -> np.ndarray:
-    acts = np.array(lm["M1"](rows))
+@pytest.fixture(scope="module")
+def activations(shared_lm: TinyModel, rows: np.ndarray) -> np.ndarray:
+    acts = np.array(shared_lm["M1"](rows))
     acts[np.isin(rows, SPECIAL)] = 0
     return acts
 
 
-@pytest.fixture
-def found(lm: TinyModel, rows: np.ndarray) -> TopActivations:
-    return top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
+@pytest.fixture(scope="module")
+def found(shared_lm: TinyModel, rows: np.ndarray) -> TopActivations:
+    return top_activations(shared_lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
 
 
 def assert_equal(one: TopActivations, other: TopActivations) -> None:
@@ -100,7 +101,6 @@ def test_the_histogram_of_many_tokens_is_of_every_nth_position(lm, rows, activat
     )
     found = top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=7)
     assert found.histogram_every == 3
-    assert_equal(found, top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4))
     first = (3 * uniform(0, np.arange(30))).astype(int)
     assert set(first) == {0, 1, 2}
     counted = np.arange(11) % 3 == first[:, None]
@@ -136,35 +136,31 @@ def test_partners_are_the_largest_correlations_of_activity(found, activations, r
         np.testing.assert_allclose(found.correlation[i, : len(best)], [phi[j] for j in best], rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 4, 30, 64])
+@pytest.mark.parametrize("batch", [4, 64])
 def test_the_batch_does_not_change_the_result(lm, rows, found, batch):
     assert_equal(top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=batch), found)
 
 
 def test_a_sample_of_tokens_does_not_depend_on_the_batch(lm, rows, monkeypatch):
     monkeypatch.setattr(module, "COACTIVATION_TOKENS", 60)
-    one, other = (top_activations(lm, "M1", rows, batch=batch) for batch in (3, 8))
+    one, other = (top_activations(lm, "M1", rows, batch=batch) for batch in (4, 7))
     assert_equal(one, other)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_chunks_of_features_do_not_change_the_activations(architecture, monkeypatch):
     monkeypatch.setattr("tinymodel_jax.analysis.search.feature_statistics.TOGETHER", 5)
-    dictionary = make_dictionary(
-        "blocks.1.hook_mlp_in",
-        "blocks.1.hook_mlp_out",
-        architecture=architecture,
-        subtract_b_dec=True,
-        **ARCHITECTURES[architecture],
-    )
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9, 16)), jnp.float32)
-    acts = np.asarray(encode(dictionary.params, dictionary.config, x))
+    options = {"n_features": 10, "subtract_b_dec": True, **ARCHITECTURES[architecture]}
+    site = "blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out"
+    dictionary = make_dictionary(*site, architecture=architecture, **options)
+    x = np.random.default_rng(0).normal(size=(3, 9, 16)).astype(np.float32)
+    acts = encode(dictionary.params, dictionary.config, x)
     chunks = feature_chunks(dictionary.params, dictionary.config)
-    assert len(chunks) == (1 if architecture == "topk" else 3)
+    assert len(chunks) == (1 if architecture == "topk" else 2)
     real, first = np.ones((3, 9), bool), np.zeros(3, np.int32)
     parts = [statistics(chunk, x, real, first, config=dictionary.config, every=1) for chunk in chunks]
-    np.testing.assert_allclose(np.concatenate([p.peak for p in parts], axis=1), acts.max(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(np.concatenate([p.total for p in parts], axis=1), acts.sum(axis=1), rtol=1e-5)
+    assert_close(np.concatenate([p.peak for p in parts], axis=1), acts.max(axis=1), F32)
+    assert_close(np.concatenate([p.total for p in parts], axis=1), acts.sum(axis=1), F32)
     active = np.concatenate([p.active for p in parts], axis=1)
     np.testing.assert_array_equal(active, (acts > 0).sum(axis=1))
     counted = np.concatenate([p.histogram for p in parts], axis=1).sum(axis=0)
@@ -185,7 +181,7 @@ def test_a_planted_feature_finds_its_token(lm, rows):
         "W_pos": jnp.zeros_like(lm.params["W_pos"]),
     }
     planted.attach("Ra0", Dictionary.from_params(config, params))
-    found = top_activations(planted, "Ra0", rows, k=30)
+    found = top_activations(planted, "Ra0", rows, k=30, batch=7)
     for feature, token in enumerate((3, 7)):
         holds = np.flatnonzero((rows == token).any(axis=1))
         kept = found.top.row[feature][found.top.value[feature] > 0.5]
@@ -193,13 +189,13 @@ def test_a_planted_feature_finds_its_token(lm, rows):
         assert np.all(rows[kept, found.top.position[feature][: len(kept)]] == token)
 
 
-def test_a_spliced_model_is_searched_as_it_is(lm, rows):
+def test_a_spliced_model_is_searched_as_it_is(lm, rows, found):
     spliced = lm.splice("M0")
     acts = np.array(spliced["M1"](rows))
     acts[np.isin(rows, SPECIAL)] = 0
-    found = top_activations(spliced, "M1", rows)
-    np.testing.assert_allclose(found.largest, acts.max(axis=(0, 1)), rtol=1e-5)
-    assert not np.allclose(found.largest, top_activations(lm, "M1", rows).largest)
+    of_spliced = top_activations(spliced, "M1", rows, batch=7)
+    np.testing.assert_allclose(of_spliced.largest, acts.max(axis=(0, 1)), rtol=1e-5)
+    assert not np.allclose(of_spliced.largest, found.largest)
 
 
 class Stopped(Exception):
@@ -276,7 +272,7 @@ def test_the_file_gives_back_all_of_it(found, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"words", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_another_file_is_one_line(tmp_path, content):
     (tmp_path / "found").write_bytes(content)
-    with pytest.raises(ValueError, match="damaged or no file of tinymodel top"):
+    with pytest.raises(ValueError, match="damaged or not a result of `tinymodel top`"):
         load_top_activations(tmp_path / "found")
 
 
@@ -287,7 +283,7 @@ def test_bad_input_is_one_line(lm, rows):
             (("A0", rows), {}, "has no dictionary there"),
             (("M1", rows[:0]), {}, r"rows have shape \(0, 11\)"),
             (("M1", rows[0]), {}, r"rows have shape \(11,\)"),
-            (("M1", np.full((2, 5), 21)), {}, "no token that counts"),
+            (("M1", np.full((2, 5), 21)), {}, "rows hold only special tokens"),
             (("M1", rows), {"k": 0}, "k=0 must be 1 or more"),
             (("M1", rows), {"seed": -1}, r"seed=-1 must be 0 to 2\*\*64 - 1"),
             (("M1", rows), {"seed": 2**64}, "must be 0 to"),

@@ -1,7 +1,6 @@
 """Sparse dictionaries: SAEs and transcoders of five architectures, as pure functions and one value.
 
-`encode` and `decode` are functions of a parameter tree; a `Dictionary` holds such a tree and its configuration.
-Training, metrics and the model are elsewhere.
+`encode` and `decode` are functions of a parameter tree; a `Dictionary` is such a tree with its configuration.
 
     pre   = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
     acts  = relu: max(pre, 0)                        topk: relu of the k largest of a position
@@ -49,7 +48,7 @@ def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
 
 
 def per_feature(config: DictionaryConfig) -> tuple[str, ...]:
-    """Name the encoder's parameters that each feature has its own of, on the last axis."""
+    """Return the names of the encoder's parameters with one entry per feature, on the last axis."""
     own = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
     return (*own, "threshold") if config.architecture == "jumprelu" else own
 
@@ -57,7 +56,7 @@ def per_feature(config: DictionaryConfig) -> tuple[str, ...]:
 def pre_activations(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
 ) -> Float[Array, "..."]:
-    """Return the encoder's linear output at the given features; for `gated` without either bias."""
+    """Return the encoder's linear output at the given features; for `gated`, without biases."""
     dtype = config.dtype
     x = x.astype(dtype)
     if config.subtract_b_dec:
@@ -71,8 +70,8 @@ def encode(
 ) -> Float[Array, "..."]:
     """Return the feature activations of `x`.
 
-    With `indices` only those columns of the encoder are computed (`topk` has to compare all features first). Indices
-    are not checked here: `resolve_indices` does, outside of compiled code.
+    With `indices`, only these features are computed, except for `topk`, which compares all features. Indices are not
+    checked here; `resolve_indices` checks them outside of compiled code.
     """
     if config.architecture == "topk":
         assert config.k is not None
@@ -92,7 +91,7 @@ def encode(
 def decode(
     params: DictionaryParams, config: DictionaryConfig, acts: Float[Array, "*batch n_features"]
 ) -> Float[Array, "*batch d_out"]:
-    """Return what the features predict: `acts @ W_dec + b_dec`, without the skip connection."""
+    """Return `acts @ W_dec + b_dec`, the prediction without the skip connection."""
     dtype = config.dtype
     return acts.astype(dtype) @ params["W_dec"].astype(dtype) + params["b_dec"].astype(dtype)
 
@@ -100,7 +99,7 @@ def decode(
 def reconstruct(
     params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"]
 ) -> Float[Array, "*batch d_out"]:
-    """Return the dictionary's whole prediction, skip connection included."""
+    """Return the prediction for `x`, including the skip connection."""
     return predict(params, config, x, encode(params, config, x))
 
 
@@ -110,7 +109,7 @@ def predict(
     x: Float[Array, "*batch d_in"],
     acts: Float[Array, "*batch n_features"],
 ) -> Float[Array, "*batch d_out"]:
-    """Return the whole prediction of an input whose activations are known."""
+    """Return the prediction for `x`, whose feature activations are `acts`, including the skip connection."""
     prediction = decode(params, config, acts)
     if config.skip:
         prediction = prediction + x.astype(config.dtype) @ params["W_skip"].astype(config.dtype)
@@ -125,10 +124,10 @@ def keep_top_k(pre: Float[Array, "*batch n_features"], k: int) -> Float[Array, "
 
 @struct.dataclass(eq=False)  # compared by identity, so that `jax.jit(dictionary.encode)` works
 class Dictionary:
-    """A sparse dictionary that knows the hook points it reads and predicts; a pytree of its parameters.
+    """An SAE or transcoder with the hook points that it reads and predicts; a pytree of its parameters.
 
-    `from_pretrained` and `from_params` give a dictionary that is called directly. `Dictionary(config)` has no
-    parameters: it is used like a Linen module, through `init` and `apply`.
+    A dictionary from `from_pretrained` or `from_params` is called directly. `Dictionary(config)` has no parameters; use
+    it like a Linen module, through `init` and `apply`.
     """
 
     config: DictionaryConfig = struct.field(pytree_node=False)
@@ -143,7 +142,10 @@ class Dictionary:
         return reconstruct(self._known_params(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
 
     def encode(self, x: Float[Array, "*batch d_in"], indices: Indices = None) -> Float[Array, "..."]:
-        """Return the feature activations of `x`; an int in `indices` drops the feature axis.
+        """Return the feature activations of `x`.
+
+        Args:
+            indices: features to compute: None for all, a slice, a list or array, or an int, which drops the last axis.
 
         Raises:
             ValueError: `x` has another width than d_in, or an index is out of range.
@@ -152,7 +154,7 @@ class Dictionary:
         return encode(self._known_params(), self.config, x, resolve_indices(indices, self.config.n_features))
 
     def decode(self, acts: Float[Array, "*batch n_features"]) -> Float[Array, "*batch d_out"]:
-        """Return `acts @ W_dec + b_dec`; the skip connection, which needs the input, is part of `__call__` only.
+        """Return `acts @ W_dec + b_dec`. Only `__call__` adds the skip connection, which needs the input.
 
         Raises:
             ValueError: `acts` has another width than n_features.
@@ -162,7 +164,7 @@ class Dictionary:
 
     @classmethod
     def from_params(cls, config: DictionaryConfig, params: DictionaryParams) -> Dictionary:
-        """Build a dictionary from its parameters, which become JAX arrays of the configuration's `param_dtype`.
+        """Build a dictionary from its parameters, which are converted to JAX arrays of `config.param_dtype`.
 
         Raises:
             ValueError: an argument is of another type, or parameters are missing, unexpected or of the wrong shape.
@@ -175,17 +177,19 @@ class Dictionary:
 
     @classmethod
     def from_pretrained(cls, path_or_name: str | os.PathLike[str], site: str | None = None) -> Dictionary:
-        """Load a dictionary: a folder of `save_pretrained`, a reference `.pt` file, or a published one by its tag.
+        """Load a dictionary.
 
         Args:
-            site: tag of the place it belongs to (`"M2"`); a `.pt` file does not say, a folder and a tag do.
+            path_or_name: a folder written by `save_pretrained`, a file with the reference's names (`.pt`,
+                `.safetensors`), or the tag of a published dictionary.
+            site: the dictionary's tag, such as "M2". A file needs it, because it stores no site.
         """
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above
 
         return load_dictionary(path_or_name, site)
 
     def init(self, key: Array, x: Any = None) -> dict[str, Any]:
-        """Return `{"params": initial parameters}`, as a Linen module does; `x` is not needed."""
+        """Return `{"params": initial parameters}`, as a Linen module does. `x` is ignored."""
         del x
         return dict(_InitialParams(self.config).init(key))
 
@@ -194,14 +198,16 @@ class Dictionary:
         return getattr(Dictionary(self.config, variables["params"]), method)(*args, **kwargs)
 
     def with_features(self, indices: Indices) -> Dictionary:
-        """Return a dictionary of some features only, in the given order; what the others wrote is missing from it.
+        """Return a dictionary with only these features, in the given order.
+
+        Its predictions lack the contributions of all other features.
 
         Raises:
-            ValueError: no feature is named, one is out of range or named twice, or there are fewer than topk's k.
+            ValueError: there is no feature, an index is out of range or repeated, or there are fewer than topk's k.
         """
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):
-            raise ValueError(f"with_features: got {indices!r:.80}; name one feature or more, each once.")
+            raise ValueError(f"with_features: got {indices!r:.80}; give one or more features, each once.")
         own = per_feature(self.config)
         kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
         kept["W_dec"] = self.params["W_dec"][chosen]
@@ -227,7 +233,7 @@ class Dictionary:
 
 
 class _InitialParams(nn.Module):
-    """Linen's draw of a dictionary's parameters."""
+    """Linen module that draws a dictionary's initial parameters."""
 
     config: DictionaryConfig
 
@@ -238,10 +244,10 @@ class _InitialParams(nn.Module):
 
 
 def require_finite(params: DictionaryParams, what: str) -> None:
-    """Refuse parameters that are NaN or infinite. Traced ones, and those of several processes, are not looked at.
+    """Check that parameters are finite. Traced arrays and arrays of several processes are not checked.
 
     Raises:
-        ValueError: one holds NaN or infinity; all that do are named.
+        ValueError: parameters contain NaN or infinity; the message names all of them.
     """
     known = {name: array for name, array in params.items() if not isinstance(array, Tracer)}
     here = {name: np.asarray(array) for name, array in known.items() if getattr(array, "is_fully_addressable", True)}
@@ -249,16 +255,16 @@ def require_finite(params: DictionaryParams, what: str) -> None:
     if any(bad.values()):
         named = ", ".join(f"{n} in {name}" for name, n in bad.items() if n)
         raise ValueError(
-            f"{what} has values that are NaN or infinite ({named}), so results with it would be, too; "
-            "take an earlier version of it, or train it anew."
+            f"{what} has values that are NaN or infinite ({named}), which would make results NaN. "
+            "Use an earlier version of it, or train it again."
         )
 
 
 def resolve_indices(indices: Indices, n_features: int) -> Any:
-    """Check feature indices and return them as None, an int32 scalar or a 1-D int32 array; traced ones pass as is.
+    """Check feature indices; return None, an int32 scalar or a 1-D int32 array. Traced indices are returned unchanged.
 
     Raises:
-        ValueError: an index is no whole number, or outside -n_features..n_features-1.
+        ValueError: an index is not an integer, or is outside -n_features..n_features-1.
     """
     if indices is None or isinstance(indices, Tracer):
         return indices

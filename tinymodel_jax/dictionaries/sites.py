@@ -1,7 +1,7 @@
-"""Sites: the places of the model where a dictionary may sit, and the grammar of their tags.
+"""Sites, where a dictionary can be attached to a model, and the grammar of their tags.
 
-A tag such as `M1` names a kind and a layer, `M1N123` also a feature, `M1_S-2_R1_P0` a published file. Parsing knows no
-model: whether layer and feature exist is checked where a model or a dictionary is at hand.
+`M1` names a kind and a layer, `M1N123` also a feature, and `M1_S-2_R1_P0` a published file. Parsing does not check
+whether the layer and the feature exist; callers with a model or a dictionary do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS: dict[str, SiteKind] = {
     "M": SiteKind("hook_mlp_in", "hook_mlp_out", ("mlp", "mlp_map_test"), "transcoder of the MLP"),
     "Mo": SiteKind("hook_mlp_out", "hook_mlp_out", ("mlp_out", "small_mlp_out"), "SAE on the MLP output"),
 }
-"""The kinds, in the order in which a block meets them (Source: order of the reference's TransformerBlock)."""
+"""The kinds, in the order of a block's forward pass (Source: the reference's TransformerBlock)."""
 
 _DEFAULT_FILES = {
     "M": ("mlp/M0_S-2_R1_P0", "mlp/M1_S-2_R1_P0", "mlp/M2_S-2_R1_P0", "mlp/M3_S-1_B0_P0"),
@@ -41,7 +41,7 @@ _DEFAULT_FILES = {
 }
 
 NO_SITE = frozenset({"x", "y"})
-"""Hook points of dictionaries that were trained on arrays, which belong to no site until they are attached."""
+"""Hook points of dictionaries trained on arrays, which have no site until they are attached."""
 
 _TAG = re.compile(
     r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]{1,9}))?"
@@ -50,7 +50,7 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class Site:
-    """One place for a dictionary: a kind (`A M T Mo Ra Rm`) at a layer, or one published file there."""
+    """Where a dictionary is attached: a kind (`A M T Mo Ra Rm`) and a layer, and optionally one published file."""
 
     kind: str
     """Key of `KINDS`."""
@@ -63,16 +63,16 @@ class Site:
     def parse(tag: str) -> tuple[Site, int | None]:
         """Split a tag into its site and its feature (None if it names none).
 
-        `M1`, `M1N123` (any one character that is no digit may stand for the N), `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`.
+        Examples: `M1`, `M1N123`, `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`. Any character except a digit may replace the N.
 
         Raises:
-            ValueError: the text is no tag; the message shows the grammar.
+            ValueError: the text is not a tag; the message shows the grammar.
         """
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
             raise ValueError(
-                f"{tag!r} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
-                "suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
+                f"{tag!r} is not a dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a "
+                "file's suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
             )
         feature = match["feature"]
         site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
@@ -83,10 +83,10 @@ class Site:
         """Return the site of a tag that names a whole dictionary, not one of its features.
 
         Args:
-            asker: what the message begins with: the function or option that was given the tag, such as `attach: `.
+            asker: start of the error message: the function or option that received the tag, such as `attach: `.
 
         Raises:
-            ValueError: the text is no tag, or names a feature.
+            ValueError: the text is not a tag, or names a feature.
         """
         site, feature = Site.parse(tag)
         if feature is not None:
@@ -95,10 +95,10 @@ class Site:
 
     @staticmethod
     def at(hook_in: str, hook_out: str) -> Site:
-        """Return the site of a dictionary that reads and predicts these hook points; `M` where `T` is the same.
+        """Return the site of a dictionary with these hook points; for a transcoder of an MLP, `M` rather than `T`.
 
         Raises:
-            ValueError: no kind of site does.
+            ValueError: no kind of site has these hook points.
         """
         require_site(hook_in, hook_out)
         for kind in sorted(KINDS, key="T".__eq__):
@@ -107,7 +107,7 @@ class Site:
             if site is not None and (site.hook_in, site.hook_out) == (hook_in, hook_out):
                 return site
         raise ValueError(
-            f"a dictionary from {hook_in!r} to {hook_out!r} belongs to no site; the kinds are {', '.join(KINDS)}."
+            f"there is no site for a dictionary from {hook_in!r} to {hook_out!r}; the kinds are {', '.join(KINDS)}."
         )
 
     @property
@@ -127,11 +127,11 @@ class Site:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sort key: the order in which the forward pass meets the sites."""
+        """Sort key: the order of the forward pass."""
         return self.layer, list(KINDS).index(self.kind)
 
     def published_files(self) -> tuple[str, ...]:
-        """Return the published files (hub paths without `.pt`) that the tag may mean, best first; () if none."""
+        """Return the published files (hub paths without `.pt`) of the tag, preferred ones first; () if it has none."""
         if self.suffix:
             # The twins of M are published under M's letter.
             letter = "M" if self.kind == "T" else self.kind
@@ -141,13 +141,13 @@ class Site:
 
 
 def require_site(hook_in: str, hook_out: str) -> None:
-    """Refuse the hook points of a dictionary that was trained on arrays.
+    """Check that a dictionary's hook points belong to a model.
 
     Raises:
-        ValueError: they are no places of a model.
+        ValueError: the dictionary was trained on arrays.
     """
     if {hook_in, hook_out} <= NO_SITE:
         raise ValueError(
-            "this dictionary belongs to no site yet: it was trained on arrays. Attach it to the site whose activations "
-            "it was trained on, for example lm.attach('M2', dictionary), and take lm['M2'].dictionary from there."
+            "this dictionary has no site yet: it was trained on arrays. Attach it to the site whose activations it was "
+            "trained on, for example lm.attach('M2', dictionary), then use lm['M2'].dictionary."
         )

@@ -1,7 +1,7 @@
 """The edits of the forward pass: pytrees of arrays that are called with `(value, acts)` and return the new value.
 
-`interventions.py` builds them and says what they do. In a chain of edits, `Reading` holds what a dictionary read, so
-that its splice and the edits of its features act on the same activations.
+The functions of `interventions.py` build them. In a chain of edits, a `Reading` stores what a dictionary reads, so that
+its splice and the edits of its features act on the same activations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Add:
 
 @struct.dataclass
 class Replace:
-    """Put another value (broadcast) in place of the model's at the positions."""
+    """Replace the value by another one (broadcast) at the positions."""
 
     value: Any
     positions: Any = None
@@ -63,17 +63,17 @@ class Scale:
 
 @dataclasses.dataclass
 class Reading:
-    """What a dictionary reads, and what edits have made of its activations so far."""
+    """The input of a dictionary, and its activations after the edits so far."""
 
     source: Array
     """Value that the encoder reads."""
     edited: list[tuple[Array, Array]] = dataclasses.field(default_factory=list)
-    """Features (n,) of each edit so far, and their new activations (batch, seq, n)."""
+    """For each edit so far, its features (n,) and their new activations (batch, seq, n)."""
     change: Any = 0.0
-    """What the edits so far added to the value at `hook_out`, in the dictionary's number format."""
+    """Sum of what the edits so far added to the value at `hook_out`, in the dictionary's dtype."""
 
     def activations(self, edit: EditFeatures, features: Array) -> Array:
-        """Return the activations (batch, seq, n) of features, as the edits so far left them."""
+        """Return the activations (batch, seq, n) of features after the edits so far."""
         acts = encode(edit.params, edit.config, self.source, features)
         for changed, new in self.edited:
             same = features[:, None] == changed
@@ -83,26 +83,26 @@ class Reading:
 
 @struct.dataclass
 class EditFeatures:
-    """Change some features of a dictionary by their decoder directions; everything else, error included, stays.
+    """Change features of a dictionary along their decoder directions. The error and all other features remain.
 
     Adds `(new - old activation) @ W_dec[features]` to the value at the dictionary's `hook_out`.
     """
 
     params: Any
     features: Any
-    """(n,) feature ids; may be a traced array, so that a sweep over features is one vmapped call."""
+    """(n,) feature indices; they may be traced, so that a sweep over features is one vmapped call."""
     amount: Any
-    """New activation, or the factor on the old one; broadcast against (batch, seq, n)."""
+    """New activation, or factor of the old one; broadcasts to (batch, seq, n)."""
     positions: Any = None
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
     scale: bool = struct.field(pytree_node=False, kw_only=True)
-    """Whether `amount` is a factor on the old activation rather than the new activation."""
+    """Whether `amount` is a factor of the old activation rather than the new activation."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         return self.edit(value, Reading(_source(self.config, value, acts)))
 
     def edit(self, value: Array, reading: Reading) -> Array:
-        """Return the edited value, and note the new activations in the reading."""
+        """Return the edited value, and record the new activations in the reading."""
         features = jnp.atleast_1d(jnp.asarray(self.features))
         old = reading.activations(self, features)
         amount = _fitting(self.amount, old, "the activations of its features")
@@ -116,42 +116,42 @@ class EditFeatures:
 
 @struct.dataclass
 class Splice:
-    """Put a dictionary's prediction in place of the value it predicts."""
+    """Replace the value that a dictionary predicts by its prediction."""
 
     params: Any
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
     include_error: bool = struct.field(pytree_node=False, default=False, kw_only=True)
-    """Add the reconstruction error back, so that the value stays the same and only gradients change."""
+    """Add the reconstruction error back, so that the value remains and only gradients change."""
     detach_error: bool = struct.field(pytree_node=False, default=True, kw_only=True)
-    """Let no gradient through the error term."""
+    """Stop the gradient through the error term."""
     detach_pred: bool = struct.field(pytree_node=False, default=False, kw_only=True)
-    """Let no gradient through the dictionary."""
+    """Stop the gradient through the dictionary."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         return self.edit(value, Reading(_source(self.config, value, acts)))
 
     def edit(self, value: Array, reading: Reading) -> Array:
-        """Return the prediction, with the changes that edits noted in the reading."""
+        """Return the prediction plus the changes that edits recorded in the reading."""
         prediction = reconstruct(self.params, self.config, reading.source)
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
         prediction = (prediction + reading.change).astype(value.dtype)
         if not self.include_error:
             return prediction
-        # prediction + (value - prediction) would round: this adds 0, whose gradient is the prediction's
+        # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
         value = jax.lax.stop_gradient(value) if self.detach_error else value
         return value + (prediction - jax.lax.stop_gradient(prediction))
 
 
 @struct.dataclass
 class Chain:
-    """Several edits of one hook point, applied one after the other."""
+    """Several edits of one hook point, applied in order."""
 
     edits: tuple[Any, ...]
     readers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
-    """For each edit, the index of the first edit of the same dictionary; None where they have none in common."""
+    """For each edit, the index of the first edit of the same dictionary; None if no two edits share a dictionary."""
     of_scores: bool = struct.field(pytree_node=False, default=False, kw_only=True)
-    """Whether the value is attention scores: minus infinity, by which an edit masks keys, stays finite for the next."""
+    """Whether the value is attention scores, whose minus infinities (masked keys) become finite for the next edit."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         unspliced: Array | None = None  # the value before the first splice of an SAE
@@ -178,7 +178,7 @@ def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
 
 
 def boolean_mask(positions: Any) -> Any:
-    """Return the mask as an array; numbers are refused, since they may count positions or be 0s and 1s."""
+    """Return the mask as an array. Numbers are refused, because they may be position numbers or 0s and 1s."""
     mask = jnp.asarray(positions) if is_traced(positions) else np.asarray(positions)
     if mask.dtype != bool:
         raise ValueError(
@@ -189,7 +189,7 @@ def boolean_mask(positions: Any) -> Any:
 
 
 def _fitting(operand: Any, value: Array, named: str = "the value that is edited") -> Any:
-    """Return what is added, multiplied or put in place, if it is numbers that broadcast to the value's shape."""
+    """Return the operand of an edit after checking that it is numeric and broadcasts to the value's shape."""
     if isinstance(operand, list | tuple):
         operand = (jnp if is_traced(operand) else np).asarray(operand)
     is_array = isinstance(operand, jax.Array | np.ndarray | np.generic) and operand.dtype.kind not in "OUS"

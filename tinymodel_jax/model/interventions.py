@@ -1,12 +1,12 @@
 """Edits of the forward pass: steer, patch, scale, splice dictionaries in, ablate and clamp their features.
 
 Each function returns hooks (hook name -> edit) for `run_with_hooks`; `combine` merges several. An edit is a pytree of
-arrays that is called with `(value, acts)`: N edits stacked under `vmap` are N interventions in one compiled call, and
-gradients flow through an edit's arrays. The transformer and the dictionaries meet only here.
+arrays that is called with `(value, acts)`. N edits stacked with `vmap` are N interventions in one compiled call, and
+gradients flow through an edit's arrays. Only this module and `edits.py` know both the transformer and dictionaries.
 
-Edits of features act on what the dictionary's splice reads: the value before the first splice of an SAE at that hook
-point. Each changes the activations that the edits before it left, and adds its change after all splices there. So in a
-model that is spliced with a dictionary, edits change what the splice decodes.
+An edit of features acts on the value that a splice of the dictionary reads: the value before the first splice of an
+SAE at that hook point. It changes the activations that earlier edits left, and adds its change after all splices there.
+In a model that is spliced with a dictionary, edits therefore change the activations that the splice decodes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from tinymodel_jax.model.padding import is_traced
 
 
 def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
-    """Add `vector` (…, width) to the value at a hook point, at all positions or where the mask is true.
+    """Add `vector` (…, width) to the value at a hook point.
 
     Args:
-        positions: here and below, a boolean mask of shape (seq,) or (batch, seq); of the query at scores and pattern.
+        positions: in all functions, a boolean mask of shape (seq,) or (batch, seq) of where to edit; None is all
+            positions. At attention scores and patterns, it selects query positions.
 
     Raises:
-        ValueError: when it runs: the vector does not broadcast to the value, or `positions` is no such mask.
+        ValueError: during the pass, if the vector does not broadcast to the value, or `positions` is not a mask that
+            fits it.
     """
     return {hook_name: Add(vector, _mask_at(hook_name, positions))}
 
 
 def patch(hook_name: str, value: Any, positions: Any = None) -> Hooks:
-    """Replace the value at a hook point, such as by the same value from another prompt (activation patching)."""
+    """Replace the value at a hook point, for example by that of another prompt (activation patching)."""
     return {hook_name: Replace(value, _mask_at(hook_name, positions))}
 
 
 def scale(hook_name: str, factor: Any, positions: Any = None) -> Hooks:
-    """Multiply the value at a hook point; 0 ablates it, a (n_heads, 1) factor at `attn.hook_z` ablates heads."""
+    """Multiply the value at a hook point. 0 ablates it; a (n_heads, 1) factor at `attn.hook_z` scales heads."""
     return {hook_name: Scale(factor, _mask_at(hook_name, positions))}
 
 
 def ablate(dictionary: Dictionary, features: Any, positions: Any = None) -> Hooks:
-    """Set features of a dictionary to zero, leaving its error and all other features as they are."""
+    """Set features of a dictionary to zero. Its error and all other features remain."""
     return scale_features(dictionary, features, 0.0, positions)
 
 
@@ -58,7 +60,7 @@ def scale_features(dictionary: Dictionary, features: Any, factor: Any, positions
 
 
 def clamp(dictionary: Dictionary, features: Any, value: Any, positions: Any = None) -> Hooks:
-    """Set the activations of features to a value, whatever the input."""
+    """Set the activations of features to a value, including where they are inactive."""
     return _edit_features(dictionary, features, value, positions, scale=False)
 
 
@@ -68,7 +70,13 @@ def splice(
     detach_error: bool = True,
     detach_pred: bool = False,
 ) -> Hooks:
-    """Run the model through dictionaries; those that replace the same value act in the given order."""
+    """Run the model through dictionaries. Those that replace the same value act in the given order.
+
+    Args:
+        include_error: add the reconstruction error back: values remain, and gradients flow through the dictionary.
+        detach_error: stop the gradient through the error.
+        detach_pred: stop the gradient through the prediction.
+    """
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
     given = [dictionaries] if isinstance(dictionaries, Dictionary | str) else dictionaries
     dictionaries = [_require_dictionary(dictionary) for dictionary in given]
@@ -77,10 +85,10 @@ def splice(
 
 
 def combine(*hooks: Mapping[str, Hook]) -> Hooks:
-    """Merge hooks; several edits of one hook point act one after the other.
+    """Merge hooks. Edits of one hook point act in order.
 
-    Edits and splices of one dictionary act on the same activations, as long as they hold the very same arrays: combine
-    them before `jit`, which makes two of what is passed twice.
+    Edits and splices of one dictionary act on the same activations only if they contain the same array objects. Combine
+    them before `jit`, which turns an array that is passed twice into two.
     """
     merged: dict[str, list[Hook]] = {}
     for group in hooks:
@@ -91,7 +99,7 @@ def combine(*hooks: Mapping[str, Hook]) -> Hooks:
 
 
 def _chain(edits: list[Hook], of_scores: bool) -> Chain:
-    """Return one chain of the edits, and of those in the chains among them."""
+    """Return one chain of the edits, in which nested chains are flattened."""
     flat: list[tuple[Hook, Any]] = []
     for edit in edits:
         inner = edit if isinstance(edit, Chain) else Chain((edit,))
@@ -104,7 +112,7 @@ def _chain(edits: list[Hook], of_scores: bool) -> Chain:
 
 
 def _same_dictionary(one: Hook, other: Hook) -> bool:
-    """Whether both edits hold the same arrays of one dictionary."""
+    """Return whether both edits contain the same array objects of one dictionary."""
     if not (isinstance(one, Splice | EditFeatures) and isinstance(other, Splice | EditFeatures)):
         return False
     leaves = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=False)
@@ -133,6 +141,6 @@ def _require_dictionary(dictionary: Any) -> Dictionary:
 
 
 def _mask_at(hook_name: str, positions: Any) -> Any:
-    """Give the mask a head axis where heads come before positions."""
+    """Add a head axis to the mask if the value has heads before positions."""
     heads_first = position_axes(hook_name) != (1,)
     return jnp.atleast_2d(boolean_mask(positions))[:, None] if heads_first and positions is not None else positions

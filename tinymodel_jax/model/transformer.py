@@ -1,8 +1,7 @@
 """The transformer: embeddings, causal attention, ReLU MLPs and an unembedding, with no layer norm anywhere.
 
-Stateless Linen modules over a plain nested dict of parameters with TransformerLens names and head-split shapes; a
-`HookPoint` stands at every named place. Nothing here is compiled: jit is at the edge, by the caller. It does not
-tokenize, sample or load.
+Stateless Linen modules over a plain nested dict of parameters with TransformerLens names and head-split shapes. A
+`HookPoint` module marks every hook point. Nothing here is compiled: callers use `jit`.
 
 Axes: `b` batch, `s` query position, `t` key position, `d` d_model, `h` head, `k` d_head, `m` d_mlp, `v` vocabulary
 (and `f` feature, in the dictionaries).
@@ -37,7 +36,7 @@ Params = Mapping[str, Any]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer for the positions seen so far, laid out as writes and products run fastest."""
+    """Keys and values of one layer for the positions so far, in the layout in which writes and products are fastest."""
 
     keys: Float[Array, "batch n_heads key_pos d_head"]
     values: Float[Array, "batch n_heads key_pos d_head"]
@@ -49,22 +48,22 @@ class LayerCache(NamedTuple):
         return cls(*(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (keys, values)))
 
     def with_token(self, key: Array, value: Array, positions: Int[Array, " batch"]) -> LayerCache:
-        """Write the (batch, head, d_head) key and value of one token a row at the row's position."""
+        """Write the (batch, head, d_head) key and value of one token per row at the row's position."""
         rows = jnp.arange(key.shape[0])
         return LayerCache(self.keys.at[rows, :, positions].set(key), self.values.at[rows, :, positions].set(value))
 
     def followed_by(self, keys: Array, values: Array) -> LayerCache:
-        """Put the (batch, pos, head, d_head) keys and values of the positions that come next behind these."""
+        """Append the (batch, pos, head, d_head) keys and values of the next positions."""
         new = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
         return LayerCache(*(jnp.concatenate(both, axis=2) for both in zip(self, new, strict=True)))
 
 
 KVCache = tuple[LayerCache, ...]
-"""One `LayerCache` a layer. Slots at or after a row's current position may hold anything: attention masks them."""
+"""One `LayerCache` per layer. Slots at or after a row's current position are masked, so their content is irrelevant."""
 
 
 class Attention(nn.Module):
-    """Causal attention: no biases on queries, keys and values, one on the output."""
+    """Causal attention with a bias on the output, and none on queries, keys and values."""
 
     config: ModelConfig
 
@@ -75,9 +74,10 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         positions: Int[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], LayerCache | None]:
-        """Return what the heads write, and the cache with the new token's key and value in it.
+        """Return the attention output, and the cache with the new keys and values.
 
-        With a cache, `x` is one token a row, standing at `positions`; without those, the tokens after the cached ones.
+        With a cache and `positions`, `x` has one token per row, at these positions. With a cache alone, `x` has the
+        tokens after the cached ones.
         """
         cfg = self.config
         split, merged = (cfg.n_heads, cfg.d_model, cfg.d_head), (cfg.n_heads, cfg.d_head, cfg.d_model)
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear maps with a ReLU between them; of `jumprelu`, neurons at or below their threshold are silent too."""
+    """Two linear maps with a ReLU in between. With `jumprelu`, neurons at or below their threshold are zero too."""
 
     config: ModelConfig
 
@@ -130,8 +130,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP; each reads the residual stream and adds to it.
 
-    `hook_resid_*` are the stream itself: an edit there changes all that follows. `hook_attn_in` and `hook_mlp_in` are
-    what the sublayer reads: equal values, but an edit there leaves the stream as it was.
+    `hook_resid_*` are the residual stream: an edit there changes everything that follows. `hook_attn_in` and
+    `hook_mlp_in` are the inputs of attention and MLP. Their values are equal, but an edit there does not change the
+    stream.
     """
 
     config: ModelConfig
@@ -153,7 +154,7 @@ class Block(nn.Module):
         return self.after_attention(x + self.hook_attn_out(attn_out)), layer_cache
 
     def after_attention(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        """Return the stream after the block, given the one after its attention."""
+        """Return the stream after the block, given the stream after its attention."""
         x = self.hook_resid_mid(x)
         mlp_out = self.hook_mlp_out(self.mlp(self.hook_mlp_in(x)))
         return self.hook_resid_post(x + mlp_out)
@@ -162,8 +163,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model: token ids in, logits out.
 
-    `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked (a
-    compiled function cannot): `TinyModel` checks them.
+    `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked,
+    because compiled functions cannot raise; `TinyModel` checks them.
     """
 
     config: ModelConfig
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
     def decode(
         self, tok_ids: Int[Array, " batch"], positions: Int[Array, " batch"], cache: KVCache
     ) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
-        """Return the logits after one more token a row, standing at `positions`, and the cache with it."""
+        """Return the logits after one more token per row, at `positions`, and the cache that includes it."""
         x = self._embed(tok_ids[:, None], self.W_pos[positions][:, None])
         layers = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
@@ -198,13 +199,13 @@ class Transformer(nn.Module):
     def resume(
         self, resid: Float[Array, "batch seq d_model"], layer: int, at_mlp: bool = False, before: KVCache = ()
     ) -> Float[Array, "batch seq d_model"]:
-        """Return the final residual stream, given the one in front of a block, or of its MLP.
+        """Return the final residual stream, given the stream before a block or before its MLP.
 
         Args:
-            layer: block to start with; n_layers runs none.
-            at_mlp: `resid` is the stream in front of that block's MLP.
-            before: keys and values of earlier positions, for each block whose attention runs; () where `resid` starts
-                at the first position. What comes back is for the positions of `resid` only.
+            layer: first block to run; with n_layers, none is run.
+            at_mlp: whether `resid` is the stream before this block's MLP rather than before the block.
+            before: keys and values of earlier positions, for each block whose attention runs; () if `resid` starts at
+                the first position. The result covers the positions of `resid` only.
         """
         if at_mlp:
             resid, layer = self.blocks[layer].after_attention(resid), layer + 1
@@ -230,16 +231,16 @@ def run_with_hooks(
     hooks: Mapping[str, Hook] | None = None,
     keep: str | Iterable[str] = (),
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-    """Run the model with edits; return its logits and the asked-for activations.
+    """Run the model with edits; return its logits and the kept activations.
 
-    A pure function: jit, vmap and grad go through it, through `params`, `tok_ids` and the arrays of `hooks`. Under
-    `jit`, what the caller does not use is not computed: with the logits dropped, no layer after the last kept hook
-    point runs. With no hooks and nothing kept it is `Transformer(config).apply`, to the bit.
+    A pure function of `params`, `tok_ids` and the arrays of `hooks`, for use with `jit`, `vmap` and `grad`. Under
+    `jit`, values that the caller does not use are not computed: without the logits, no layer after the last kept hook
+    point runs. Without hooks and kept values, the result is bitwise that of `Transformer(config).apply`.
 
     Args:
-        hooks: hook name to edit: a pytree of `interventions`, or any `(value, acts) -> value`, where `acts` holds
-            the values of the hook points passed so far.
-        keep: hook names, or one, whose values (after their edit) come back.
+        hooks: hook name -> edit. An edit is made by `interventions`, or is any function `(value, acts) -> value`, where
+            `acts` contains the values of the hook points so far.
+        keep: a hook name or several, whose values are returned (after their edits).
 
     Raises:
         ValueError: a hook name does not exist, or an edit changes a shape.

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then moved there."""
+"""Atomic writing: a file is written next to its destination and then moved there."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tinymodel_jax.runtime.paths import user_path
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there afterwards takes the place of `path` at once, unless an error got out.
+    """Yield a temporary path to write to, and move it to `path` at the end unless the block raises.
 
     Raises:
-        OSError: of the kind that stopped the writing; it names `path` and not the file beside it.
+        OSError: the file cannot be written; of the original class, and naming `path`, not the temporary file.
     """
     path = user_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -25,11 +25,11 @@ def replaced(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise type(error)(f"cannot write {path.name} to the folder {path.parent}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):  # where it could not be made, the same error again
+        with contextlib.suppress(OSError):  # if it could not be created, this fails the same way
             temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file atomically: a reader sees either the old content or the new."""
     with replaced(path) as temporary:
         temporary.write_bytes(content)

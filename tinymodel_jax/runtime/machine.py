@@ -1,4 +1,4 @@
-"""The processor that a program runs on, in words for what is published: no host's name, no path."""
+"""A description of the processor, for published results. It contains no host name and no path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Return the number of cores and the model of the processor, such as `2 cores of AMD EPYC 7B13`."""
+    """Return the number of cores and the processor model, such as `2 cores of AMD EPYC 7B13`."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

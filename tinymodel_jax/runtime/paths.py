@@ -1,4 +1,4 @@
-"""Paths as users give them."""
+"""Paths that users give."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path with `~` or `~user` in front expanded as a shell does; of no such user, as it is."""
+    """Return a path with a leading `~` or `~user` expanded as in a shell. An unknown user is left as it is."""
     return Path(os.path.expanduser(path))

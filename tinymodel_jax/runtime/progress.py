@@ -1,4 +1,4 @@
-"""`with_progress`: long work shows how far it is, as a bar on a terminal and as plain lines elsewhere."""
+"""`with_progress` shows the progress of long work: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 SECONDS_OF_SILENCE, SECONDS_BETWEEN_LINES = 2.0, 20.0
-"""How long work may take before it says how far it is, and from then on, where no bar can be shown."""
+"""Seconds before the first plain line, and between later ones."""
 
 
 def with_progress(rows: Sequence[Any], what: str | Callable[[], str]) -> Iterator[Any]:
-    """Yield rows; a bar on stderr shows how many are done, or a plain line now and then where it is no terminal.
+    """Yield rows and show on stderr how many are done, as a bar on a terminal and as occasional lines elsewhere.
 
     Args:
-        what: what is done, or a function that says how that stands after a row.
+        what: a description of the work, or a function that returns it anew after each row.
     """
     words = what if callable(what) else lambda: what
     if len(rows) < 2 or not sys.stderr.isatty():

@@ -1,9 +1,9 @@
 """Text to and from TinyModel's token ids: a byte-level BPE followed by a table of the ids that the model knows.
 
-Rely on: the ids equal those of the reference package on everything it can encode (docs/tokenizer.md lists where it
-fails or drops text, and what happens here instead); a batch gives the same tokens as its stories one by one; calls
-need no network, and importing this file loads neither JAX nor a vocabulary. It deliberately does not download
-anything, does not train a BPE, and does not filter stories: `keep_story` says what the reference would have dropped.
+The ids equal those of the reference package on everything that it can encode; docs/tokenizer.md lists the inputs on
+which it fails or drops text. A batch gives the same tokens as its stories one by one. Calls need no network, and
+importing this file loads neither JAX nor a vocabulary. Nothing here downloads files, trains a BPE or filters stories;
+`keep_story` tells which stories the reference drops.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ _GPT2_PIECES = re.compile(
 
 
 class Tokenizer:
-    """Text <-> model ids: a `tokenizers.Tokenizer` and a table that says which of its ids the model knows.
+    """Converts text to model ids and back: a `tokenizers.Tokenizer` and a table of the BPE ids that the model uses.
 
-    Model id `i` stands for BPE id `table[i]`; BPE ids outside the table become `[UNK]`. The last four model ids are
-    `[BEGIN] [END] [PAD] [UNK]`, and these literals in a text become the special ids, as in the reference.
+    Model id `i` is BPE id `table[i]`; BPE ids outside the table become `[UNK]`. The last four model ids are
+    `[BEGIN] [END] [PAD] [UNK]`. These literals in a text become the special ids, as in the reference.
     """
 
     vocab_size: int
@@ -53,16 +53,16 @@ class Tokenizer:
     unk_id: int
 
     def __init__(self, bpe: tokenizers.Tokenizer, table: Sequence[int] | npt.NDArray[np.integer] | None = None):
-        """Join a BPE and a table.
+        """Build a tokenizer from a BPE and a table.
 
         Args:
-            bpe: taken over, not copied: its padding and truncation are switched off, and the four special tokens are
-                added when its vocabulary lacks them. It sees only cleaned text, which is ASCII.
-            table: (vocab_size,) BPE ids, the special tokens last; None means every id of `bpe` in its order, the
-                special tokens moved last.
+            bpe: used directly, not copied: its padding and truncation are switched off, and special tokens that it
+                lacks are added. It receives cleaned text, which is ASCII.
+            table: (vocab_size,) BPE ids, special tokens last; None is all ids of `bpe` in order, with the special
+                tokens moved to the end.
 
         Raises:
-            ValueError: the table repeats an id, holds one that `bpe` lacks, or does not end in the special tokens.
+            ValueError: the table repeats an id, contains one that `bpe` lacks, or does not end in the special tokens.
         """
         bpe.no_padding()
         bpe.no_truncation()
@@ -81,7 +81,7 @@ class Tokenizer:
         model_ids = np.full(max(token_of) + 1, self.unk_id, dtype=np.int32)
         model_ids[self._table] = np.arange(self.vocab_size)
         self._piece_ids = _PieceIds(bpe, model_ids)
-        # What `bpe` looks for before it splits. A text that holds one is left whole, for `bpe` to divide.
+        # `bpe` searches for these before it splits, so a text that contains one is passed to `bpe` as a whole.
         self._added_tokens = [token.content for token in bpe.get_added_tokens_decoder().values()]
         self._splits_as_gpt2 = _splits_as_gpt2(bpe)
 
@@ -93,7 +93,7 @@ class Tokenizer:
             dir_or_file: a `tokenizer.json`, or a folder with one, or a folder with `vocab.json` and `merges.txt`.
 
         Raises:
-            FileNotFoundError: the files are not there.
+            FileNotFoundError: the files do not exist.
             ValueError: a file cannot be read, or is not GPT-2's vocabulary.
 
         Source: ids are ranks by frequency in TinyStoriesV2 (noanabeshima/tiny_model); BPE of openai-community/gpt2.
@@ -102,7 +102,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "Tokenizer":
-        """Load what `save_pretrained` wrote.
+        """Load a tokenizer that `save_pretrained` wrote.
 
         Raises:
             FileNotFoundError: the folder, its `tokenizer.json` or its `token_table.json` is missing.
@@ -111,9 +111,9 @@ class Tokenizer:
         return cls(*read_saved(user_path(directory)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json`, as the `tokenizers` library reads it, and our `token_table.json`.
+        """Write `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
 
-        The folder is made when missing; each file appears whole or not at all.
+        The folder is created if it does not exist. Each file is replaced only when the new one is complete.
         """
         write_saved(user_path(directory), self._bpe, self._table.tolist())
 
@@ -134,22 +134,23 @@ class Tokenizer:
         """Clean and encode stories.
 
         Args:
-            texts: one story (a batch of one), or a list or tuple of them. No stories give arrays without rows.
+            texts: one story (a batch of one), or a list or tuple of stories. An empty list gives arrays without rows.
             add_begin: put `[BEGIN]` before every story.
-            add_end: put `[END]` after every story, before it is cut to `max_length`: a story that was cut has none, so
-                the model never learns to stop there. When False, as in the reference, the first `[PAD]` of each padded
-                row becomes `[END]` (not after an empty story), so it depends on the batch whether a story has one.
-            max_length: most tokens in a row, special ones included; None for no limit.
-            padding: `"longest"` pads on the right to the longest row, `"max_length"` to `max_length`; False does not
-                pad, so all rows must come out equally long.
+            add_end: put `[END]` after every story, before it is cut to `max_length`. A story that is cut has no
+                `[END]`, so that the model does not learn to stop there. If False, the first `[PAD]` of each padded row
+                becomes `[END]`, except after an empty story. This is the reference's rule: whether a story has an
+                `[END]` depends on its batch.
+            max_length: maximum number of tokens per row, including special ones; None for no limit.
+            padding: `"longest"` pads on the right to the longest row, `"max_length"` to `max_length`. False does not
+                pad, in which case all rows must have the same length.
 
         Returns:
-            `(tok_ids, attn_mask)`. The mask is 1 at `[BEGIN]`, at the story and at the `[END]` of `add_end=True`; 0 at
-            `[PAD]` and, as in the reference, at an `[END]` that replaced a `[PAD]`.
+            `(tok_ids, attn_mask)`. The mask is 1 at `[BEGIN]`, at the story and at the `[END]` of `add_end=True`. It is
+            0 at `[PAD]` and, as in the reference, at an `[END]` that replaced a `[PAD]`.
 
         Raises:
             TypeError: a text is not a str.
-            ValueError: `max_length` leaves no room for a token, or `padding` cannot be done.
+            ValueError: `max_length` leaves no room for a token, or rows of different lengths are not to be padded.
         """
         stories = _as_stories(texts)
         _check_layout(max_length, padding, add_begin)
@@ -175,7 +176,7 @@ class Tokenizer:
         return tok_ids, is_token.astype(np.int32)
 
     def encode(self, text: str, *, max_length: int | None = 256) -> list[int]:
-        """Clean and encode one story, without `[BEGIN]`, cut to `max_length` tokens (None: not cut).
+        """Clean and encode one story without `[BEGIN]`, cut to `max_length` tokens (None for no limit).
 
         Raises:
             TypeError: the text is not a str.
@@ -191,11 +192,11 @@ class Tokenizer:
     @overload
     def decode(self, ids: TokenIds) -> str | list[str]: ...
     def decode(self, ids: TokenIds) -> str | list[str]:
-        """Turn ids back into text, special tokens included.
+        """Convert ids to text, including special tokens.
 
         Args:
-            ids: one id or a row of them (int, list, tuple, NumPy or JAX array) gives a str; rows of ids (nested, maybe
-                of unequal lengths, or a 2-D array of any size) give a list of str.
+            ids: an id or a row of ids (int, list, tuple, NumPy or JAX array), which gives a str; or rows of ids (nested
+                lists, possibly of different lengths, or a 2-D array), which give a list of str.
 
         Raises:
             ValueError: an id is not an integer or not in the vocabulary, or there are more than two dimensions.
@@ -211,9 +212,10 @@ class Tokenizer:
     def tok_see(
         self, text_or_ids: str | TokenIds, *, symbolic_spaces: bool = True, symbolic_newlines: bool = True
     ) -> list[str]:
-        """The text of each token by itself, for display: `⋅` for a space and `↵` for a newline unless switched off.
+        """Return the text of each token for display, by default with `⋅` for a space and `↵` for a newline.
 
-        A text is encoded whole, without `[BEGIN]`; ids are one id or one row. Errors are those of `encode`, `decode`.
+        A text is encoded without `[BEGIN]` and is not cut; ids are one id or one row. Errors are those of `encode` and
+        `decode`.
         """
         ids = self.encode(text_or_ids, max_length=None) if isinstance(text_or_ids, str) else text_or_ids
         strings = self.decode(np.atleast_1d(np.asarray(ids))[:, None])
@@ -225,14 +227,14 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size})"
 
     def _encode(self, text: str) -> bytes:
-        """The model ids of a text before any special token is put around it, as the bytes of an int32 array."""
+        """Return the model ids of a text, without `[BEGIN]` and `[END]`, as the bytes of an int32 array."""
         text = clean_text(text)
         if self._splits_as_gpt2 and not any(token in text for token in self._added_tokens):
             return b"".join(map(self._piece_ids.__getitem__, _GPT2_PIECES(text)))
         return self._piece_ids[text]
 
     def _to_bpe(self, ids: np.ndarray) -> np.ndarray:
-        """BPE ids of a row of model ids, or a ValueError that names the first that is none."""
+        """Return the BPE ids of a row of model ids, or raise a ValueError that names the first invalid one."""
         if ids.size == 0:
             return ids.astype(np.int64)  # NumPy makes an empty list a float array
         if ids.dtype.kind not in "iu":
@@ -244,13 +246,13 @@ class Tokenizer:
 
 
 def clean_text(text: str) -> str:
-    r"""Bring a text into the form that the model was trained on, with the reference's results.
+    r"""Clean a text as the model's training data was cleaned, with the same result as the reference.
 
-    Transliterate to ASCII (`to_ascii`), make a tab two spaces, drop whitespace before a newline (so blank lines and
-    carriage returns before one go, too), make a run of spaces one. Nothing else is stripped.
+    Transliterate to ASCII (`to_ascii`); replace a tab by two spaces; remove whitespace before a newline, including
+    blank lines and carriage returns; replace a run of spaces by one. Nothing else is stripped.
 
     Source: noanabeshima/tiny_model, whose steps after the tab are `\s+\n` -> `\n`, `\n\n+` -> `\n`, ` +` -> ` `. The
-    second of these never finds anything after the first. Without regular expressions it is eight to ten times as fast.
+    second of these never matches after the first. Without regular expressions it is eight to ten times as fast.
     """
     if not text.isascii():
         text = _NOT_ASCII.sub(lambda found: to_ascii(found.group()), text)
@@ -262,18 +264,18 @@ def clean_text(text: str) -> str:
 
 
 def keep_story(text: str) -> bool:
-    """Whether the reference would keep this story: it drops those that hold `â`, `€`, `«` or `»`, signs of mojibake.
+    """Return whether the reference keeps this story; it drops stories with `â`, `€`, `«` or `»`, signs of mojibake.
 
-    For building data sets like the published ones: `[story for story in stories if keep_story(story)]`.
+    To build data sets like the published ones, use `[story for story in stories if keep_story(story)]`.
     """
     return not any(sign in text for sign in "â€«»")
 
 
 class _PieceIds(dict[str, bytes]):
-    """Model ids of a piece of text as the bytes of an int32 array, computed by the BPE when first asked for.
+    """Cache from a piece of text to its model ids, as the bytes of an int32 array, computed by the BPE at first use.
 
-    Stories repeat their words, so that a look-up for each piece is several times as fast as the BPE; bytes join into
-    an array without a Python integer for each token.
+    Stories repeat their words, so looking up pieces is several times as fast as the BPE. Bytes are joined into an array
+    without a Python integer per token.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer, model_ids: np.ndarray):
@@ -292,7 +294,7 @@ class _PieceIds(dict[str, bytes]):
 
 
 def _splits_as_gpt2(bpe: tokenizers.Tokenizer) -> bool:
-    """Whether `bpe` encodes each piece of `_GPT2_PIECES` by itself, so that pieces can be looked up one by one."""
+    """Return whether `bpe` encodes each piece of `_GPT2_PIECES` separately, so that pieces can be cached."""
     splitter: Any = bpe.pre_tokenizer
     is_byte_level = isinstance(splitter, pre_tokenizers.ByteLevel)
     return bpe.normalizer is None and is_byte_level and splitter.use_regex and not splitter.add_prefix_space

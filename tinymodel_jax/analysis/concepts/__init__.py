@@ -1,1 +1,1 @@
-"""Which known concepts did a dictionary find? Labels, and their recovery."""
+"""Which known concepts did a dictionary find? Scores of features against labels, and the story world's concepts."""

@@ -1,13 +1,13 @@
-"""How well single features tell where known concepts hold: the best F1 and AUC for each concept.
+"""How well single features detect known concepts: the best F1 and AUC for each concept.
 
-Units are columns of activations: features of a dictionary, neurons, projections on directions. A unit says that a
-concept holds where its activation is above a threshold. For each concept the best unit, and for F1 its threshold, are
-chosen on one set of positions and scored on another, so that many units do not win by chance.
+Units are columns of activations: features of a dictionary, neurons, or projections on directions. A unit predicts a
+concept where its activation is above a threshold. For each concept, the best unit, and for F1 its threshold, are chosen
+on one set of positions and scored on another, so that having many units gives no advantage by chance.
 
-    AUC  = P(activation where the concept holds > activation where it does not), ties counting half; chance is 0.5
+    AUC  = P(activation where the concept holds > activation where it does not), counting ties half; chance is 0.5
     F1   = 2 * hits / (predicted + true); always predicting a concept of share p gives 2 p / (1 + p), the chance level
 
-NumPy: the work is sorting, and products with the matrix of concepts.
+Everything is NumPy: the work is sorting, and products with the matrix of concepts.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 LEVELS = np.array([2.0**-power for power in range(1, 13)])
-"""Shares of the positions that a unit's thresholds let through, besides those that are 0 and below everything."""
+"""Shares of the positions above a unit's thresholds; two more thresholds are 0 and -inf."""
 CHUNK = 256
 """Units that are scored together."""
 
 
 class ConceptScores(NamedTuple):
-    """Scores of the best unit of each concept, on positions that it was not chosen on."""
+    """Scores of the best unit for each concept, on held-out positions."""
 
     share: Float[np.ndarray, " concepts"]
     """Share of the scored positions at which the concept holds."""
     f1: Float[np.ndarray, " concepts"]
-    """NaN where the concept holds nowhere."""
+    """F1 of the best unit; NaN where the concept never holds."""
     f1_unit: Int[np.ndarray, " concepts"]
     """Unit with the best F1."""
     threshold: Float[np.ndarray, " concepts"]
-    """Its threshold; -inf where nothing beats predicting the concept everywhere."""
+    """Threshold of that unit; -inf where predicting the concept everywhere is best."""
     auc: Float[np.ndarray, " concepts"]
-    """NaN where the concept holds nowhere or everywhere."""
+    """AUC of the best unit; NaN where the concept never or always holds."""
     auc_unit: Int[np.ndarray, " concepts"]
     """Unit with the best AUC."""
 
@@ -46,7 +46,7 @@ class ConceptScores(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The best of the units seen so far, of each concept."""
+    """The best unit seen so far for each concept."""
 
     score: np.ndarray
     unit: np.ndarray
@@ -59,10 +59,10 @@ def score_concepts(
     held_out_acts: Float[np.ndarray, "scored_on units"],
     held_out_truth: Bool[np.ndarray, "scored_on concepts"],
 ) -> ConceptScores:
-    """Choose the best unit of each concept on some positions, and score it on held-out ones.
+    """Choose the best unit for each concept on some positions, and score it on held-out ones.
 
     Raises:
-        ValueError: there is no unit, or no position to choose or score on.
+        ValueError: there are no units, or no positions to choose or score on.
     """
     if not acts.shape[1] or not len(acts) or not len(held_out_acts):
         raise ValueError(
@@ -90,7 +90,7 @@ def score_concepts(
 def concepts_of_units(
     acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
 ) -> tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"]]:
-    """Return for each unit the concept that its activity (above 0) tells best, and the F1 of that."""
+    """Return the concept that each unit's activity (above 0) predicts best, and its F1."""
     f1 = _f1_of_all(np.asarray(acts) > 0, truth)
     return f1.argmax(axis=1), f1.max(axis=1)
 
@@ -100,7 +100,8 @@ def best_f1_of_all(
 ) -> Float[np.ndarray, "units concepts"]:
     """Return the F1 of every unit for every concept, each at its best threshold on these positions.
 
-    Predicting a concept everywhere is no threshold here. Nothing is held out: the best of many units is flattered.
+    The threshold that predicts a concept everywhere is left out. No positions are held out, so the maximum over many
+    units is biased upwards.
     """
     found = []
     for start in range(0, acts.shape[1], CHUNK):
@@ -112,9 +113,9 @@ def best_f1_of_all(
 def auc_of_all(
     acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
 ) -> Float[np.ndarray, "units concepts"]:
-    """Return the AUC of every unit for every concept; NaN where a concept holds nowhere or everywhere.
+    """Return the AUC of every unit for every concept; NaN where a concept never or always holds.
 
-    From the average ranks of the activations (Mann and Whitney 1947): exact, ties included.
+    It is computed from the average ranks of the activations (Mann and Whitney 1947), which is exact with ties, too.
     """
     above_middle = np.stack([_centred_ranks(column) for column in acts.T]).astype(np.float32)
     positives = truth.sum(axis=0)
@@ -124,13 +125,13 @@ def auc_of_all(
 
 
 def _centred_ranks(column: np.ndarray) -> np.ndarray:
-    """Return average ranks minus their mean; inactive positions, which are most, share one."""
+    """Return average ranks minus their mean. Inactive positions, which are the majority, share one rank."""
     ordered = np.sort(column)
     return (np.searchsorted(ordered, column, "left") + np.searchsorted(ordered, column, "right") - len(column)) / 2
 
 
 def _thresholds(acts: np.ndarray) -> np.ndarray:
-    """Return (levels, units) thresholds: below everything, 0, and what the shares of `LEVELS` exceed."""
+    """Return thresholds (levels, units): -inf, 0, and those that the shares in `LEVELS` exceed."""
     ordered = np.sort(acts, axis=0)
     places = np.maximum(len(acts) - np.ceil(len(acts) * LEVELS).astype(int) - 1, 0)
     fixed = np.stack([np.full(acts.shape[1], -np.inf), np.zeros(acts.shape[1])])
@@ -144,7 +145,7 @@ def _f1_of_all(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _better(best: _Best, scores: np.ndarray, start: int, thresholds: np.ndarray | None = None) -> _Best:
-    """Return the best with a chunk of units seen; earlier ones win ties."""
+    """Return the best units after a further chunk; earlier units win ties."""
     scores = np.nan_to_num(scores, nan=-np.inf)
     winner = scores.argmax(axis=0)
     score = scores[winner, np.arange(scores.shape[1])]

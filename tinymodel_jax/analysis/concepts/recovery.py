@@ -1,8 +1,8 @@
 """Which of the story world's concepts the dictionaries of a language model found.
 
-The truth about every token is known (`bundled.storyworld`), so each concept can be looked for among the features of
-each dictionary. The same search among the neurons of the MLPs and among random directions says what a dictionary adds.
-Stories are split: the first half chooses units and thresholds, the second scores them.
+The concepts that hold at every token are known (`bundled.storyworld`), so the features of a dictionary can be scored
+against them. Scores of MLP neurons and of random directions show what the dictionary adds. Stories are split: the first
+half chooses units and thresholds, and the second half scores them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tinymodel_jax.text.prompts_and_stories import story_rows
 BATCH = 16
 """Stories in one pass of the model."""
 ENCODED_TOGETHER = 4096
-"""Features of a dictionary whose activations are made at once."""
+"""Features whose activations are computed together."""
 
 Kind = Literal["dictionary", "neurons", "random directions"]
 
 
 class Recovery(NamedTuple):
-    """How well the units of one place tell the concepts."""
+    """How well the units of one dictionary or baseline predict the concepts."""
 
     name: str
-    """`M1`, or what the dictionary was called; `neurons 1`; `random M1`."""
+    """`M1` or the name given to the dictionary; for baselines `neurons 1` or `random M1`."""
     kind: Kind
     layer: int
     n_units: int
@@ -47,16 +47,19 @@ class Recovery(NamedTuple):
     """In the order of `storyworld.CONCEPTS`."""
 
 
-class _Place(NamedTuple):
-    """Units to score, which are made of a half's activations when their turn comes."""
+class _Units(NamedTuple):
+    """Units to score."""
 
     name: str
     kind: Kind
     site: Site
-    units: Callable[[_Half], np.ndarray]
+    activations: Callable[[_Half], np.ndarray]
+    """Computes the units' activations, (positions, units), from those that the model gave."""
 
 
 class _Half(NamedTuple):
+    """Half of the stories: what the model computes at each token of text, and the concepts that hold there."""
+
     acts: dict[str, Float[np.ndarray, "positions width"]]
     truth: Bool[np.ndarray, "positions concepts"]
 
@@ -70,24 +73,27 @@ def recover_concepts(
     seed: int = 0,
     track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> list[Recovery]:
-    """Score the best single feature for each concept, for each dictionary.
+    """Score the best single feature of each dictionary for each concept.
 
     Args:
-        lm: a model whose tokenizer knows the stories' characters, such as `TinyModel("mini")`.
-        stories: of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
-        dictionaries: tags or one, or any dictionaries of the model's sites by name; None is all that the model has.
-        baselines: also score the neurons of those layers' MLPs, and as many random directions at each dictionary's
-            input as it has features (once for dictionaries that agree in both).
-        seed: of the random directions.
-        track: sees the places pass by, to show a progress bar.
+        lm: a model whose tokenizer covers the characters of the stories, such as `TinyModel("mini")`.
+        stories: stories of the story world; a hundred hold about 20,000 tokens. Special tokens do not count.
+        dictionaries: one tag or several, or dictionaries by name, at any sites of the model. None takes all
+            dictionaries of the model.
+        baselines: also score the MLP neurons of the same layers, and as many random directions at each dictionary's
+            input as it has features (once for dictionaries that share input and size).
+        seed: seed of the random directions.
+        track: wraps the iterator over dictionaries and baselines, for example with a progress bar.
 
     Raises:
-        ValueError: there are fewer than two stories, a tag has no dictionary or names a feature, a dictionary does not
-            fit the model, or the tokenizer does not fit the stories.
+        ValueError: there are fewer than two stories, a site has no dictionary, a tag names a feature, a dictionary
+            does not fit the model, or the tokenizer does not fit the stories.
     """
     told = list(stories)
     if len(told) < 2:
-        raise ValueError(f"recover_concepts takes two stories or more, got {len(told)}: half of them choose the units.")
+        raise ValueError(
+            f"recover_concepts takes at least two stories, got {len(told)}: half of them choose the units."
+        )
     readers = _readers(lm, lm.dictionary_tags if dictionaries is None else dictionaries)
     layers = sorted({reader.site.layer for reader in readers.values()})
     neurons = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers if baselines}
@@ -95,17 +101,17 @@ def recover_concepts(
     middle = len(told) // 2
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
 
-    places = list(_places_of(readers, neurons, seed if baselines else None))
-    return [_scored(place, choosing, scoring) for place in track(places)]
+    units = list(_units_of(readers, neurons, seed if baselines else None))
+    return [_scored(one, choosing, scoring) for one in track(units)]
 
 
 def n_found(recovery: Recovery, f1: float = 0.8) -> int:
-    """Return how many concepts have a unit with this F1 or more."""
+    """Return the number of concepts for which a unit has at least this F1."""
     return int(np.sum(recovery.scores.f1 >= f1))
 
 
 def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
-    """Return a row for each place and concept, for JSON or a table; NaN (a concept that holds nowhere) is None."""
+    """Return a record for each recovery and concept, for JSON or a table. NaN becomes None."""
     rows: list[dict[str, object]] = []
     for recovery in recoveries:
         scores = recovery.scores
@@ -132,8 +138,8 @@ def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
 
 def concept_table(
     recoveries: Sequence[Recovery],
-) -> tuple[Float[np.ndarray, "concepts places"], list[str], list[str]]:
-    """Return the F1 of every concept at every place, best-told concepts first, and the names of both."""
+) -> tuple[Float[np.ndarray, "concepts recoveries"], list[str], list[str]]:
+    """Return the F1 of every concept in every recovery, best concepts first, and the names of both."""
     table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
     order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
     names = list(storyworld.CONCEPTS)
@@ -141,7 +147,7 @@ def concept_table(
 
 
 def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
-    """Draw the F1 of every concept (rows) at every place (columns) as a heat map, as PNG."""
+    """Draw the F1 of every concept (rows) in every recovery (columns) as a heat map, as PNG."""
     save_png(heat_map_figure(*concept_table(recoveries)), path, dpi=130)
 
 
@@ -153,7 +159,7 @@ def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dic
 
 
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
-    """Return the activations and the truth at every token of the stories that is text."""
+    """Return activations and concepts at every text token of the stories."""
     config, tokenizer = lm.config, lm.tokenizer
     tok_ids = story_rows(tokenizer, [story.text for story in told], config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
@@ -169,17 +175,17 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[text])
 
 
-def _places_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Place]:
-    """Yield what is scored: dictionaries, with random directions where there is a seed, then the neurons."""
+def _units_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Units]:
+    """Yield the units to score: dictionaries, each with random directions if there is a seed, then neurons."""
     drawn = set()
     for name, reader in readers.items():
         site, size = reader.site, (reader.site.hook_in, reader.dictionary.config.n_features)
-        yield _Place(name, "dictionary", site, partial(_encoded, reader))
+        yield _Units(name, "dictionary", site, partial(_encoded, reader))
         if seed is not None and size not in drawn:
             drawn.add(size)
-            yield _Place(f"random {name}", "random directions", site, partial(_projected, reader, seed))
+            yield _Units(f"random {name}", "random directions", site, partial(_projected, reader, seed))
     for layer, name in neurons.items():
-        yield _Place(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
+        yield _Units(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
 
 
 def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
@@ -190,13 +196,13 @@ def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
 
 
 def _projected(reader: FeatureReader, seed: int, half: _Half) -> np.ndarray:
-    """Return the projections on as many random directions, the same for each half, as there are features."""
+    """Return projections on as many random directions as there are features, the same for each half."""
     config = reader.dictionary.config
     directions = np.random.default_rng(seed).normal(size=(config.d_in, config.n_features)).astype(np.float32)
     return half.acts[reader.site.hook_in] @ directions
 
 
-def _scored(place: _Place, choosing: _Half, scoring: _Half) -> Recovery:
-    chosen_on, scored_on = place.units(choosing), place.units(scoring)
+def _scored(units: _Units, choosing: _Half, scoring: _Half) -> Recovery:
+    chosen_on, scored_on = units.activations(choosing), units.activations(scoring)
     scores = score_concepts(chosen_on, choosing.truth, scored_on, scoring.truth)
-    return Recovery(place.name, place.kind, place.site.layer, chosen_on.shape[1], scores)
+    return Recovery(units.name, units.kind, units.site.layer, chosen_on.shape[1], scores)

@@ -1,9 +1,9 @@
-"""What turning features off would do, estimated for all of them by one backward pass: activation x gradient.
+"""Attribution: the effect of ablating each feature, estimated for all features by one backward pass.
 
     estimate of feature f = - sum over positions of  activation_f x (d measure / d value at hook_out) . W_dec[f]
 
-The first-order change of the measure when the feature is turned off, to be compared with the change itself
-(`sweeps.ablate`): exact where the layers above act linearly.
+This is activation x gradient: the first-order change of the measure when the feature is ablated. It is exact if the
+layers above are linear. `sweeps.ablate` measures the change itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Measure = Literal["loss", "next_logprob"]
 
 
 class Attribution(NamedTuple):
-    """The estimated change of the measure when each feature is turned off, nats."""
+    """The estimated change of the measure when each feature is ablated, in nats."""
 
     features: Int[np.ndarray, " n"]
     change: Float[np.ndarray, " n"]
@@ -46,10 +46,10 @@ def attribute(
 ) -> Attribution:
     """Estimate the effect of ablating each feature on the loss or on the log-probability of `next_ids`.
 
-    Arguments as `sweeps.ablate`, whose `loss` and `next_logprob` are estimated.
+    The estimates are of `loss` or `next_logprob` of `sweeps.ablate`, whose arguments these are.
 
     Raises:
-        ValueError: as `sweeps.ablate`; or the measure is another.
+        ValueError: as for `sweeps.ablate`, or `measure` is neither of the two.
     """
     if measure not in ("loss", "next_logprob"):
         raise ValueError(f"attribute: measure={measure!r}; it is 'loss' or 'next_logprob'.")
@@ -67,7 +67,7 @@ def attribute(
 
 
 def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Return Spearman's correlation: Pearson's of the ranks, equal values sharing theirs; NaN if all are equal."""
+    """Return Spearman's rank correlation; equal values share a rank, and the result is NaN if all are equal."""
     ranks = np.stack([_ranks(values) for values in (one, other)])
     centred = ranks - ranks.mean(axis=1, keepdims=True)
     norm = np.sqrt(np.prod((centred**2).sum(axis=1)))

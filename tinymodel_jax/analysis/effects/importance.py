@@ -1,9 +1,9 @@
-"""How much each feature of a dictionary matters to the model: the effect of turning it off, over a data set.
+"""Causal importance of the features of a dictionary: the effect of ablating each one, over a data set.
 
-Every feature is ablated on every row where it is active (`sweeps.ablate`); where it is not, its effect is exactly 0.
-A row without a token to predict, as of a lone `[BEGIN]`, counts in no mean, as in `evaluate`. Sums over rows, so the
-work can be stopped and go on. Confidence intervals are of the mean over rows, which stand for
-stories: `NORMAL_95` standard errors to either side, which is rough where a feature was active on few rows.
+Every feature is ablated on every row where it is active (`sweeps.ablate`); on other rows its effect is exactly 0. Rows
+without a token to predict, such as a lone `[BEGIN]`, are left out, as in `evaluate`. The state is sums over rows, so an
+interrupted measurement can resume. Confidence intervals are those of the mean over rows: plus or minus `NORMAL_95`
+standard errors, which is rough for features that are active on few rows.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ _MEASURES = ("kl", "loss")
 
 
 class MeanEffect(NamedTuple):
-    """A mean for each feature, and its 95 % confidence interval: `mean - half_width` to `mean + half_width`."""
+    """A mean per feature with its 95 % confidence interval, `mean - half_width` to `mean + half_width`."""
 
     mean: Float[np.ndarray, " n_features"]
-    """NaN where there is nothing to average."""
+    """NaN for features without a row to average over."""
     half_width: Float[np.ndarray, " n_features"]
-    """NaN where there are fewer than two rows."""
+    """NaN for features with fewer than two rows."""
 
 
 class CausalImportance(NamedTuple):
-    """What turning off each feature of a dictionary does, nats."""
+    """The effects of ablating each feature of a dictionary, in nats."""
 
     n_rows: int
     """Rows with a token to predict."""
     active_rows: Int[np.ndarray, " n_features"]
     """Rows on which the feature is active."""
     kl: MeanEffect
-    """KL divergence a position, averaged over the rows where the feature is active."""
+    """KL divergence per position, averaged over the rows where the feature is active."""
     loss: MeanEffect
-    """Change of the loss, averaged over the rows where the feature is active: positive where the feature helps."""
+    """Change of the loss, averaged over the rows where the feature is active; positive if the feature helps."""
     kl_all: MeanEffect
-    """KL divergence averaged over all `n_rows`: frequent features weigh more."""
+    """KL divergence averaged over all `n_rows`, which gives frequent features more weight."""
     loss_all: MeanEffect
     """Change of the loss averaged over all `n_rows`."""
     final_stream: Float[np.ndarray, "n_features d_model"]
-    """`FeatureEffects.final_stream`, averaged over the rows where the feature is active; 0 where there is none."""
+    """`FeatureEffects.final_stream`, averaged over the rows where the feature is active; 0 if there are none."""
 
     def order(self) -> Int[np.ndarray, " n_features"]:
-        """Return the features by their KL over all rows, the most important first."""
+        """Return the features in order of importance, the KL over all rows; the most important first."""
         return np.argsort(-self.kl_all.mean, kind="stable")
 
 
@@ -69,14 +69,15 @@ def causal_importance(
     """Ablate every feature on every row.
 
     Args:
-        rows: token ids (rows, seq), right-padded with `[PAD]`, which counts nowhere; rows without a token to predict
+        rows: token ids (rows, seq), right-padded with `[PAD]`, which is not counted. Rows without a token to predict
             are left out.
-        work_file: where to save what is done; there, the work goes on. Delete it when the result is kept.
-        track: sees the rows left to do pass by, to show a progress bar.
+        work_file: file that stores the sums so far; a call with the same arguments resumes from it. Delete it once you
+            have the result.
+        track: wraps the iterator over the remaining rows, for example with a progress bar.
 
     Raises:
-        ValueError: no row holds a token to predict, they do not fit the model, the tag has no dictionary, or the file
-            is of other work.
+        ValueError: no row has a token to predict, the rows do not fit the model, the tag has no dictionary, or
+            `work_file` belongs to another measurement.
     """
     ids = check_tok_ids(rows, lm.config)
     ids = ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]

@@ -1,8 +1,8 @@
 """Interventions on every feature of a dictionary, one at a time, in few compiled calls.
 
-Row `f` of a result is what `lm.run_with_hooks` with the one edit of feature `f` gives. All three kinds add `amount x
-direction` at the dictionary's `hook_out`; its error and all other features stay. A feature whose amounts are all zero,
-as of one that is active nowhere and turned off, changes nothing, and is reported as exactly 0 without being run.
+Entry `f` of a result equals that of `lm.run_with_hooks` with the edit of feature `f` alone. All three kinds add
+`amount x direction` at the dictionary's `hook_out`; the dictionary's error and all other features remain. A feature
+whose amounts are all zero, such as an inactive one that is ablated, is not run, and its effect is exactly 0.
 
 Features are run in chunks of similar first position, and only from there on (`upper_layers`); with several devices, a
 chunk's features are spread over them. `[PAD]` counts nowhere.
@@ -41,20 +41,20 @@ READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
 
 Track = Callable[[list[Any]], Iterable[Any]]
-"""Yields what it is given, and may show how much of it is done."""
+"""Wraps the iterator over chunks, for example with a progress bar."""
 
 
 class FeatureEffects(NamedTuple):
-    """What each intervention changes: the value with it minus the value without.
+    """The change caused by each intervention: the value with it minus the value without it.
 
-    The numbers have the shape (n,) of `features`, or (n, strengths) where `steer` was given several.
+    Arrays have the shape (n,) of `features`, or (n, strengths) if `steer` was called with several strengths.
     """
 
     features: Int[np.ndarray, " n"]
     kl: Float[np.ndarray, "n *strengths"]
     """KL divergence of the next-token distribution from the model's own, nats, averaged over positions; 0 or more."""
     loss: Float[np.ndarray, "n *strengths"]
-    """Change of the mean next-token loss, nats: positive where the feature helps and was turned off."""
+    """Change of the mean next-token loss, nats; positive if a feature that helps is ablated."""
     next_logprob: Float[np.ndarray, "n *strengths"]
     """Change of the log-probability of `next_ids` after the last position, averaged over rows, nats."""
     final_stream: Float[np.ndarray, "n *strengths d_model"]
@@ -77,16 +77,16 @@ def ablate(
     readout: str | None = None,
     track: Track = iter,
 ) -> FeatureEffects:
-    """Turn each feature of a dictionary off.
+    """Set each feature of a dictionary to zero, one at a time.
 
     Args:
-        tag: dictionary's site, such as M2; what `lm[tag]` reads.
+        tag: the dictionary's site, such as M2, as in `lm[tag]`.
         tok_ids: integers (batch, seq), right-padded.
-        features: indices; None is every feature that is active where `positions` allows.
-        positions: boolean mask, (seq,) or (batch, seq), of where the intervention acts; None is everywhere.
-        next_ids: a token for each row; None is the model's most likely ones.
-        readout: site of another dictionary, further up, whose features' changes are reported.
-        track: sees the chunks of features pass by, to show a progress bar.
+        features: indices; None is every feature that is active at the selected positions.
+        positions: boolean mask, (seq,) or (batch, seq), of where to intervene; None is all positions.
+        next_ids: one token per row, whose log-probability is measured; None is the model's most likely token.
+        readout: site of a later dictionary; report which of its features change most.
+        track: wraps the iterator over chunks of features, for example with a progress bar.
 
     Raises:
         ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
@@ -109,7 +109,7 @@ def clamp(
     readout: str | None = None,
     track: Track = iter,
 ) -> FeatureEffects:
-    """Hold the activation of each feature at a value, also where it is inactive; arguments as `ablate`."""
+    """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`."""
     held = finite("value", value, ndim=0)
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
     chosen, acts = activations(lm, tag, prepared, features)
@@ -129,13 +129,13 @@ def steer(
     readout: str | None = None,
     track: Track = iter,
 ) -> FeatureEffects:
-    """Add `strength x decoder direction` of each feature, or `strength x vector`, where the dictionary writes.
+    """Add `strength x decoder direction` of each feature, or `strength x vector`, at the dictionary's `hook_out`.
 
     Args:
-        strengths: one, or several, which then are the last axis of the result.
-        vectors: (n, width) to add instead of decoder directions, at the same hook point; no dictionary is needed then.
+        strengths: one strength, or several, which become the last axis of the result.
+        vectors: (n, width), added instead of decoder directions; the site then needs no dictionary.
 
-    The others as `ablate`.
+    Other arguments as for `ablate`.
     """
     amounts = finite("strengths", strengths, ndim=1)
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)

@@ -26,20 +26,20 @@ SHOWN = 20
 
 
 def training_curve(steps: Sequence[int], explained: Sequence[float], l0: Sequence[float]) -> str:
-    """Draw explained variance and L0 over the steps of a dictionary's training."""
+    """Draw explained variance and L0 over the training steps of a dictionary."""
     figure, axes = _figure(6.4, 2.8)
     axes.plot(steps, explained, color=ACCENT)
     axes.set(xlabel="step", ylabel="explained variance", ylim=(0, 1.02))
     axes.yaxis.label.set_color(ACCENT)
     other = axes.twinx()
     other.plot(steps, l0, color=SECOND)
-    other.set(ylabel="L0 (active features a token)", ylim=(0, None))
+    other.set(ylabel="L0 (active features per token)", ylim=(0, None))
     other.yaxis.label.set_color(SECOND)
-    return _svg(figure, "Explained variance and L0 while the transcoder trains")
+    return _svg(figure, "Explained variance and L0 during training of the transcoder")
 
 
 def bars(values: Mapping[str, float], label: str, title: str) -> str:
-    """Draw labelled horizontal bars, the first on top."""
+    """Draw labelled horizontal bars, the first one at the top."""
     figure, axes = _figure(6.4, 0.8 + 0.26 * len(values))
     numbers = list(values.values())
     axes.barh(range(len(numbers)), numbers, color=[ACCENT if n >= 0 else SECOND for n in numbers])
@@ -51,7 +51,7 @@ def bars(values: Mapping[str, float], label: str, title: str) -> str:
 
 
 def heat_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
-    """Draw F1 scores as a labelled heat map; NaN stays white."""
+    """Draw F1 scores as a labelled heat map; NaN is white."""
     return _svg(heat_map_figure(table, rows, columns), title)
 
 
@@ -66,11 +66,13 @@ def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[st
 
 
 def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]], title: str) -> Figure:
-    """Return heat maps under each other, a layer a row: 0 white, 1 blue, -1 orange, larger ones as those.
+    """Return a figure of heat maps, one below the other, with one row per layer.
+
+    0 is white, 1 and more are blue, -1 and less are orange.
 
     Args:
-        tables: name of each map, and its numbers (layers, places).
-        columns: labels of the places of each map.
+        tables: the effects (layers, columns) of each heat map, by its name.
+        columns: the labels of the columns of each heat map.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -101,20 +103,23 @@ def draw_pareto(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, labe
     for site in dict.fromkeys(record["site"] for record in records):
         found = [record["results"] for record in records if record["site"] == site]
         points = sorted((r["l0"], r[key]) for r in found if r["l0"] and r[key] is not None)
-        if points:  # a dictionary without active features has no place on a logarithmic axis
+        if points:  # a logarithmic axis cannot show a dictionary without active features
             axes.plot(*zip(*points, strict=True), marker="o", label=site)
-    axes.set_xlabel("L0 (active features a token)")
+    axes.set_xlabel("L0 (active features per token)")
     axes.set_ylabel(label)
     if axes.lines:
         axes.set_xscale("log")
         axes.legend(fontsize="small", ncols=1 + len(axes.lines) // 9)
     for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers, few where the axis is long
+        ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers; few of them on a long axis
     axes.grid(alpha=0.3, which="both")
 
 
 def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    """Draw how many features are active on which share of the tokens: a line a dictionary, dead ones on the left."""
+    """Draw how many features are active on which share of the tokens, with one line per dictionary.
+
+    Dead features are drawn on the left.
+    """
     for record in records:
         density = record["density"]
         edges = np.array(density["log10_edges"])
@@ -122,17 +127,17 @@ def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
         axes.plot([edges[0] - 0.75], [density["dead"]], "x", color=line.get_color())
     first, *rest = records[0]["density"]["log10_edges"][::2]
     axes.set_xticks([first - 0.75, first, *rest], ["dead", *(f"$10^{{{edge:.0f}}}$" for edge in (first, *rest))])
-    axes.set(xlabel="share of the tokens on which a feature is active", ylabel="features", ylim=(0, None))
+    axes.set(xlabel="share of tokens on which a feature is active", ylabel="features", ylim=(0, None))
     for name in axes.legend(fontsize="small", ncols=1 + len(records) // 9).get_texts():
         name.set_parse_math(False)  # a folder may be called k=$8$
     axes.grid(alpha=0.3)
 
 
 def plot_importance(table: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: the most important features with their intervals, and how much of the KL the first n carry.
+    """Write a PNG of the most important features with their intervals, and of the share of the KL in the first n.
 
     Args:
-        table: what `tinymodel sweep --data` writes, the most important features first.
+        table: the output of `tinymodel importance`, most important features first.
     """
     figure = _empty_figure(10.4, 4.4)
     first, share = figure.subplots(1, 2)
@@ -141,20 +146,18 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
     first.errorbar(means, range(len(shown)), xerr=margins, fmt="o", capsize=2, markersize=4)
     first.set_yticks(range(len(shown)), [str(one["feature"]) for one in shown], fontsize=8)
     unit = "nats per position, 95 %" if any(margins) else "nats per position"
-    first.set(xlabel=f"KL of turning it off ({unit})", ylabel=f"feature of {table['site']}", xlim=(0, None))
+    first.set(xlabel=f"KL of turning the feature off ({unit})", ylabel=f"feature of {table['site']}", xlim=(0, None))
     first.invert_yaxis()
     carried = np.cumsum([one["kl_all"][0] for one in table["features"]])
     share.plot(np.arange(1, len(carried) + 1), carried / max(carried[-1], np.finfo(float).tiny))
-    share.set(
-        xlabel="features, the most important first", ylabel="share of the KL summed over features", ylim=(0, 1.02)
-    )
+    share.set(xlabel="features, most important first", ylabel="share of the KL summed over features", ylim=(0, 1.02))
     for axes in (first, share):
         axes.grid(alpha=0.3)
     save_png(figure, path, dpi=120)
 
 
 def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG: L0 against explained variance and against CE recovered, and the densities."""
+    """Write a PNG of L0 against explained variance, L0 against CE recovered, and feature densities."""
     figure = _empty_figure(15.6, 4.4)
     explained, recovered, densities = figure.subplots(1, 3)
     draw_pareto(explained, records, "explained_variance", "explained variance")
@@ -164,7 +167,7 @@ def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def save_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure as a PNG file, which appears whole or not at all.
+    """Write a figure as a PNG file, atomically.
 
     Raises:
         OSError: it cannot be written.
@@ -182,13 +185,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _empty_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # loads when something is drawn
+    from matplotlib.figure import Figure  # loaded when a chart is drawn
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Any, title: str) -> str:
-    """Return the figure as an `<svg>` with a title for screen readers, and ids that no chart of another title has."""
+    """Return the figure as an `<svg>` with a title for screen readers and ids that are unique to that title."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -196,5 +199,5 @@ def _svg(figure: Any, title: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title}, transparent=True)
     text = buffer.getvalue()
     svg = text[text.index("<svg") :].replace("<svg", '<svg role="img" class="chart"', 1)
-    prefix = f"chart-{zlib.crc32(title.encode()):08x}-"  # Matplotlib numbers parts alike in every figure
+    prefix = f"chart-{zlib.crc32(title.encode()):08x}-"  # Matplotlib uses the same ids in every figure
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)

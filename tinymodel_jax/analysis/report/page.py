@@ -1,7 +1,6 @@
-"""One HTML file from a template in `templates/`, with its style and its script inside.
+"""One HTML file from a template in `templates/`, with its style and script inside.
 
-Rely on: the file opens from `file://` without a network, and whatever text goes in is shown as text. Content is plain
-values; what they mean is decided where they are made.
+The file opens from `file://` without a network. All text in the content is shown as text, never read as HTML.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ _FOLDER = Path(__file__).parent / "templates"
 
 
 def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
-    """Write the page of a template (`quickstart.html.jinja`); what was at `path` is replaced when all is well.
+    """Write the page of a template, such as `quickstart.html.jinja`. A file at `path` is replaced atomically.
 
     Raises:
         OSError: the file cannot be written.
     """
-    import jinja2  # only pages need it
+    import jinja2  # needed by pages only
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -32,5 +31,5 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
 
 
 def token_text(token: str) -> str:
-    """Return a token as it is shown: line breaks as an arrow, everything else as it is."""
+    """Return a token for display, with an arrow in place of each line break."""
     return token.replace("\n", "↵")

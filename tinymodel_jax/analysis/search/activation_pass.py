@@ -1,6 +1,6 @@
 """One pass over rows of tokens: what is kept of a dictionary's activations, and how a batch is added to it.
 
-`DictionaryInputs` runs the model, `ActivationPass` measures batches on the devices, `Sums` takes them in on the host.
+`DictionaryInputs` runs the model, `ActivationPass` measures a batch on the devices, and `Sums` adds it up on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Integer
 
-from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_places
+from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_positions
 from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
 from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.lm import FeatureReader
@@ -23,23 +23,23 @@ from tinymodel_jax.model.padding import check_tok_ids, pad_below
 
 
 class MeasuredBatch(NamedTuple):
-    """A batch's numbers; arrays may still be computed."""
+    """The measurements of one batch. JAX may still be computing the arrays."""
 
     first: int
-    """Number of its first row."""
+    """Number of the batch's first row."""
     n_rows: int
     chunks: list[BatchStatistics]
-    """Of all features, in order; rows beyond `n_rows` are padding."""
+    """One entry per chunk of features, in order; rows beyond `n_rows` are padding."""
     active: list[Array]
-    """Active features of the sampled tokens, as bits."""
+    """Which features are active at the sampled tokens, one bit per feature."""
     n_sampled: int
 
 
 class DictionaryInputs:
-    """What a dictionary reads, computed for batches of rows that are spread over the devices of this process.
+    """Computes what a dictionary reads. The rows of a batch are spread over the devices of this process.
 
     Args:
-        per_device: rows of a device in one pass of the model.
+        per_device: rows per device in one pass of the model.
     """
 
     def __init__(self, reader: FeatureReader, per_device: int):
@@ -48,15 +48,15 @@ class DictionaryInputs:
         self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         self.batch = per_device * len(devices)
         """Rows of a batch."""
-        self.config, self.lm_config = reader.dictionary.config, reader.lm.config
+        self.config = reader.dictionary.config
         self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
-        self._model = jax.device_put(reader.lm.hooked(before=reader.site), everywhere)
+        self.model = jax.device_put(reader.lm.hooked(before=reader.site), everywhere)
 
     def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
-        """Return the inputs, (batch, seq, d_in); those beyond the rows given are of padding."""
-        ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.lm_config.pad_id)
+        """Return the inputs, (batch, seq, d_in); rows beyond the given ones are padding."""
+        ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.model.config.pad_id)
         name, ids = self.config.hook_in, jax.device_put(ids, self.spread)
-        _, acts = forward(self._model, ids, keep=(name,), output="none")
+        _, acts = forward(self.model, ids, keep=(name,), output="none")
         return acts[name]
 
 
@@ -64,8 +64,8 @@ class ActivationPass:
     """Measures batches of rows.
 
     Args:
-        share: probability of a token to be in the sample for co-activation.
-        every: the histogram counts one in so many positions.
+        share: probability with which a token is sampled for co-activation.
+        every: the histogram counts one position in `every`.
     """
 
     def __init__(self, inputs: DictionaryInputs, rows: np.ndarray, *, share: float, every: int, seed: int):
@@ -73,27 +73,27 @@ class ActivationPass:
         self.chunks = feature_chunks(inputs.dictionary, inputs.config)
 
     def measure(self, first: int) -> MeasuredBatch:
-        """Start to measure the batch whose first row is `first`.
+        """Start measuring the batch whose first row is `first`, without waiting for the result.
 
         Raises:
-            ValueError: its ids are not valid for the model.
+            ValueError: an id is not valid for the model.
         """
         inputs = self.inputs
-        tok_ids = check_tok_ids(self.rows[first : first + inputs.batch], inputs.lm_config, first)
+        tok_ids = check_tok_ids(self.rows[first : first + inputs.batch], inputs.model.config, first)
         x, n_rows = inputs(tok_ids), len(tok_ids)
-        real = inputs.lm_config.is_text(pad_below(tok_ids, inputs.batch, inputs.lm_config.pad_id))
+        real = inputs.model.config.is_text(pad_below(tok_ids, inputs.batch, inputs.model.config.pad_id))
         drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
         counted, drawn = jax.device_put((real, drawn), inputs.spread)
         options = {"config": inputs.config, "every": self.every}
         found = [statistics(chunk, x, counted, drawn, **options) for chunk in self.chunks]
-        places = sampled_places(real, first, self.share, self.seed)
-        active = active_features(inputs.dictionary, inputs.config, x, places)
-        return MeasuredBatch(first, n_rows, found, active, len(places))
+        positions = sampled_positions(real, first, self.share, self.seed)
+        active = active_features(inputs.dictionary, inputs.config, x, positions)
+        return MeasuredBatch(first, n_rows, found, active, len(positions))
 
 
 @dataclasses.dataclass
 class Sums:
-    """What is kept of all rows so far."""
+    """What is kept of all rows measured so far."""
 
     histogram: Int[np.ndarray, "32 n_features"]
     active: Int[np.ndarray, " n_features"]
@@ -102,11 +102,11 @@ class Sums:
     top: Contexts
     sampled: Contexts
     together: list[np.ndarray]
-    """(sampled tokens, bytes) in parts: which features are active at each, as bits, for co-activation."""
+    """Which features are active at each sampled token: parts of shape (tokens, bytes), one bit per feature."""
 
     @staticmethod
     def zero(n_features: int, k: int, n_sampled: int) -> Sums:
-        """Return the sums over no rows."""
+        """Return the sums before any row is measured."""
         return Sums(
             np.zeros((BINS, n_features), np.int64),
             np.zeros(n_features, np.int64),
@@ -116,8 +116,8 @@ class Sums:
             [np.zeros((0, n_bytes(n_features)), np.uint8)],
         )
 
-    def take_in(self, batch: MeasuredBatch, seed: int) -> None:
-        """Add a batch; batches come in the order of their rows."""
+    def add(self, batch: MeasuredBatch, seed: int) -> None:
+        """Add a batch. Batches must be added in the order of their rows."""
         peak, position, total, active = (
             np.concatenate([np.asarray(chunk[field]) for chunk in batch.chunks], axis=1)[: batch.n_rows]
             for field in range(4)
@@ -133,14 +133,14 @@ class Sums:
             self.together.append(np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return everything by name, for a work file."""
+        """Return all arrays by name, for a work file."""
         found = {name: getattr(self, name) for name in ("histogram", "active", "total")}
         found["together"] = np.concatenate(self.together)
         return found | named_contexts("top", self.top) | named_contexts("sampled", self.sampled)
 
     @staticmethod
     def of_arrays(arrays: dict[str, np.ndarray]) -> Sums:
-        """Return the sums that `arrays` named."""
+        """Return the sums whose `arrays()` were saved."""
         top, sampled = contexts_named("top", arrays), contexts_named("sampled", arrays)
         return Sums(arrays["histogram"], arrays["active"], arrays["total"], top, sampled, [arrays["together"]])
 
@@ -151,5 +151,5 @@ def named_contexts(name: str, contexts: Contexts) -> dict[str, np.ndarray]:
 
 
 def contexts_named(name: str, arrays: dict[str, np.ndarray]) -> Contexts:
-    """Return the contexts that `named_contexts` named."""
+    """Return the contexts that `named_contexts` gave names to."""
     return Contexts(*(arrays[f"{name}.{field}"] for field in Contexts._fields))

@@ -1,14 +1,15 @@
 """Which features are active together, on a sample of tokens, in memory that does not grow with the number of tokens.
 
-Counting all pairs of 25,000 features takes 2.5 GB and, on all tokens, many times the work of the encoder. So the pairs
-are counted on a sample of tokens, and exactly there. The correlation is the phi coefficient over the n sampled tokens,
+Counting all pairs of 25,000 features would take 2.5 GB and, on all tokens, many times the work of the encoder. So pairs
+are counted exactly, but on a sample of the tokens. The correlation is the phi coefficient over the n sampled tokens,
 
     phi = (n n_ij - n_i n_j) / sqrt(n_i (n - n_i) n_j (n - n_j))
 
-with n_i the tokens at which feature i is active and n_ij those of both. It is undefined (0 / 0) for a feature that is
-active at all of them, or at none. Pairs that met at fewer than `MET` tokens are left out: two features active once
-would have phi 1. The sample is thinned where counting would take more than `PAIRS`: with `COACTIVATION_TOKENS` of it,
-that takes more than 256 active features per token on average.
+where n_i is the number of tokens at which feature i is active, and n_ij the number at which both are. Phi is undefined
+(0 / 0) for a feature that is active at all sampled tokens or at none. Pairs that are active together at fewer than
+`TOGETHER` tokens are left out, because two features that are each active once would have phi 1. If there are more than
+`PAIRS` pairs to count, the sample is thinned. With `COACTIVATION_TOKENS` tokens, this happens when more than 256
+features are active per token on average.
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
 from tinymodel_jax.runtime.compilation import fast_jit
 
-MET = 3
+TOGETHER = 3
+"""Smallest number of tokens at which a pair must be active together."""
 PAIRS = 2**29
-"""Pairs of active features that are counted, about; seconds of work."""
-AS_ONE = 256
-"""Pairs of any features that a matrix product counts in the time that a sparse one takes for a pair of active ones."""
-AT_ONCE = 64
+"""About how many pairs of active features are counted at most; this takes seconds."""
+DENSE_SPEEDUP = 256
+"""Pairs that a dense matrix product counts in the time that a sparse one takes for one pair."""
+TOKENS_AT_ONCE = 64
 """Tokens that are encoded together."""
 FEATURES_AT_ONCE = 256
 """Features whose pairs are counted together."""
 
 
-def sampled_places(real: Bool[np.ndarray, "rows seq"], first: int, share: float, seed: int) -> Int[np.ndarray, " n"]:
-    """Return the places in the flattened rows that belong to the sample.
+def sampled_positions(real: Bool[np.ndarray, "rows seq"], first: int, share: float, seed: int) -> Int[np.ndarray, " n"]:
+    """Return the sampled positions in the flattened rows.
 
     Args:
         real: which tokens count.
         first: number of the first row in the data.
-        share: probability of each, decided by a hash of row and position.
+        share: probability of sampling a position, decided by a hash of row and position.
     """
     row_of = np.arange(first, first + len(real))[:, None]
     chosen = uniform(seed, row_of, np.arange(real.shape[1])) < share
@@ -51,27 +53,31 @@ def sampled_places(real: Bool[np.ndarray, "rows seq"], first: int, share: float,
 
 
 def active_features(
-    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "rows seq d_in"], places: Int[np.ndarray, " n"]
+    params: DictionaryParams,
+    config: DictionaryConfig,
+    x: Float[Array, "rows seq d_in"],
+    positions: Int[np.ndarray, " n"],
 ) -> list[Array]:
-    """Return which features are active at places of the flattened rows, a bit each, `AT_ONCE` places at a time.
+    """Return which features are active at positions of the flattened rows, one bit per feature.
 
-    The last array is longer than what is left of the places. Does not wait for the result.
+    Each array holds `TOKENS_AT_ONCE` positions; the last one is padded. Does not wait for the result.
     """
-    padded = np.resize(places, -(-len(places) // AT_ONCE) * AT_ONCE).reshape(-1, AT_ONCE)
+    padded = np.resize(positions, -(-len(positions) // TOKENS_AT_ONCE) * TOKENS_AT_ONCE).reshape(-1, TOKENS_AT_ONCE)
     return [_active(params, x, part.astype(np.int32), config=config) for part in padded]
 
 
 def n_bytes(n_features: int) -> int:
-    """Return how many bytes hold a bit for each feature."""
+    """Return the number of bytes that hold one bit per feature."""
     return -(-n_features // 8)
 
 
 def partners_of_all(
     bits: UInt8[np.ndarray, "tokens bytes"], n_features: int, n: int
 ) -> tuple[Int[np.ndarray, "n_features n"], Float[np.ndarray, "n_features n"]]:
-    """Return the `n` features whose activity correlates most with each, and phi; -1 and 0 where there are fewer.
+    """Return, for each feature, the `n` features whose activity correlates most with its own, and phi.
 
-    Phi is NaN where it is undefined: for a feature that is active at all tokens, or at none.
+    Where there are fewer than `n`, the index is -1 and phi 0. Phi is NaN for a feature that is active at all tokens
+    or at none.
     """
     active, table = _counted(np.unpackbits(bits, axis=1, count=n_features).view(bool))
     alone = active.sum(axis=0).astype(np.float64)
@@ -91,8 +97,8 @@ def partners_of_all(
 
 
 def _counted(active: Bool[np.ndarray, "tokens n_features"]) -> tuple[Bool[np.ndarray, "some n_features"], Any]:
-    """Return the tokens that are counted, evenly spread, and the same as a matrix: sparse where that counts faster."""
-    of_active, of_any = np.square(active.sum(axis=1, dtype=float)).sum(), active.size * active.shape[1] / AS_ONE
+    """Return evenly spread tokens to count, and the same as a matrix, sparse if that is faster."""
+    of_active, of_any = np.square(active.sum(axis=1, dtype=float)).sum(), active.size * active.shape[1] / DENSE_SPEEDUP
     active = active[:: max(1, math.ceil(min(of_active, of_any) / PAIRS))]
     return active, sparse.csc_matrix(active, dtype=np.float32) if of_active < of_any else active.astype(np.float32)
 
@@ -100,20 +106,20 @@ def _counted(active: Bool[np.ndarray, "tokens n_features"]) -> tuple[Bool[np.nda
 def _correlations(
     feature: int, others: np.ndarray, met: np.ndarray, alone: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features that correlate above 0 with one, and phi."""
-    enough = (met >= MET) & (others != feature)
+    """Return the features whose phi with `feature` is above 0, and phi."""
+    enough = (met >= TOGETHER) & (others != feature)
     others, met = others[enough], met[enough].astype(np.float64)
     i, j = alone[feature], alone[others]
     with np.errstate(invalid="ignore", divide="ignore"):
         phi = (n * met - i * j) / np.sqrt(i * (n - i) * j * (n - j))
-    positive = phi > 0  # which NaN, where phi is undefined, is not
+    positive = phi > 0  # False for NaN, where phi is undefined
     return others[positive], phi[positive].astype(np.float32)
 
 
 def _bits(
-    params: DictionaryParams, x: Float[Array, "rows seq d_in"], places: Int[Array, " n"], *, config: DictionaryConfig
+    params: DictionaryParams, x: Float[Array, "rows seq d_in"], positions: Int[Array, " n"], *, config: DictionaryConfig
 ) -> UInt8[Array, "n bytes"]:
-    return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[places]) > 0, axis=1)
+    return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[positions]) > 0, axis=1)
 
 
 _active = fast_jit(_bits, static_argnames=("config",))

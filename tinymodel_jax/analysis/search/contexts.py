@@ -1,8 +1,8 @@
-"""Contexts of features: a few rows kept for each, the first by some rank, however many rows come.
+"""Contexts of features: for each feature, the few rows that rank first, kept while rows stream past.
 
-A row is one context of a feature: its activation is the row's peak, at the first position that reaches it. So the top
-contexts of a feature come from different rows. Equal ranks go to the earlier row, and a rank depends on nothing but the
-context itself, so neither batches nor interruptions change what is kept.
+A row gives a feature one context: the peak activation, at the first position that reaches it. So the top contexts of a
+feature come from different rows. Ties go to the earlier row, and a rank depends only on the context itself, so batches
+and interruptions do not change what is kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(values, rows) -> what is kept first; for arrays of one shape."""
+"""(values, row numbers) -> ranks, all of one shape; the largest ranks are kept."""
 
 
 class Contexts(NamedTuple):
-    """Contexts of every feature, the first by rank in front."""
+    """Contexts of every feature, in order of rank."""
 
     value: Float[np.ndarray, "n_features n"]
-    """Activation at the peak; 0 where a feature has fewer contexts."""
+    """Activation at the peak; 0 where the feature has fewer contexts."""
     row: Int[np.ndarray, "n_features n"]
     """Row of the data; -1 where there is none."""
     position: Int[np.ndarray, "n_features n"]
@@ -29,7 +29,7 @@ class Contexts(NamedTuple):
 
 
 def no_contexts(n_features: int, n: int) -> Contexts:
-    """Return room for `n` contexts of each feature."""
+    """Return empty contexts with room for `n` per feature."""
     shape = (n_features, n)
     return Contexts(np.zeros(shape, np.float32), np.full(shape, -1, np.int32), np.zeros(shape, np.int32))
 
@@ -41,9 +41,9 @@ def keep_first(
     rows: Int[np.ndarray, " rows"],
     rank: Rank,
 ) -> None:
-    """Put the contexts of more rows, later ones than all before, among those kept.
+    """Update the kept contexts with those of further rows, which must come after all earlier ones.
 
-    Only features that one of the rows gets in for are sorted, which after some rows are few.
+    Re-sorts only the features that gained a context: after the first rows, these are few.
     """
     new_rows = np.broadcast_to(rows[:, None], peaks.shape).astype(np.int32)
     floor = _ranks(kept.value[:, -1], kept.row[:, -1], rank)
@@ -56,20 +56,20 @@ def keep_first(
 
 
 def by_value(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rank: the largest activations."""
+    """Rank contexts by activation."""
     del rows
     return values
 
 
 def at_random(seed: int) -> Rank:
-    """Return a rank that keeps a uniform sample of the rows at which a feature is active."""
+    """Return a rank that keeps a uniform sample of the rows on which a feature is active."""
     return lambda values, rows: uniform(seed, rows)
 
 
 def uniform(seed: int, *numbers: np.ndarray) -> Float[np.ndarray, "..."]:
-    """Return a draw from [0, 1) for each tuple of whole numbers: a hash, so that order and batches do not matter.
+    """Return a draw from [0, 1) for each tuple of integers: a hash, so it does not depend on order or batches.
 
-    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), once a number.
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014), applied once per number.
     """
     state = np.uint64(seed)
     with np.errstate(over="ignore"):
@@ -85,5 +85,5 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def _ranks(values: np.ndarray, rows: np.ndarray, rank: Rank) -> np.ndarray:
-    """Return ranks; what is inactive or missing comes last."""
+    """Return ranks; inactive and missing contexts rank last."""
     return np.where(values > 0, rank(values, rows), -np.inf)

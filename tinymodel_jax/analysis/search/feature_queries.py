@@ -1,4 +1,4 @@
-"""Finding features in a search's result: by the text that their top contexts peak on, by a concept of known truth."""
+"""Find features in the result of a search: by the text that their top contexts peak on, or by a known concept."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.lm import FeatureReader, TinyModel
 
 ROWS_AT_ONCE = 8
-"""Rows of a device in one pass of the model."""
+"""Rows per device in one pass of the model."""
 TOKENS_AT_ONCE = 4096
-"""Tokens that are encoded at once."""
+"""Tokens that are encoded together."""
 ALL_COMPARED = 4096
-"""Features that are scored at once where every chunk costs a pass over all: topk compares them."""
+"""Features that are scored together for `topk`, which encodes all features for every chunk."""
 
 
 def token_texts(lm: TinyModel) -> list[str]:
-    """Return the text of every id of the vocabulary."""
+    """Return the text of every token id."""
     return [lm.tokenizer.decode([token]) for token in range(lm.config.d_vocab)]
 
 
 def share_on_text(found: TopActivations, rows: Int[np.ndarray, "rows seq"], texts: list[str], text: str) -> np.ndarray:
-    """Return for each feature the share of its top contexts that peak on `text`.
+    """Return, for each feature, the share of its top contexts that peak on `text`.
 
-    A context does if its peak token overlaps an occurrence of the text in its row, letter by letter, spaces included;
-    the text may span several tokens, and be a part of a word.
+    A context counts if its peak token overlaps an occurrence of the text in its row. Characters and spaces must match
+    exactly; the text may span several tokens or be part of a word.
 
     Args:
-        texts: of all ids (`token_texts`).
+        texts: text of every token id (`token_texts`).
     """
     used = np.unique(found.top.row[found.top.row >= 0])
     on_text = np.zeros(rows.shape, bool)
@@ -53,12 +53,14 @@ def concept_f1(
     *,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Float[np.ndarray, "n concepts"]:
-    """Return how well features of `lm[tag]`, all if none are named, tell each concept, as `concepts.best_f1_of_all`.
+    """Return each feature's F1 for each concept at its best threshold, as `labels.best_f1_of_all` defines it.
 
-    The dictionary's input at all tokens is in memory, and the activations of some features at a time.
+    Memory holds the dictionary's input at all tokens, and the activations of one chunk of features at a time.
 
     Args:
-        track: sees the numbers of the chunks of features pass by, to show a progress bar.
+        truth: which concepts hold at each token.
+        features: indices of the features to score; None scores all.
+        track: wraps the iterator over chunks, for example with a progress bar.
     """
     config, real = reader.dictionary.config, reader.lm.config.is_text(rows)
     x, told = _inputs(reader, rows)[real], truth[real]
@@ -74,10 +76,10 @@ def concept_f1(
 def context_window(
     rows: Int[np.ndarray, "rows seq"], contexts: Contexts, place: tuple[int, int], before: int = 12, after: int = 6
 ) -> tuple[list[int], int]:
-    """Return the ids around a peak, and the peak's place among them.
+    """Return the token ids around a peak, and the index of the peak among them.
 
     Args:
-        place: feature and number of the context, indices of `contexts`' arrays.
+        place: feature and number of the context, as indices into the arrays of `contexts`.
     """
     row, position = int(contexts.row[place]), int(contexts.position[place])
     first = max(0, position - before)
@@ -92,7 +94,7 @@ def _inputs(reader: FeatureReader, rows: np.ndarray) -> np.ndarray:
 
 
 def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Return the activations of features, (tokens, features), a part of the tokens at a time."""
+    """Return the activations of features, (tokens, features), encoding a part of the tokens at a time."""
     starts = range(0, len(x), TOKENS_AT_ONCE)
     encode = reader.dictionary.encode
     return np.concatenate(
@@ -101,7 +103,7 @@ def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.n
 
 
 def _tokens_on(text: str, tokens: list[str]) -> np.ndarray:
-    """Say which tokens overlap an occurrence of the text."""
+    """Return which tokens overlap an occurrence of the text."""
     ends = np.cumsum([len(token) for token in tokens])
     starts = ends - [len(token) for token in tokens]
     whole, found = "".join(tokens), np.zeros(len(tokens), bool)

@@ -1,9 +1,9 @@
-"""What is measured of a dictionary's activations on a batch, compiled: peaks, sums and histograms, no more than that.
+"""Statistics of a dictionary's activations on a batch, as one compiled function: peaks, sums and histograms.
 
-Features are measured in chunks, so that activations are still in the processor's cache when they are counted. On a CPU
-the histogram of all positions would take seven tenths of the encoder's matrix product, the rest a tenth: so of many
-rows it counts every n-th position, from a first one that the caller draws. Reductions run over positions alone, the
-axis that XLA reduces fast.
+Features are measured in chunks, so that activations are still in the processor's cache when they are counted. On a CPU,
+a histogram of all positions would take 70 % of the time of the encoder's matrix product, and the rest 10 %. So the
+histogram counts every n-th position of a row, starting from one that the caller draws. Reductions run over
+positions only, the axis that XLA reduces fast.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 1024
-"""Features of a chunk."""
+"""Features per chunk."""
 BINS = 32
 FIRST_EXPONENT = -8
-"""The histogram's bins halve the octaves from 2^-8 to 2^8; the first also has all below, the last all above."""
+"""The bins of the histogram are half octaves from 2^-8 to 2^8; the first also counts all smaller activations, the last
+all larger ones."""
 
 _GROUP, _FIELDS, _FIELD_BITS = 8, 8, 4
-"""Tokens counted in one word, counters of a word, bits of a counter; 8 tokens do not overflow 4 bits."""
+"""Tokens counted in one word, counters per word, bits per counter; 8 tokens do not overflow 4 bits."""
 
 
 class BatchStatistics(NamedTuple):
-    """The activations of a chunk of features on rows."""
+    """Statistics of a chunk of features on rows."""
 
     peak: Float[Array, "rows features"]
     """Largest activation of a row."""
     position: Int[Array, "rows features"]
-    """Where it is first reached; without meaning where the peak is 0."""
+    """First position of the peak; undefined where the peak is 0."""
     total: Float[Array, "rows features"]
     """Sum over a row."""
     active: Int[Array, "rows features"]
     """Positions of a row with an activation above 0."""
     histogram: Int[Array, "32 features"]
-    """Those of them that are counted, by the size of the activation."""
+    """Number of counted positions in each bin of activations."""
 
 
 def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
-    """Return what `encode` reads."""
+    """Return the parameters that `encode` reads."""
     return {name: array for name, array in params.items() if name not in ("W_dec", "W_skip")}
 
 
 def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
-    """Return the encoder's parameters in chunks of features; `topk` compares all features, and stays whole."""
+    """Return the encoder's parameters in chunks of features. `topk`, which compares all features, has one chunk."""
     own = per_feature(config)
     encoder = encoder_parameters(params)
     size = config.n_features if config.architecture == "topk" else TOGETHER
@@ -68,7 +69,7 @@ def _statistics(
     config: DictionaryConfig,
     every: int,
 ) -> BatchStatistics:
-    """Return the statistics; the histogram is of each row's positions `first`, `first + every` and so on."""
+    """Return the statistics; the histogram counts each row's positions `first`, `first + every` and so on."""
     acts = jnp.where(real[..., None], encode(chunk, config, x).astype(jnp.float32), 0)
     peak = jnp.max(acts, axis=1)
     places = jnp.arange(acts.shape[1], dtype=jnp.int32)[None, :, None]
@@ -78,7 +79,7 @@ def _statistics(
 
 
 def _some(acts: Float[Array, "rows seq features"], first: Int[Array, " rows"], every: int) -> Array:
-    """Return every n-th position, and zeros up to a whole number of groups."""
+    """Return every n-th position, padded with zeros to a multiple of the group size."""
     n = -(-acts.shape[1] // every)
     if every > 1:
         places = first[:, None] + every * jnp.arange(n, dtype=jnp.int32)
@@ -89,11 +90,11 @@ def _some(acts: Float[Array, "rows seq features"], first: Int[Array, " rows"], e
 def _histogram(acts: Float[Array, "rows seq features"]) -> Int[Array, "32 features"]:
     """Count activations above 0 by exponent and first fraction bit of their float32.
 
-    A token adds 1 to one of eight 4-bit counters in one of four words: XLA makes one pass a word, not one a bin.
+    A token adds 1 to one of eight 4-bit counters in one of four words, so XLA makes one pass per word, not one per bin.
     """
     half = jax.lax.bitcast_convert_type(acts, jnp.int32) >> 22
     bin_of = jnp.clip(half - 2 * (127 + FIRST_EXPONENT), 0, BINS - 1)
-    bin_of = jnp.where(acts > 0, bin_of, BINS).astype(jnp.uint32)  # a shift beyond the word counts nowhere
+    bin_of = jnp.where(acts > 0, bin_of, BINS).astype(jnp.uint32)  # a shift beyond the word adds nothing
     rows, seq, features = acts.shape
     bin_of = bin_of.reshape(rows, seq // _GROUP, _GROUP, features)
     counts = []

@@ -1,10 +1,10 @@
-"""Direct logit effects: which next tokens a feature's decoder direction speaks for and against.
+"""Direct logit effects: which next tokens a feature's decoder direction promotes and suppresses.
 
     effect = W_dec @ W_U, minus its mean over the vocabulary (which the softmax ignores)
 
-Direct means by the path from the dictionary's output straight to the unembedding, past all later layers. There is no
-layer norm, so it is exact and the same on every input: one unit of activation adds this to the logits. It is defined
-where `hook_out` is the residual stream or is added to it; all sites of `sites.KINDS` are.
+The effect is direct: it follows the path from the dictionary's output to the unembedding and skips all later layers.
+There is no layer norm, so it is exact and the same for every input: one unit of activation adds it to the logits. It is
+defined where `hook_out` is the residual stream or is added to it, which holds for all sites of `sites.KINDS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 512
-"""Features whose effects on all logits are in memory at once."""
+"""Features whose effects on all logits are held in memory together."""
 
 
 class LogitEffects(NamedTuple):
@@ -31,7 +31,7 @@ class LogitEffects(NamedTuple):
     features: Int[np.ndarray, " n"]
     promoted: Int[np.ndarray, "n top"]
     promoted_effect: Float[np.ndarray, "n top"]
-    """Logits for one unit of activation."""
+    """Logits per unit of activation."""
     suppressed: Int[np.ndarray, "n top"]
     suppressed_effect: Float[np.ndarray, "n top"]
 
@@ -40,12 +40,12 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
     """Return the direct effect of features on the logits.
 
     Args:
-        tag: dictionary's site, such as M2.
-        top: tokens in each direction.
-        features: one index or several; None is all.
+        tag: the dictionary's site, such as M2.
+        top: number of tokens promoted, and of tokens suppressed.
+        features: one index or several; None takes all.
 
     Raises:
-        ValueError: the tag has no dictionary or names a feature, a feature is out of range, or `top` is outside
+        ValueError: the site has no dictionary, the tag names a feature, a feature is out of range, or `top` is outside
             1..d_vocab.
     """
     dictionary = lm[Site.whole(tag, "logit_effects: ").tag].dictionary
@@ -59,13 +59,13 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
 def strongest_tokens(
     lm: TinyModel, directions: Float[Any, "n d_model"], top: int = 10
 ) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"], Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:
-    """Return the tokens that directions of the last layer's residual stream promote and suppress, with the logits.
+    """Return the tokens that directions of the final residual stream promote and suppress most, and by how many logits.
 
     Args:
-        directions: such as decoder rows, or the `final_stream` of a sweep, which makes the logits mean changes.
+        directions: for example decoder rows, or the `final_stream` of a sweep, whose logits are mean changes.
 
     Returns:
-        promoted, their logits, suppressed, theirs; strongest first.
+        Promoted tokens, their logits, suppressed tokens, their logits; strongest first.
     """
     starts = range(0, len(directions), TOGETHER)
     parts = (_strongest(jnp.asarray(directions[i : i + TOGETHER]), lm.params["W_U"], top=top) for i in starts)

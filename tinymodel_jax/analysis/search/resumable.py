@@ -1,8 +1,8 @@
-"""Work that goes on where it was stopped: a file with the arrays so far, how much is done, and what of.
+"""Work files: an analysis that was stopped resumes from the arrays it saved.
 
-A long analysis saves what it has now and then; started again with the same key it goes on from there. The key says
-what the numbers depend on (model, dictionary, data, options), so that a file never continues another computation. The
-file stays when all is done, for whoever cannot write the result at once: delete it when the result is kept.
+A long analysis saves its arrays from time to time. Called again with the same key, it resumes from them. The key lists
+everything the numbers depend on (model, dictionary, data, options), so a file never resumes a different computation. A
+finished analysis keeps its file, in case the result cannot be saved. Delete the file once the result is saved.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from tinymodel_jax.runtime.paths import user_path
 
 
 class OtherWorkError(ValueError):
-    """A file of work or of its result stands for another computation than the one that was asked for."""
+    """A work file or a saved result belongs to a different computation."""
 
 
 class Saved(NamedTuple):
-    """What a work file held."""
+    """The content of a work file."""
 
     arrays: dict[str, np.ndarray]
     done: int
-    """Units of work (rows, features; the caller's) that the arrays stand for."""
+    """Finished units of work; the caller decides what a unit is, such as a row or a feature."""
 
 
 class Progress:
     """The work file of one computation.
 
     Args:
-        path: the file; its folder must exist when something is saved.
-        key: what the result depends on, by name; values that JSON holds. `fingerprint` shortens arrays.
+        path: the file; its folder must exist when `save` is called.
+        key: what the result depends on, as JSON values by name; `fingerprint` turns arrays into short strings.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]):
@@ -50,11 +50,11 @@ class Progress:
         self.key = json.loads(json.dumps(dict(key)))
 
     def load(self) -> Saved | None:
-        """Return what was saved; None where there is no file.
+        """Return what was saved, or None if there is no file.
 
         Raises:
-            OtherWorkError: the file is of other work.
-            ValueError: it is damaged.
+            OtherWorkError: the file belongs to a different computation.
+            ValueError: the file is damaged.
         """
         if not self.path.exists():
             return None
@@ -64,17 +64,20 @@ class Progress:
                 key, done = json.loads(metadata["key"]), int(metadata["done"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged or no work file ({error}); delete it to start anew.") from error
+            raise ValueError(
+                f"{self.path} is damaged or not a work file ({error}); delete it to start over."
+            ) from error
         changed = [name for name in sorted({*key, *self.key}) if key.get(name) != self.key.get(name)]
         if changed:
             what = ", ".join(_change(name, key, self.key) for name in changed)
             raise OtherWorkError(
-                f"{self.path} holds work on other input; changed: {what}. Ask for the same, or delete it to start anew."
+                f"{self.path} holds work on different input; changed: {what}. Use the same input, or delete the "
+                "file to start over."
             )
         return Saved(arrays, done)
 
     def save(self, arrays: Mapping[str, np.ndarray], done: int) -> None:
-        """Put the arrays in the file's place at once; whoever is stopped meanwhile keeps the file before.
+        """Replace the file in one step; if this is interrupted, the previous file stays.
 
         Raises:
             OSError: it cannot be written.
@@ -84,7 +87,7 @@ class Progress:
 
 
 def fingerprint(*arrays: Any) -> str:
-    """Return 16 hex digits that change when a bit, a shape or a type of the arrays does (SHA-256)."""
+    """Return 16 hex digits of a SHA-256 over the values, shapes and types of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         values = np.ascontiguousarray(array)
@@ -94,11 +97,11 @@ def fingerprint(*arrays: Any) -> str:
 
 
 def fingerprints(reader: FeatureReader, model: HookedModel) -> dict[str, str]:
-    """Return what numbers about a dictionary in its model depend on: fields `model` and `dictionary` of a key.
+    """Return the fields `model` and `dictionary` of a key, for results that depend on both.
 
     Args:
         reader: `lm[tag]`.
-        model: the model, with the splices that the numbers see.
+        model: the model with those hooks that affect the result.
     """
     dictionary = reader.dictionary
     return {
@@ -108,7 +111,7 @@ def fingerprints(reader: FeatureReader, model: HookedModel) -> dict[str, str]:
 
 
 def _fingerprint_of(tree: Any, config: Any) -> str:
-    """Return a fingerprint of a tree's arrays, its structure (a splice's switches are in it), and a configuration."""
+    """Return a fingerprint of a tree's arrays, its structure (including a splice's switches) and a configuration."""
     leaves, structure = jax.tree.flatten(tree)
     words = f"{dataclasses.asdict(config)} {structure}"
     return fingerprint(np.frombuffer(words.encode(), np.uint8), *leaves)

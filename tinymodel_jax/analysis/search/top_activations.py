@@ -1,8 +1,9 @@
 """What every feature of a dictionary reacts to, from one streaming pass over rows of tokens.
 
-Top contexts, a sample of contexts at all levels, density, a histogram of activations, and the features that are active
-together. Memory does not grow with the number of tokens. Batches, devices and interruptions do not change the result
-(up to float32 rounding of the activations). `[BEGIN]`, `[END]` and `[PAD]` do not count; `[UNK]` is a word of the text.
+The search finds top contexts, a sample of contexts at all levels of activation, density, a histogram of activations,
+and features that are active together. Memory does not grow with the number of tokens. Batch size, devices and
+interruptions do not change the result, up to float32 rounding of the activations. `[BEGIN]`, `[END]` and `[PAD]` do not
+count as tokens; `[UNK]` does.
 """
 
 from __future__ import annotations
@@ -40,20 +41,21 @@ from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
-"""Edges of the histogram's bins, 2^-8, 1.5 * 2^-8, 2^-7 … 2^8; the first bin has all below too, the last all above."""
+"""Edges of the histogram's bins: 2^-8, 1.5 * 2^-8, 2^-7 … 2^8. The first bin also counts all smaller activations, the
+last all larger ones."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
-"""Shares of a feature's active tokens at which its activation is shown."""
+"""Quantiles of a feature's activations that commands and pages show."""
 SAVE_EVERY = 60.0
-"""Seconds between two states of the work file."""
+"""Seconds between two saves of the work file."""
 COACTIVATION_TOKENS = 8192
-"""Tokens, about, that co-activation is counted on."""
+"""About how many tokens co-activation is counted on."""
 HISTOGRAM_TOKENS = 1 << 16
-"""Tokens, about, that the histogram is of where there are more than twice as many."""
+"""About how many tokens the histogram counts if the rows hold more than twice as many."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TopActivations:
-    """The features of one dictionary on some rows; arrays hold all features. Made by `top_activations`.
+    """What the features of one dictionary react to, as `top_activations` finds it. Arrays hold all features.
 
     Rows are numbered from 0 in the order given: `rows[contexts.row, contexts.position]` is the token at a peak.
     """
@@ -63,32 +65,33 @@ class TopActivations:
     data: str
     """`resumable.fingerprint` of the rows."""
     model: str
-    """Fingerprint of what computes the dictionary's input."""
+    """Fingerprint of the model, with its splices, that computes the dictionary's input."""
     dictionary: str
     """Fingerprint of the dictionary."""
     n_rows: int
     n_tokens: int
-    """Tokens that counted."""
+    """Number of tokens, without `[BEGIN]`, `[END]` and `[PAD]`."""
     histogram: Int[np.ndarray, "n_features 32"]
-    """Tokens with an activation above 0, by its size; `EDGES` are the bins'. Of one token in `histogram_every`."""
+    """Number of active tokens in each bin of activations, bounded by `EDGES`."""
     histogram_every: int
+    """The histogram counts one token in `histogram_every`."""
     active: Int[np.ndarray, " n_features"]
-    """Tokens at which each feature is active."""
+    """Number of tokens at which each feature is active."""
     total: Float[np.ndarray, " n_features"]
     """Sum of the activations."""
     top: Contexts
     """The rows with the largest peaks, largest first."""
     sampled: Contexts
-    """Uniform sample of the rows at which a feature is active, largest peak first; `bands` cuts it by quantiles."""
+    """Uniform sample of the rows on which a feature is active, largest peak first; `bands` divides it by quantile."""
     partners: Int[np.ndarray, "n_features p"]
-    """Features whose activity correlates most with each one's, best first; -1 where there are fewer."""
+    """Features whose activity correlates most with that of each feature, best first; -1 where there are fewer."""
     correlation: Float[np.ndarray, "n_features p"]
-    """Correlation (phi) of the activity of each with its partner; 0 where there is none, NaN where it is undefined: of
-    a feature that is active at all sampled tokens, or at none."""
+    """Correlation (phi) of the activity of each feature and its partner. 0 where there is no partner; NaN for a feature
+    that is active at all sampled tokens or at none, where phi is undefined."""
 
     @property
     def n_features(self) -> int:
-        """Features of the dictionary."""
+        """Number of features of the dictionary."""
         return len(self.total)
 
     @property
@@ -98,19 +101,19 @@ class TopActivations:
 
     @property
     def mean(self) -> Float[np.ndarray, " n_features"]:
-        """Mean activation over the tokens at which each feature is active; 0 if there is none."""
+        """Mean activation over the tokens at which each feature is active; 0 for a feature that is never active."""
         return self.total / np.maximum(self.active, 1)
 
     @property
     def largest(self) -> Float[np.ndarray, " n_features"]:
-        """Largest activation; 0 if there is none."""
+        """Largest activation; 0 for a feature that is never active."""
         return self.top.value[:, 0]
 
     def quantile(self, share: float) -> Float[np.ndarray, " n_features"]:
-        """Return the activation that `share` of a feature's active tokens lie below; 0 for a feature that has none.
+        """Return the `share` quantile of each feature's activations above 0; 0 for a feature that is never active.
 
-        From the histogram, evenly spread in a bin: off by less than a factor of 1.5 from 2^-8 to 2^8, besides what
-        sampling adds. The mean for a feature that is active, but at none of the histogram's tokens.
+        It is interpolated in the histogram. From 2^-8 to 2^8, the error is below a factor of 1.5, plus that of
+        sampling. A feature that is active, but at none of the tokens that the histogram counts, gets its mean.
 
         Raises:
             ValueError: `share` is outside 0..1.
@@ -127,9 +130,9 @@ class TopActivations:
         return np.where(below[:, -1] > 0, np.minimum(value, self.largest), self.mean)
 
     def bands(self, feature: int, n: int = 5) -> list[Contexts]:
-        """Return the sampled contexts of a feature in `n` bands of equal size, that of the largest peaks first.
+        """Return the sampled contexts of a feature in `n` bands of equal size, largest peaks first.
 
-        Band i holds peaks from quantile 1 - (i+1)/n to 1 - i/n of all rows at which the feature is active.
+        Band i holds the peaks from quantile 1 - (i+1)/n to 1 - i/n over the rows on which the feature is active.
 
         Raises:
             ValueError: the feature is out of range, or `n` is below 1.
@@ -142,7 +145,7 @@ class TopActivations:
         return [Contexts(*(field[feature][None, part] for field in self.sampled)) for part in parts]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all; `load_top_activations` reads it.
+        """Write one safetensors file, atomically. `load_top_activations` reads it.
 
         Raises:
             OSError: it cannot be written.
@@ -169,27 +172,27 @@ def top_activations(
     """Search rows of tokens for what the features of a dictionary react to.
 
     Args:
-        tag: dictionary's site, such as M2; what `lm[tag]` reads.
-        rows: integers (rows, seq), padded with `[PAD]`; may map a file, of which a batch is read at a time.
-        k: top contexts of each feature.
-        n_sampled: contexts of each feature that are sampled from all rows at which it is active.
-        n_partners: co-active features of each, counted on a sample of about 8,192 tokens.
-        seed: of the samples.
-        batch: rows of a device in one pass; the devices of this process share the rows.
-        work_file: file that holds the state of the work, so that the same call goes on; delete it when the result is
-            kept. None: no file.
-        track: wraps the batches' numbers, to show how many are done.
+        tag: the dictionary's site, such as M2.
+        rows: token ids (rows, seq), padded with `[PAD]`. A memory-mapped array is read one batch at a time.
+        k: number of top contexts per feature.
+        n_sampled: number of contexts per feature that are sampled from all rows on which it is active.
+        n_partners: number of co-active features per feature, counted on a sample of about 8,192 tokens.
+        seed: seed of the samples.
+        batch: rows per device in one pass; the rows are spread over the devices of this process.
+        work_file: file to save the state of the search in. The same call resumes from it. Delete it once the result is
+            saved. None saves nothing.
+        track: wraps the iterator over batches, for example with a progress bar.
 
     Raises:
-        ValueError: the site has no dictionary, the tag names a feature, no token counts, a count is below 1, the seed
-            is out of range, rows are no valid input, or `work_file` is of another search.
+        ValueError: the site has no dictionary, the tag names a feature, the rows hold no text, a count is below 1, the
+            seed is out of range, the rows are not valid input, or `work_file` belongs to a different search.
     """
     rows = as_array(rows)
     reader = lm[Site.whole(tag, "top_activations: ").tag]
     _check(rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
     n_tokens = _count_tokens(rows, lm.config)
     if not n_tokens:
-        raise ValueError(f"top_activations: {len(rows)} rows hold no token that counts; give rows of stories.")
+        raise ValueError(f"top_activations: {len(rows)} rows hold only special tokens; pass rows of stories.")
     sums, first = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0
     prints, saved = search_fingerprints(reader, rows), None
     if work_file is not None:
@@ -209,7 +212,7 @@ def top_activations(
 
 
 def search_fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, str]:
-    """Return what a search's result depends on besides its options: the fields `data`, `model` and `dictionary`.
+    """Return fingerprints of what a search depends on besides its options: `data`, `model` and `dictionary`.
 
     Args:
         reader: `lm[tag]`.
@@ -221,8 +224,8 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
     """Read what `TopActivations.save` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or another file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, or not the result of a search.
     """
     path = user_path(path)
     try:
@@ -233,7 +236,9 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
         plain = {name: array for name, array in arrays.items() if "." not in name}
         return TopActivations(**facts, **contexts, **plain)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no file of tinymodel top ({error}); make it anew.") from error
+        raise ValueError(
+            f"{path} is damaged or not a result of `tinymodel top` ({error}); run the search again."
+        ) from error
 
 
 def _arrays(found: TopActivations) -> dict[str, np.ndarray]:
@@ -248,11 +253,13 @@ def _check(rows: np.ndarray, seed: int, **counts: int) -> None:
     if not 0 <= seed < 2**64:
         raise ValueError(f"top_activations: seed={seed} must be 0 to 2**64 - 1.")
     if rows.ndim != 2 or not rows.size:
-        raise ValueError(f"top_activations: rows have shape {rows.shape}; give token ids (rows, seq), one row or more.")
+        raise ValueError(
+            f"top_activations: rows have shape {rows.shape}; pass token ids (rows, seq), at least one row."
+        )
 
 
 def _count_tokens(rows: np.ndarray, config: ModelConfig) -> int:
-    """Return how many tokens are text, reading a part of the rows at a time."""
+    """Return the number of text tokens, reading a part of the rows at a time."""
     return sum(int(np.sum(config.is_text(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
 
 
@@ -263,18 +270,18 @@ def run_pass(
     saved: Progress | None,
     track: Callable[[Sequence[int]], Iterable[int]],
 ) -> None:
-    """Measure the batches; each is taken in while the next one is computed."""
+    """Measure the batches; each one is added while the next one is computed."""
     measured, when = None, time.monotonic()
     for start in track(starts):
         ahead = measuring.measure(start)
         if measured is not None:
-            sums.take_in(measured, measuring.seed)
+            sums.add(measured, measuring.seed)
         measured = ahead
         if saved is not None and time.monotonic() - when > SAVE_EVERY:
-            saved.save(sums.arrays(), start)  # without the batch that is being computed
+            saved.save(sums.arrays(), start)  # without the batch that is still being computed
             when = time.monotonic()
     if measured is not None:
-        sums.take_in(measured, measuring.seed)
+        sums.add(measured, measuring.seed)
 
 
 def _result(facts: dict[str, Any], sums: Sums, n_partners: int) -> TopActivations:

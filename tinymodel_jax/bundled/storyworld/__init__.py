@@ -1,9 +1,9 @@
-"""The story world: an endless supply of short stories, of every token of which the truth is known.
+"""The story world: an endless supply of short stories, with known concepts for every token.
 
     told = list(storyworld.stories(seed=0, count=1000))
     truth = storyworld.labels(told, storyworld.tokenizer())     # (stories, seq, concepts), True or False
 
-Rely on: story i of a seed is always the same; nothing is downloaded. `CONCEPTS` says what the columns mean.
+Story i of a seed is always the same, and nothing is downloaded. `CONCEPTS` describes the columns of `labels`.
 """
 
 from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS

@@ -1,7 +1,7 @@
-"""The characters of a story: who they are, and every form in which a story may mention them.
+"""The characters of a story, and every form in which a story may mention them.
 
-Rely on: hero and friend never share a name or, among animals, a species; pronouns follow the character's sex; where
-`her mom` could be the hero's or the friend's, the hero's name stands for the pronoun.
+Hero and friend never share a name or, among animals, a species. Pronouns follow the character's sex. Where `her mom`
+could be the hero's or the friend's, the hero's name replaces the pronoun.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Option = TypeVar("Option")
 
 
 class Character(NamedTuple):
-    """Hero or friend."""
+    """The hero or the friend."""
 
     name: str
     female: bool
@@ -49,7 +49,7 @@ class Character(NamedTuple):
 
 
 class Helper(NamedTuple):
-    """Who knows what to do."""
+    """The character who knows what to do."""
 
     name: str
     """A word of `FAMILY` or `WISE_SPECIES`, or a job and a surname."""
@@ -59,10 +59,11 @@ class Helper(NamedTuple):
 def cast_characters(draw: Draw) -> Character:
     """Draw hero, friend and helper, put every form of them into the draw's slots, and return the hero.
 
-    The slots, for the letter of a role: `H` name, `H.new` where it is first told, `H.kind`, `H.he`, `H.him`, `H.his`,
-    `H.the` another way to say the name, and for the helper `A.own`, `A.my`, `A.your`, `A.voc` (as one is called) and
-    `A.of` (whose). `T.it` and `C.it` are the thing and the small animal that a story turns on, `O.it` and `O.them` any
-    other; an `it` of the weather, the time or what happens is no slot.
+    The slots start with the letter of a role: `H` is the name, `H.new` the name at its first mention, `H.kind`, `H.he`,
+    `H.him` and `H.his` are as they read, and `H.the` is a noun instead of the name. The helper also has `A.own`,
+    `A.my`, `A.your`, `A.voc` (form of address) and `A.of` (possessive). `T.it` and `C.it` are pronouns for the thing
+    and the small animal that the story is about, `O.it` and `O.them` for any others. An `it` that refers to nothing, as
+    in "it rained", has no slot.
     """
     in_animal_world = _pick(draw, (False, False, True))
     hero = _character(draw, in_animal_world, None)
@@ -79,7 +80,7 @@ def _pick(draw: Draw, options: Sequence[Option]) -> Option:
 
 
 def _character(draw: Draw, animal: bool, other: Character | None) -> Character:
-    """Draw a character with another name than `other`, and another species."""
+    """Draw a character whose name and species differ from those of `other`."""
     female = _pick(draw, (True, False))
     all_names = (FEMALE_ANIMALS if female else MALE_ANIMALS) if animal else GIRLS if female else BOYS
     name = _pick(draw, _without(all_names, other.name if other else ""))
@@ -108,7 +109,7 @@ def _pronouns(letter: str, female: bool) -> Slots:
 
 @functools.cache
 def _thing_forms() -> Slots:
-    """Return the pronouns of things and animals: of those that a story turns on, and of any other."""
+    """Return the pronouns for the thing and the animal that the story is about, and for any others."""
     neuter = mask("pronoun.third", "pronoun.neuter")
     forms: Slots = {
         f"{letter}.{word}": ((word, neuter | mask(f"referent.{what}")),)
@@ -132,7 +133,7 @@ def _character_forms(letter: str, character: Character) -> Slots:
 
 @functools.cache
 def _other_names(hero: Character, friend: Character) -> Slots:
-    """Return how hero and friend may be called instead of their names: by kind, where that tells them apart."""
+    """Return nouns for hero and friend in place of their names: their kinds, if these differ."""
     the, hero_noun, friend_noun = ("the", lexicon()["the"]), mask("mention.hero"), mask("mention.friend")
     forms: Slots = {"F.noun": (("friend", friend_noun),)}
     if hero.kind == friend.kind:
@@ -147,12 +148,12 @@ def _other_names(hero: Character, friend: Character) -> Slots:
 
 @functools.cache
 def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
-    """Return the forms of the helper, who may be known as the hero's relative.
+    """Return the forms of the helper, who may be a relative of the hero.
 
     Args:
-        helper: who it is.
-        hero: whose family it may be.
-        by_name: whether the hero's name must say whose.
+        helper: the helper.
+        hero: the hero, whose relative the helper may be.
+        by_name: whether the hero's name must replace the possessive pronoun.
     """
     mention, the = mask("mention.helper"), ("the", lexicon()["the"])
     word, *surname = helper.name.split()
@@ -160,7 +161,7 @@ def _helper_forms(helper: Helper, hero: Character, by_name: bool) -> Slots:
     called = (first[0].capitalize(), first[1])
     after = (f" {first[0].lower()}", first[1])
     if surname:
-        plain = (first, (f" {surname[0]}", mention))  # a name: Bell is no bell
+        plain = (first, (f" {surname[0]}", mention))  # a name, so Bell has no concept of the word bell
         forms: Slots = dict.fromkeys(("A", "A.own", "A.my", "A.your", "A.voc"), plain)
         forms["A.the"] = (the, after)
     elif helper in FAMILY:

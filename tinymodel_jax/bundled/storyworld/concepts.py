@@ -1,7 +1,7 @@
 """The names of plots, roles and concepts, and sets of concepts as bits of an integer.
 
-Rely on: a concept's place in `CONCEPTS` is its column in `labels`; `mask` and `names` are inverse. What a word or a
-passage means is said in grammar/ (words: grammar/lexicon.txt), not here.
+The index of a concept in `CONCEPTS` is its column in `labels`. `mask` and `names` are inverse. The files in grammar/
+decide which words and passages have a concept (for single words, grammar/lexicon.txt).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PLOTS = {
     "planting": "a seed needs patience",
     "race": "a race is given up to help",
 }
-"""Plots by name; what happens in one is in the grammar file of its name. Their order is part of what a seed means."""
+"""Plots by name; the grammar file of the same name tells the plot. Their order affects the story of a seed."""
 ROLES = {"H": "hero", "F": "friend", "A": "helper"}
-"""Letter of a role in the grammar -> the role."""
+"""Roles by their letter in the grammar."""
 OTHER = "X"
-"""Letter of anyone else who speaks or listens."""
+"""Letter in the grammar of any other speaker or listener."""
 
 _WORDS = {
     "color": "a color: red, brown",
@@ -80,7 +80,7 @@ _WORDS = {
 _STRUCTURE = {
     "name.girl": "the name of a girl or a female animal",
     "name.boy": "the name of a boy or a male animal",
-    "name.new": "the name of hero or friend where it is first told",
+    "name.new": "the first mention of the hero or friend by name",
     "name.called": "someone called by name, in speech",
     "mark.opening_quote": "an opening quotation mark",
     "mark.closing_quote": "a closing quotation mark",
@@ -108,9 +108,9 @@ _STRUCTURE = {
     "referent.creature": "it, for the small animal that the story turns on",
     "referent.both": "we or they, for hero and friend or all together",
     "speaker.other": "said by the small animal or a passer-by",
-    "hero.girl": "the hero is a girl (from the trouble on)",
-    "hero.boy": "the hero is a boy (from the trouble on)",
-    "hero.animal": "the hero is an animal (from the trouble on)",
+    "hero.girl": "the hero is a girl (from the trouble phase on)",
+    "hero.boy": "the hero is a boy (from the trouble phase on)",
+    "hero.animal": "the hero is an animal (from the trouble phase on)",
 }
 _OF_ROLES = {
     "mention": "the {0}, by name or by what the {0} is",
@@ -125,21 +125,21 @@ PHASES = {
     "turn": "what changes it",
     "ending": "how it ends, and what is learned",
 }
-"""The parts of every story, in order, a paragraph each."""
+"""The phases of every story, in order; each is one paragraph."""
 
 CONCEPTS: dict[str, str] = {
     **{f"word.{name}": text for name, text in _WORDS.items()},
     **_STRUCTURE,
     **{f"{kind}.{role}": text.format(role) for kind, text in _OF_ROLES.items() for role in ROLES.values()},
     **{f"phase.{name}": f"phase of the story: {text}" for name, text in PHASES.items()},
-    **{f"plot.{name}": f"the plot, from the trouble on: {text}" for name, text in PLOTS.items()},
+    **{f"plot.{name}": f"the plot, from the trouble phase on: {text}" for name, text in PLOTS.items()},
 }
-"""Name of every concept -> what it is true of."""
+"""Description of every concept by its name."""
 
 
 @functools.cache
 def mask(*concepts: str) -> int:
-    """Return the set of the named concepts, as an integer whose bit `i` stands for the i-th of `CONCEPTS`."""
+    """Return a set of concepts as an integer; bit `i` is the i-th of `CONCEPTS`."""
     return sum(1 << _column(name) for name in set(concepts))
 
 

@@ -1,9 +1,9 @@
-"""Stories: story i of a seed, its text, and what holds of every stretch of it.
+"""Stories: the text of story i of a seed, and the concepts of every part of it.
 
-Rely on: a story is a pure function of (seed, index), on every machine and Python version (`random.Random(n).random()`
-is promised not to change); ASCII, five paragraphs, 100 to 170 words. Of the first 100,000 stories of seed 0 the longest
-has 255 tokens of the story world's tokenizer, so that all fit 256 with `[BEGIN]`, and all but one with `[END]`, too. It
-deliberately keeps nothing and knows nothing of tokens.
+A story is a pure function of (seed, index) on every machine and Python version, because Python promises that
+`random.Random(n).random()` does not change. It is ASCII, with five paragraphs and 100 to 170 words. The longest of the
+first 100,000 stories of seed 0 has 255 tokens of the story world's tokenizer. So all of them fit 256 tokens with
+`[BEGIN]`, and all but one with `[BEGIN]` and `[END]`. This file does not deal with tokens.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from tinymodel_jax.bundled.storyworld.grammar import grammar_digest, plot_phases
 from tinymodel_jax.bundled.storyworld.parts import Draw, Piece
 
 MAX_LENGTH = 175
-"""Most spaces and punctuation marks of a story; one with more is told anew."""
+"""Largest number of spaces and punctuation marks in a story; a story with more is drawn again."""
 FIRST_UNSEEN = 1_000_000
-"""Number of the story from which on, with seed 0, nothing that comes with the package was trained on."""
+"""Index of the first story of seed 0 that nothing in the package was trained on; nor on any later one."""
 _LIMIT = 1 << 63
-"""Seeds and indices are below it."""
+"""Seeds and indices must be smaller."""
 _PLOT_NAMES = tuple(PLOTS)
 
 
 class Span(NamedTuple):
-    """A stretch of a story's text, and what holds of all of it."""
+    """A span of a story's text, and the concepts that hold for all of it."""
 
     start: int
     """First character."""
     end: int
     """One past the last character."""
     concepts: frozenset[str]
-    """Names of `CONCEPTS`; those that `labels` reads off the characters (marks, first words) are not among them."""
+    """Names of concepts, without those that `labels` finds in the characters (marks, first words)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Story:
     hero_kind: str
     """girl, boy or animal."""
     paragraphs: tuple[tuple[Piece, ...], ...]
-    """The text in pieces, by phase, each with the concepts that hold of it whatever the phase and plot."""
+    """The text by phase, in pieces with their concepts, without those of the phase, plot and hero."""
     nats: float
-    """Minus the log-probability of all choices that made the story: see `entropy`."""
+    """Minus the log-probability of all choices that made the story (see `entropy`)."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the text in pieces, each with the set (`concepts.mask`) of all that holds of it."""
+        """Yield the text in pieces, each with the set (`concepts.mask`) of all its concepts."""
         known = 0
         for number, (phase, paragraph) in enumerate(zip(PHASES, self.paragraphs, strict=True)):
             if number:
@@ -66,7 +66,7 @@ class Story:
                 yield text, concepts | here
 
     def spans(self) -> list[Span]:
-        """Return the stretches of the text, in order and without gaps."""
+        """Return the spans of the text, in order and without gaps."""
         found, at = [], 0
         for text, concepts in self.pieces():
             found.append(Span(at, at + len(text), names(concepts)))
@@ -75,10 +75,10 @@ class Story:
 
 
 def story(seed: int, index: int) -> Story:
-    """Tell story `index` of a seed.
+    """Return story `index` of a seed.
 
     Raises:
-        ValueError: one of them is negative or not below 2^63.
+        ValueError: the seed or the index is negative or not below 2^63.
     """
     if not (0 <= seed < _LIMIT and 0 <= index < _LIMIT):
         raise ValueError(f"seed and index must be from 0 to 2^63 - 1, got {seed} and {index}.")
@@ -90,12 +90,12 @@ def story(seed: int, index: int) -> Story:
 
 
 def stories(seed: int, count: int, first: int = 0) -> Iterator[Story]:
-    """Tell `count` stories of a seed, from story `first` on."""
+    """Yield `count` stories of a seed, starting with story `first`."""
     return (story(seed, index) for index in range(first, first + count))
 
 
 def fingerprint() -> str:
-    """Return a SHA-256 that is another one whenever the stories are: of the grammar's files and of 100 stories."""
+    """Return a SHA-256 of the grammar's files and of 100 stories, which changes when the stories change."""
     texts = "\0".join(told.text for told in stories(0, 100))
     return hashlib.sha256(f"{grammar_digest()}\0{texts}".encode()).hexdigest()
 
@@ -110,7 +110,7 @@ def _tell(draw: Draw) -> Story:
         for part in parts:
             part.expand(draw)
         told.append(tuple(draw.pieces))
-    _, *paragraphs = told  # the casting comes first, and tells nothing
+    _, *paragraphs = told  # the casting comes first and has no text
     text = "\n".join(["".join([text for text, _ in paragraph]) for paragraph in paragraphs])
     kind = hero.kind if hero.kind in ("girl", "boy") else "animal"
     return Story(text, plot, kind, tuple(paragraphs), draw.nats)

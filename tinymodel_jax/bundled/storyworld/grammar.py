@@ -1,15 +1,15 @@
 """The story grammar: templates read from grammar/*.txt.
 
     = rule                      a rule; each line after it is one of its alternatives, all equally likely
-    [red|blue]                  one of these, equally likely; may hold anything a line may
-    {rule}  {T}  {^T}           a rule (small letters); what the slot T holds (capital letter), ^: with a capital
-    {T:=[ball|kite]}            fill the slot T, without a word in the story
+    [red|blue]                  one of these, equally likely; may contain anything a line may
+    {rule}  {T}  {^T}           a rule (lower case); the content of slot T (upper case); the same, capitalized
+    {T:=[ball|kite]}            fill slot T without adding text
     "H>F:Hello, {F}!"           speech: said by H (hero) to F (friend); A is the helper, X anyone else
 
-A plot's file has a rule `cast`, which fills slots, and one for each phase. Its rules hide the shared ones of the same
-name. Words of grammar/synonyms.txt stand for each other; those of grammar/lexicon.txt have a meaning by themselves.
+A plot's file has a rule `cast`, which fills slots, and a rule for each phase. Its rules override shared rules of the
+same name. Words in grammar/synonyms.txt are interchangeable; words in grammar/lexicon.txt always have concepts.
 
-Rely on: every piece of text comes with the concepts that hold of it; a mistake in a file is one error that shows it.
+Every piece of text comes with its concepts. A mistake in a grammar file raises an error that quotes it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _BRACES = re.compile(r"\{(\^?)([A-Za-z][\w.]*)(:=|\})")
 
 
 class _Speech(NamedTuple):
-    """Who speaks to whom where a template is read; None: nobody."""
+    """The speaker and the listener of the text that is being read; None outside of speech."""
 
     speaker: str | None = None
     listener: str | None = None
 
     def concepts(self) -> int:
-        """What holds of everything said."""
+        """Return the concepts of everything that is said."""
         if self.speaker is None:
             return 0
         found = ["dialogue", f"speaker.{ROLES.get(self.speaker, 'other')}"]
@@ -57,14 +57,14 @@ class _Speech(NamedTuple):
 
 @functools.cache
 def plot_phases(plot: str) -> tuple[tuple[Part, ...], ...]:
-    """Return the parts of a plot's casting (which tells nothing), then those of each of `PHASES`."""
+    """Return the parts of a plot's casting, which has no text, then those of each of `PHASES`."""
     reader = _Reader(read_rules("shared.txt") | read_rules(f"{plot}.txt"))
     return tuple(reader.rule(name, _Speech()) for name in ("cast", *PHASES))
 
 
 @functools.cache
 def lexicon() -> dict[str, int]:
-    """Return the concepts of every word that has some by itself, in small letters."""
+    """Return the concepts of every word of the lexicon, in lower case."""
     found: dict[str, int] = {}
     for concept, lines in read_rules("lexicon.txt").items():
         for word in " ".join(lines).split():
@@ -73,10 +73,10 @@ def lexicon() -> dict[str, int]:
 
 
 def read_rules(file: str) -> dict[str, list[str]]:
-    """Return the rules of a file of grammar/: name -> lines.
+    """Return the rules of a file in grammar/: their lines by name.
 
     Raises:
-        ValueError: a line stands before the first rule, or a rule's name comes twice.
+        ValueError: a line comes before the first rule, or two rules share a name.
     """
     rules: dict[str, list[str]] = {}
     name = None
@@ -84,11 +84,11 @@ def read_rules(file: str) -> dict[str, list[str]]:
         if line.startswith("= "):
             name = line.removeprefix("= ")
             if name in rules:
-                raise ValueError(f"{file}: the rule {name!r} comes twice.")
+                raise ValueError(f"{file}: the rule {name!r} is defined twice.")
             rules[name] = []
         elif line and not line.startswith("#"):
             if name is None:
-                raise ValueError(f"{file}: {line!r} stands before the first rule.")
+                raise ValueError(f"{file}: {line!r} comes before the first rule.")
             rules[name].append(line)
     return rules
 
@@ -102,14 +102,14 @@ def grammar_digest() -> str:
 
 
 class _Reader:
-    """Turns templates into parts, with the rules of one plot."""
+    """Parses templates into parts, with the rules of one plot."""
 
     def __init__(self, rules: dict[str, list[str]]):
         self._rules = rules
         self._done: dict[tuple[str, _Speech], tuple[Part, ...]] = {}
 
     def rule(self, name: str, speech: _Speech) -> tuple[Part, ...]:
-        """Return the parts of a rule, as it is told in some speech."""
+        """Return the parts of a rule, when said as part of `speech`."""
         if name not in self._rules:
             raise ValueError(f"the grammar has no rule {name!r}.")
         if (name, speech) not in self._done:
@@ -118,7 +118,7 @@ class _Reader:
         return self._done[name, speech]
 
     def _sequence(self, text: str, at: int, stops: str, speech: _Speech) -> tuple[tuple[Part, ...], int]:
-        """Read from `at` to a character of `stops`; return the parts and the place of that character."""
+        """Parse from `at` up to a character in `stops`; return the parts and the index of that character."""
         parts: list[Part] = []
         while at < len(text) and text[at] not in stops:
             if text[at] == "[":
@@ -169,10 +169,10 @@ class _Reader:
 
 @functools.cache
 def _synonyms() -> tuple[re.Pattern[str], dict[str, list[str]]]:
-    """Return what finds the words and phrases that have synonyms, and all that stand for each, itself included."""
+    """Return a pattern that matches phrases with synonyms, and the synonyms of each phrase, including itself."""
     groups = [line.split("|") for line in read_rules("synonyms.txt")["synonyms"]]
     group_of = {phrase.lower(): group for group in groups for phrase in group}
-    # A short form cannot end a clause: "Yes, I will." never becomes "Yes, I'll."
+    # A contraction cannot end a clause: "Yes, I will." never becomes "Yes, I'll."
     contracts = {phrase for phrase, group in group_of.items() if any("'" in other for other in group)}
     longest_first = sorted(group_of, key=len, reverse=True)
     phrases = "|".join(phrase + ("(?= )" if phrase in contracts else "") for phrase in longest_first)
@@ -180,20 +180,20 @@ def _synonyms() -> tuple[re.Pattern[str], dict[str, list[str]]]:
 
 
 def _words(text: str, speech: _Speech) -> tuple[Part, ...]:
-    """Return the parts of words, each as it stands or as one that stands for it."""
+    """Return the parts of a text, each phrase as it is or replaced by a synonym."""
     pattern, group_of = _synonyms()
     parts: list[Part] = []
-    # Every second stretch is one that the pattern found.
-    for number, stretch in enumerate(pattern.split(text)):
-        phrases: Sequence[str] = group_of[stretch.lower()] if number % 2 else (stretch,)
-        if number % 2 and stretch[0].isupper():
-            phrases = [phrase[0].upper() + phrase[1:] for phrase in phrases]
-        parts += choice([(_fixed(phrase, speech),) for phrase in phrases])
+    # Every second substring is a match of the pattern.
+    for number, phrase in enumerate(pattern.split(text)):
+        phrases: Sequence[str] = group_of[phrase.lower()] if number % 2 else (phrase,)
+        if number % 2 and phrase[0].isupper():
+            phrases = [one[0].upper() + one[1:] for one in phrases]
+        parts += choice([(_fixed(one, speech),) for one in phrases])
     return tuple(parts)
 
 
 def _fixed(text: str, speech: _Speech) -> Fixed:
-    """Return words as they stand, in as few pieces as have the same concepts."""
+    """Return a text as pieces, joining neighbouring words with the same concepts."""
     pieces: list[Piece] = []
     for word in _WORDS.findall(text):
         concepts = lexicon().get(word.lower(), 0) | speech.concepts() | _person(word.lower(), speech)
@@ -205,7 +205,7 @@ def _fixed(text: str, speech: _Speech) -> Fixed:
 
 
 def _person(word: str, speech: _Speech) -> int:
-    """What a pronoun of the first or second person, or a plural one, refers to."""
+    """Return the concepts of a word as a pronoun of the first or second person or the plural; 0 if it is none."""
     if word in _PLURAL:
         return mask("pronoun.plural", "referent.both")
     for words, person, who in (

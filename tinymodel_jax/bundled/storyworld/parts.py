@@ -1,7 +1,6 @@
-"""What a template is made of, and how it is expanded: fixed words, slots, choices.
+"""The parts of a template and how they expand: fixed words, slots, choices.
 
-Rely on: expanding is a pure function of the random numbers and the slots; a draw knows the probability of all its
-choices. Where templates come from is not known here.
+Expansion is a pure function of the random numbers and the slots. A draw records the probability of all its choices.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Piece = tuple[str, int]
-"""Text, and the set (`concepts.mask`) of what holds of it."""
+"""Text, and the set (`concepts.mask`) of its concepts."""
 Slots = dict[str, tuple[Piece, ...]]
 
 
 class Draw:
-    """One expansion in the making."""
+    """The state of one expansion."""
 
     def __init__(self, random: Callable[[], float]):
         self.random = random
@@ -29,7 +28,7 @@ class Draw:
 
 
 class Part(ABC):
-    """A stretch of a template."""
+    """A part of a template."""
 
     @abstractmethod
     def expand(self, draw: Draw) -> None:
@@ -38,7 +37,7 @@ class Part(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Fixed(Part):
-    """Words that are always the same."""
+    """Words without choices."""
 
     pieces: tuple[Piece, ...]
 
@@ -49,15 +48,15 @@ class Fixed(Part):
 
 @dataclass(frozen=True, slots=True)
 class Slot(Part):
-    """What a slot holds."""
+    """The content of a slot."""
 
     name: str
     capital: bool
     concepts: int
-    """What holds of it here, besides what holds of it anywhere."""
+    """Concepts that hold here, in addition to those of the slot's content."""
 
     def expand(self, draw: Draw) -> None:
-        """Add the slot's pieces."""
+        """Add the pieces of the slot."""
         pieces: Sequence[Piece] = draw.slots[self.name]
         if self.capital:
             text, concepts = pieces[0]
@@ -73,7 +72,7 @@ class Choice(Part):
 
     options: tuple[tuple[Part, ...], ...]
     nats: tuple[float, ...]
-    """Of each option; equal options count as one."""
+    """Minus the log-probability of each option; equal options count as one."""
 
     def expand(self, draw: Draw) -> None:
         """Choose a sequence and expand it."""
@@ -85,7 +84,7 @@ class Choice(Part):
 
 @dataclass(frozen=True, slots=True)
 class WordChoice(Part):
-    """A `Choice` of fixed words, which most are: without the inner calls the generator is a third faster."""
+    """A `Choice` of fixed words. Most choices are, and avoiding the inner calls makes the generator a third faster."""
 
     options: tuple[tuple[Piece, ...], ...]
     nats: tuple[float, ...]
@@ -99,12 +98,12 @@ class WordChoice(Part):
 
 @dataclass(frozen=True, slots=True)
 class Fill(Part):
-    """What fills a slot, and tells nothing."""
+    """Fills a slot without adding text."""
 
     slot: str
     parts: tuple[Part, ...]
     concepts: int
-    """What holds of the slot wherever it is told."""
+    """Concepts that the content of the slot always has."""
 
     def expand(self, draw: Draw) -> None:
         """Expand the parts into the slot."""
@@ -136,7 +135,7 @@ def joined(parts: Sequence[Part]) -> tuple[Part, ...]:
 
 
 def _fixed_pieces(parts: tuple[Part, ...]) -> tuple[Piece, ...] | None:
-    """Return the pieces of parts that are all fixed; None: some are not."""
+    """Return the pieces of parts that are all fixed, or None if some are not."""
     pieces: tuple[Piece, ...] = ()
     for part in parts:
         if not isinstance(part, Fixed):

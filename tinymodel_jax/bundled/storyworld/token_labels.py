@@ -1,8 +1,8 @@
-"""What holds of every token of a story: the story world's truth, as a matrix beside the token ids.
+"""The concepts of every token of a story, as a matrix that matches the token ids.
 
-Rely on: row r, column t stands for what `tokenizer(texts)` has there, whatever the tokenizer of class `Tokenizer`; a
-token has a concept if any of its characters has, where a space has what the next character has; special tokens have
-none. It deliberately labels only stories of the generator: what a sentence of another text means is not known.
+Row r and column t label the token that `tokenizer(texts)` has there, for any `Tokenizer`. A token has a concept if any
+of its characters has it; a space has the concepts of the next character. Special tokens have none. Only stories of the
+generator can be labelled, because the meaning of other texts is not known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tinymodel_jax.text.tokenizer import Tokenizer
 
 _SAID = "said|asked|called|cried|sobbed|shouted|yelled|whispered|thought"
 _WHO = rf"(?:(?:{'|'.join(JOBS)})\ )?\w+(?:'s\ \w+)?"
-"""Lily, Lily's mom, Farmer Bell: one who may have spoken; not `But nobody`."""
+"""Matches a possible speaker, such as Lily, Lily's mom or Farmer Bell, but not `But nobody`."""
 MARKS = {
     "mark.opening_quote": re.compile(r'(?<![^\s])"'),
     "mark.closing_quote": re.compile(r'(?<=\S)"'),
@@ -30,30 +30,30 @@ MARKS = {
     "mark.question": re.compile(r"\?"),
     "mark.newline": re.compile(r"\n"),
     "sentence.question": re.compile(r'[^\s.!?"][^.!?"\n]*\?'),
-    # After `…!"` and `…?"` a capital may also begin who spoke: `"Oh no!" Lily said.`
+    # After `…!"` and `…?"`, a capital may also start the speaker: `"Oh no!" Lily said.`
     "sentence.first_word": re.compile(
         rf"""(?:(?<![^\n])|(?<=")(?<=[^\S]")|(?<=[.!?]\ )|(?<=\."\ )"""
         rf"""|(?<=[!?]"\ )(?!{_WHO}\ (?:{_SAID})\b))[A-Z][a-z']*""",
         re.VERBOSE,
     ),
 }
-"""Concepts that can be read off the characters."""
+"""Concepts that are found by patterns in the text."""
 _COLUMN = {name: column for column, name in enumerate(CONCEPTS)}
 
 
 def labels(
     stories: Sequence[Story], tokenizer: Tokenizer, *, width: int | None = None, max_length: int | None = 256
 ) -> Bool[np.ndarray, "stories seq n_concepts"]:
-    """Say which concepts hold of which tokens.
+    """Return which concepts hold at which tokens.
 
     Args:
-        stories: of `story` or `stories`.
-        tokenizer: what the ids are of.
-        width: columns; None: as many as `tokenizer(texts, max_length=max_length)` has.
-        max_length: most tokens of a story, `[BEGIN]` included, as in the tokenizer's call.
+        stories: stories of the generator.
+        tokenizer: tokenizer of the ids.
+        width: number of columns; None takes as many as `tokenizer(texts, max_length=max_length)` has.
+        max_length: largest number of tokens of a story, including `[BEGIN]`, as for the tokenizer.
 
     Returns:
-        A value for each story, token and concept, in the order of `CONCEPTS`; column 0 is `[BEGIN]`.
+        Values (stories, tokens, concepts), with concepts in the order of `CONCEPTS`; token 0 is `[BEGIN]`.
 
     Raises:
         ValueError: `width` or `max_length` is too small, or the tokenizer lacks a character of the stories.
@@ -76,7 +76,7 @@ def labels(
 
 
 def _token_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the number of characters of each id's text; 0 for the special tokens."""
+    """Return the number of characters of each token; 0 for special tokens."""
     texts = tokenizer.decode(np.arange(tokenizer.vocab_size - 4)[:, None])
     return np.array([*map(len, texts), 0, 0, 0, 0])
 
@@ -91,7 +91,7 @@ def _label_characters(story: Story) -> Bool[np.ndarray, "characters n_concepts"]
         for match in pattern.finditer(story.text):
             found[match.start() : match.end(), _COLUMN[concept]] = True
     spaces = np.flatnonzero([character == " " for character in story.text])
-    found[spaces] = found[spaces + 1]  # as in the tokens, a space goes with what follows; a story ends in none
+    found[spaces] = found[spaces + 1]  # as in tokens, a space belongs to what follows; no story ends in a space
     return found
 
 

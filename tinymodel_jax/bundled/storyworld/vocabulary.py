@@ -1,7 +1,7 @@
-"""The story world's tokenizer: how it is trained, the trained one, and how many nats a token of a story holds.
+"""The story world's tokenizer: its training, the trained files, and the entropy of stories per token.
 
-Rely on: the same `tokenizers` library gives the same BPE on the same stories; the bundled files are what
-`train_tokenizer()` gave. It has the class, the cleaning and the special tokens of the big one.
+With the same version of `tokenizers`, training on the same stories gives the same BPE. The bundled files are the result
+of `train_tokenizer()`. Class, cleaning and special tokens are those of the published model's tokenizer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.text.tokenizer_files import SPECIAL_TOKENS
 
 VOCAB_SIZE = 1024
-"""Ids, the four special ones included."""
+"""Number of ids, including the four special ones."""
 TOKENIZER_SEED = 0
 TOKENIZER_STORIES = 20_000
-"""What the bundled tokenizer was trained on: the first stories of this seed."""
+"""The bundled tokenizer was trained on the first stories of this seed."""
 _FOLDER = Path(__file__).parent / "tokenizer"
-# How a byte-level BPE writes printable ASCII, the space and the newline. A text's other characters become [UNK].
+# Printable ASCII, space and newline in a byte-level BPE. Other characters become [UNK].
 _ALPHABET = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", "Ċ"]
 
 
@@ -48,27 +48,27 @@ def train_tokenizer(count: int = TOKENIZER_STORIES) -> Tokenizer:
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Return the bundled tokenizer: 1,024 ids, the four special ones last."""
+    """Return the bundled tokenizer, which has 1,024 ids, the four special ones last."""
     return Tokenizer.from_pretrained(_FOLDER)
 
 
 def entropy(told: Iterable[Story], with_tokenizer: Tokenizer | None = None) -> float:
-    """Estimate the entropy of the generator, in nats a token: no model's mean loss can be below it in the long run.
+    """Estimate the entropy of the generator in nats per token. In the long run, no model's mean loss can be below it.
 
-    The generator knows the probability p of every choice that it makes, so that H(choices) = E[-log p] exactly. A text
-    follows from its choices, so that H(text) <= H(choices): what is returned, sum(-log p) / tokens, is an upper bound,
-    up to the sampling error over the stories. It is above the truth by as much as different choices give the same
-    text, and by minus the log of the share of stories that are not too long (0.31 nats a story), which p leaves out.
+    The generator records the probability p of all its choices, so H(choices) = E[-log p]. The choices determine the
+    text, so H(text) <= H(choices), and the returned sum(-log p) / tokens is an upper bound, up to the sampling error
+    over stories. It exceeds the entropy where different choices give the same text, and by minus the log of the share
+    of stories that are not too long (0.31 nats per story), which p does not include.
 
     Args:
-        told: stories; the more, the better: 2,000 give it to about one part in 500.
-        with_tokenizer: None: the bundled one.
+        told: stories; 2,000 give a precision of about one part in 500.
+        with_tokenizer: tokenizer that counts the tokens; None takes the bundled one.
 
     Returns:
-        Nats a token. `[END]` counts as a token, `[BEGIN]`, which is given, does not.
+        Nats per token. `[END]` counts as a token; `[BEGIN]`, which is given, does not.
 
     Raises:
-        ValueError: there is no story.
+        ValueError: there are no stories.
     """
     encode = (with_tokenizer or tokenizer()).encode
     nats, tokens = 0.0, 0
@@ -76,5 +76,5 @@ def entropy(told: Iterable[Story], with_tokenizer: Tokenizer | None = None) -> f
         nats += one.nats
         tokens += len(encode(one.text, max_length=None)) + 1
     if tokens == 0:
-        raise ValueError("the entropy of no stories is not known; give some, as in entropy(stories(0, 2000)).")
+        raise ValueError("entropy needs at least one story, for example entropy(stories(0, 2000)).")
     return nats / tokens

@@ -1,1 +1,1 @@
-"""Static pages about all features of a dictionary: what is computed for them, and how it is written to files."""
+"""Static pages about all features of a dictionary: computing their content, and writing the files."""

@@ -1,11 +1,14 @@
-"""A dashboard from beginning to end: measure what its pages show, then write it, whole or not at all.
+"""Builds a dashboard: measures what its pages show, then writes the pages atomically.
 
-`gather` measures, `write_dashboard` writes; the second knows no model. Memory grows with features and their contexts,
-not with rows.
+`gather` measures, and `write_dashboard` writes without needing the model. Memory grows with the number of features and
+contexts, not with the number of rows.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +25,6 @@ from tinymodel_jax.analysis.report.dashboard.records import (
     shard_records,
     text_record,
 )
-from tinymodel_jax.analysis.report.dashboard.shards import FOLDER, shard_name, write_data
 from tinymodel_jax.analysis.report.dashboard.weights_graph import weights_graph
 from tinymodel_jax.analysis.report.dashboard.windows import shown_contexts, window_activations
 from tinymodel_jax.analysis.report.page import token_text, write_page
@@ -32,28 +34,29 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import FeatureReader
 
 A_SHARD = 64
-"""Features in a file: one that is looked at loads so many."""
+"""Features per data file; opening a feature loads one file."""
 LOGITS, OTHERS_LOGITS = 10, 3
-"""Tokens promoted and suppressed that a page lists; promoted ones of another dictionary's feature."""
+"""Promoted and suppressed tokens that a page lists, for the feature and for one of another dictionary."""
 TEXT_START = 12
-"""Tokens by which the index names a text; one more in its data says that there are more."""
+"""Tokens of a text that the index shows; its data holds one more, to tell whether the text continues."""
 SEARCH, EFFECTS = "search.safetensors", "effects.work"
 WORK = (SEARCH, f"{SEARCH}.work", EFFECTS)
-"""Files of work that goes on where it was stopped: the search, and the measuring of effects."""
-INDEX = "index.html"
+"""Work files, from which a stopped run resumes the search and the measurement of effects."""
+INDEX, FOLDER = "index.html", "data"
+"""What a dashboard consists of: the page, and the folder of its data files."""
 GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
-"""By which its `index.html` is known."""
+"""Marks the `index.html` of a dashboard."""
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
-"""(things to do, what is done) -> the things; shows a progress bar as they pass by."""
+"""(items, description of the work) -> the items; wraps the iterator, for example with a progress bar."""
 
 
 class Heading(NamedTuple):
-    """What the pages say of the whole."""
+    """What the header of the pages says."""
 
     model: str
     site: str
     about: str
-    """What kind of dictionary it is."""
+    """The kind of dictionary."""
 
 
 def gather(
@@ -63,15 +66,15 @@ def gather(
     others: Sequence[str],
     track: Track,
 ) -> Facts:
-    """Measure what is shown of all features besides what the search found; leave `f1` and `importance` out.
+    """Measure what the pages show in addition to the result of the search; leaves `f1` and `importance` unset.
 
     Args:
-        reader: `lm[tag]` of a whole dictionary.
-        rows: what was searched.
-        others: tags of dictionaries whose features may be upstream or downstream.
+        reader: `lm[tag]`, where the tag names no feature.
+        rows: the rows that were searched.
+        others: tags of dictionaries to look for upstream and downstream features in.
 
     Raises:
-        ValueError: a tag has no dictionary.
+        ValueError: a site has no dictionary.
     """
     lm, tag = reader.lm, reader.site.tag
     contexts = shown_contexts(found)
@@ -85,7 +88,7 @@ def gather(
 
 
 def text_records(reader: FeatureReader, texts: Sequence[Sequence[int]], track: Track) -> list[dict[str, Any]]:
-    """Return the record of each text, given as token ids with `[BEGIN]` in front."""
+    """Return the record of each text; texts are token ids that start with `[BEGIN]`."""
     config = reader.lm.config
     return [text_record(np.asarray(ids), np.asarray(reader([ids]))[0], config) for ids in track(texts, "texts")]
 
@@ -101,12 +104,12 @@ def write_dashboard(
     texts: Sequence[dict[str, Any]],
     track: Track,
 ) -> None:
-    """Write the pages into a folder that has none; `index.html` comes last.
+    """Write the pages into a folder without pages, `index.html` last.
 
     Args:
-        vocabulary: text of every id.
-        config: says which ids are text.
-        concepts: names, in the order of `facts.f1`, and what they mean; empty without it.
+        vocabulary: text of every token id.
+        config: determines which ids are text.
+        concepts: names and meanings, in the order of `facts.f1`; empty if `f1` is unset.
         texts: `text_records`.
 
     Raises:
@@ -118,7 +121,7 @@ def write_dashboard(
     for number in track(range(-(-n // A_SHARD)), "pages"):
         first = number * A_SHARD
         records = shard_records(facts, rows, config, first, min(first + A_SHARD, n))
-        write_data(folder, shard_name(number), records)
+        write_data(folder, f"shard-{number:04d}", records)
     for number, record in enumerate(texts, 1):
         write_data(folder, f"text-{number}", record)
     write_data(folder, "index", _index(heading, facts, rows, concepts, texts))
@@ -126,31 +129,46 @@ def write_dashboard(
     write_page(folder / INDEX, "dashboard.html.jinja", content)
 
 
-def open_partial(out: Path) -> Path:
-    """Return the folder `OUT.partial`, made if there is none, where a dashboard grows until it is whole.
+def write_data(folder: Path, name: str, value: Any) -> None:
+    """Write `data/NAME.js` in the folder of a dashboard; a page loads it by adding a script element.
 
-    Pages that a stopped run left there go; what `WORK` names stays, so that the work goes on.
+    `file://` forbids `fetch`, so the file is JavaScript with a single call: `dashboard.receive("NAME", "TEXT")`. TEXT
+    is gzipped JSON in base64, so no content can be read as code.
 
     Raises:
-        ValueError: `out` or the folder beside it holds something else.
-        OSError: it cannot be made.
+        OSError: the file cannot be written.
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    packed = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
+    (folder / FOLDER / f"{name}.js").write_text(f'dashboard.receive("{name}","{packed}");\n', "utf-8")
+
+
+def open_partial(out: Path) -> Path:
+    """Return the folder `OUT.partial`, in which a dashboard is built; create it if needed.
+
+    Pages that a stopped run left there are removed. Its work files stay, so that the run resumes.
+
+    Raises:
+        ValueError: `out` or the partial folder holds other files.
+        OSError: the folder cannot be created.
     """
     if out.exists() and not _is_dashboard(out):
-        raise ValueError(f"--out {out} is there and no dashboard; name another folder, or remove it.")
+        raise ValueError(f"--out {out} exists and is not a dashboard; name another folder, or remove it.")
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, *WORK})
     if strange:
-        raise ValueError(f"{partial} is where the dashboard is made, but holds {strange[0]}; move that away.")
+        raise ValueError(f"{partial} is where the dashboard is built, but holds {strange[0]}; move that elsewhere.")
     (partial / INDEX).unlink(missing_ok=True)
     shutil.rmtree(partial / FOLDER, ignore_errors=True)
     return partial
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Move a whole dashboard to its place, without the work files, and remove the one that was there.
+    """Move a finished dashboard to `out`, in place of an older one, and remove the work files.
 
-    Stopped anywhere, it leaves what `open_partial` accepts again.
+    If it is interrupted, `open_partial` accepts what is left.
 
     Raises:
         OSError: a file cannot be moved or removed.
@@ -163,7 +181,7 @@ def publish(partial: Path, out: Path) -> None:
 
 
 def _remove_dashboard(folder: Path) -> None:
-    """Remove a dashboard, `index.html` last, by which it is known; a folder with other files stays."""
+    """Remove a dashboard. `index.html`, which marks it, goes last; a folder with other files is kept."""
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     for name in (*WORK, INDEX):
         (folder / name).unlink(missing_ok=True)
@@ -171,7 +189,7 @@ def _remove_dashboard(folder: Path) -> None:
 
 
 def _is_dashboard(folder: Path) -> bool:
-    """Say whether a folder is empty or holds what `publish` puts there, and nothing else."""
+    """Return whether a folder is empty or holds only what `publish` puts there."""
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}

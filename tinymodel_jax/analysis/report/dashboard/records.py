@@ -1,7 +1,7 @@
-"""What a dashboard's files say: the columns of its index, the record of a feature, the record of a text.
+"""The content of a dashboard's data files: the columns of the index, and the records of features and of texts.
 
-Values that JSON holds: tokens are ids of the vocabulary, numbers have four significant digits (effects in the index
-six), and features that were never active are there like all others. The script of the pages
+All values are JSON values. Tokens are ids of the vocabulary; numbers have four significant digits, and effects in the
+index six. Features that are never active have records like all others. The script of the pages
 (analysis/report/templates/dashboard_*.js) reads these names.
 """
 
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from tinymodel_jax.analysis.report.dashboard.shards import rounded
 from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.report.dashboard.windows import BANDS, BEFORE, OF_A_BAND, TOP, window_positions
 from tinymodel_jax.analysis.search.contexts import Contexts
@@ -27,16 +26,16 @@ if TYPE_CHECKING:
     from tinymodel_jax.analysis.effects.importance import CausalImportance
 
 PEAKS, PROMOTED = 3, 3
-"""Tokens of a feature in the index: that its top contexts peak on most often, and that it promotes most."""
+"""Tokens per feature in the index: those that its top contexts peak on most often, and those that it promotes most."""
 CONCEPTS = 3
-"""Concepts of a feature that its page names."""
+"""Concepts that the page of a feature names."""
 STRONGEST = 8
-"""Features listed at a token of a text."""
+"""Features listed for each token of a text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """All that is known of the features of one dictionary."""
+    """Everything that the pages show about the features of one dictionary."""
 
     found: TopActivations
     contexts: Contexts
@@ -44,18 +43,18 @@ class Facts:
     acts: Float[np.ndarray, "n_features contexts window"]
     """`windows.window_activations`."""
     logits: LogitEffects
-    """Of all features, in order."""
+    """Logit effects of all features, in order."""
     graph: WeightsGraph
     promoted: Mapping[str, Int[np.ndarray, "n_features n"]]
-    """Other dictionaries' tags -> the tokens that their features promote most."""
+    """The tokens that each feature of another dictionary promotes most, by the dictionary's tag."""
     f1: Float[np.ndarray, "n_features concepts"] | None = None
-    """How well each feature tells each concept, where the tokens' concepts are known."""
+    """F1 of each feature for each concept; None if the concepts of the tokens are not known."""
     importance: CausalImportance | None = None
-    """Effects of turning each feature off, where they were measured."""
+    """Effects of turning each feature off; None if they were not measured."""
 
 
 def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[str, list[Any]]:
-    """Return the columns of the index, a value for each feature."""
+    """Return the columns of the index, with one value per feature."""
     found = facts.found
     columns = {
         "active": found.active.tolist(),
@@ -74,11 +73,11 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
 def shard_records(
     facts: Facts, rows: Integer[np.ndarray, "rows seq"], config: ModelConfig, first: int, last: int
 ) -> list[dict[str, Any]]:
-    """Return the records of features `first` to `last`, that one not included.
+    """Return the records of features `first` to `last - 1`.
 
     Args:
-        rows: what was searched.
-        config: says which ids are text; others are not shown.
+        rows: the rows that were searched.
+        config: determines which ids are text; other tokens are not shown.
     """
     part = slice(first, last)
     found, contexts = _some(facts.found, part), Contexts(*(field[part] for field in facts.contexts))
@@ -113,7 +112,7 @@ def shard_records(
 def text_record(
     tokens: Integer[np.ndarray, " seq"], acts: Float[np.ndarray, "seq n_features"], config: ModelConfig
 ) -> dict[str, Any]:
-    """Return the record of a text: the strongest features of each token, and where each of those is active."""
+    """Return the record of a text: the strongest features at each token, and where each of these is active."""
     real = config.is_text(np.asarray(tokens))
     tokens, acts = np.asarray(tokens)[real], np.asarray(acts)[real]
     order = np.argsort(-acts, axis=1, kind="stable")[:, :STRONGEST]
@@ -128,12 +127,21 @@ def text_record(
 
 
 def fixed_facts() -> dict[str, Any]:
-    """Return what the script has to know of the records' layout."""
+    """Return what the script needs to know about the layout of the records."""
     return {"quantiles": list(QUANTILES), "bands": BANDS, "edges": rounded(EDGES)}
 
 
+def rounded(values: Any, digits: int = 4) -> Any:
+    """Return numbers rounded to significant digits, as nested lists."""
+    array = np.asarray(values, np.float64)
+    with np.errstate(divide="ignore"):
+        size = np.floor(np.log10(np.abs(array)))
+    scale = 10.0 ** (digits - 1 - np.where(np.isfinite(size), size, 0))
+    return (np.round(array * scale) / scale + 0.0).tolist()  # no -0.0
+
+
 def _some(found: TopActivations, part: slice) -> TopActivations:
-    """Return the result of some features."""
+    """Return the result for a slice of the features."""
     names = ("histogram", "active", "total", "partners", "correlation")
     arrays = {name: getattr(found, name)[part] for name in names}
     contexts = {name: Contexts(*(field[part] for field in getattr(found, name))) for name in ("top", "sampled")}
@@ -152,11 +160,11 @@ def _peak_tokens(found: TopActivations, rows: np.ndarray) -> list[list[int]]:
 
 
 def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: ModelConfig) -> list[list[Any]]:
-    """Return each context as [row, place of the peak, tokens, activations]; None where there is none."""
+    """Return each context as [row, index of the peak, tokens, activations], or None for a missing one."""
     places = window_positions(contexts, rows.shape[1])
     ids = np.asarray(rows[np.maximum(contexts.row, 0)[..., None], np.maximum(places, 0)])
     real = (places >= 0) & config.is_text(ids)
-    peak = real[..., :BEFORE].sum(axis=-1)  # of the tokens that are shown
+    peak = real[..., :BEFORE].sum(axis=-1)  # index among the tokens shown
     shown: list[list[Any]] = []
     fields = (contexts.row.tolist(), peak.tolist(), ids.tolist(), rounded(acts), real, np.all(real, axis=-1))
     for of_feature in zip(*fields, strict=True):
@@ -170,7 +178,7 @@ def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: Mo
 
 
 def _pairs(features: np.ndarray, values: np.ndarray) -> list[list[list[Any]]]:
-    """Return [feature, value] pairs of each row; -1 is none."""
+    """Return the [feature, value] pairs of each row, without those of feature -1."""
     return [
         [[f, value] for f, value in zip(row, of_row, strict=True) if f >= 0]
         for row, of_row in zip(features.tolist(), rounded(values), strict=True)
@@ -178,13 +186,13 @@ def _pairs(features: np.ndarray, values: np.ndarray) -> list[list[list[Any]]]:
 
 
 def _partners(found: TopActivations) -> list[list[list[Any]] | None]:
-    """Return [feature, correlation] pairs of each feature; None where the correlation is undefined."""
+    """Return the [feature, correlation] pairs of each feature, or None where the correlation is undefined."""
     pairs, undefined = _pairs(found.partners, found.correlation), np.isnan(found.correlation[:, 0])
     return [None if unknown else of_one for of_one, unknown in zip(pairs, undefined, strict=True)]
 
 
 def _links(links: Links, promoted: np.ndarray, part: slice) -> list[list[list[Any]]]:
-    """Return [feature, weight, tokens that it promotes] of each row."""
+    """Return [feature, weight, promoted tokens] for each link of each row."""
     words = promoted[links.features[part]].tolist()
     return [
         [[*pair, of_pair] for pair, of_pair in zip(pairs, of_row, strict=True)]
@@ -193,7 +201,7 @@ def _links(links: Links, promoted: np.ndarray, part: slice) -> list[list[list[An
 
 
 def _effects(importance: CausalImportance, part: slice) -> list[dict[str, Any]]:
-    """Return {measure: [mean, half width]} and the rows of each feature; None is unknown."""
+    """Return {measure: [mean, half width]} and the number of active rows of each feature; None is unknown."""
     names = ("kl_all", "kl", "loss")
     columns = [importance.active_rows[part].tolist()]
     for name in names:

@@ -1,14 +1,14 @@
-"""Which features of which dictionaries speak to each other, by weights alone: upstream, downstream, neighbours.
+"""Links between features by their weights: upstream and downstream features of other dictionaries, and neighbours.
 
-A feature adds its decoder row to the residual stream; an encoder further up reads the stream. There is no layer norm,
-so the direct weight between them,
+A feature adds its decoder row to the residual stream, and later encoders read the stream. There is no layer norm, so
+the direct weight between two features,
 
     W_dec[source] @ W_enc[:, target]
 
-is exact and the same on every input: one unit of the source's activation adds it to the target's pre-activation (that
-of the magnitude, before `exp(r_mag)`, for `gated`), past everything between them. What attention and MLPs make of it on
-the way comes on top. Dictionaries of the stream itself (Ra, Rm) hold directions in it, so they may be a source too; but
-they write nothing, and are nobody's upstream.
+is exact and the same for every input: one unit of the source's activation adds it to the target's pre-activation (for
+`gated`, to that of the magnitude, before `exp(r_mag)`). Indirect effects through attention and MLPs come in addition.
+A dictionary of the stream itself (Ra, Rm) has downstream features, because its directions lie in the stream. It adds
+nothing to the stream, so it is never upstream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 512
-"""Features whose products with all others are in memory at once."""
+"""Features whose products with all others are held in memory together."""
 
 _READ = {"hook_resid_pre": 0, "hook_resid_mid": 2, "hook_mlp_in": 3}
 """When a block's stream is read at a hook point; others do not read the stream."""
@@ -45,14 +45,14 @@ class Links(NamedTuple):
 
 
 class WeightsGraph(NamedTuple):
-    """Links of all features of one dictionary; what is upstream and downstream by the other dictionary's tag."""
+    """Links of all features of one dictionary. Other dictionaries are listed by their tags."""
 
     neighbours: Links
-    """Features of the same dictionary, by the cosine of the decoder rows."""
+    """Features of the same dictionary with the largest cosine of decoder rows."""
     upstream: dict[str, Links]
-    """By the direct weight, strongest either way first."""
+    """Features with the largest absolute direct weights."""
     downstream: dict[str, Links]
-    """The same."""
+    """Features with the largest absolute direct weights."""
 
 
 def weights_graph(
@@ -65,13 +65,13 @@ def weights_graph(
     """Return the links of all features of `lm[tag]`.
 
     Args:
-        others: tags of dictionaries; those that neither write to what this one reads nor read what it writes, as
-            their place in the forward pass says, are passed over.
-        top: links of a feature to each dictionary, at most.
-        track: sees the dictionaries pass by, to show a progress bar.
+        others: tags of dictionaries to link to; those that are neither upstream nor downstream in the forward pass
+            are skipped.
+        top: largest number of links of a feature to each dictionary.
+        track: wraps the iterator over dictionaries, for example with a progress bar.
 
     Raises:
-        ValueError: a tag has no dictionary.
+        ValueError: a site has no dictionary.
     """
     own = lm[tag].dictionary
     W_enc, W_dec = own.params["W_enc"].T, own.params["W_dec"]
@@ -87,7 +87,7 @@ def weights_graph(
 
 
 def writes_before(source: DictionaryConfig, target: DictionaryConfig) -> bool:
-    """Say whether what `source` predicts is in the residual stream when `target` reads it."""
+    """Return whether the residual stream contains what `source` predicts when `target` reads it."""
     written, read = _hook(source.hook_out), _hook(target.hook_in)
     if written[1] not in _WRITTEN or read[1] not in _READ:
         return False
@@ -95,7 +95,7 @@ def writes_before(source: DictionaryConfig, target: DictionaryConfig) -> bool:
 
 
 def neighbours(W_dec: Float[Array, "n_features d_out"], top: int) -> Links:
-    """Return for each feature the others whose decoder rows point its way most, and the cosines; 0 for a zero row."""
+    """Return, for each feature, those with the most similar decoder rows, and the cosines; 0 for a zero row."""
     rows = jnp.asarray(W_dec, jnp.float32)
     length = jnp.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / jnp.where(length > 0, length, 1)
@@ -106,13 +106,13 @@ def neighbours(W_dec: Float[Array, "n_features d_out"], top: int) -> Links:
 
 
 def strongest_products(A: Float[Array, "n d"], B: Float[Array, "m d"], top: int) -> Links:
-    """Return for each row of `A` the rows of `B` with the `top` largest products by size, and the products."""
+    """Return, for each row of `A`, the `top` rows of `B` with the largest absolute products, and the products."""
     parts = [_largest(A[start : start + TOGETHER], B, top=top) for start in range(0, len(A), TOGETHER)]
     return _joined(parts)
 
 
 def _hook(name: str) -> tuple[int, str]:
-    """Split `blocks.2.hook_mlp_in` into the block and the point."""
+    """Split `blocks.2.hook_mlp_in` into the layer and the hook point."""
     _, layer, point = name.split(".", 2)
     return int(layer), point
 

@@ -1,8 +1,8 @@
-"""The contexts that a dashboard shows of each feature, and the feature's activation at every token around their peaks.
+"""The contexts that a dashboard shows for each feature, and the feature's activations around their peaks.
 
-One more pass over the rows that hold a chosen context, and over no others. Only a context's own feature is encoded,
-and only in its window, where the architecture allows it: `topk` has to compare all features of a position. Memory grows
-with features x contexts, not with rows.
+This takes another pass over the rows that hold a shown context. Where the architecture allows it, only the context's
+own feature is encoded, and only in its window; `topk` has to compare all features of a position. Memory grows with
+features x contexts, not with rows.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tinymodel_jax.runtime.compilation import fast_jit
 BEFORE, AFTER = 12, 6
 """Tokens shown before and after a peak."""
 TOP, BANDS, OF_A_BAND = 12, 5, 4
-"""Contexts shown: the top ones, and some of each band of the sampled ones."""
+"""Contexts shown: top contexts, and from each band of the sampled contexts."""
 TOGETHER = 512
-"""Contexts whose windows are encoded together."""
+"""Windows that are encoded together."""
 
 
 def shown_contexts(found: TopActivations) -> Contexts:
-    """Return the contexts that are shown of each feature: `TOP` columns, then `OF_A_BAND` for each of the bands.
+    """Return the contexts shown for each feature: `TOP` columns, then `OF_A_BAND` for each band.
 
-    Of a band those are kept that lie evenly in it; missing ones have row -1.
+    The contexts of a band are evenly spaced in it. Missing contexts have row -1.
     """
     n = TOP + BANDS * OF_A_BAND
     shown = Contexts(*(np.full((found.n_features, n), fill, dtype) for fill, dtype in _EMPTY))
@@ -55,7 +55,7 @@ def shown_contexts(found: TopActivations) -> Contexts:
 
 
 def window_positions(contexts: Contexts, seq: int) -> Int[np.ndarray, "*contexts window"]:
-    """Return the positions around each peak; -1 where the row has begun later or ended."""
+    """Return the positions around each peak; -1 for positions outside the row."""
     around = np.arange(-BEFORE, AFTER + 1, dtype=np.int32)
     places = contexts.position[..., None] + around
     inside = (places >= 0) & (places < seq) & (contexts.row[..., None] >= 0)
@@ -70,12 +70,12 @@ def window_activations(
     batch: int = 8,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Float[np.ndarray, "n_features contexts window"]:
-    """Return the activation of each context's feature around its peak; 0 where there is no text and outside of the row.
+    """Return the activation of each context's feature around its peak; 0 at special tokens and outside the row.
 
     Args:
-        rows: what the search read.
-        batch: rows of a device in one pass.
-        track: sees the batches' numbers pass by, to show a progress bar.
+        rows: the rows that were searched.
+        batch: rows per device in one pass.
+        track: wraps the iterator over batches, for example with a progress bar.
     """
     inputs = DictionaryInputs(reader, batch)
     places = window_positions(contexts, rows.shape[1])
@@ -84,7 +84,7 @@ def window_activations(
     of_row = contexts.row[feature, number]
     order = np.argsort(of_row, kind="stable")
     used, firsts = np.unique(of_row[order], return_index=True)
-    bounds = np.append(firsts, len(order))  # of a row's contexts in `order`
+    bounds = np.append(firsts, len(order))  # where each row's contexts start in `order`
     measure = _measure_of(inputs.dictionary, inputs.config)
     for start in track(range(0, len(used), inputs.batch)):
         numbers = used[start : start + inputs.batch]
@@ -101,18 +101,18 @@ _EMPTY = ((0, np.float32), (-1, np.int32), (0, np.int32))
 
 
 def _evenly(size: int) -> Int[np.ndarray, " n"]:
-    """Return `OF_A_BAND` places of `size`, first and last among them; all if there are fewer."""
+    """Return `OF_A_BAND` evenly spaced indices below `size`, including first and last; all if there are fewer."""
     return np.unique(np.linspace(0, size - 1, OF_A_BAND).astype(int)) if size else np.zeros(0, int)
 
 
 def _by_feature(params: DictionaryParams, config: DictionaryConfig) -> dict[str, Array]:
-    """Return the encoder with features on the first axis of what each has its own of, so that one can be picked."""
+    """Return the encoder with features on the first axis of parameters with one entry per feature."""
     own, encoder = per_feature(config), encoder_parameters(params)
     return {name: jnp.moveaxis(array, -1, 0) if name in own else array for name, array in encoder.items()}
 
 
 def _measure_of(params: DictionaryParams, config: DictionaryConfig) -> Callable[..., np.ndarray]:
-    """Return the function of (x, features, rows of x, places) that gives the features' activations there."""
+    """Return a function of (x, features, rows of x, positions) that computes the features' activations there."""
     if config.architecture == "topk":
 
         def compared(x: Array, features: np.ndarray, in_batch: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -131,12 +131,12 @@ def _of_pairs(
     in_batch: Int[np.ndarray, " pairs"],
     places: Int[np.ndarray, "pairs window"],
 ) -> Float[np.ndarray, "pairs window"]:
-    """Return the activations of features at places of rows of the batch; without meaning at place -1."""
+    """Return the activations of features at positions of rows of the batch; undefined at position -1."""
     found = []
     for start in range(0, len(features), TOGETHER):
         part = [array[start : start + TOGETHER] for array in (features, in_batch, places)]
         size = len(part[0])
-        padded = [np.resize(array, (TOGETHER, *array.shape[1:])) for array in part]  # one shape for all
+        padded = [np.resize(array, (TOGETHER, *array.shape[1:])) for array in part]  # one shape for all parts
         found.append(np.asarray(_encode_pairs(encoder, x, *padded, config=config))[:size])
     return np.concatenate(found)
 

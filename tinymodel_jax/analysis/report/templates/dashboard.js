@@ -1,4 +1,4 @@
-// The address says which page is shown: "#" and "#?find=…" the index, "#feature/12", "#text/1".
+// The address selects the page: "#" and "#?find=…" show the index, "#feature/12" a feature, "#text/1" a text.
 let shownIndex = false;
 let first = true;
 
@@ -13,7 +13,7 @@ async function route() {
   } catch (error) {
     content = [element("h1", { tabindex: -1 }, "This page cannot be shown"), element("p", { role: "alert" }, error.message), element("p", {}, element("a", { href: "#" }, "all features"))];
   }
-  if (location.hash !== address) return; // the reader has gone on meanwhile
+  if (location.hash !== address) return; // the reader has followed another link in the meantime
   shownIndex = content.some((part) => part.id === "features");
   show();
   keep(null);

@@ -1,5 +1,5 @@
 "use strict";
-// Data comes from files beside the page, each one call of dashboard.receive: file:// forbids fetch.
+// Data comes from script files next to the page, because file:// forbids fetch. Each file calls dashboard.receive once.
 const dashboard = (() => {
   const files = new Map(); // name -> { promise, resolve, reject }
 
@@ -12,7 +12,7 @@ const dashboard = (() => {
       script.src = `data/${name}.js`;
       script.onerror = () => {
         files.delete(name); // so that the next visit tries again
-        file.reject(new Error(`data/${name}.js is not there; copy the dashboard's whole folder.`));
+        file.reject(new Error(`data/${name}.js is missing; copy the dashboard's whole folder.`));
       };
       document.head.append(script);
     }

@@ -1,6 +1,6 @@
 // The page of a feature.
 async function featurePage(feature) {
-  if (!(feature in index.columns.active)) throw new Error(`There is no such feature; they are 0 to ${index.n_features - 1}.`);
+  if (!(feature in index.columns.active)) throw new Error(`There is no feature ${feature}; features are numbered 0 to ${index.n_features - 1}.`);
   const shard = String(Math.floor(feature / index.a_shard)).padStart(4, "0");
   const record = (await dashboard.load(`shard-${shard}`))[feature % index.a_shard];
   lastFeature = feature;
@@ -13,11 +13,11 @@ async function featurePage(feature) {
     ...(index.columns.active[feature] ? [contextSection(feature, record)] : []),
     section(
       "What it promotes and suppresses",
-      element("p", { class: "about" }, "Direct effect of one unit of activation on the logits of the next token, past all later layers; the mean over the vocabulary is taken off."),
+      element("p", { class: "about" }, "Direct effect of one unit of activation on the logits of the next token, skipping all later layers, minus the mean over the vocabulary."),
       element("div", { class: "columns" }, tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)),
     ),
-    linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to the pre-activation of this one.", record.upstream),
-    linkSection("Downstream", "Features that read the stream after this one has written: what one unit of activation adds to their pre-activation.", record.downstream),
+    linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to this feature's pre-activation.", record.upstream),
+    linkSection("Downstream", "Features that read the residual stream after this one writes to it, by direct weight: what one unit of this feature's activation adds to their pre-activation.", record.downstream),
     section("Related features", element("div", { class: "columns" }, relatedTable("Decoder rows that point the same way", "cosine", record.neighbours), relatedTable("Active at the same tokens", "correlation", record.partners))),
   ];
 }
@@ -38,7 +38,7 @@ function numbers(feature, record) {
     entries.push(["turned off", `KL ${plusMinus(all)} nats per position over ${counted(index.effect_rows, "row")}${where} (${intervals}[BEGIN] and [END] count here)`]);
   }
   const list = element("dl", { class: "numbers" }, ...entries.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
-  const bars = record.histogram.some((n) => n > 0) ? [histogram(record.histogram)] : []; // a sample may miss a rare feature
+  const bars = record.histogram.some((n) => n > 0) ? [histogram(record.histogram)] : []; // the sampled tokens may miss a rare feature
   return active[feature] ? element("div", {}, list, ...bars) : element("div", {}, list, element("p", {}, "Never active on the text of these rows; [BEGIN] and [END] do not count."));
 }
 
@@ -50,7 +50,7 @@ function histogram(counts) {
   const [from, to] = [number(index.edges[first]), number(index.edges[last + 1])];
   const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${counted(n, "token")}` }));
   const label = `Histogram of activations, ${from} to ${to}; most, ${counted(most, "token")}, from ${number(index.edges[first + shown.indexOf(most)])}`;
-  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins an octave${index.histogram_every > 1 ? `; one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
+  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins per octave${index.histogram_every > 1 ? `; one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
 }
 
 function contextSection(feature, record) {
@@ -73,14 +73,14 @@ function contextLine([row, peak, ids, acts], largest) {
 
 const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], aligned(pairs).map(([id, effect]) => [word(id), effect]));
 
-// Pairs (and what follows) with their numbers as text, all with the same decimals.
+// Pairs (and any further values) with their numbers as text, all with the same number of decimals.
 function aligned(pairs) {
   const decimals = decimalsOf(pairs.map(([, value]) => value));
   return pairs.map(([of, value, ...rest]) => [of, sign(value, fixed(value, decimals)), ...rest]);
 }
 
 function relatedTable(caption, measure, pairs) {
-  if (pairs === null) return element("p", { class: "hint" }, `${caption}: undefined, as it is active at all sampled tokens or at none.`);
+  if (pairs === null) return element("p", { class: "hint" }, `${caption}: undefined, because the feature is active at all sampled tokens or at none.`);
   if (!pairs.length) return element("p", { class: "hint" }, `${caption}: none.`);
   return table(caption, [["feature", null], [measure, null], ["peaks on", "words"]], aligned(pairs).map(([f, value]) => [featureLink(f), value, index.columns.peaks[f].map(word)]));
 }

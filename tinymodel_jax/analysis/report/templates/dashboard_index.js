@@ -1,7 +1,7 @@
-// The index: 25,000 features, of which a page of rows is in the document. What is looked at is in the address.
+// The index: of up to 25,000 features, one page of rows is in the document. The address holds the search, order and page.
 const ROWS = 50;
-let indexAddress = "#"; // where a link back to the index leads: as it was left
-let lastFeature = null; // opened last: where the keyboard is after going back
+let indexAddress = "#"; // target of links back to the index, as it was last shown
+let lastFeature = null; // opened last; has the keyboard focus after going back
 
 const COLUMNS = {
   feature: { cell: (f) => featureLink(f), key: (f) => f },
@@ -9,7 +9,7 @@ const COLUMNS = {
   largest: { cell: (f) => fixed(index.columns.largest[f], largestDecimals()), key: (f) => index.columns.largest[f] },
   effect: { needs: "effect", label: "effect (nats)", title: "KL divergence when it is turned off, nats per position, over all rows; [BEGIN] and [END] count here", cell: (f) => fixed(index.columns.effect[f], 6), key: (f) => index.columns.effect[f] },
   concept: { needs: "concept", kind: "words", cell: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "–"), key: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "") },
-  F1: { needs: "f1", title: "how well its activity tells the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
+  F1: { needs: "f1", title: "F1 of its activity for the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
   "peaks on": { kind: "words", cell: (f) => index.columns.peaks[f].map(word), key: (f) => firstWord(index.columns.peaks[f]) },
   promotes: { kind: "words", cell: (f) => index.columns.promoted[f].map(word), key: (f) => firstWord(index.columns.promoted[f]) },
 };
@@ -106,7 +106,7 @@ function indexPage() {
   draw();
   const texts = index.texts.map((ids, i) => element("a", { href: `#text/${i + 1}` }, textName(ids)));
   const form = element("form", { role: "search", submit: (event) => openFirst(event, body) }, find, kind);
-  const caption = element("caption", {}, "A heading sorts; a number opens the feature's page.");
+  const caption = element("caption", {}, "Click a heading to sort, or a number to open the feature's page.");
   const wide = element("table", { id: "features" }, caption, element("thead", {}, element("tr", {}, ...heads)), body);
   const title = element("h1", { tabindex: -1 }, `${counted(index.n_features, "feature")} of `, element("code", {}, index.site));
   return [title, ...(texts.length ? [element("nav", { "aria-label": "texts" }, "Texts:", ...texts)] : []), form, count, wide, pager];

@@ -1,4 +1,4 @@
-// What pages are made of. Text goes in as text nodes only: a token may be "<script>".
+// Parts of pages. All text is added as text nodes, because a token may be "<script>".
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -10,7 +10,7 @@ function element(tag, attributes = {}, ...children) {
 }
 
 const word = (id) => element("span", { class: "word" }, vocabulary[id]);
-// Numbers have four significant digits and at most six decimals; in a column all have the decimals of the largest.
+// Numbers have four significant digits and at most six decimals; in a column, all have as many decimals as the largest.
 const decimalsOf = (values) => Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6)))));
 const fixed = (value, decimals) => (value !== 0 && Number(value.toFixed(decimals)) === 0 ? "≈ 0" : value.toFixed(decimals));
 const number = (value) => {
@@ -40,7 +40,7 @@ function show(...children) {
   panel.replaceChildren(...children);
 }
 
-let kept = null; // the token that stays chosen, whatever the pointer passes over
+let kept = null; // the token that stays chosen while the pointer moves over others
 
 function keep(token) {
   kept?.classList.remove("kept");
@@ -48,7 +48,7 @@ function keep(token) {
   kept = token;
 }
 
-// A line of tokens: the pointer, a click (which keeps it) and arrow keys choose one, `chosen(place)` says what that means.
+// A line of tokens. The pointer, a click (which keeps the choice) or arrow keys choose one and call `chosen(place)`.
 function tokenLine(attributes, ids, strengths, start, names, chosen) {
   const tokens = ids.map((id, place) => {
     const marks = { class: "token", role: "option", tabindex: place === start ? 0 : -1, style: `--strength: ${strengths[place]}`, "aria-label": names(place) };
@@ -67,7 +67,7 @@ function tokenLine(attributes, ids, strengths, start, names, chosen) {
       choose(place);
     };
     token.addEventListener("mouseenter", () => kept === null && choose(place));
-    token.addEventListener("focus", () => token.matches(":focus-visible") && choice(true)); // by keyboard; a click decides itself
+    token.addEventListener("focus", () => token.matches(":focus-visible") && choice(true)); // by keyboard; clicks have a handler of their own
     token.addEventListener("click", () => choice(kept !== token));
     token.addEventListener("keydown", (event) => {
       const other = tokens[place + { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key]];

@@ -1,6 +1,6 @@
-// The page of a text: each token's strongest features, and where else in the text those are active.
+// The page of a text: the strongest features of each token, and where else in the text they are active.
 async function textPage(given) {
-  if (!(given - 1 in index.texts)) throw new Error(`There is no such text; there are ${index.texts.length}.`);
+  if (!(given - 1 in index.texts)) throw new Error(`There is no text ${given}; the dashboard has ${index.texts.length}.`);
   const record = await dashboard.load(`text-${given}`);
   let coloured = null;
   let place = 0;
@@ -39,6 +39,6 @@ async function textPage(given) {
       if (["Enter", " "].includes(event.key) && record.strongest[at].length) colour(record.strongest[at][0]);
     }),
   );
-  const about = "Point at a word, or move with the arrow keys: below are the features that are most active there. Click or tap a word to keep them until you choose it again or press Escape; then choose a feature (Enter or Space: the first) to see where else in the text it is active.";
+  const about = "Point at a word, or move with the arrow keys, to see its most active features below. Click or tap a word to keep them there; choose it again or press Escape to release it. Then choose a feature (Enter or Space chooses the first) to see where else in the text it is active.";
   return [element("nav", {}, element("a", { href: indexAddress }, "all features")), element("h1", { tabindex: -1 }, `Text ${given}`), element("p", {}, about), line];
 }
