@@ -5,8 +5,7 @@
     python convert_torch_weights.py export-lm SRC_DIR DEST.pt|DEST.safetensors
     python convert_torch_weights.py inspect SRC.pt
 
-SRC may be a safetensors file with the reference's names, too, as export-lm writes. Thin over `tinymodel_jax.io`.
-Installed as `tinymodel-convert`.
+SRC may also be a safetensors file with the reference's names, as export-lm writes. Installed as `tinymodel-convert`.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ def convert_lm(
     n_heads: int | None = None,
     tokenizer: Path | None = None,
 ) -> None:
-    """Convert a language model's file, and dictionaries registered in it, to a folder.
+    """Convert a language model's file, and the dictionaries registered in it, to a folder.
 
     Args:
         src: file with the reference's names, .pt or .safetensors.
-        dest: folder to write: config.json, model.safetensors. It may hold an earlier model, which is replaced.
-        n_heads: attention heads, where the width is not the published 768.
-        tokenizer: folder or tokenizer.json with GPT-2's BPE, to store the published tokenizer with the model.
+        dest: folder to write: config.json, model.safetensors. An earlier model in it is replaced.
+        n_heads: number of attention heads, for a width other than the published 768.
+        tokenizer: folder or tokenizer.json with GPT-2's BPE, to save the published tokenizer with the model.
     """
     from tinymodel_jax.io.artifacts import read_tensors, save_model
     from tinymodel_jax.io.convert import convert_model
@@ -73,8 +72,8 @@ def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
 
     Args:
         src: file with the reference's names, .pt or .safetensors.
-        dest: folder to write: config.json, dictionary.safetensors. It may hold an earlier one, which is replaced.
-        site: tag of the place the dictionary belongs to, such as M2.
+        dest: folder to write: config.json, dictionary.safetensors. An earlier dictionary in it is replaced.
+        site: tag of the dictionary's site, such as M2.
     """
     from tinymodel_jax.dictionaries.sites import Site
     from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
@@ -104,9 +103,9 @@ def export_lm(src: Source, dest: Destination) -> None:
     from tinymodel_jax.runtime.atomic_files import replace_file
 
     if dest.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"{dest}: the file's ending says what to write; use .pt or .safetensors.")
+        raise ValueError(f"{dest}: the name of the file must end in .pt or .safetensors.")
     if not src.is_dir():
-        raise FileNotFoundError(f"{src}: there is no such folder; convert a file with 'lm' first.")
+        raise FileNotFoundError(f"{src} is not a folder; convert a file with 'lm' first.")
     files = load_model(src)
     state = export_model(files.config, files.params)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -118,10 +117,10 @@ def export_lm(src: Source, dest: Destination) -> None:
 
 
 def inspect(src: Source, *, json: bool = False) -> None:
-    """Show what is in a PyTorch or safetensors file, without running any of it.
+    """Show what is in a PyTorch or safetensors file, without running code in it.
 
     Args:
-        src: .pt or .safetensors file, whatever it holds.
+        src: any .pt or .safetensors file.
         json: print one JSON object.
     """
     summary = _summary(src)
@@ -149,7 +148,7 @@ def inspect(src: Source, *, json: bool = False) -> None:
 
 
 def _summary(src: Path) -> TorchFileSummary:
-    """Return what is in a file; one that ends in .safetensors has the form `safetensors`."""
+    """Return what is in a file; the form of a .safetensors file is `safetensors`."""
     from tinymodel_jax.io.artifacts import read_tensors
     from tinymodel_jax.io.torch_files import TensorEntry, TorchFileSummary, describe_torch_file
 
@@ -162,7 +161,7 @@ def _summary(src: Path) -> TorchFileSummary:
 
 
 def _replaced(dest: Path) -> str:
-    """Return what to say of an earlier conversion at DEST; refuse a folder of anything else."""
+    """Return what to print about an earlier conversion at DEST; refuse a folder of anything else."""
     from tinymodel_jax.io.artifacts import CONFIG_FILE
 
     found = sorted(path.name for path in dest.iterdir()) if dest.is_dir() else []

@@ -147,21 +147,23 @@ def lm(shared_lm: TinyModel) -> TinyModel:
     return shared_lm.splice([])
 
 
-@pytest.fixture(scope="session")
-def story_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random model with the story world's tokenizer, for tests of commands.
-
-    2 layers, context 64, and dictionaries of 24 features: M0 and one of each kind in layer 1.
-    """
+def save_story_model(folder: Path, n_layers: int, tags: tuple[str, ...], n_features: int) -> Path:
+    """Save a random model with the story world's tokenizer, context 64, and random dictionaries at some sites."""
     tokenizer = storyworld.tokenizer()
-    config = ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=32, n_ctx=64, d_vocab=tokenizer.vocab_size)
+    config = ModelConfig(n_layers, d_model=16, n_heads=2, d_mlp=32, n_ctx=64, d_vocab=tokenizer.vocab_size)
     model = TinyModel.from_params(config, random_params(param_shapes(config), 0), tokenizer)
-    for seed, tag in enumerate(("M0", "Ra1", "A1", "Rm1", "M1", "Mo1")):
-        site = Site.parse(tag)[0]
-        model.attach(tag, make_dictionary(site.hook_in, site.hook_out, seed, n_features=24))
-    folder = tmp_path_factory.mktemp("story_model") / "lm"
+    for seed, tag in enumerate(tags):
+        site = Site.whole(tag)
+        model.attach(tag, make_dictionary(site.hook_in, site.hook_out, seed, n_features=n_features))
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def story_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model for tests of commands, with M0 and a dictionary of each kind in layer 1."""
+    folder = tmp_path_factory.mktemp("story_model") / "lm"
+    return save_story_model(folder, 2, ("M0", "Ra1", "A1", "Rm1", "M1", "Mo1"), 24)
 
 
 @pytest.fixture(scope="session")

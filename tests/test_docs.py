@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import PROGRAMS, command_lines, options_of, run, split_program
+from conftest import save_story_model
 
 from tinymodel_jax.commands import quickstart
 
@@ -44,15 +45,28 @@ def test_python_snippets_run_in_order(page: Path, standard_promotion: None, chec
             exec(compile(snippet, page.name, "exec"), namespace)
 
 
+@pytest.fixture(scope="module")
+def small_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is smaller than mini, with the dictionaries that the commands name."""
+    return save_story_model(tmp_path_factory.mktemp("docs") / "mini", 4, ("Ra0", "M0", "M1", "M2", "A3", "M3"), 160)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run_in_order(
-    page: Path, checkout: Path, standard_promotion: None, no_type_checks: None, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    checkout: Path,
+    small_mini: Path,
+    standard_promotion: None,
+    no_type_checks: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(quickstart, "run_quickstart", lambda *given: None)  # test_quickstart.py runs it whole
     for block in blocks(page, "bash"):
         for words in command_lines(block):
-            if not any(word.startswith("hub:") for word in words):  # there is no network
-                run(words, SMALLER)
+            if any(word.startswith("hub:") for word in words):  # there is no network
+                continue
+            model = {"--model mini": f"--model {small_mini}"} if split_program(words)[0] == "tinymodel" else {}
+            run(words, SMALLER | model)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -99,7 +99,7 @@ def test_what_cannot_be_measured_is_one_line(failing, stories, tmp_path):
     assert f"--dictionaries {stories} is a file; name a" in failing("--dictionaries", stories, *data)
     assert "holds no dictionary" in failing("--dictionaries", str(tmp_path / "empty"), *data)
     assert "d_in=8" in failing("--dictionaries", str(tmp_path / "narrow"), *data)
-    assert "belongs to no site" in failing("--dictionaries", str(tmp_path / "arrays"), *data)
+    assert "has no site yet" in failing("--dictionaries", str(tmp_path / "arrays"), *data)
     (tmp_path / "counting").mkdir()
     counting = str(write_counting_data(tmp_path / "counting"))  # fewer ids than the model's: its specials are words
     assert "has 64 ids in rows of 24; the model takes 1024" in failing("--sites", "A1", "--data", counting)

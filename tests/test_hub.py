@@ -33,6 +33,7 @@ from tinymodel_jax.io import artifacts, default_tokenizer, hub
 from tinymodel_jax.io.convert import dictionary_tensors, export_model, model_tensors
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model_dictionaries import ModelDictionaries
 from tinymodel_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -226,7 +227,7 @@ def test_a_models_dictionary_comes_from_the_hub_and_is_loaded_once(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TinyModel, "_has_published_sizes", True)  # by its sizes the small model is none
+    monkeypatch.setattr(ModelDictionaries, "_has_published_sizes", True)  # by its sizes the small model is none
     publish("tiny_model", "mlp/M0_S-2_R1_P0")
     lm, local = TinyModel(), TinyModel()
     server.requests.clear()
@@ -304,12 +305,11 @@ def test_a_file_that_the_hub_lacks_is_named_with_a_way_out(
     publish("tiny_model")
     message = refused(FileNotFoundError, lambda: TinyModel("tiny_model_1_epoch"))
     assert f"{server.url} has no tiny_model_1_epoch.pt in noanabeshima/tiny_model" in message
-    assert "tinymodel-convert lm" in message
+    assert "A local file needs no network: TinyModel('FILE.pt')" in message
     message = refused(FileNotFoundError, lambda: hub.dictionary_folder("M0_S-3_R1_P0"))
     assert "mlp/M0_S-3_R1_P0.pt" in message
     assert "mlp_map_test/M0_S-3_R1_P0.pt" in message
-    assert "where --site names M0_S-3_R1_P0, --dictionary FILE.pt; or convert it:" in message  # eval has no such option
-    assert "tinymodel-convert dictionary FILE.pt DEST --site M0" in message
+    assert "A local file needs no network: lm.attach('M0_S-3_R1_P0', 'FILE.pt')" in message
     assert left_in(cache) == []
 
 
@@ -323,7 +323,7 @@ def test_no_network_is_one_error_at_once(server: HubServer, cache: Path, monkeyp
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
     start = time.monotonic()
     for load, way_out in [
-        (TinyModel, "tinymodel-convert lm"),
+        (TinyModel, "TinyModel('FILE.pt')"),
         (lambda: hub.dictionary_folder("M2"), "lm.attach('M2'"),
         (hub.tokenizer_folder, "TINYMODEL_TOKENIZER"),
     ]:
@@ -367,7 +367,7 @@ def test_a_missing_huggingface_hub_names_the_extra(server: HubServer, monkeypatc
 
 def test_a_page_that_is_no_hub_is_not_taken_for_a_model(server: HubServer) -> None:
     server.statuses[MODEL] = 200  # as a network's login page answers everything
-    assert f"{MODEL} cannot be had from {server.url}" in refused(FileNotFoundError, TinyModel)
+    assert f"{MODEL} cannot be downloaded from {server.url}" in refused(FileNotFoundError, TinyModel)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SHA256)
@@ -428,7 +428,7 @@ def test_a_truncated_download_is_one_error_and_the_next_try_works(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server.breaks[MODEL] = [size] + [0] * 20
     message = refused(FileNotFoundError, TinyModel)
-    assert "noanabeshima/tiny_model/tiny_model.pt cannot be had" in message
+    assert "noanabeshima/tiny_model/tiny_model.pt cannot be downloaded" in message
     assert left_in(cache) == []
     server.breaks.clear()
     assert TinyModel().config == CONFIG

@@ -25,6 +25,7 @@ LAYERS = {
     # 4: files and the network
     "io": 4,
     # 5: the façade, and training without it
+    "model_dictionaries": 5,
     "lm": 5,
     "training": 5,
     # 6: what is built on it
@@ -39,6 +40,9 @@ LAYERS = {
 """A module or folder, and its layer. A file imports lower layers and its own folder."""
 
 SIBLINGS = {
+    # the dictionaries of a model, and the model: readers name its type
+    ("lm", "model_dictionaries"),
+    ("model_dictionaries", "lm"),
     # the command itself
     ("__main__", "commands"),
 }

@@ -17,6 +17,7 @@ from tinymodel_jax.model import interventions
 from tinymodel_jax.model.hook_points import hook_names
 from tinymodel_jax.model.transformer import Transformer, run_with_hooks
 from tinymodel_jax.params import flatten
+from tinymodel_jax.runtime.compilation import fast_compiler_options
 
 # The model against NumPy
 
@@ -111,6 +112,7 @@ def test_every_length_up_to_256_compiles_at_most_six_programs(compilations):
     config = ModelConfig(n_layers=1, d_model=8, n_heads=2, d_mlp=8, n_ctx=256, d_vocab=17)
     lm = TinyModel.from_params(config, random_params(param_shapes(config), 0))
     ids = np.random.default_rng(0).integers(0, 13, (1, 256))
+    fast_compiler_options()  # compiles a trivial program, once per process
     with compilations() as compiled:
         for length in range(1, 257):
             assert jax.block_until_ready(lm(ids[:, :length])).shape == (1, length, 17)

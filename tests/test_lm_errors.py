@@ -67,7 +67,7 @@ CALLS = {
     "negative residual": (lambda lm: lm.residual(IDS, -1), "layer -1 is outside 0..2"),
     "feature": (lambda lm: lm["M0N12"], "feature 12 is out of range; the dictionary has features 0..11"),
     "index": (lambda lm: lm["M0"](IDS, indices=[3, 12]), "feature 12 is out of range"),
-    "tag": (lambda lm: lm["M"], "'M' is no dictionary tag. A tag is a kind"),
+    "tag": (lambda lm: lm["M"], "'M' is not a dictionary tag. A tag is a kind"),
     "no dictionary": (lambda lm: lm["A0"], "'A0': this model has no dictionary there (it has: M0, Ra1"),
     "attach feature": (lambda lm: lm.attach("M0N1", lm.dictionaries["M0"]), "name the site, 'M0'"),
     "attach layer": (lambda lm: lm.attach("M5", lm.dictionaries["M0"]), "layer 5 does not exist"),
@@ -94,13 +94,13 @@ CALLS = {
     "evaluate feature": (lambda lm: evaluate(lm, ["M0N3"], IDS), "whole dictionaries; got feature 3 of M0"),
     "evaluate without site": (
         lambda lm: evaluate(lm, make_dictionary("x", "y"), IDS),
-        "belongs to no site yet: it was trained on arrays. Attach it",
+        "has no site yet: it was trained on arrays. Attach it",
     ),
     "edit without site": (
         lambda lm: interventions.ablate(make_dictionary("x", "x"), 1),
-        "belongs to no site yet: it was trained on arrays. Attach it",
+        "has no site yet: it was trained on arrays. Attach it",
     ),
-    "splice feature": (lambda lm: lm.splice("M0N3"), "a whole dictionary is spliced, 'M0'"),
+    "splice feature": (lambda lm: lm.splice("M0N3"), "splice: 'M0N3' names a feature; name the site, 'M0'"),
     "splice none": (lambda lm: lm.splice(["M0", "A0"]), "'A0': this model has no dictionary"),
     "hook": (
         lambda lm: lm.run_with_hooks(IDS, interventions.scale("blocks.0.hook_mpl_out", 0.0)),
@@ -174,7 +174,7 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda lm: lm[3], "3 is no dictionary tag"),
+        (lambda lm: lm[3], "3 is not a dictionary tag"),
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
         (lambda lm: lm("Once"), "got text; turn it into ids first"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
@@ -206,20 +206,20 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
             "hook names: got a function; expected a name",
         ),
         (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "hook names: got a int; expected a name or several"),
-        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "feature=None) is no dictionary tag"),
-        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is no dictionary tag"),
+        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "feature=None) is not a dictionary tag"),
+        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is not a dictionary tag"),
         (
             lambda lm: patching.patch(lm, [1, 2], [1, 3], answer=untyped([3])),
             "answer [3], wrong None; they are token ids",
         ),
-        (lambda lm: lm.attach("M0", 5), "a dictionary is named by its path or published name, got 5"),
+        (lambda lm: lm.attach("M0", 5), "give the path or published name of a dictionary, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
         (lambda lm: evaluate(lm, untyped({"M0": None}), IDS), "takes a tag such as 'M2'"),
         (lambda lm: evaluate(lm, NOTHING, IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list"),
         (lambda lm: evaluate(lm, [NOTHING], IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary"),
         (lambda lm: attribution.attribute(lm, "M0", IDS, next_ids=untyped(3)), "next_ids has shape ()"),
-        (lambda lm: TinyModel(NOTHING), "a model is named by its path or published name, got None"),
-        (lambda lm: TinyModel(""), "a model is named by its path or published name, got ''"),
+        (lambda lm: TinyModel(NOTHING), "give the path or published name of a model, got None"),
+        (lambda lm: TinyModel(""), "give the path or published name of a model, got ''"),
     ],
 )
 def test_input_of_another_type_gets_one_too(lm, call, says):

@@ -1,4 +1,4 @@
-"""Files made to deceive: pickles that ask for code, sizes that lie, bombs. Nothing may run, hang, crash or grow."""
+"""Malicious files: pickles that ask for code, wrong sizes, bombs. Nothing may run, hang, crash or use much memory."""
 
 import copy
 import io

@@ -2,8 +2,8 @@
 
     from tinymodel_jax import TinyModel, tokenizer
 
-Every public name is here. Each loads when it is first used, so importing the package takes milliseconds, reads no
-file and never touches the network.
+Every public name is listed here and loads when it is first used. Importing the package takes milliseconds and reads
+no files; it never uses the network.
 """
 
 import importlib

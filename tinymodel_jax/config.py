@@ -1,7 +1,7 @@
-"""Configurations: what shapes a model or a dictionary has, and where a dictionary sits.
+"""Configurations: the shapes of a model or a dictionary, and the hook points of a dictionary.
 
-Frozen, hashable and validated once, so that they can be static arguments of compiled functions; they go to JSON and
-back without loss. They hold no weights and no training options.
+They are frozen, hashable and validated once, so they can be static arguments of compiled functions. They convert to
+JSON and back without loss. Weights and training options are elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
 MLPActivation = Literal["relu", "jumprelu"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 Config = TypeVar("Config", bound="_JsonConfig")
@@ -50,7 +51,7 @@ class _JsonConfig:
 
     @classmethod
     def require(cls, config: Any, taker: str) -> None:
-        """Refuse what is no such configuration.
+        """Require a configuration of this class.
 
         Raises:
             ValueError: `config` is something else; the message names `taker`, the function that takes it.
@@ -74,19 +75,19 @@ class ModelConfig(_JsonConfig):
     d_model: int = 768
     """Width of the residual stream."""
     n_heads: int = 16
-    """Attention heads a layer; must divide `d_model`."""
+    """Attention heads per layer; must divide `d_model`."""
     d_mlp: int = 3072
     """Hidden neurons of each MLP."""
     n_ctx: int = 256
-    """Longest sequence, in tokens, `[BEGIN]` included."""
+    """Maximum sequence length, in tokens, including `[BEGIN]`."""
     d_vocab: int = 10_000
     """Vocabulary size; the last four ids are `[BEGIN] [END] [PAD] [UNK]`."""
     dtype: str = "float32"
-    """Number format of the computation; log-probabilities and losses are float32 whatever it is."""
+    """Number format of the computation; log-probabilities and losses are always float32."""
     param_dtype: str = "float32"
     """Number format of the stored parameters."""
     mlp_activation: MLPActivation = "relu"
-    """Activation function of the neurons; with `jumprelu`, as of features, each has a threshold of its own."""
+    """Activation function of the neurons; with `jumprelu`, each neuron has its own threshold."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -134,7 +135,7 @@ class ModelConfig(_JsonConfig):
         return self.d_vocab - 1
 
     def is_text(self, ids: Any) -> Any:
-        """Say whether an id, or each of an array, stands for text: all do but `[BEGIN]`, `[END]` and `[PAD]`."""
+        """Say whether an id, or each id of an array, is text: any token but `[BEGIN]`, `[END]` and `[PAD]`."""
         return (ids < self.begin_id) | (ids == self.unk_id)
 
     @property
@@ -167,13 +168,13 @@ class DictionaryConfig(_JsonConfig):
     architecture: Architecture = "relu"
     """Activation function: which pre-activations become active features."""
     k: int | None = None
-    """Active features a position (`topk`: exactly, `batch_topk`: on average in training); None for the others."""
+    """Active features per position (`topk`: exactly, `batch_topk`: on average in training); None for the others."""
     skip: bool = False
-    """Whether a linear map `x @ W_skip` from input to prediction stands beside the features (transcoders only)."""
+    """Whether the prediction includes a linear map of the input, `x @ W_skip` (transcoders only)."""
     subtract_b_dec: bool = False
-    """Whether the encoder reads `x - b_dec` (SAEs of other libraries); the published dictionaries read `x`."""
+    """Whether the encoder reads `x - b_dec`, as in some other libraries; the published dictionaries read `x`."""
     dtype: str = "float32"
-    """Number format of encode and decode; near a threshold bfloat16 switches features on and off."""
+    """Number format of encode and decode; bfloat16 rounding switches features on and off near their threshold."""
     param_dtype: str = "float32"
     """Number format of the stored parameters."""
 
@@ -202,7 +203,7 @@ class DictionaryConfig(_JsonConfig):
 
     @property
     def is_transcoder(self) -> bool:
-        """Whether the dictionary predicts another hook point than the one it reads."""
+        """Whether the dictionary predicts a different hook point from the one it reads."""
         return self.hook_in != self.hook_out
 
     def _check_k(self) -> None:
@@ -231,6 +232,18 @@ def dtype_name(dtype: Any) -> str:
         name = str(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}.")
+    return name
+
+
+def compute_dtype(dtype: Any) -> str:
+    """Return the name of a number format that a TinyModel computes in.
+
+    Raises:
+        ValueError: it is neither float32 nor bfloat16.
+    """
+    name = dtype_name(dtype)
+    if name not in COMPUTE_DTYPES:
+        raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
     return name
 
 

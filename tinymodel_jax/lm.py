@@ -1,8 +1,9 @@
-"""`TinyModel`: a language model with its parameters, tokenizer and dictionaries, behind the seed's API.
+"""`TinyModel`: a language model with its parameters, tokenizer and dictionaries.
 
-A small façade over pure functions: it checks input, pads it to a few lengths so that few programs are compiled, and
-calls functions that instances with equal configurations share. Computations never change it; `attach` adds a
-dictionary, `splice` returns another model. Inside `jit`, `grad` or `vmap` its methods work unpadded and unchecked.
+A small façade over pure functions. It checks token ids, pads them to one of a few lengths so that few programs are
+compiled, and calls compiled functions that all models with the same configuration share. `attach` adds a dictionary to
+the model, `splice` returns another model, and everything else leaves the model unchanged. Inside `jit`, `grad` and
+`vmap` the methods neither pad nor check values.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,66 +20,49 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinymodel_jax.config import ModelConfig, dtype_name
-from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
+from tinymodel_jax.config import ModelConfig, compute_dtype
+from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
-from tinymodel_jax.model.forward import HookedModel, Output, features, forward, mean_loss
-from tinymodel_jax.model.generate import continue_prompts, strip_padding
-from tinymodel_jax.model.hook_points import (
-    Hook,
-    as_names,
-    hook_names,
-    hook_width,
-    position_axes,
-    require_edits,
-    require_hook_names,
-)
-from tinymodel_jax.model.interventions import Hooks, Splice, combine
-from tinymodel_jax.model.padding import batch_of, bucket, check_tok_ids, cut, is_traced, pad_right
+from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
+from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
+from tinymodel_jax.model.hook_points import Hook, as_names, hook_names, position_axes, require_edits, require_hook_names
+from tinymodel_jax.model.interventions import Hooks
+from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, pad_to_bucket
+from tinymodel_jax.model.text_generation import TextGeneration
+from tinymodel_jax.model_dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
-from tinymodel_jax.text.prompts_and_stories import prompt_ids
 
 if TYPE_CHECKING:
     from tinymodel_jax.text.tokenizer import Tokenizer
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
-
-class TinyModel(WeightViews):
+class TinyModel(WeightViews, TextGeneration):
     """A TinyModel language model; calling it gives log-probabilities.
 
     Args:
         name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`),
-            `mini`, which comes with the package and needs no network, a
-            folder written by `save_pretrained` or by a training run, or a file with the reference's names, `.pt` or
-            `.safetensors`.
-        n_heads: attention heads of a file; needed where its width is not the published 768.
+            `mini`, which comes with the package and needs no network, a folder written by `save_pretrained` or by a
+            training run, or a `.pt` or `.safetensors` file with the reference's names.
+        n_heads: number of attention heads, for a file whose width is not the published 768.
         dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
 
     Raises:
-        FileNotFoundError: there is no such model; the message says what was tried and what would work.
-        ValueError: the file or folder holds no model or an incomplete one, or `dtype` is another.
+        FileNotFoundError: the model was not found; the message says what was tried and what would work.
+        ValueError: the file or folder does not hold a complete model, or `dtype` is not supported.
     """
 
     config: ModelConfig
     params: Mapping[str, Any]
-    dictionaries: dict[str, Dictionary]
-    """Tag -> dictionary, attached or loaded so far; `dictionary_tags` names those yet to be loaded, too."""
 
     def __init__(
-        self,
-        name_or_path: str | os.PathLike[str] = "tiny_model",
-        *,
-        n_heads: int | None = None,
-        dtype: Any = "float32",
+        self, name_or_path: str | os.PathLike[str] = "tiny_model", *, n_heads: int | None = None, dtype: Any = "float32"
     ):
-        dtype = _compute_dtype(dtype)
+        dtype = compute_dtype(dtype)
         files = artifacts.load_model(name_or_path, n_heads)
         config = dataclasses.replace(files.config, dtype=dtype, param_dtype="float32")
-        self._set(config, unflatten(files.params), None)
-        self._tokenizer_folder = files.directory
-        self._own_dictionaries = files.dictionaries
+        dictionaries = ModelDictionaries(config, files.dictionaries)
+        self._fill(config, _arrays(unflatten(files.params), config), files.directory, dictionaries)
 
     @classmethod
     def from_params(
@@ -87,41 +71,39 @@ class TinyModel(WeightViews):
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
         Raises:
-            ValueError: an argument is of another type, the tree does not fit the configuration, the tokenizer has
-                another vocabulary size, or the configuration's dtype is neither float32 nor bfloat16.
+            ValueError: an argument has the wrong type, the tree does not fit the configuration, the tokenizer's
+                vocabulary size differs, or the configuration's dtype is neither float32 nor bfloat16.
         """
-        ModelConfig.require(config, "TinyModel.from_params")
-        _compute_dtype(config.dtype)
-        require_tree(params)
-        artifacts.require_model_params(config, flatten(params))
-        lm = cls.__new__(cls)
-        lm._set(config, params, tokenizer)
-        return lm
+        return cls._of(config, _checked_arrays(params, config), tokenizer, ModelDictionaries(config))
 
     def with_params(self, config: ModelConfig, params: Mapping[str, Any]) -> TinyModel:
-        """Return a model of other parameters with this one's tokenizer, and without dictionaries.
+        """Return a model with these parameters and this model's tokenizer, without dictionaries.
 
         Raises:
             ValueError: as `from_params`.
         """
-        lm = type(self).from_params(config, params, self._tokenizer)
-        lm._tokenizer_folder = self._tokenizer_folder
+        return self._of(config, _checked_arrays(params, config), self._tokenizer, ModelDictionaries(config))
+
+    @classmethod
+    def _of(cls, *parts: Any) -> TinyModel:
+        """Build a model from the arguments of `_fill`, without loading anything."""
+        lm = cls.__new__(cls)
+        lm._fill(*parts)
         return lm
 
-    def _set(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
-        if tokenizer is not None:
+    def _fill(
+        self, config: ModelConfig, params: Any, tokenizer: Tokenizer | Path | None, dictionaries: ModelDictionaries
+    ) -> None:
+        if tokenizer is not None and not isinstance(tokenizer, Path):
             artifacts.require_vocabulary(tokenizer, config)
         self.config = config
-        self.params = jax.tree.map(functools.partial(own_array, dtype=config.param_dtype), params)
-        self.dictionaries = {}
+        self.params = params
         self._tokenizer = tokenizer
-        self._tokenizer_folder: Path | None = None
-        self._own_dictionaries: Mapping[str, Any] = {}
-        self._splices: dict[str, tuple[Dictionary, dict[str, bool]]] = {}
+        self._dictionaries = dictionaries
 
     def __repr__(self) -> str:
         cfg = self.config
-        spliced = f", spliced: {', '.join(self.spliced)}" if self._splices else ""
+        spliced = f", spliced: {', '.join(self.spliced)}" if self.spliced else ""
         return f"TinyModel({cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_params:,} parameters{spliced})"
 
     # Forward passes
@@ -130,7 +112,7 @@ class TinyModel(WeightViews):
         """Return float32 log-probabilities of the next token.
 
         Args:
-            tok_ids: integers (batch, seq), or (seq,) for a batch of one; right-padded rows need no mask.
+            tok_ids: integers (batch, seq), or (seq,) for a batch of one. Right-padded rows need no mask.
         """
         return self._run(tok_ids, "logprobs", ())[0]
 
@@ -139,7 +121,7 @@ class TinyModel(WeightViews):
         return self._run(tok_ids, "logits", ())[0]
 
     def residual(self, tok_ids: Any, layer: int) -> Float[Array, "batch seq d_model"]:
-        """Return the residual stream before block `layer`; `layer == n_layers` is what the unembedding reads.
+        """Return the residual stream before block `layer`, or after the last block if `layer == n_layers`.
 
         Raises:
             ValueError: `layer` is outside 0..n_layers.
@@ -147,40 +129,22 @@ class TinyModel(WeightViews):
         n_layers = self.config.n_layers
         if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
             raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
-        if layer == n_layers:
-            name, model = f"blocks.{n_layers - 1}.hook_resid_post", self.hooked()
-        else:
-            site = Site("Ra", layer)
-            name, model = site.hook_in, self.hooked(before=site)
-        return self._run(tok_ids, "none", (name,), model)[1][name]
+        site = Site("Ra", layer)
+        name = site.hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+        return self._run(tok_ids, "none", (name,), self.hooked(before=site))[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
 
         Args:
-            attn_mask: (batch, seq), 1 where the token counts as a target. Left out, it is the tokenizer's second
-                output, which is 0 at `[END]` and `[PAD]`; to count `[END]`, as `evaluate` does, pass
+            attn_mask: (batch, seq), 1 where the token counts as a target. By default all tokens count but `[END]` and
+                `[PAD]`, as in the tokenizer's mask; to count `[END]`, as `evaluate` does, pass
                 `tok_ids != lm.config.pad_id`.
 
         Raises:
-            ValueError: the mask has another shape, or no token counts.
+            ValueError: the shapes of mask and ids differ, or no token counts.
         """
-        ids, length = self._prepare(tok_ids)
-        given = ids[:, :length]
-        mask = (given != self.config.end_id) if attn_mask is None else attn_mask
-        mask = mask if is_traced(mask) else np.asarray(mask)
-        mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
-        if mask.shape != (ids.shape[0], length):
-            raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {(ids.shape[0], length)}; they must agree.")
-        where = jnp.where if is_traced(given, mask) else np.where
-        mask = where(given != self.config.pad_id, mask, np.zeros((), mask.dtype))
-        if not is_traced(mask) and not np.any(mask[:, 1:]):
-            raise ValueError(
-                "loss: no token to predict; it takes at least two tokens a row, and a mask that is not all 0."
-            )
-        pad = jnp.pad if is_traced(mask) else np.pad  # outside of a trace, jnp.pad is a program for every length
-        weights = pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
-        return mean_loss(self.hooked(), ids, weights)
+        return mean_loss(self.hooked(), *ids_and_targets(tok_ids, attn_mask, self.config))
 
     def run_with_cache(
         self, tok_ids: Any, names: str | Iterable[str] | None = None
@@ -188,7 +152,7 @@ class TinyModel(WeightViews):
         """Return log-probabilities and the activations at hook points (all of them when `names` is None).
 
         Raises:
-            ValueError: a name is no hook point; the closest are listed.
+            ValueError: a name is not a hook point; the message lists the closest ones.
         """
         keep = hook_names(self.config) if names is None else as_names(names)
         require_hook_names(keep, self.config)
@@ -197,15 +161,15 @@ class TinyModel(WeightViews):
     def run_with_hooks(
         self, tok_ids: Any, hooks: Mapping[str, Hook], keep: str | Iterable[str] = ()
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-        """Return log-probabilities and kept activations of a pass with edits.
+        """Run the model with edits; return log-probabilities and the activations to keep.
 
         Args:
-            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` run compiled, once per kind of edit; plain
-                functions `(value, acts) -> value` run operation by operation and are called anew on every call.
-            keep: hook names, or one, whose values, after their edit, come back.
+            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are compiled once per kind of edit. Plain
+                functions `(value, acts) -> value` are called on every pass, which then runs operation by operation.
+            keep: one or several hook names, whose values are returned as they are after their edits.
 
         Raises:
-            ValueError: a name is no hook point, a hook is no edit, or an edit does not fit the value there.
+            ValueError: a name is not a hook point, a hook is not an edit, or an edit does not fit the value there.
         """
         keep = as_names(keep)
         require_edits(hooks)
@@ -222,41 +186,37 @@ class TinyModel(WeightViews):
     def _run(
         self, tok_ids: Any, output: Output, keep: tuple[str, ...], model: HookedModel | None = None
     ) -> tuple[Any, dict[str, Array]]:
-        ids, length = self._prepare(tok_ids)
+        ids, length = pad_to_bucket(tok_ids, self.config)
         value, acts = forward(self.hooked() if model is None else model, ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
 
-    def _prepare(self, tok_ids: Any) -> tuple[Any, int]:
-        """Return ids padded to a compiled length, and their own length."""
-        ids = batch_of(tok_ids, self.config)
-        length = ids.shape[1]
-        if is_traced(ids):
-            return ids, length
-        return pad_right(ids, bucket(length, self.config.n_ctx), self.config.pad_id), length
-
     # Dictionaries
+
+    @property
+    def dictionaries(self) -> dict[str, Dictionary]:
+        """Tag -> dictionary, for the dictionaries attached or loaded so far."""
+        return self._dictionaries.loaded
 
     @property
     def dictionary_tags(self) -> tuple[str, ...]:
         """Tags of the dictionaries that are attached or came with the model, in the order of the forward pass.
 
-        Those that came with it are loaded when they are used. Published ones, which any tag may fetch, are not listed.
+        Published dictionaries are not listed until they are loaded.
         """
-        tags = {*self._own_dictionaries, *self.dictionaries}
-        return tuple(sorted(tags, key=lambda tag: Site.parse(tag)[0].order))
+        return self._dictionaries.tags
 
     def __getitem__(self, tag: str) -> FeatureReader:
         """Return the activations of a dictionary, or of one of its features, as a function of token ids.
 
         `lm["M2"](tok_ids)` is (batch, seq, n_features), `lm["M1N123"](tok_ids)` is (batch, seq). The dictionary is the
-        attached one, else the model's own, else the published default, which is loaded once.
+        attached one, otherwise the one that came with the model, otherwise the published default. It is loaded once.
 
         Raises:
-            ValueError: the tag is none, its layer or feature does not exist, or the site has no dictionary.
+            ValueError: the tag is not valid, its layer or feature does not exist, or the site has no dictionary.
         """
-        site, feature = self._site(tag)
-        dictionary = self._dictionary(site)
+        site, feature = Site.parse(tag)
+        dictionary = self._dictionaries.at(site)
         if feature is not None:
             resolve_indices(feature, dictionary.config.n_features)
         return FeatureReader(self, site, dictionary, feature)
@@ -265,30 +225,15 @@ class TinyModel(WeightViews):
         """Put a dictionary at a site, for `lm[tag]` and `splice`.
 
         Args:
-            dictionary: folder of `save_pretrained`, which says for which hook points it was made; a file with the
-                reference's names, which does not; or a Dictionary, which goes where you put it.
+            dictionary: a folder written by `save_pretrained`, which must be for this site; or a file with the
+                reference's names or a `Dictionary`, which may go to any site of the same width.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
-            ValueError: the tag is none, the folder is for another site, the widths do not fit, or a parameter is not
-                finite.
+            FileNotFoundError: the file or folder does not exist.
+            ValueError: the tag is not valid, the folder is for another site, the widths do not fit, or a parameter is
+                not finite.
         """
-        site, feature = self._site(tag)
-        if feature is not None:
-            raise ValueError(f"attach: {tag!r} names a feature; name the site, {site.tag!r}.")
-        if isinstance(dictionary, Dictionary):
-            require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
-        else:
-            dictionary = Dictionary.from_pretrained(dictionary, site.tag)
-        config = artifacts.config_at(dictionary.config, site)
-        for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
-            expected = hook_width(hook, self.config)
-            if width != expected:
-                raise ValueError(
-                    f"attach: the dictionary has {name}={width}, "
-                    f"but {hook} ({site.tag}) is {expected} wide in this model."
-                )
-        self.dictionaries[site.tag] = Dictionary.from_params(config, dictionary.params)
+        self._dictionaries.attach(Site.whole(tag, "attach: "), dictionary)
 
     def splice(
         self,
@@ -299,30 +244,22 @@ class TinyModel(WeightViews):
     ) -> TinyModel:
         """Return a model whose forward pass runs through the dictionaries at these sites; this one is unchanged.
 
-        Dictionaries act in the order of the forward pass; a site that was spliced before takes the new switches.
+        Dictionaries act in the order of the forward pass. Splicing a site again replaces its options.
 
         Args:
-            include_error: add the reconstruction error back: values stay, gradients flow through the dictionary.
-            detach_error: let no gradient through the error.
-            detach_pred: let no gradient through the prediction.
+            include_error: add the reconstruction error, so that values stay the same and gradients flow through the
+                dictionary.
+            detach_error: stop gradients at the error.
+            detach_pred: stop gradients at the prediction.
         """
-        lm = type(self).__new__(type(self))
-        lm.__dict__.update(self.__dict__)
         switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
-        splices = dict(self._splices)
-        for tag in as_names(tags):
-            site, feature = self._site(tag)
-            if feature is not None:
-                raise ValueError(f"splice: {tag!r} names a feature; a whole dictionary is spliced, {site.tag!r}.")
-            splices[site.tag] = self._dictionary(site), switches
-        lm._splices = dict(sorted(splices.items(), key=lambda item: Site.parse(item[0])[0].order))
-        lm.dictionaries = dict(self.dictionaries)
-        return lm
+        sites = [Site.whole(tag, "splice: ") for tag in as_names(tags)]
+        return self._of(self.config, self.params, self._tokenizer, self._dictionaries.spliced(sites, switches))
 
     @property
     def spliced(self) -> tuple[str, ...]:
-        """Tags of the dictionaries that the forward pass runs through, in its order."""
-        return tuple(self._splices)
+        """Tags of the spliced dictionaries, in the order of the forward pass."""
+        return tuple(self._dictionaries.splices)
 
     def hooked(self, before: Site | None = None) -> HookedModel:
         """Return the model as it runs, spliced dictionaries included, for functions that run it themselves.
@@ -330,193 +267,44 @@ class TinyModel(WeightViews):
         Args:
             before: leave out the dictionaries that act when this site is read, or later.
         """
-        edits = []
-        for tag, (dictionary, switches) in self._splices.items():
-            if before is None or Site.parse(tag)[0].order < before.order:
-                edit = Splice(dictionary.params, config=dictionary.config, **switches)
-                edits.append({dictionary.config.hook_out: edit})
-        return HookedModel(self.params, self.config, combine(*edits))
-
-    def _site(self, tag: str) -> tuple[Site, int | None]:
-        site, feature = Site.parse(tag)
-        if site.layer >= self.config.n_layers:
-            raise ValueError(
-                f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{self.config.n_layers - 1}."
-            )
-        return site, feature
-
-    def _dictionary(self, site: Site) -> Dictionary:
-        if site.tag not in self.dictionaries:
-            own = self._own_dictionaries.get(site.tag)
-            if own is None and not self._has_published_sizes:
-                has = ", ".join(self.dictionary_tags) or "none"
-                raise ValueError(
-                    f"{site.tag!r}: this model has no dictionary there (it has: {has}), and the published ones fit the "
-                    f"published sizes only. Give one: lm.attach({site.tag!r}, path); on the command line, "
-                    "--dictionary PATH is that of --site, and tinymodel eval takes --dictionaries."
-                )
-            if isinstance(own, Dictionary):
-                self.attach(site.tag, own)
-            else:
-                self.attach(site.tag, Dictionary.from_pretrained(site.tag if own is None else own, site.tag))
-        return self.dictionaries[site.tag]
-
-    @property
-    def _has_published_sizes(self) -> bool:
-        """Whether the model has the sizes of the one that the published dictionaries were trained on."""
-        return (self.config.n_layers, self.config.d_model, self.config.d_vocab) == (4, 768, 10_000)
+        return HookedModel(self.params, self.config, self._dictionaries.hooks(before))
 
     # Text
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer: its own, else the default one for the published vocabulary of 10,000.
+        """The tokenizer saved with the model, otherwise the default one for the published vocabulary of 10,000 ids.
 
         Raises:
-            ValueError: the model has none.
+            ValueError: the model has no tokenizer.
         """
-        if self._tokenizer is None:
-            from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
-
-            found = saved_tokenizer(self._tokenizer_folder)
-            if found is None and self.config.d_vocab != 10_000:
-                raise ValueError(
-                    f"this model has no tokenizer, and the default one has 10,000 ids, not {self.config.d_vocab}. "
-                    "Use token ids (generate_ids), or TinyModel.from_params(config, params, tokenizer)."
-                )
-            found = default_tokenizer() if found is None else found
+        if self._tokenizer is None or isinstance(self._tokenizer, Path):
+            found = tokenizer_of_model(self._tokenizer, self.config)
             artifacts.require_vocabulary(found, self.config)
             self._tokenizer = found
         return self._tokenizer
 
-    def generate(
-        self,
-        prompt: str | Sequence[str],
-        n_toks: int = 50,
-        temperature: float = 0.8,
-        break_on_end: bool = True,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> str | list[str]:
-        """Continue a prompt, or several in one batch; return prompts and continuations as text.
-
-        Args:
-            prompt: text, which gets `[BEGIN]` in front unless it has it; it may hold no other special token, so that a
-                story that ended has to lose its `[END]` to be continued.
-            n_toks: tokens to add at most; a row also stops where the context is full.
-            temperature: divides the logits; 0 takes the most likely token.
-            break_on_end: stop a row at `[END]`, which stays in the text.
-            top_k: sample from the k most likely tokens only.
-            top_p: sample from the fewest tokens whose probabilities reach this sum.
-            seed: of the random draws, 0 to 2**32 - 1; a batch's rows draw differently.
-
-        Raises:
-            ValueError: a prompt is longer than the context or no text, holds `[END]`, `[PAD]` or a second `[BEGIN]`, or
-                an option is out of range.
-        """
-        if not isinstance(prompt, Iterable):
-            raise ValueError(f"generate takes a text or a list of texts, got {prompt!r:.80}.")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not texts:
-            return []
-        rows = [prompt_ids(self.tokenizer, text) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if len(row) > self.config.n_ctx:
-                raise ValueError(
-                    f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {self.config.n_ctx}."
-                )
-        width = max(map(len, rows))
-        ids = np.array([row + [self.config.pad_id] * (width - len(row)) for row in rows], np.int32).reshape(-1, width)
-        out = self.generate_ids(ids, n_toks, temperature, break_on_end, top_k=top_k, top_p=top_p, seed=seed)
-        stories = [str(self.tokenizer.decode(strip_padding(row, self.config.pad_id)[1:])) for row in out]
-        return stories[0] if isinstance(prompt, str) else stories
-
-    def generate_ids(
-        self,
-        tok_ids: Any,
-        n_toks: int = 50,
-        temperature: float = 0.8,
-        break_on_end: bool = True,
-        *,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-    ) -> np.ndarray:
-        """Continue rows of token ids; return int32 (batch, prompt + generated), padded with `[PAD]` after each row.
-
-        Rows may be right-padded with `[PAD]`: each is continued where its own tokens end, so that a `[PAD]` at the end
-        of a prompt is never a token of it. One that ends with `[END]`, as the tokenizer ends shorter rows, is finished
-        unless `break_on_end=False`. Options as `generate`.
-        """
-        ids = check_tok_ids(tok_ids, self.config)
-        end_id = self.config.end_id if break_on_end else None
-        return continue_prompts(self.hooked(), ids, n_toks, temperature, end_id, top_k, top_p, seed)
-
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.
 
-        Dictionaries that came with the model are saved too, used or not. `TinyModel(directory)` loads it. Splices are
-        not saved.
+        This includes all dictionaries that came with the model, but not its splices. `TinyModel(directory)` loads it.
         """
-        for tag in self._own_dictionaries:
-            self._dictionary(Site.parse(tag)[0])
-        from tinymodel_jax.io.default_tokenizer import saved_tokenizer
-
-        tokenizer = self._tokenizer or saved_tokenizer(self._tokenizer_folder)
-        artifacts.save_model(self.config, flatten(self.params), directory, tokenizer, self.dictionaries)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that `jax.jit(lm["M2"])` works
-class FeatureReader:
-    """The activations at one site as a function of token ids: what `lm[tag]` returns."""
-
-    lm: TinyModel
-    site: Site
-    dictionary: Dictionary
-    feature: int | None
-    """The one feature that the tag names; None for all."""
-
-    @classmethod
-    def of(cls, lm: TinyModel, dictionary: Dictionary) -> FeatureReader:
-        """Return the reader of a dictionary at its own site, whatever the model has there.
-
-        Raises:
-            ValueError: it does not fit the model.
-        """
-        tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
-        holder = lm.splice([])  # attaching checks layer and width; the model's own stay what they are
-        holder.attach(tag, dictionary)
-        return holder[tag]
-
-    def __call__(self, tok_ids: Any, indices: Indices = None) -> Array:
-        """Return activations (batch, seq, n_features), only the columns of `indices` if given.
-
-        Args:
-            indices: an int (drops the last axis), a list or a slice; by default all, or the feature that the tag names.
-
-        Raises:
-            ValueError: an index is out of range, the tag names a feature, or `tok_ids` are not valid for the model.
-        """
-        config, tag = self.dictionary.config, self.site.tag
-        if self.feature is not None and indices is not None:
-            raise ValueError(
-                f"'{tag}N{self.feature}' is one feature; indices={indices!r:.80} belong to the whole dictionary: "
-                f"lm[{tag!r}](tok_ids, indices=…)."
-            )
-        chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
-        ids, length = self.lm._prepare(tok_ids)
-        acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
-        return cut(acts, (1,), length)
-
-
-def _compute_dtype(dtype: Any) -> str:
-    name = dtype_name(dtype)
-    if name not in COMPUTE_DTYPES:
-        raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
-    return name
+        tokenizer = saved_tokenizer(self._tokenizer) if isinstance(self._tokenizer, Path) else self._tokenizer
+        dictionaries = self._dictionaries.load_own()
+        artifacts.save_model(self.config, flatten(self.params), directory, tokenizer, dictionaries)
 
 
 def _is_array_tree(hooks: Hooks) -> bool:
     return all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in jax.tree.leaves(hooks))
+
+
+def _checked_arrays(params: Mapping[str, Any], config: ModelConfig) -> Any:
+    ModelConfig.require(config, "TinyModel.from_params")
+    compute_dtype(config.dtype)
+    require_tree(params)
+    artifacts.require_model_params(config, flatten(params))
+    return _arrays(params, config)
+
+
+def _arrays(params: Mapping[str, Any], config: ModelConfig) -> Any:
+    return jax.tree.map(functools.partial(own_array, dtype=config.param_dtype), params)

@@ -36,10 +36,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_tree(params: Any) -> None:
-    """Refuse parameters that are no mapping, or what Flax puts around them.
+    """Require a mapping of parameters, not the variables that Flax wraps around it.
 
     Raises:
-        ValueError: they are something else, or `{"params": parameters}`.
+        ValueError: it is not a mapping, or it is `{"params": parameters}`.
     """
     if not isinstance(params, Mapping) or set(params) == {"params"}:
         got = "{'params': …}" if isinstance(params, Mapping) else f"a {type(params).__name__}"
@@ -49,10 +49,10 @@ def require_tree(params: Any) -> None:
 
 
 def require_shapes(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise unless the arrays have just the expected names and shapes.
+    """Require exactly the expected names and shapes.
 
     Raises:
-        ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
+        ValueError: parameters are missing, unexpected or of the wrong shape; the message names all of them.
     """
     problems = [f"missing {name!r} {shape}" for name, shape in expected.items() if name not in arrays]
     problems += [f"unexpected {name!r}" for name in arrays if name not in expected]
@@ -66,12 +66,12 @@ def require_shapes(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, 
 
 
 def own_array(array: Any, dtype: Any) -> Array:
-    """Return a JAX array that shares no memory with a NumPy array: that may change, or map a file that goes away."""
+    """Return a JAX array; a NumPy array is copied, since it may change or map a file that is deleted later."""
     return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
-    """Initializer that is uniform within ± 1/sqrt(fan_in), as the reference's linear layers are."""
+    """Return an initializer that draws uniformly from ± 1/sqrt(fan_in), as the reference's linear layers do."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import tyro
-from etils import epath
 from rich.console import Console
 
 from tinymodel_jax.bundled import storyworld
@@ -156,7 +155,7 @@ def _appearing_whole(dest: str) -> Iterator[Path]:
             try:
                 yield folder
                 if is_remote(dest):
-                    _upload(folder, epath.Path(dest))
+                    _upload(folder, dest)
                 else:
                     folder.rename(dest)
             finally:
@@ -171,11 +170,14 @@ def _cached(address: str) -> Path:
     return cache_folder() / "prepared" / hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
-def _upload(folder: Path, address: epath.Path) -> None:
+def _upload(folder: Path, address: str) -> None:
     """Send a folder to an address, the description last."""
-    address.mkdir(parents=True, exist_ok=True)
+    from etils import epath
+
+    remote = epath.Path(address)
+    remote.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir(), key=lambda file: file.name == DESCRIPTION_FILE):
-        send(file, address / file.name)
+        send(file, remote / file.name)
 
 
 def _build(folder: Path, source: Source, encoder: Encoder, settings: dict[str, Any], workers: int) -> DataMeta:
@@ -265,6 +267,8 @@ def _require_free(dest: str) -> None:
 
 def _finished(dest: str, settings: Mapping[str, Any]) -> DataMeta | None:
     """Return the description of a finished folder, if there is one; refuse one that was made with other settings."""
+    from etils import epath
+
     file = epath.Path(dest) / DESCRIPTION_FILE
     if not file.exists():
         return None

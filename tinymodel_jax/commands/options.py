@@ -48,12 +48,18 @@ class ModelAndDictionaryOptions(ModelOptions):
 
         Raises:
             FileNotFoundError: the dictionary does not exist.
+            ValueError: no dictionary is given, and the model has none at the site.
         """
         if self.dictionary is not None and not self.dictionary.exists():
             raise FileNotFoundError(f"--dictionary {self.dictionary} does not exist.")
         lm = self.load()
         if self.dictionary is not None:
             lm.attach(site.tag, self.dictionary)
+        elif site.layer < lm.config.n_layers:
+            try:
+                lm[site.tag]
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"{error} For this command: --dictionary PATH.") from error
         return lm
 
 

@@ -207,7 +207,7 @@ class Dictionary:
         """
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):
-            raise ValueError(f"with_features: got {indices!r:.80}; name one feature or more, each once.")
+            raise ValueError(f"with_features: got {indices!r:.80}; give one or more features, each once.")
         own = per_feature(self.config)
         kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
         kept["W_dec"] = self.params["W_dec"][chosen]
@@ -255,8 +255,8 @@ def require_finite(params: DictionaryParams, what: str) -> None:
     if any(bad.values()):
         named = ", ".join(f"{n} in {name}" for name, n in bad.items() if n)
         raise ValueError(
-            f"{what} has values that are NaN or infinite ({named}), so results with it would be, too; "
-            "take an earlier version of it, or train it anew."
+            f"{what} has values that are NaN or infinite ({named}), which would make results NaN. "
+            "Use an earlier version of it, or train it again."
         )
 
 

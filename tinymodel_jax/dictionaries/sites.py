@@ -71,8 +71,8 @@ class Site:
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
             raise ValueError(
-                f"{tag!r} is no dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a file's "
-                "suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
+                f"{tag!r} is not a dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a "
+                "file's suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
             )
         feature = match["feature"]
         site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
@@ -107,7 +107,7 @@ class Site:
             if site is not None and (site.hook_in, site.hook_out) == (hook_in, hook_out):
                 return site
         raise ValueError(
-            f"a dictionary from {hook_in!r} to {hook_out!r} belongs to no site; the kinds are {', '.join(KINDS)}."
+            f"there is no site for a dictionary from {hook_in!r} to {hook_out!r}; the kinds are {', '.join(KINDS)}."
         )
 
     @property
@@ -148,6 +148,6 @@ def require_site(hook_in: str, hook_out: str) -> None:
     """
     if {hook_in, hook_out} <= NO_SITE:
         raise ValueError(
-            "this dictionary belongs to no site yet: it was trained on arrays. Attach it to the site whose activations "
-            "it was trained on, for example lm.attach('M2', dictionary), and take lm['M2'].dictionary from there."
+            "this dictionary has no site yet: it was trained on arrays. Attach it to the site whose activations it was "
+            "trained on, for example lm.attach('M2', dictionary), then use lm['M2'].dictionary."
         )

@@ -3,8 +3,8 @@
     MODEL/       config.json  model.safetensors  tokenizer.json  token_table.json  dictionaries/TAG/
     DICTIONARY/  config.json  dictionary.safetensors
 
-Also decides what a name or path given by a user means. Arrays are read as NumPy arrays in the file's number format.
-Resumable training checkpoints are another format, elsewhere.
+Also resolves the names and paths that users give. Arrays are read as NumPy arrays in the file's number format.
+Checkpoints of training runs have a different format, which is not read here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ModelFiles(NamedTuple):
     params: dict[str, np.ndarray]
     """Flat: `blocks.0.attn.W_Q` -> array."""
     dictionaries: dict[str, Dictionary | Path]
-    """Tag -> dictionary that came with the model, read or yet to be read."""
+    """Tag -> dictionary that came with the model, or its folder."""
     directory: Path | None
     """Folder that may hold a tokenizer; None for a file."""
 
@@ -55,14 +55,14 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     dictionaries: Mapping[str, Dictionary] | None = None,
 ) -> None:
-    """Write a model's folder; each file replaces an earlier one only when it is complete.
+    """Write a model's folder. Each file replaces an earlier one only when it is complete.
 
     Args:
         params: flat: `blocks.0.attn.W_Q` -> array.
 
     Raises:
-        ValueError: the tokenizer has another vocabulary size, or the folder holds what would be lost or taken for the
-            model's.
+        ValueError: the tokenizer's vocabulary size differs, or the folder holds another model's files, which would be
+            overwritten or mistaken for this model's.
     """
     if tokenizer is not None:
         require_vocabulary(tokenizer, config)
@@ -77,11 +77,11 @@ def save_model(
 
 
 def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
-    """Read a model by published name, folder, training run's folder or file of the reference's names.
+    """Read a model by its published name, folder, training run's folder, or file with the reference's names.
 
     Raises:
-        FileNotFoundError: there is no such name or path; the message lists what would work.
-        ValueError: what is there is no model, or nothing is named.
+        FileNotFoundError: the name or path does not exist; the message lists what would work.
+        ValueError: the file or folder does not hold a model, or the name is empty.
     """
     path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
@@ -100,7 +100,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
             "A folder of save_pretrained, a training run's folder or a reference .pt file would work."
         )
     if n_heads is not None:
-        raise ValueError(f"n_heads={n_heads} is for files; {folder / CONFIG_FILE} already says how many there are.")
+        raise ValueError(f"n_heads={n_heads} is for files; {folder / CONFIG_FILE} already states the number of heads.")
     return _load_model_folder(folder)
 
 
@@ -108,10 +108,10 @@ def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None
     """Check the names and shapes of a flat parameter dict.
 
     Raises:
-        ValueError: parameters are missing, unexpected or of the wrong shape; all of them are named.
+        ValueError: parameters are missing, unexpected or of the wrong shape; the message names all of them.
     """
     shapes: dict[str, tuple[int, ...]] = {tensor.name: tensor.shape for tensor in model_tensors(config)}
-    if config.mlp_activation == "jumprelu":  # which the reference's files cannot hold
+    if config.mlp_activation == "jumprelu":  # a parameter that the reference's files cannot hold
         shapes |= {f"blocks.{layer}.mlp.threshold": (config.d_mlp,) for layer in range(config.n_layers)}
     require_shapes(params, shapes, "the configuration")
 
@@ -120,7 +120,7 @@ def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Check that a tokenizer has as many ids as the model.
 
     Raises:
-        ValueError: it has not, or is no tokenizer.
+        ValueError: the numbers differ, or it is not a tokenizer.
     """
     if not hasattr(tokenizer, "vocab_size"):
         raise ValueError(f"the tokenizer is {tokenizer!r:.80}; Tokenizer.from_pretrained(folder) loads one.")
@@ -129,7 +129,7 @@ def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str]) -> None:
-    """Write a dictionary's folder; each file replaces an earlier one only when it is complete."""
+    """Write a dictionary's folder. Each file replaces an earlier one only when it is complete."""
     folder = _own_folder("dictionary", directory)
     _write_tensors(dictionary.params, folder / DICTIONARY_FILE)
     _write_config("dictionary", dictionary.config.to_dict(), folder)
@@ -139,9 +139,9 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
     """Read a dictionary from its folder, a reference `.pt` file, or the hub by its tag; see `Dictionary`.
 
     Raises:
-        FileNotFoundError: there is no such path or tag; the message lists what would work.
-        ValueError: what is there is no dictionary or belongs to another site, a file is given without a site, or a
-            parameter is not finite.
+        FileNotFoundError: the path or tag does not exist; the message lists what would work.
+        ValueError: the file or folder does not hold a dictionary or is for another site, a file is given without a
+            site, or a parameter is not finite.
     """
     place = Site.whole(site) if isinstance(site, str) else site
     stored = read_dictionary(path_or_name, place)
@@ -157,7 +157,7 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     path = _named("dictionary", path_or_name)
     if path.is_file():
         if site is None:
-            raise ValueError(f"{path}: a file does not say where its dictionary belongs; give site=, such as 'M2'.")
+            raise ValueError(f"{path}: a file does not store the site of its dictionary; give site=, such as 'M2'.")
         return _about(path, lambda: convert_dictionary(read_tensors(path), site))
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
@@ -173,21 +173,21 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """Return the tensors of a `.safetensors` file, or of a PyTorch file: name -> array.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds no tensors; as `load_torch_file`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or does not hold tensors, as in `load_torch_file`.
     """
     path = user_path(path)
     return _read_safetensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
-    """Return the configuration with the site's hook points in place of its own."""
+    """Return the configuration with the hook points of a site."""
     return DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
 
 
 def _named(kind: str, name_or_path: Any) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
-        raise ValueError(f"a {kind} is named by its path or published name, got {name_or_path!r:.80}.")
+        raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
     return user_path(name_or_path)
 
 
@@ -196,7 +196,7 @@ def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLi
     if own != hooks and not set(own) <= NO_SITE:
         raise ValueError(
             f"{os.fspath(given)} is a dictionary from {own[0]} to {own[1]}; {place.tag!r} is from {hooks[0]} to "
-            f"{hooks[1]}. Name its own site, or move it on purpose (Python): "
+            f"{hooks[1]}. Give its own site, or move it deliberately in Python: "
             f"lm.attach({place.tag!r}, Dictionary.from_pretrained({os.fspath(given)!r}))."
         )
 
@@ -210,7 +210,7 @@ def _load_model_folder(folder: Path) -> ModelFiles:
 
 
 def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
-    """Make the folder; refuse one that holds a configuration of something else, which would be lost."""
+    """Make the folder; refuse one with the configuration of something else, which would be overwritten."""
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise ValueError(f"a {kind} is saved to a folder, got {directory!r:.80}; name one, '.' for the current one.")
     folder = user_path(directory)
@@ -224,7 +224,7 @@ def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[str, Any]) -> None:
-    """Refuse a folder where parts of an earlier model would stay and be taken for the new one's."""
+    """Refuse a folder where parts of an earlier model would remain and be mistaken for the new model's."""
     found = sorted(p.name for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
     left = [f"dictionaries/{tag}" for tag in found if tag not in dictionaries]
     if not has_tokenizer:
@@ -244,16 +244,16 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    # Written from the arrays where they are: a published dictionary is 154 MB, and each copy in between as much again.
+    # Written without copies in memory: a published dictionary is 154 MB.
     with replaced(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # np.ascontiguousarray would give a scalar an axis
+        # np.ascontiguousarray would add an axis to a scalar
         try:
             save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, temporary)
-        except safetensors.SafetensorError as error:  # its word for a full disk
+        except safetensors.SafetensorError as error:  # raised when the disk is full
             raise OSError(str(error)) from error
-        temporary.chmod(mode)  # save_file makes a file that only its owner may read
+        temporary.chmod(mode)  # save_file makes the file readable for its owner only
 
 
 def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:
@@ -271,7 +271,7 @@ def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
 
 
 def _config_values(kind: str, path: Path) -> dict[str, Any]:
-    """Return a configuration's values, if it is one of ours of the kind."""
+    """Return the values of a configuration file of this kind."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -283,7 +283,7 @@ def _config_values(kind: str, path: Path) -> dict[str, Any]:
 
 
 def _about(path: Path, read: Any) -> Any:
-    """Call `read`; put the path in front of what a ValueError says."""
+    """Call `read`; put the path in front of the message of a ValueError."""
     try:
         return read()
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The reference's checkpoints and ours: which tensor is which, in which shape and order of axes.
+"""The tensors of the reference's checkpoints and ours: names, shapes and the order of axes.
 
-NumPy only, no copies but the transposed views' own, and bfloat16 stays bfloat16. A converted model is a flat dict with
-names such as `blocks.0.attn.W_Q`; sizes come from the shapes, and every key and shape is checked.
+Arrays are NumPy, views of the checkpoint's where possible, and keep their number format. A converted model is a flat
+dict with names such as `blocks.0.attn.W_Q`. Sizes are inferred from the shapes, and every key and shape is checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DICTIONARY_MODULES = {
     "res_pre_attn_sae": "Ra",
     "res_pre_mlp_sae": "Rm",
 }
-"""Where the reference keeps the dictionaries registered in a model, and the site's kind here."""
+"""The reference's module name of a dictionary registered in a model -> kind of site here."""
 _DICTIONARY_KEY = re.compile(rf"torso\.(\d+)\.({'|'.join(_DICTIONARY_MODULES)})\.(.+)")
 
 
@@ -38,7 +38,7 @@ class TensorMap(NamedTuple):
     """The reference's key, such as `torso.0.attn.Q.weight`."""
     torch_shape: tuple[int, ...]
     split: tuple[int, ...]
-    """The reference's tensor with its head axis split (or its leading 1 dropped)."""
+    """Shape of the reference's tensor with its head axis split, or its leading 1 dropped."""
     axes: tuple[int, ...]
     """Transposition that turns `split` into our shape."""
 
@@ -48,16 +48,16 @@ class TensorMap(NamedTuple):
         return tuple(self.split[axis] for axis in self.axes)
 
     def from_torch(self, tensor: np.ndarray) -> np.ndarray:
-        """Return our parameter (a view where it can be) of a reference tensor."""
+        """Return our parameter, a view if possible, for a reference tensor."""
         return tensor.reshape(self.split).transpose(self.axes)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Return the reference tensor of our parameter."""
+        """Return the reference tensor for our parameter."""
         return array.transpose(np.argsort(self.axes)).reshape(self.torch_shape)
 
 
 class ConvertedModel(NamedTuple):
-    """A language model taken from a reference file, with the dictionaries registered in it (tag -> dictionary)."""
+    """A language model from a reference file, with the dictionaries registered in it (tag -> dictionary)."""
 
     config: ModelConfig
     params: dict[str, np.ndarray]
@@ -105,11 +105,12 @@ def convert_model(state: Mapping[str, Any], n_heads: int | None = None) -> Conve
     """Convert a reference state dict; sizes are inferred from the shapes.
 
     Args:
-        n_heads: number of attention heads, which no shape tells; 16 if left out at the published d_model of 768.
+        n_heads: number of attention heads, which cannot be inferred from shapes; by default 16 for the published
+            d_model of 768.
 
     Raises:
-        ValueError: the dict is no language model's, tensors are missing, unexpected or of a wrong shape or type (all
-            of them are named), or `n_heads` is needed.
+        ValueError: the dict does not hold a language model; tensors are missing, unexpected or have the wrong shape or
+            type, and the message names all of them; or `n_heads` is needed.
     """
     dictionary_state = {key: value for key, value in state.items() if _DICTIONARY_KEY.fullmatch(str(key))}
     model_state = {key: value for key, value in state.items() if key not in dictionary_state}
@@ -119,7 +120,7 @@ def convert_model(state: Mapping[str, Any], n_heads: int | None = None) -> Conve
 
 
 def convert_dictionary(state: Mapping[str, Any], site: Site) -> Dictionary:
-    """Convert a reference dictionary file for the site it belongs to; its parameters are NumPy arrays.
+    """Convert a reference dictionary file for its site; the parameters are NumPy arrays.
 
     Raises:
         ValueError: as `convert_model`.
@@ -139,7 +140,7 @@ def export_model(config: ModelConfig, params: Mapping[str, np.ndarray]) -> dict[
     """Return the reference's state dict of a model, in the reference's order of keys.
 
     Raises:
-        ValueError: the reference cannot hold the model: it builds ReLU MLPs four times as wide as the stream.
+        ValueError: the reference only has ReLU MLPs that are four times as wide as the residual stream.
     """
     if config.mlp_activation != "relu":
         raise ValueError(f"export: mlp_activation={config.mlp_activation!r}; the reference's neurons are ReLU only.")
@@ -169,8 +170,8 @@ def _infer_config(state: Mapping[str, Any], n_heads: int | None) -> ModelConfig:
         )
     if n_heads is None and embed[1] != PUBLISHED_D_MODEL:
         raise ValueError(
-            f"n_heads is needed: no shape tells it, and the width {embed[1]} is not the published {PUBLISHED_D_MODEL} "
-            f"(which has {PUBLISHED_N_HEADS}). Give n_heads."
+            f"n_heads is needed: shapes do not show it, and the width {embed[1]} is not the published "
+            f"{PUBLISHED_D_MODEL} (which has {PUBLISHED_N_HEADS}). Give n_heads."
         )
     layers = [int(match[1]) for key in state if (match := re.match(r"torso\.(\d{1,4})\.", str(key)))]
     return ModelConfig(
@@ -196,7 +197,7 @@ def _convert(state: Mapping[str, Any], tensors: list[TensorMap], what: str) -> d
         elif isinstance(value, np.ndarray) and value.dtype.name not in DTYPES:
             problems.append(f"{key} holds {value.dtype.name}, expected one of {', '.join(DTYPES)}")
     if problems:
-        raise ValueError(f"this is no complete {what}: {'; '.join(problems)}.")
+        raise ValueError(f"this is not a complete {what}: {'; '.join(problems)}.")
     return {t.name: t.from_torch(state[t.key]) for t in tensors}
 
 

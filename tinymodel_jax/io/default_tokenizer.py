@@ -1,7 +1,7 @@
-"""Which tokenizer a model has: the one saved with it, else the default for the published vocabulary.
+"""The tokenizer of a model: the one saved with it, otherwise the default for the published vocabulary.
 
-The default comes from the folder that the environment variable TINYMODEL_TOKENIZER names, else from the hub, asked
-once and cached. Nothing is read before it is needed.
+The default comes from the folder named by the environment variable TINYMODEL_TOKENIZER, otherwise from the hub, whose
+answer is cached. Files are read when they are needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ def default_tokenizer() -> Tokenizer:
     """Return the published 10,000-id tokenizer.
 
     Raises:
-        FileNotFoundError: TINYMODEL_TOKENIZER names no tokenizer, or the hub cannot be reached.
+        FileNotFoundError: the folder TINYMODEL_TOKENIZER does not hold a tokenizer, or the hub cannot be reached.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
@@ -41,6 +42,22 @@ def default_tokenizer() -> Tokenizer:
     return Tokenizer.from_pretrained(hub.tokenizer_folder())
 
 
+def tokenizer_of_model(folder: Path | None, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer saved in a model's folder, otherwise the default one.
+
+    Raises:
+        FileNotFoundError: as `default_tokenizer`.
+        ValueError: the folder has no tokenizer, and the default one does not have as many ids as the model.
+    """
+    found = saved_tokenizer(folder)
+    if found is None and config.d_vocab != 10_000:
+        raise ValueError(
+            f"this model has no tokenizer, and the default one has 10,000 ids, not {config.d_vocab}. "
+            "Use token ids (generate_ids), or TinyModel.from_params(config, params, tokenizer)."
+        )
+    return default_tokenizer() if found is None else found
+
+
 class LazyTokenizer:
     """The default tokenizer, loaded when first used: the package's public `tokenizer`."""
 
@@ -48,9 +65,9 @@ class LazyTokenizer:
         return default_tokenizer()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # Asking for what no tokenizer has must not load one, which may take the network.
+        # An unknown attribute must not load a tokenizer, which may need the network.
         if name.startswith("_") or name not in {*dir(Tokenizer), *Tokenizer.__annotations__}:
-            raise AttributeError(f"a Tokenizer has no attribute {name!r}")
+            raise AttributeError(f"Tokenizer has no attribute {name!r}")
         return getattr(default_tokenizer(), name)
 
     def __repr__(self) -> str:

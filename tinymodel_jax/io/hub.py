@@ -1,11 +1,11 @@
-"""The model hub: published models, dictionaries and GPT-2's BPE, downloaded once and kept in this package's own format.
+"""The model hub: published models, dictionaries and GPT-2's BPE, downloaded once and cached in this package's format.
 
-A conversion that is complete in the cache (`$TINYMODEL_CACHE`, else `~/.cache/tinymodel_jax`) is returned without any
-request and without `huggingface_hub`; one that lacks a file or a byte is made again. It is built beside its place and
-moved there whole, so that concurrent processes see all of it or nothing. Checksums are verified where they are known.
+The cache is `$TINYMODEL_CACHE`, by default `~/.cache/tinymodel_jax`. A complete conversion is used without any request
+and without `huggingface_hub`; an incomplete one is made again. Conversions are built in a scratch folder and moved into
+place, so concurrent processes never see a partial one. Known checksums are verified.
 
-The downloaded `.pt` is not kept: it holds the same numbers as its conversion, 60 to 154 MB, and nothing reads it again.
-One that is in Hugging Face's own cache already is used from there and left alone. No newer version is looked for.
+The downloaded `.pt` file, 60 to 154 MB, is deleted after its conversion. A file that is already in Hugging Face's cache
+is read there and left in place. Newer versions are not looked for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHA256 = {
     "openai-community/gpt2/vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "openai-community/gpt2/merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-"""Known checksums. The hub announces one for each other large file, which is verified instead."""
+"""Known checksums. For other large files, the checksum that the hub announces is verified."""
 
 _SOURCE_FILE = "source.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -68,44 +68,42 @@ class _File(NamedTuple):
 
 
 class _NotThereError(Exception):
-    """The hub answered that it has no such file or repository."""
+    """The hub answered that the file or repository does not exist."""
 
 
 def model_folder(name: str) -> Path:
     """Return the folder of a published model, as `artifacts.load_model` reads it; download and convert it if needed.
 
     Raises:
-        FileNotFoundError: no model is published by that name, or the hub cannot be reached or lacks it.
+        FileNotFoundError: the name is not a published model's, the hub cannot be reached, or it does not have the file.
         ModuleNotFoundError: `huggingface_hub` is needed and not installed.
-        ValueError: what was downloaded has another checksum than it should, or is no model.
+        ValueError: the downloaded file has the wrong checksum, or does not hold a model.
     """
     if name not in MODELS:
         raise FileNotFoundError(
-            f"there is no model {name!r}: it is no folder or file here, and the published models are "
-            f"{', '.join(MODELS)}. A folder of save_pretrained or a reference .pt file works, too."
+            f"there is no model {name!r}: there is no such folder or file, and the published models are "
+            f"{', '.join(MODELS)}. A folder written by save_pretrained or a reference .pt file also works."
         )
 
     def build(folder: Path, pt_file: Path) -> None:
         converted = convert_model(load_torch_file(pt_file), PUBLISHED_N_HEADS)
         artifacts.save_model(converted.config, converted.params, folder, dictionaries=converted.dictionaries)
 
-    otherwise = (
-        "A local file needs no network: TinyModel('FILE.pt') or --model FILE.pt, or convert it: "
-        "tinymodel-convert lm FILE.pt DEST."
-    )
+    otherwise = "A local file needs no network: TinyModel('FILE.pt')."
     return _converted(cache_folder() / "models" / name, [_Source(REPOSITORY, (f"{name}.pt",))], build, otherwise)
 
 
 def dictionary_folder(tag: str) -> Path:
     """Return the folder of a published dictionary, as `artifacts.load_dictionary` reads it; download it if needed.
 
-    A tag may stand for several files (`Site.published_files`): the first that the hub has is taken, once for all.
+    Of the files that the tag may mean (`Site.published_files`), the first that the hub has is used.
 
     Args:
         tag: site (`M2`) or file (`A2_S-3_R1_P0`).
 
     Raises:
-        FileNotFoundError: it is no tag, nothing is published for it, or the hub cannot be reached or lacks it.
+        FileNotFoundError: it is not a tag, nothing is published for it, the hub cannot be reached, or it does not have
+            the file.
         ModuleNotFoundError, ValueError: as `model_folder`.
     """
     site = _published_site(tag)
@@ -114,10 +112,7 @@ def dictionary_folder(tag: str) -> Path:
         artifacts.save_dictionary(convert_dictionary(load_torch_file(pt_file), site), folder)
 
     sources = [_Source(REPOSITORY, (f"{file}.pt",)) for file in site.published_files()]
-    otherwise = (
-        f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt'), or where --site names {site.tag}, "
-        f"--dictionary FILE.pt; or convert it: tinymodel-convert dictionary FILE.pt DEST --site {site.tag}."
-    )
+    otherwise = f"A local file needs no network: lm.attach({site.tag!r}, 'FILE.pt')."
     return _converted(cache_folder() / "dictionaries" / site.tag, sources, build, otherwise)
 
 
@@ -125,12 +120,12 @@ def tokenizer_folder() -> Path:
     """Return the folder of the published tokenizer, as `Tokenizer.from_pretrained` reads it; download it if needed.
 
     Raises:
-        FileNotFoundError: the hub cannot be reached, or has none of the repositories.
+        FileNotFoundError: the hub cannot be reached, or does not have any of the repositories.
         ModuleNotFoundError, ValueError: as `model_folder`.
     """
 
     def build(folder: Path, vocab_json: Path, merges_txt: Path) -> None:
-        # Where they are, there may be other files, which would be taken instead of them.
+        # Their folder may hold other files that from_gpt2 would prefer.
         with tempfile.TemporaryDirectory() as gpt2:
             shutil.copy(vocab_json, gpt2)
             shutil.copy(merges_txt, gpt2)
@@ -145,38 +140,38 @@ def tokenizer_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where conversions are kept: `$TINYMODEL_CACHE`, else `~/.cache/tinymodel_jax`; it need not exist."""
+    """Return the folder of the conversions, which may not exist yet."""
     named = os.environ.get(CACHE_VARIABLE)
     root = user_path(named) if named else Path.home() / ".cache" / "tinymodel_jax"
-    # A release with another format finds nothing of this one, and converts anew.
+    # Each format version has its own folder.
     return root / f"v{artifacts.FORMAT_VERSION}"
 
 
 def _published_site(tag: str) -> Site:
     try:
-        # A file's suffix may hold odd characters, but as part of a path they would lead elsewhere.
+        # A file's suffix may hold any characters; slashes would lead out of the folder.
         site = None if "/" in tag or "\\" in tag else Site.parse(tag)[0]
     except ValueError:
         site = None
     if site is None:
         raise FileNotFoundError(
-            f"there is no dictionary {tag!r}: it is no folder or file here, and no tag of a published one. A tag is a "
-            f"kind ({', '.join(KINDS)}) and a layer, optionally a file's suffix: 'M2', 'A2_S-3_R1_P0'."
+            f"there is no dictionary {tag!r}: there is no such folder or file, and it is not a tag. A tag is a kind "
+            f"({', '.join(KINDS)}) and a layer, optionally a file's suffix: 'M2', 'A2_S-3_R1_P0'."
         )
     if not site.published_files():
         raise FileNotFoundError(
-            f"no dictionary is published as the default for {site.tag!r}. Name a published file, of the form "
+            f"{site.tag!r} has no published default dictionary. Name a published file, of the form "
             f"'{site.kind}0_S-2_R1_P0', or attach one: lm.attach({site.tag!r}, path)."
         )
     return site
 
 
 def _converted(folder: Path, sources: Sequence[_Source], build: Callable[..., None], otherwise: str) -> Path:
-    """Return the folder, made of the first source that the hub has unless it is complete.
+    """Return the folder; if it is incomplete, make it from the first source that the hub has.
 
     Args:
-        build: given an empty folder and the paths of a source's files, fills the folder.
-        otherwise: what the user can do without the hub; ends the errors.
+        build: a function that takes an empty folder and the paths of a source's files, and fills the folder.
+        otherwise: what the user can do without the hub, for the end of error messages.
     """
     if _is_complete(folder):
         return folder
@@ -184,16 +179,15 @@ def _converted(folder: Path, sources: Sequence[_Source], build: Callable[..., No
         from huggingface_hub.utils import WeakFileLock
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{sources[0]} has to be downloaded, which needs huggingface_hub: pip install 'tinymodel-jax[hub]'. "
-            f"{otherwise}"
+            f"downloading {sources[0]} needs huggingface_hub: pip install 'tinymodel-jax[hub]'. {otherwise}"
         ) from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
     except OSError as error:
         reason = f"cannot write to the cache {folder.parent}: {error.strerror or error}"
-        raise OSError(f"{reason}; let {CACHE_VARIABLE} name another folder.") from error
-    # The lock saves the processes of one machine from downloading the same file at once.
+        raise OSError(f"{reason}; set {CACHE_VARIABLE} to another folder.") from error
+    # The lock keeps processes on one machine from downloading the same file at once.
     with scratch as path, WeakFileLock(folder.parent / f".{folder.name}.lock"):
         if not _is_complete(folder):
             _make(folder, sources, build, otherwise, Path(path))
@@ -201,7 +195,7 @@ def _converted(folder: Path, sources: Sequence[_Source], build: Callable[..., No
 
 
 def _make(folder: Path, sources: Sequence[_Source], build: Callable[..., None], otherwise: str, scratch: Path) -> None:
-    """Download into `scratch`, convert there, and move the result to its place."""
+    """Download into `scratch`, convert there, and move the result to `folder`."""
     source, files = _first_available(sources, scratch / "download", otherwise)
     built = scratch / "built"
     built.mkdir()
@@ -215,7 +209,7 @@ def _make(folder: Path, sources: Sequence[_Source], build: Callable[..., None], 
     try:
         built.rename(folder)
     except OSError:
-        # Where locks do nothing, as on some network drives, another process may have been first.
+        # On file systems without locks, such as some network drives, another process may have been first.
         if not _is_complete(folder):
             raise
 
@@ -232,7 +226,7 @@ def _first_available(sources: Sequence[_Source], scratch: Path, otherwise: str) 
 
 
 def _fetch(repository: str, name: str, scratch: Path, otherwise: str) -> _File:
-    """Return a hub file: from Hugging Face's cache if it is there intact, else downloaded into `scratch`."""
+    """Return a hub file, from Hugging Face's cache if it is intact there, otherwise downloaded into `scratch`."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     expected = SHA256.get(f"{repository}/{name}")
@@ -247,28 +241,29 @@ def _fetch(repository: str, name: str, scratch: Path, otherwise: str) -> _File:
     expected = expected or announced
     if expected not in (None, file.sha256):
         raise ValueError(
-            f"{repository}/{name} from {endpoint} has sha256 {file.sha256}, expected {expected}; the download is "
-            f"dropped. Try again; if it comes the same, {endpoint} does not serve the published file."
+            f"{repository}/{name} from {endpoint} has sha256 {file.sha256}, expected {expected}; the download was "
+            f"deleted. Try again; if this repeats, {endpoint} does not serve the published file."
         )
     return file
 
 
 def _download(repository: str, name: str, endpoint: str, scratch: Path, otherwise: str) -> tuple[Path, str | None]:
-    """Return the path of the downloaded file, and the sha256 that the hub says it has (only of large files)."""
+    """Return the path of the downloaded file, and the sha256 that the hub announces for it (large files only)."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        # The download asks for the same, but where there is no network it goes on trying for 23 seconds.
+        # The download makes the same request, but without a network it retries for 23 seconds.
         etag = get_hf_file_metadata(hf_hub_url(repository, name, endpoint=endpoint), endpoint=endpoint).etag
         path = Path(hf_hub_download(repository, name, endpoint=endpoint, cache_dir=scratch))
     except RemoteEntryNotFoundError as error:
         raise _NotThereError(f"{endpoint} has no {name} in {repository}") from error
     except RepositoryNotFoundError as error:
         raise _NotThereError(f"{endpoint} has no repository {repository}, or gives no access to it") from error
-    except Exception as error:  # those of its HTTP library come through, and huggingface_hub has changed the library
+    except Exception as error:  # errors of its HTTP library, which differs between versions of huggingface_hub
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise FileNotFoundError(f"{repository}/{name} cannot be had from {endpoint}: {reason}. {otherwise}") from None
+        message = f"{repository}/{name} cannot be downloaded from {endpoint}: {reason}. {otherwise}"
+        raise FileNotFoundError(message) from None
     return path, etag if etag is not None and _SHA256.fullmatch(etag) else None
 
 
@@ -278,7 +273,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_source(folder: Path, source: _Source, files: Sequence[_File]) -> None:
-    """Record where a conversion comes from, and the sizes by which `_is_complete` knows it."""
+    """Record where a conversion comes from, and the file sizes that `_is_complete` checks."""
     made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     record = {
         "repository": source.repository,
@@ -290,7 +285,7 @@ def _write_source(folder: Path, source: _Source, files: Sequence[_File]) -> None
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether the folder is a conversion with all its files in their full sizes."""
+    """Whether the folder is a conversion with all its files at their full sizes."""
     try:
         sizes = json.loads((folder / _SOURCE_FILE).read_bytes())["bytes"]
         return all((folder / file).stat().st_size == size for file, size in sizes.items())

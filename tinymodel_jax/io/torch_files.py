@@ -1,10 +1,10 @@
-"""PyTorch `.pt` files without PyTorch: read them, say what is in them, write them.
+"""PyTorch `.pt` files without PyTorch: read, describe and write them.
 
-Reading maps the file and returns read-only NumPy arrays on the mapping; bfloat16 is `ml_dtypes.bfloat16`. Nothing in a
-file runs: a pickle that names anything but tensors and plain containers is refused, and a damaged file gives a
-ValueError of one line. Members of a zip file must be uncompressed and match their CRC-32; the older form has no
-checksums, so only its sizes are checked. The file must not change while the arrays are in use. Not read: pickled
-modules, TorchScript, tar archives, sparse or quantized tensors, big-endian files.
+Reading maps the file into memory and returns read-only NumPy arrays; bfloat16 is `ml_dtypes.bfloat16`. The file must
+not change while the arrays are in use. Code in a file never runs: a pickle that names anything but tensors and plain
+containers is refused, and a damaged file raises a ValueError of one line. Members of a zip file must be uncompressed
+and match their CRC-32; the older form has no checksums, so only sizes are checked. Pickled modules, TorchScript, tar
+archives, sparse or quantized tensors and big-endian files are not supported.
 """
 
 import math
@@ -55,21 +55,21 @@ class TorchFileSummary(NamedTuple):
     globals: tuple[str, ...]
     """Every global that the pickle names."""
     refused: tuple[str, ...]
-    """Those for which `load_torch_file` refuses the file; with pickle protocol 4 or later, only the first."""
+    """Globals for which `load_torch_file` refuses the file; from pickle protocol 4 on, only the first."""
     tensors: tuple[TensorEntry, ...]
-    """In the order of the file, outer ones first; empty if something is refused."""
+    """In the order of the file, outer ones first; empty if the file is refused."""
 
 
 def load_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """Read a file of `torch.save` whose top object is a mapping, usually a state dict: {name: array}.
+    """Read a file written by `torch.save` whose top object is a mapping, usually a state dict: {name: array}.
 
-    Nested dicts, lists, tuples, numbers, strings and None come back as they are, tensors and parameters as read-only
-    arrays mapped from the file, `torch.dtype` as `numpy.dtype`, `torch.Size` as a tuple.
+    Tensors and parameters become read-only arrays mapped from the file, a `torch.dtype` becomes a `numpy.dtype`, and a
+    `torch.Size` a tuple. Nested dicts, lists, tuples, numbers, strings and None are kept.
 
     Raises:
-        ValueError: the file is damaged, is not a file of `torch.save`, holds no mapping, or names a pickle global
-            outside the allow-list. The message is one line and starts with the path.
-        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, was not written by `torch.save`, does not hold a mapping, or names a pickle
+            global outside the allow-list. The message is one line and starts with the path.
+        FileNotFoundError: the file does not exist.
         IsADirectoryError: the path is a folder.
     """
     with _opened(path) as (file, mapped):
@@ -84,11 +84,11 @@ def load_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def describe_torch_file(path: str | os.PathLike[str]) -> TorchFileSummary:
-    """Say what a PyTorch file holds, without building its arrays; for a refused file, its globals.
+    """Return what a PyTorch file holds; for a refused file, its globals.
 
     Raises:
         ValueError, FileNotFoundError, IsADirectoryError: as `load_torch_file`, except that refused globals are returned
-            and that the top object may be anything.
+            and the top object may be anything.
     """
     with _opened(path) as (file, mapped):
         form = "zip" if mapped[:4] in _ZIP_STARTS else "legacy"
@@ -103,14 +103,14 @@ def describe_torch_file(path: str | os.PathLike[str]) -> TorchFileSummary:
 def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
     """Write arrays as a file that `torch.load(path, weights_only=True)` reads as an OrderedDict of tensors.
 
-    The same arrays give the same bytes. The file replaces `path` only when it is complete. Every array gets a storage
-    of its own, aligned to 64 bytes.
+    The same arrays give the same bytes. The file replaces `path` only when it is complete. Each array gets its own
+    storage, aligned to 64 bytes.
 
     Raises:
-        ValueError: a name is not a string or a dtype has no PyTorch counterpart; the message lists them all.
+        ValueError: a name is not a string, or PyTorch does not have a dtype; the message lists all of them.
     """
     wrong = [f"{name!a} ({array.dtype})" for name, array in tensors.items() if array.dtype not in _STORAGE_OF]
-    wrong += [f"{name!a} (a name that is no string)" for name in tensors if not isinstance(name, str)]
+    wrong += [f"{name!a} (the name is not a string)" for name in tensors if not isinstance(name, str)]
     if wrong:
         allowed = ", ".join(dtype.name for dtype in _STORAGE_OF)
         raise ValueError(f"PyTorch cannot hold {', '.join(wrong)}; allowed are string names and the dtypes {allowed}")
@@ -125,7 +125,7 @@ def save_torch_file(tensors: Mapping[str, np.ndarray], path: str | os.PathLike[s
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], mmap]]:
-    """Open and map a file; any ValueError inside the block becomes one about the path."""
+    """Open and map a file; put the path in front of the message of any ValueError inside the block."""
     path = user_path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a PyTorch file")
@@ -139,7 +139,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[IO[bytes], mmap]]:
 
 
 def _read(file: IO[bytes], mapped: mmap) -> tuple[TorchPickle, dict[str, memoryview]]:
-    """The pickle of the object that was saved, and the bytes of each storage that it declares."""
+    """Return the pickle of the saved object, and the bytes of each storage that it declares."""
     return _read_zip(file, memoryview(mapped)) if mapped[:4] in _ZIP_STARTS else _read_legacy(mapped)
 
 
@@ -168,10 +168,10 @@ def _read_zip(file: IO[bytes], whole: memoryview) -> tuple[TorchPickle, dict[str
 
 
 def _stored_members(infos: list[zipfile.ZipInfo], whole: memoryview) -> dict[str, memoryview]:
-    """Name -> bytes of every member, whose total is checked first so that overlapping ones cost nothing."""
+    """Return name -> bytes of every member; their total is checked first, so that overlapping members cost nothing."""
     if sum(info.file_size for info in infos) > len(whole):
-        raise ValueError("its zip members claim more bytes than the file has; it is damaged or made to deceive")
-    # torch.serialization.set_crc32_options(False) leaves every checksum zero.
+        raise ValueError("its zip members claim more bytes than the file has; it is damaged or malicious")
+    # torch.serialization.set_crc32_options(False) leaves all checksums at zero.
     unchecked = not any(info.CRC for info in infos)
     members = {}
     for info in infos:
@@ -223,11 +223,11 @@ def _read_legacy(mapped: mmap) -> tuple[TorchPickle, dict[str, memoryview]]:
 
 
 def _array(record: TensorRecord, storage: memoryview) -> np.ndarray:
-    """The tensor as a read-only array on its storage; NumPy checks once more that it lies inside."""
+    """Return the tensor as a read-only array on its storage; NumPy checks again that it lies inside."""
     dtype = record.storage.dtype
     if 0 in record.shape:
         return np.ndarray(record.shape, dtype, b"")
-    # An axis of length one may have any stride in PyTorch, beyond what fits NumPy.
+    # In PyTorch an axis of length one may have any stride, even one that NumPy cannot hold.
     axes = zip(record.shape, record.strides, strict=True)
     strides = [stride * dtype.itemsize if length > 1 else dtype.itemsize for length, stride in axes]
     return np.ndarray(record.shape, dtype, storage, record.offset * dtype.itemsize, strides)
@@ -240,10 +240,10 @@ def _entry(name: str, record: TensorRecord, storage: memoryview) -> TensorEntry:
 
 
 def _state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle that `torch.save` writes for tensors that each have their own storage."""
+    """Return the pickle that `torch.save` writes for tensors that each have their own storage."""
     items = []
     for index, (name, array) in enumerate(tensors.items()):
-        # In elements; PyTorch counts an empty axis as one.
+        # In elements; in strides, PyTorch counts an empty axis as one.
         strides = tuple(math.prod(size or 1 for size in array.shape[axis + 1 :]) for axis in range(array.ndim))
         items += [_pushing(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
         items += [_pushing("storage"), _STORAGE_OF[array.dtype], _pushing(f"{index}", "cpu", array.size), b"tQ"]
@@ -252,12 +252,12 @@ def _state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _pushing(*values: str | int | tuple[int, ...]) -> bytes:
-    """Pickle instructions that push the values: whole pickles without their PROTO and STOP."""
+    """Return pickle instructions that push the values: their pickles without PROTO and STOP."""
     return b"".join(pickle.dumps(value, protocol=2)[2:-1] for value in values)
 
 
 def _write_member(archive: zipfile.ZipFile, at: int, name: str, data: bytes | memoryview) -> None:
-    """Store a member at file position `at` with its bytes on a multiple of 64, padded as PyTorch pads."""
+    """Store a member at file position `at`, padded as in PyTorch so that its bytes start at a multiple of 64."""
     member = zipfile.ZipInfo(f"archive/{name}")
     padding = -(at + _LOCAL_HEADER.size + len(member.filename) + 4) % _ALIGNMENT
     member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding

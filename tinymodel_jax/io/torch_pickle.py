@@ -1,8 +1,8 @@
 """The pickle inside a PyTorch file, read by the standard library's unpickler, restricted to tensors and plain data.
 
-`pickletools` first checks that the pickle is complete and what it names. The unpickler then loads it with stand-ins for
-the few globals that files of tensors need; it imports and calls nothing else. The length of the pickle bounds time and
-memory: memoized values cannot multiply, and keys are quick to hash.
+`pickletools` first checks that the pickle is complete and lists the globals it names. The unpickler then loads it with
+stand-ins for the few globals that files of tensors need; it imports and calls nothing else. Time and memory are bounded
+by the length of the pickle: memoized values cannot multiply, and keys are quick to hash.
 """
 
 import io
@@ -32,7 +32,7 @@ _CLASSES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDoub
 _DTYPES = ["f8", "f4", "f2", ml_dtypes.bfloat16, "i8", "i4", "i2", "i1", "u1", "?", "c16", "c8"]
 STORAGE_DTYPES = {f"torch.{c}Storage": np.dtype(dtype) for c, dtype in zip(_CLASSES.split(), _DTYPES, strict=True)}
 """Storage class that a pickle names -> dtype of its elements."""
-# They hash any value, or take what the process has registered without asking `find_class`.
+# These instructions hash any value, or load registered objects without asking `find_class`.
 _UNNEEDED = (
     pickle.DICT + pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
 )
@@ -63,7 +63,7 @@ class TensorRecord:
 
 
 class RefusedGlobals(ValueError):
-    """A pickle names globals that are not allowed: `refused`, among the `names` that were found."""
+    """A pickle names globals that are not allowed: `refused`, among all `names` found."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
@@ -77,7 +77,7 @@ class RefusedGlobals(ValueError):
 
 
 class PickleStream(io.BytesIO):
-    """Bytes for `pickletools`, with lines of text that are short and plain, so that none is slow to parse."""
+    """Bytes for `pickletools` whose lines of text must be short and plain, so that they are quick to parse."""
 
     def readline(self, size: int | None = MAX_LINE, /) -> bytes:
         line = super().readline(MAX_LINE)
@@ -87,7 +87,7 @@ class PickleStream(io.BytesIO):
 
 
 class TorchPickle(pickle._Unpickler):
-    """The next pickle of a stream, read.
+    """Reads the next pickle of a stream.
 
     Raises:
         RefusedGlobals: it names a global that is not allowed.
@@ -99,17 +99,17 @@ class TorchPickle(pickle._Unpickler):
 
     def __init__(self, stream: PickleStream) -> None:
         self.globals: dict[str, None] = {}
-        """Every global that it names."""
+        """All globals that it names."""
         self.storages: dict[str, StorageRecord] = {}
-        """Key -> storage that it declares."""
+        """Key -> declared storage."""
         self._code = self._surveyed(stream)
         self.tree = self.build(lambda record: record)
-        """What it holds, tensors as records."""
+        """The object, with records in place of tensors."""
         self.tensors = _named_tensors(self.tree)
         """Name and record of every tensor, outer ones first."""
 
     def build(self, make_tensor: Callable[[TensorRecord], Any]) -> Any:
-        """Return what it holds, with what `make_tensor` gives in place of the records."""
+        """Return the object, with the results of `make_tensor` in place of the records."""
         super().__init__(io.BytesIO(self._code), encoding="latin-1")
         self._make_tensor = make_tensor
         try:
@@ -118,7 +118,7 @@ class TorchPickle(pickle._Unpickler):
             raise ValueError(f"its pickle is damaged, or not of tensors: {type(error).__name__}: {error}") from error
 
     def _surveyed(self, stream: PickleStream) -> bytes:
-        """Return the bytes of the pickle after a first look at every instruction."""
+        """Check every instruction of the pickle; return its bytes."""
         start, problem = stream.tell(), ""
         at = start
         try:
@@ -146,7 +146,7 @@ class TorchPickle(pickle._Unpickler):
         return self._tensor if stand_in is TensorRecord else stand_in
 
     def persistent_load(self, pid: Any) -> StorageRecord:
-        """Return the storage of ("storage", class, key, location, numel), maybe with a None more."""
+        """Return the storage of ("storage", class, key, location, numel), optionally followed by None."""
         match pid[:5] if isinstance(pid, tuple) and pid[5:] in ((), (None,)) else None:
             case ("storage", StorageRecord(dtype=dtype), str(key), str(_), int(numel)) if 0 <= numel < 2**60:
                 record = StorageRecord(key, dtype, numel)
@@ -158,7 +158,7 @@ class TorchPickle(pickle._Unpickler):
     def _tensor(
         self, storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = 0, hooks: Any = 0, flags: Any = 0
     ) -> Any:
-        """Check that a tensor lies inside its storage, and that it does not expand a small one to a huge array."""
+        """Check that a tensor lies inside its storage and does not expand a small one to a huge array."""
         declared = isinstance(storage, StorageRecord) and self.storages.get(storage.key) == storage
         if not declared or not isinstance(shape, tuple) or not isinstance(strides, tuple):
             raise ValueError("a tensor is not described by a storage, a shape and strides")
@@ -183,13 +183,13 @@ class TorchPickle(pickle._Unpickler):
         self._set_items(self.pop_mark())
 
     def _set_items(self, items: list[Any]) -> None:
-        """Set keys of the last value. Nested tuples would hash recursively, and huge integers collide at will."""
+        """Set keys of the last value. Nested tuples would hash recursively, and huge integers could collide."""
         if not all(isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63) for key in items[::2]):
             raise ValueError("a key of its pickle is neither a string nor a 64-bit integer")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def load_build(self) -> None:
-        """Drop the state: a state dict has one (`_metadata`), which says nothing of the tensors."""
+        """Ignore the state. A state dict has one, `_metadata`, which does not concern the tensors."""
         state = self.stack.pop()
         if not isinstance(state, dict) or not isinstance(self.stack[-1], dict):
             raise ValueError("its pickle sets attributes")
@@ -202,7 +202,7 @@ class TorchPickle(pickle._Unpickler):
     }
 
 
-# Each takes few arguments, so that a long memoized tuple is not copied by every call.
+# Each takes few arguments, so that a call cannot copy a long memoized tuple.
 _STAND_INS: dict[str, Any] = {
     **{name: StorageRecord("", dtype, 0) for name, dtype in STORAGE_DTYPES.items()},
     **{f"torch.{dtype.name}": dtype for dtype in STORAGE_DTYPES.values()},
@@ -220,7 +220,7 @@ _PLAIN = (str, int, float, bytes, type(None), np.dtype)
 def _named_tensors(tree: Any) -> list[tuple[str, TensorRecord]]:
     """Return every tensor with the keys and indices that lead to it, and refuse values that are not plain data.
 
-    It goes level by level, and looks at a container that is shared within a level once.
+    It visits the tree level by level, and a shared container once per level.
     """
     tensors: list[tuple[str, TensorRecord]] = []
     level = {0: ("", tree if isinstance(tree, _CONTAINERS) else [tree])}

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -131,6 +132,42 @@ def bucket(length: int, n_ctx: int) -> int:
 def pad_right(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
     """Pad rows of ids on the right to a width."""
     return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad_id)
+
+
+def pad_to_bucket(tok_ids: Any, config: ModelConfig) -> tuple[Any, int]:
+    """Return token ids as (batch, compiled length), and the length they had. Traced ones are not padded.
+
+    Raises:
+        ValueError: as `check_tok_ids`.
+    """
+    ids = batch_of(tok_ids, config)
+    length = ids.shape[1]
+    return (ids if is_traced(ids) else pad_right(ids, bucket(length, config.n_ctx), config.pad_id)), length
+
+
+def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """Return token ids and the weight of each as a target of the loss, both (batch, compiled length).
+
+    Args:
+        attn_mask: (batch, seq), the weights of all tokens but `[PAD]`, which has 0; None for 1, and 0 at `[END]`.
+
+    Raises:
+        ValueError: as `check_tok_ids`, or the mask has another shape than the ids, or no token counts.
+    """
+    ids, length = pad_to_bucket(tok_ids, config)
+    given = ids[:, :length]
+    mask = (given != config.end_id) if attn_mask is None else attn_mask
+    mask = mask if is_traced(mask) else np.asarray(mask)
+    mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
+    if mask.shape != given.shape:
+        raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {given.shape}; they must agree.")
+    numpy = jnp if is_traced(given, mask) else np  # outside of a trace, jnp compiles a program for every length
+    mask = numpy.where(given != config.pad_id, mask, np.zeros((), mask.dtype))
+    if not is_traced(mask) and not np.any(mask[:, 1:]):
+        raise ValueError(
+            "loss: no token to predict; it takes at least two tokens per row, and a mask that is not all 0."
+        )
+    return ids, numpy.pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
 
 
 def pad_below(ids: np.ndarray, n_rows: int, pad_id: int) -> np.ndarray:

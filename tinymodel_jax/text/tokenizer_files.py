@@ -1,8 +1,8 @@
-"""The files behind a `Tokenizer`: read GPT-2's, read and write our own two.
+"""The files of a `Tokenizer`: read GPT-2's files, read and write our own two.
 
-Rely on: what is read is a `tokenizers.Tokenizer` and a table (model id -> BPE id) for `Tokenizer(bpe, table)`; a file
-that is missing, broken or another model's gives one line that says which and what would work; a file is written whole
-or not at all. It deliberately does not download anything.
+Reading returns a `tokenizers.Tokenizer` and a table (model id -> BPE id), the arguments of `Tokenizer`. A file that is
+missing, damaged or of another model raises an error of one line that names it and says what would work. A file is
+written completely or not at all. Nothing is downloaded.
 """
 
 import json
@@ -24,12 +24,12 @@ _BPE_FILE = "tokenizer.json"
 _TABLE_FILE = "token_table.json"
 _GPT2_FILES = ("vocab.json", "merges.txt")
 _GPT2_SIZE = 50257
-# Other vocabularies of this size have other ids for these, the likeliest to be mistaken for it among them.
+# Other vocabularies of this size, some of them easily mistaken for GPT-2's, have other ids for these tokens.
 _GPT2_LANDMARKS = {".": 13, "Ġthe": 262, "<|endoftext|>": 50256}
 
 
 def read_gpt2(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """GPT-2's BPE, without the prefix space, and the bundled table of the GPT-2 ids that TinyModel knows.
+    """Return GPT-2's BPE, without the prefix space, and the bundled table of the GPT-2 ids that TinyModel knows.
 
     Args:
         path: a `tokenizer.json`, or a folder with one, or a folder with `vocab.json` and `merges.txt`.
@@ -38,13 +38,13 @@ def read_gpt2(path: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
     _check_gpt2_vocab(path, bpe.get_vocab())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>"])  # one token even in a text, which vocab.json alone does not say
+    bpe.add_special_tokens(["<|endoftext|>"])  # a single token even within a text, which vocab.json does not state
     with resources.files("tinymodel_jax.bundled").joinpath("gpt2_ids.npy").open("rb") as file:
         return bpe, np.load(file, allow_pickle=False).tolist()
 
 
 def read_saved(folder: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """The BPE and the table that `write_saved` wrote."""
+    """Return the BPE and the table that `write_saved` wrote."""
     missing = [name for name in (_BPE_FILE, _TABLE_FILE) if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -64,10 +64,10 @@ def read_saved(folder: Path) -> tuple[tokenizers.Tokenizer, list[int]]:
 
 
 def saved_form(bpe: tokenizers.Tokenizer, table: list[int]) -> dict[str, str]:
-    """File name -> text of `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
+    """Return file name -> text of `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
 
-    The table lists the BPE token, not the BPE id, of each model id in order, so that a table beside the wrong BPE is
-    noticed when it is read.
+    The table lists the BPE token of each model id in order, not its BPE id, so that a table that does not belong to the
+    BPE is noticed when it is read.
     """
     tokens = [bpe.id_to_token(id_) for id_ in table]
     return {_BPE_FILE: bpe.to_str(), _TABLE_FILE: json.dumps({"tokens": tokens}, ensure_ascii=False, indent=0)}
@@ -113,7 +113,7 @@ def _check_gpt2_vocab(path: Path, vocab: dict[str, int]) -> None:
 
 
 def _parse(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read` makes of `path`; whatever it stumbles over becomes one line that names the file."""
+    """Return the result of `read`; turn any error into one line that names the file."""
     try:
         return read()
     except Exception as error:  # the tokenizers library raises bare Exceptions

@@ -1,7 +1,8 @@
 """Unicode text to ASCII, with the replacements of Unidecode 1.4.0 and without Unidecode, whose licence is the GPL.
 
-Rely on: for every code point `to_ascii` gives what `unidecode.unidecode` of Unidecode 1.4.0 gives, on every supported
-Python; a lone surrogate gives nothing, without a warning. It deliberately does not look at a character's neighbours.
+For every code point, `to_ascii` returns the same as `unidecode.unidecode` of Unidecode 1.4.0, on every supported
+Python; a lone surrogate gives the empty string, without a warning. Each character is replaced by itself, without regard
+to its neighbours.
 
 The replacements are those of `text-unidecode`, with corrections in two steps. The two libraries were asked for all
 1,114,112 code points; they differ at 1,509. tests/test_transliteration.py repeats this.

@@ -1,0 +1,167 @@
+"""The dictionaries of a model, and their activations as functions of token ids.
+
+A tag names an attached dictionary, one that came with the model, or a published one, in this order. Dictionaries are
+loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Array
+
+from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.artifacts import config_at
+from tinymodel_jax.model.forward import features
+from tinymodel_jax.model.hook_points import hook_width
+from tinymodel_jax.model.interventions import Hooks, Splice, combine
+from tinymodel_jax.model.padding import cut, pad_to_bucket
+
+if TYPE_CHECKING:
+    from tinymodel_jax.lm import TinyModel
+
+
+class ModelDictionaries:
+    """The dictionaries at the sites of one model, and those that its forward pass runs through.
+
+    `loaded` maps tags to the dictionaries attached or loaded so far, `splices` maps tags to the edits of the forward
+    pass, in its order.
+    """
+
+    def __init__(self, config: ModelConfig, own: Mapping[str, Dictionary | Path] | None = None):
+        """Start with the dictionaries that came with the model: `own`, tag -> dictionary or its folder."""
+        self.config = config
+        self.loaded: dict[str, Dictionary] = {}
+        self.splices: dict[str, Splice] = {}
+        self._own = dict(own or {})
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags of the dictionaries that are attached or came with the model, in the order of the forward pass."""
+        return tuple(sorted({*self._own, *self.loaded}, key=_order))
+
+    def load_own(self) -> dict[str, Dictionary]:
+        """Return all that are attached or came with the model."""
+        return {tag: self.at(Site.whole(tag)) for tag in self.tags}
+
+    def at(self, site: Site) -> Dictionary:
+        """Return the dictionary at a site, and load it if needed.
+
+        Raises:
+            ValueError: the layer does not exist, or the model has no dictionary there and the published ones do not
+                fit.
+        """
+        self._require_layer(site)
+        if site.tag not in self.loaded:
+            own = self._own.get(site.tag)
+            if own is None and not self._has_published_sizes:
+                raise ValueError(
+                    f"{site.tag!r}: this model has no dictionary there (it has: {', '.join(self.tags) or 'none'}), and "
+                    f"the published ones fit the published sizes only. Give one: lm.attach({site.tag!r}, path)."
+                )
+            self.attach(site, site.tag if own is None else own)
+        return self.loaded[site.tag]
+
+    def attach(self, site: Site, dictionary: Dictionary | str | os.PathLike[str]) -> None:
+        """Put a dictionary at a site; load it if it is given by its path or published name.
+
+        Raises:
+            FileNotFoundError: the file or folder does not exist.
+            ValueError: the layer does not exist, the folder is for another site, the widths do not fit, or a parameter
+                is not finite.
+        """
+        self._require_layer(site)
+        if isinstance(dictionary, Dictionary):
+            require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
+        else:
+            dictionary = Dictionary.from_pretrained(dictionary, site.tag)
+        config = config_at(dictionary.config, site)
+        for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
+            expected = hook_width(hook, self.config)
+            if width != expected:
+                raise ValueError(
+                    f"attach: the dictionary has {name}={width}, "
+                    f"but {hook} ({site.tag}) is {expected} wide in this model."
+                )
+        self.loaded[site.tag] = Dictionary.from_params(config, dictionary.params)
+
+    def spliced(self, sites: Iterable[Site], switches: Mapping[str, bool]) -> ModelDictionaries:
+        """Return the same dictionaries, with those at the sites spliced into the forward pass as well."""
+        other = ModelDictionaries(self.config, self._own)
+        splices = dict(self.splices)
+        for site in sites:
+            dictionary = self.at(site)
+            splices[site.tag] = Splice(dictionary.params, config=dictionary.config, **switches)
+        other.splices = {tag: splices[tag] for tag in sorted(splices, key=_order)}
+        other.loaded = dict(self.loaded)
+        return other
+
+    def hooks(self, before: Site | None = None) -> Hooks:
+        """Return the hooks of the splices, or only of the splices that act before a site is read."""
+        acting = [s for tag, s in self.splices.items() if before is None or _order(tag) < before.order]
+        return combine(*({splice.config.hook_out: splice} for splice in acting))
+
+    def _require_layer(self, site: Site) -> None:
+        if site.layer >= self.config.n_layers:
+            raise ValueError(
+                f"{site.tag!r}: layer {site.layer} does not exist; the layers are 0..{self.config.n_layers - 1}."
+            )
+
+    @property
+    def _has_published_sizes(self) -> bool:
+        """Whether the model has the sizes of the model that the published dictionaries were trained on."""
+        return (self.config.n_layers, self.config.d_model, self.config.d_vocab) == (4, 768, 10_000)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that `jax.jit(lm["M2"])` works
+class FeatureReader:
+    """The activations at one site as a function of token ids: what `lm[tag]` returns."""
+
+    lm: TinyModel
+    site: Site
+    dictionary: Dictionary
+    feature: int | None
+    """The one feature that the tag names; None for all."""
+
+    @classmethod
+    def of(cls, lm: TinyModel, dictionary: Dictionary) -> FeatureReader:
+        """Return the reader of a dictionary at the site in its configuration, instead of the model's dictionary there.
+
+        Raises:
+            ValueError: it does not fit the model.
+        """
+        tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
+        holder = lm.splice([])  # so that attaching, which checks layer and width, leaves `lm` unchanged
+        holder.attach(tag, dictionary)
+        return holder[tag]
+
+    def __call__(self, tok_ids: Any, indices: Indices = None) -> Array:
+        """Return activations (batch, seq, n_features), only the columns of `indices` if given.
+
+        Args:
+            indices: an int (drops the last axis), a list or a slice; by default all, or the feature that the tag names.
+
+        Raises:
+            ValueError: an index is out of range, indices are given for a tag that names a feature, or `tok_ids` are not
+                valid for the model.
+        """
+        config, tag = self.dictionary.config, self.site.tag
+        if self.feature is not None and indices is not None:
+            raise ValueError(
+                f"'{tag}N{self.feature}' is one feature; indices={indices!r:.80} belong to the whole dictionary: "
+                f"lm[{tag!r}](tok_ids, indices=…)."
+            )
+        chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
+        ids, length = pad_to_bucket(tok_ids, self.lm.config)
+        acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
+        return cut(acts, (1,), length)
+
+
+def _order(tag: str) -> tuple[int, int]:
+    return Site.whole(tag).order
