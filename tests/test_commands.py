@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
             ["generate", "Once", "--temperature", "-1", "--top-k", "0"],
             "temperature=-1.0 must be 0 (greedy) or more; top",
         ),
-        (["features", "1", "--ids", "--site", "Q1"], "no dictionary tag"),
+        (["features", "1", "--ids", "--site", "Q1"], "not a dictionary tag"),
         (["features", "1", "--ids", "--site", "M0", "--top", "0"], "--top 0"),
         (
             ["features", "1", "--site", "M0", "--dictionary", "none"],
@@ -239,8 +239,8 @@ def test_a_dictionary_s_folder_is_not_read_for_another_site(
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
         (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "and no config.json. Nothing"),
         (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
-        (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "no such folder"),
-        (["export-lm", "{tmp}", "{tmp}/new.bin"], "use .pt or .safetensors"),
+        (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "is not a folder"),
+        (["export-lm", "{tmp}", "{tmp}/new.bin"], "must end in .pt or .safetensors"),
         (["inspect", "{tmp}/taken/config.json"], "config.json"),
     ],
 )

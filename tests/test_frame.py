@@ -76,7 +76,7 @@ def test_a_list_of_sites_may_have_spaces_and_repeat():
     assert parse_sites("--sites", "") == []
     for text, says in [
         ("M1N5", "--sites 'M1N5' names a feature; name the site, 'M1'"),
-        ("X", "no dictionary tag"),
+        ("X", "not a dictionary tag"),
     ]:
         with pytest.raises(ValueError, match=says):
             parse_sites("--sites", text)

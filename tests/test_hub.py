@@ -344,7 +344,7 @@ def test_a_cache_that_cannot_be_made_is_named_with_the_reason(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TINYMODEL_CACHE", str(tmp_path / "file"))
     message = refused(OSError, TinyModel)
-    assert message.startswith(f"cannot write to the cache {tmp_path / 'file' / 'v1' / 'models'}: Not a directory; let ")
+    assert message.startswith(f"cannot write to the cache {tmp_path / 'file' / 'v1' / 'models'}: Not a directory; set ")
     assert server.requests == []
 
 

@@ -133,7 +133,7 @@ def test_people_get_a_table_and_a_page(capsys, top, searched):
         (["--site", "M1", "--feature", "9999"], "feature 9999 is out of range; the dictionary has features 0.."),
         (["--site", "M1N9999"], "feature 9999 is out of range"),
         (["--site", "M7"], "layer 7 does not exist"),
-        (["--site", "X"], "no dictionary tag"),
+        (["--site", "X"], "not a dictionary tag"),
         (["--site", "M1", "--top", "0"], "--top 0 must be 1 or more"),
         (["--site", "M1", "--limit", "0"], "--limit 0 must be 1 or more"),
         (["--site", "M1", "--contains", "a", "--feature", "1"], "do not go together"),

@@ -49,8 +49,8 @@ def prompt_ids(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> lis
     if found := [token for id_, token in special.items() if id_ in ids]:
         shown = text if len(text) <= 40 else f"{text[:40]}…"
         raise ValueError(
-            f"{name} {shown!r} holds the special token {' and '.join(found)}; a text may only have [BEGIN] in front. "
-            "Remove it, or give token ids instead of text."
+            f"{name} {shown!r} holds {' and '.join(found)}; the only special token that a text may hold is a "
+            "[BEGIN] in front. Remove what is there, or give token ids instead of text."
         )
     return [tokenizer.begin_id, *ids]
 
