@@ -161,13 +161,13 @@ def _summary(src: Path) -> TorchFileSummary:
 
 
 def _replaced(dest: Path) -> str:
-    """Return what to print about an earlier conversion at DEST; refuse a folder of anything else."""
+    """Return what to print about an earlier conversion at DEST; refuse a folder of other files."""
     from tinymodel_jax.io.artifacts import CONFIG_FILE
 
     found = sorted(path.name for path in dest.iterdir()) if dest.is_dir() else []
     if found and CONFIG_FILE not in found:
         shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        raise FileExistsError(f"{dest} holds {shown}, and no {CONFIG_FILE}. Nothing was written; choose another DEST.")
+        raise FileExistsError(f"{dest} holds {shown}, but no {CONFIG_FILE}. Nothing was written; choose another DEST.")
     return "; it replaces what was there" if found else ""  # writing refuses a configuration that is not ours
 
 

@@ -182,7 +182,7 @@ def test_bad_input_is_one_line_and_exit_status_1(
         (["generate", "--ids", ""], "--ids: '' is not a list of whole numbers"),
         (["features", "--ids", " ", "--site", "M0"], "--ids: ' ' is not a list of whole numbers"),
         (["generate", "--stories", "none.jsonl"], "none.jsonl: No such file or directory"),
-        (["generate", "--ids", "1", "--stories", "none.jsonl"], "--ids and --stories do not go together"),
+        (["generate", "--ids", "1", "--stories", "none.jsonl"], "--ids and --stories cannot be combined"),
         (["generate", "Once", "--prompt-toks", "0"], "--prompt-toks 0"),
         (
             ["generate", "Once", "--temperature", "-1", "--top-k", "0"],
@@ -237,7 +237,7 @@ def test_a_dictionary_s_folder_is_not_read_for_another_site(
             "holds a.txt, b.txt, c.txt and 1 more, and no",
         ),
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
-        (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "and no config.json. Nothing"),
+        (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "but no config.json. Nothing"),
         (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
         (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "is not a folder"),
         (["export-lm", "{tmp}", "{tmp}/new.bin"], "must end in .pt or .safetensors"),

@@ -206,7 +206,7 @@ def test_rows_without_a_token_to_predict_and_unknown_places_are_refused(model):
             evaluate(model, [identity("A0")], np.full((1, 5), PAD))
         with pytest.raises(ValueError, match=r"hold \[BEGIN\] alone"):
             evaluate(model, [identity("A0")], np.full((1, 2), CONFIG.begin_id))
-        with pytest.raises(ValueError, match=r"no such hook point in a 2-layer model: 'blocks\.7"):
+        with pytest.raises(ValueError, match=r"unknown hook points in a 2-layer model: 'blocks\.7"):
             evaluate(model, [identity("A7")], np.ones((1, 5), np.int32))
 
 

@@ -141,7 +141,7 @@ def test_a_hook_point_that_the_method_does_not_pass_is_an_error(config, params):
             method="unembed",
         )
     )
-    assert message == "hook points not passed in unembed: hook_embed."
+    assert message == "hook points not reached by unembed: hook_embed."
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Patching every place at once equals patching each by hand."""
+"""Patching every layer and position at once equals patching each by hand."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused(lm, prompts):
     with as_users_run_it():
         with pytest.raises(ValueError, match="equal length"):
             patch(lm, clean, corrupted[:, :5], answer=1)
-        with pytest.raises(ValueError, match="hook_zz is no hook point of a block: hook_resid_pre"):
+        with pytest.raises(ValueError, match="got hook_zz; all: hook_resid_pre"):
             patch(lm, clean, corrupted, ["hook_zz"], answer=1)
         with pytest.raises(ValueError, match="nothing to restore"):
             patch(lm, clean, clean, answer=1)

@@ -113,7 +113,7 @@ def test_what_is_no_neuron_is_refused(lm):
         for options, says in (({"architecture": "topk", "k": 3}, "k largest"), ({"skip": True}, "skip connection")):
             with pytest.raises(ValueError, match=says):
                 export_sparse_lm(with_transcoders(lm, options, {}))
-        with pytest.raises(ValueError, match="'A1' is no transcoder of an MLP"):
+        with pytest.raises(ValueError, match="'A1' is not a transcoder of an MLP"):
             export_sparse_lm(lm, ["A1"])
         with pytest.raises(ValueError, match="spliced at M0"):
             export_sparse_lm(lm.splice("M0"))

@@ -285,9 +285,9 @@ def test_what_does_not_fit_is_refused_in_one_line(lm, row):
         "readout 'M1N3' names a feature": lambda: sweeps.ablate(lm, "M0", row, readout="M1N3"),
         r"'M9': layer 9 does not exist; the layers are 0\.\.1": lambda: sweeps.ablate(lm, "M9", row),
         "every row needs at least one": lambda: sweeps.ablate(lm, "M1", np.zeros((0, 5), int)),
-        "vectors are no numbers": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=[[1.0], [1.0, 2.0]]),
+        "vectors must be numbers": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=[[1.0], [1.0, 2.0]]),
         "an effect is not finite": lambda: sweeps.steer(lm, "M0", row, 3e38, [1]),
-        "a readout must read further up": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
+        "a readout must come later in the forward pass": lambda: sweeps.ablate(lm, "M1", row, readout="A1"),
         r"vectors has shape \(16,\)": lambda: sweeps.steer(lm, "M1", row, 1.0, vectors=np.ones(16)),
         "features and vectors": lambda: sweeps.steer(lm, "M1", row, 1.0, [1], vectors=np.ones((1, 16))),
     }

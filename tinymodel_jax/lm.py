@@ -262,7 +262,7 @@ class TinyModel(WeightViews, TextGeneration):
         return tuple(self._dictionaries.splices)
 
     def hooked(self, before: Site | None = None) -> HookedModel:
-        """Return the model as it runs, spliced dictionaries included, for functions that run it themselves.
+        """Return parameters, configuration and splices in one value, for functions that run the model themselves.
 
         Args:
             before: leave out the dictionaries that act when this site is read, or later.

@@ -1,7 +1,7 @@
-"""A model as it runs, and its compiled forward passes: log-probabilities, logits, activations, features, loss.
+"""A model with its hooks, and its compiled passes: log-probabilities, logits, activations, features, loss.
 
 The passes are compiled once per configuration, shape and set of names to keep, and shared by all models of a
-configuration. Each computes only what its result needs: XLA drops later layers and the unembedding.
+configuration. Each computes only what its result needs: XLA removes unused layers and the unembedding.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Output = Literal["logprobs", "logits", "none"]
 
 @struct.dataclass
 class HookedModel:
-    """A model as it runs: parameters, configuration, and the edits that are part of its forward pass.
+    """A model with its hooks: parameters, configuration, and the edits that are part of its forward pass.
 
     A pytree whose leaves are the arrays of parameters and hooks. The configuration is static, so a compiled function
     takes the model as one argument. `TinyModel.hooked` makes one.

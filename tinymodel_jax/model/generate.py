@@ -1,7 +1,7 @@
-"""Generation: one prefill of the prompts, then one compiled loop that decodes a token a row with a key/value cache.
+"""Generation: one prefill of the prompts, then one compiled loop that decodes one token per row at a time with a cache.
 
 Prompts of different lengths run in one batch. Hooks apply in both phases, so spliced models generate through their
-dictionaries. Text is not known here: ids in, ids out.
+dictionaries. This module handles token ids, not text.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tinymodel_jax.model.transformer import KVCache, LayerCache, Params, Transfo
 from tinymodel_jax.runtime.compilation import fast_jit
 
 Method = Literal["greedy", "sample", "filtered"]
-"""How the next token is chosen: the largest logit, by all probabilities, or after top-k and top-p."""
+"""How the next token is chosen: the largest logit, or a draw from all tokens, or a draw after top-k and top-p."""
 
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""Of the normal numbers of float32; compiled programs take what is smaller for 0."""
+"""Smallest and largest normal float32 number. Compiled programs treat smaller numbers as 0."""
 
 
 class Sampling(NamedTuple):
-    """Numbers of the sampling, as scalar arrays: changing them does not compile again."""
+    """Sampling options as scalar arrays, so that changing them does not recompile."""
 
     temperature: Any
     """Divides the logits; unused by `greedy`."""
@@ -64,12 +64,12 @@ def continue_prompts(
     """Continue rows of ids, right-padded with `[PAD]`; return them as long as the longest row.
 
     Args:
-        n_toks: tokens to add to each row at most; a row also stops where the context is full.
-        temperature: divides the logits; 0, and what float32 holds as 0 or a subnormal number, takes the largest.
-        end_id: a row stops after this token, which is kept, and is finished if it ends with it; None for never.
+        n_toks: maximum number of tokens to add to each row; a row also stops when the context is full.
+        temperature: divisor of the logits; 0, or a number that float32 rounds to 0 or a subnormal, is greedy.
+        end_id: token after which a row stops; it is kept. A prompt that ends with it stays unchanged. None: no stop.
         top_k: sample from the k largest logits only; None for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
-        seed: of the random draws, 0 to 2**32 - 1; row r, step s draws from `fold_in(fold_in(key(seed), r), s)`.
+        seed: seed of the draws, 0 to 2**32 - 1; step s of row r draws from `fold_in(fold_in(key(seed), r), s)`.
 
     Raises:
         ValueError: a row has no tokens, or an option is out of range.
@@ -119,10 +119,10 @@ def _generate(
     """Continue every row; return the filled rows and their new lengths.
 
     Args:
-        tokens: prompts from the left, `config.pad_id` after them; its width bounds prompt and continuation.
+        tokens: prompts, padded with `config.pad_id`; the width limits the prompt plus its continuation.
         lengths: tokens of each prompt, at least 1 and at most `prompt_width`.
-        n_toks: tokens to add at most, to each row.
-        end_id: a row is finished after this token; -1 never.
+        n_toks: maximum number of tokens to add to each row.
+        end_id: token after which a row is finished; -1 for none.
         key: random key; row r draws from `fold_in(key, r)`.
         prompt_width: leading columns of `tokens` that hold the prompts.
     """
@@ -194,7 +194,7 @@ def keep_likely(
 
 
 def _largest(logits: Float[Array, "batch d_vocab"]) -> Int[Array, " batch"]:
-    """Return `argmax` over the last axis; as two plain reductions, which XLA vectorizes on a CPU, unlike its own."""
+    """Return `argmax` over the last axis, as two plain reductions, which XLA vectorizes on a CPU."""
     last = logits.shape[-1] - 1
     is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1)
@@ -234,7 +234,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one real number, as of Python, NumPy or JAX; `True` and `"0.8"` are none."""
+    """Whether a value is one real number of Python, NumPy or JAX; `True` and `"0.8"` are not."""
     return _is_whole(value) or (np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, np.floating))
 
 
@@ -254,7 +254,7 @@ def _prefill(
 def _as_matrices(params: Params) -> Any:
     """Reshape W_Q, W_K and W_V to (d_model, n_heads * d_head), the matrix operands that decoding multiplies by.
 
-    Done before the loop and undone inside it (which costs nothing), else the compiler transposes for every token.
+    This is done before the loop and undone inside it, at no cost. Otherwise XLA would transpose for every token.
     """
     return _map_query_key_value(lambda w: w.swapaxes(0, 1).reshape(w.shape[1], -1), params)
 

@@ -1,8 +1,8 @@
-"""The named places of the forward pass, and the one mechanism that reads and edits the values there.
+"""The hook points of the forward pass, and the one mechanism that reads and edits their values.
 
 A `HookPoint` is an identity module with no parameters. `apply_with_hooks` runs a Linen module while intercepting its
-hook points: values that are asked for come back, edits are applied. It knows names and shapes only; what an edit does
-is up to the edit (`interventions.py` builds the usual ones).
+hook points: it returns the requested values and applies the edits. It knows only names and shapes; `interventions.py`
+builds the usual edits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from tinymodel_jax.config import ModelConfig
 
 Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
-"""An edit: `(value, values of the hook points passed so far) -> new value` of the same shape."""
+"""An edit: `(value, values of earlier hook points) -> new value` of the same shape."""
 Hooks = dict[str, Hook]
 """Hook name -> edit."""
 
@@ -40,12 +40,12 @@ BLOCK_HOOKS = (
     "hook_mlp_out",
     "hook_resid_post",
 )
-"""Hook points of one block, in the order in which the forward pass meets them."""
+"""Hook points of one block, in the order of the forward pass."""
 
 STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 """Those whose value is the residual stream: before a block's attention, before its MLP, and after the block."""
 READERS = ("hook_attn_in", "hook_mlp_in")
-"""Those whose value is a copy of the stream in front of them, for a sublayer to read."""
+"""Those whose value is a copy of the stream, for attention or the MLP to read."""
 WRITERS = ("hook_attn_out", "hook_mlp_out")
 """Those whose value is added to the stream; the next point of the stream holds the sum."""
 
@@ -66,7 +66,7 @@ def hook_names(config: ModelConfig) -> tuple[str, ...]:
     """Return every hook point of a model, in the order of the forward pass (TransformerLens names).
 
     Raises:
-        ValueError: `config` is no `ModelConfig`.
+        ValueError: `config` is not a `ModelConfig`.
     """
     ModelConfig.require(config, "hook_names")
     return _names(config.n_layers)
@@ -85,7 +85,7 @@ def block_and_hook(name: str) -> tuple[int, str]:
 
 
 def forward_order(name: str) -> tuple[int, int]:
-    """Return a sort key: the order in which the forward pass meets hook points."""
+    """Return a sort key that puts hook points in the order of the forward pass."""
     if not name.startswith("blocks."):
         return -1, ("hook_embed", "hook_pos_embed").index(name)
     layer, hook = block_and_hook(name)
@@ -93,17 +93,17 @@ def forward_order(name: str) -> tuple[int, int]:
 
 
 def comes_after(name: str, other: str) -> bool:
-    """Whether the forward pass meets a hook point after another."""
+    """Whether a hook point comes after another one in the forward pass."""
     return forward_order(name) > forward_order(other)
 
 
 def hooks_after(hooks: Mapping[str, Hook], name: str) -> Hooks:
-    """Return the hooks at later hook points than one."""
+    """Return the hooks at the hook points after the named one."""
     return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name)}
 
 
 def stream_before(name: str) -> str:
-    """Return the last point of the residual stream up to a hook point, itself included; the embeddings have none."""
+    """Return the last hook point of the stream at or before a hook point; an embedding is returned unchanged."""
     if not name.startswith("blocks."):
         return name
     layer, hook = block_and_hook(name)
@@ -112,7 +112,7 @@ def stream_before(name: str) -> str:
 
 
 def resumes_at(point: str) -> tuple[int, bool]:
-    """Return which block runs next after a point of the stream or of `WRITERS`, and whether only from its MLP on."""
+    """Return the block that runs after a hook point of `STREAM` or `WRITERS`, and whether only its MLP is left."""
     layer, hook = block_and_hook(point)
     met = BLOCK_HOOKS.index(hook)
     if met >= BLOCK_HOOKS.index("hook_mlp_out"):
@@ -137,7 +137,7 @@ def is_scores(name: str) -> bool:
 def masked_score(dtype: Any) -> float:
     """Return the score of a key that the query does not see: -1e9, or the lowest number of a smaller format.
 
-    It is finite, since 0 times infinity is NaN, in gradients too.
+    It is finite because 0 times infinity is NaN, also in gradients.
     """
     return max(-1e9, float(jnp.finfo(dtype).min))
 
@@ -151,7 +151,7 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     """Return names as a tuple; a string is one name.
 
     Raises:
-        ValueError: they are no names, such as the function by which TransformerLens chooses them.
+        ValueError: they are not names. TransformerLens also accepts a filter function; this package does not.
     """
     if not isinstance(names, Iterable):
         raise ValueError(
@@ -162,7 +162,7 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
-    """Raise for names that are no hook points of the model, naming the closest valid ones.
+    """Raise an error that lists names without a hook point in the model, and the closest valid names.
 
     Raises:
         ValueError: at least one name does not exist.
@@ -175,16 +175,16 @@ def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:
             problems.append(f"{name!r}" + (f" (closest: {', '.join(close)})" if close else ""))
     if problems:
         raise ValueError(
-            f"no such hook point in a {config.n_layers}-layer model: {'; '.join(problems)}. "
+            f"unknown hook points in a {config.n_layers}-layer model: {'; '.join(problems)}. "
             "All names: tinymodel_jax.hook_names(config)."
         )
 
 
 def require_edits(hooks: Mapping[str, Any]) -> None:
-    """Raise for hooks that are no mapping, or cannot be called.
+    """Require a mapping from hook names to edits.
 
     Raises:
-        ValueError: `hooks` is no mapping, or a hook is neither an edit nor a function.
+        ValueError: `hooks` is not a mapping, or a hook is neither an edit nor a function.
     """
     if not isinstance(hooks, Mapping):
         raise ValueError(
@@ -209,12 +209,12 @@ def apply_with_hooks(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Run `model.apply` with hooks; return its output and the values of the hook points in `keep`.
 
-    Kept values are those after the edit. The interceptor lives inside this call only: a function that was compiled
-    outside it cannot be reached by hooks, so compile the function that calls this one.
+    Kept values are those after the edit. Hooks act only during this call and cannot reach a function that was compiled
+    before it, so compile the function that calls this one.
 
     Raises:
-        ValueError: a hook is no edit, an edit failed with a ValueError (the place is put in front of it) or returned
-            another shape, or an asked-for hook point was not passed by `method`.
+        ValueError: a hook is not an edit, an edit raised a ValueError (the new message names the hook) or changed the
+            shape, or `method` does not reach a hook point in `keep`.
     """
     require_edits(hooks)
     seen: dict[str, jax.Array] = {}
@@ -232,7 +232,7 @@ def apply_with_hooks(
         output = model.apply(variables, *args, method=method)
     unmet = [name for name in (*hooks, *keep) if name not in seen]
     if unmet:
-        raise ValueError(f"hook points not passed in {method or '__call__'}: {', '.join(unmet)}.")
+        raise ValueError(f"hook points not reached by {method or '__call__'}: {', '.join(unmet)}.")
     return output, {name: seen[name] for name in keep}
 
 

@@ -1,4 +1,4 @@
-"""Token ids from callers: checked, padded to one of a few lengths, and results cut back to the length asked for.
+"""Token ids from callers: checks, padding to one of a few lengths, and cutting of results to the original length.
 
 Attention is causal and padding is on the right, so a position's values do not depend on it. A row that starts with
 `[BEGIN]` or `[PAD]` and has `[PAD]` before a token is an error. In other rows `[PAD]` is an id like any other, as in
@@ -60,10 +60,10 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig, first_row: int = 0) -> np.n
 
 
 def batch_of(tok_ids: Any, config: ModelConfig) -> Any:
-    """Return token ids as (batch, seq): checked, or as they are where they are traced, whose values nobody can see.
+    """Return token ids as (batch, seq). The values of traced ids are unknown, so they are not checked.
 
     Raises:
-        ValueError: as `check_tok_ids`, as far as it can be seen.
+        ValueError: as `check_tok_ids`; for traced ids, only a wrong type or shape.
     """
     if not is_traced(tok_ids):
         return check_tok_ids(tok_ids, config)
@@ -86,7 +86,7 @@ def _require_right_padding(ids: np.ndarray, config: ModelConfig, first_row: int)
 
 
 def as_array(tok_ids: Any) -> np.ndarray:
-    """Return token ids as an array; one that maps a file still does.
+    """Return token ids as an array; a memory-mapped array stays memory-mapped.
 
     Raises:
         ValueError: rows differ in length.
@@ -100,7 +100,7 @@ def as_array(tok_ids: Any) -> np.ndarray:
 
 
 def check_shape(ids: Any, config: ModelConfig) -> None:
-    """Check the type, rank and length of token ids, traced ones too; their values are not looked at.
+    """Check the type, rank and length of token ids, traced or not. Values are not checked.
 
     Raises:
         ValueError: as `check_tok_ids`.
@@ -135,7 +135,7 @@ def pad_right(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
 
 
 def pad_to_bucket(tok_ids: Any, config: ModelConfig) -> tuple[Any, int]:
-    """Return token ids as (batch, compiled length), and the length they had. Traced ones are not padded.
+    """Return token ids as (batch, compiled length), and their original length. Traced ids are not padded.
 
     Raises:
         ValueError: as `check_tok_ids`.
@@ -149,10 +149,10 @@ def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig) -> tuple[
     """Return token ids and the weight of each as a target of the loss, both (batch, compiled length).
 
     Args:
-        attn_mask: (batch, seq), the weights of all tokens but `[PAD]`, which has 0; None for 1, and 0 at `[END]`.
+        attn_mask: (batch, seq), the weights of the tokens, where `[PAD]` always gets 0. None: 1, but 0 at `[END]`.
 
     Raises:
-        ValueError: as `check_tok_ids`, or the mask has another shape than the ids, or no token counts.
+        ValueError: as `check_tok_ids`, or mask and ids differ in shape, or all weights are 0.
     """
     ids, length = pad_to_bucket(tok_ids, config)
     given = ids[:, :length]
@@ -164,9 +164,7 @@ def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig) -> tuple[
     numpy = jnp if is_traced(given, mask) else np  # outside of a trace, jnp compiles a program for every length
     mask = numpy.where(given != config.pad_id, mask, np.zeros((), mask.dtype))
     if not is_traced(mask) and not np.any(mask[:, 1:]):
-        raise ValueError(
-            "loss: no token to predict; it takes at least two tokens per row, and a mask that is not all 0."
-        )
+        raise ValueError("loss: no token to predict; give at least two tokens per row, and a mask that is not all 0.")
     return ids, numpy.pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
 
 
@@ -183,6 +181,6 @@ def cut(array: jax.Array, axes: Iterable[int], length: int) -> jax.Array:
     if all(array.shape[axis] == length for axis in axes):
         return array
     if not is_traced(array) and array.devices() == {jax.devices("cpu")[0]}:
-        # A slice of a JAX array is a program of its own for every length; on the CPU, NumPy's view needs none.
+        # JAX compiles a slicing program for every length; on the CPU, a NumPy view needs none.
         return jax.device_put(np.asarray(array)[tuple(index)])
     return array[tuple(index)]

@@ -23,7 +23,7 @@ class TextGeneration:
     config: ModelConfig
 
     def hooked(self) -> HookedModel:
-        """Return the model as it runs."""
+        """Return the model with its hooks."""
         raise NotImplementedError
 
     @property
@@ -81,7 +81,7 @@ class TextGeneration:
     ) -> np.ndarray:
         """Continue rows of token ids; return int32 (batch, prompt + generated), right-padded with `[PAD]`.
 
-        Rows may be right-padded with `[PAD]`; each is continued after its last other token. A row that ends with
+        Rows may be right-padded with `[PAD]`; each is continued after its last real token. A row that ends with
         `[END]`, which the tokenizer puts after the shorter rows of a batch, is finished unless `break_on_end=False`.
         The options are those of `generate`.
         """

@@ -202,7 +202,7 @@ class Transformer(nn.Module):
         """Return the final residual stream, given the stream before a block or before its MLP.
 
         Args:
-            layer: first block to run; with n_layers, none is run.
+            layer: first block to run; n_layers runs none.
             at_mlp: whether `resid` is the stream before this block's MLP rather than before the block.
             before: keys and values of earlier positions, for each block whose attention runs; () if `resid` starts at
                 the first position. The result covers the positions of `resid` only.
@@ -259,9 +259,10 @@ def _query_key_init(config: ModelConfig) -> nn.initializers.Initializer:
 def _affine(x: Float[Array, "*batch d_in"], W: Float[Array, "d_in d_out"], bias: Float[Array, " d_out"]) -> Array:
     """Return `x @ W + bias` in the bias's type.
 
-    Written so that XLA's CPU backend computes the gradients fast. With the batch axes merged, that of `W` is one plain
-    product; apart, it is one of transposed copies, up to four times slower. The bias is added as a product with ones,
-    which the compiler turns into an addition; its gradient is then a product too, rather than a slow sum over columns.
+    Written so that XLA's CPU backend computes the gradients fast. With merged batch axes, the gradient of `W` is one
+    plain product; with separate ones, it is a product of transposed copies, up to four times slower. The bias is added
+    as a product with ones, which the compiler turns into an addition; its gradient is then a product too, rather than a
+    slow sum over columns.
     """
     rows = x.reshape(-1, x.shape[-1])
     ones = jnp.ones((len(rows), 1), bias.dtype)
@@ -277,7 +278,7 @@ def _heads(x: Float[Array, "batch seq d_model"], W: Float[Array, "n_heads d_mode
 
 
 def _causal(n_queries: int, n_keys: int, positions: Int[Array, " batch"] | None) -> Array:
-    """Say which keys each query sees; without `positions`, the queries stand at the last of the keys' positions."""
+    """Return which keys each query sees; without `positions`, the queries are at the last positions of the keys."""
     key_pos = jnp.arange(n_keys)
     if positions is None:
         return key_pos <= jnp.arange(n_keys)[n_keys - n_queries :, None]

@@ -1,1 +1,1 @@
-"""How programs run here: compilation, memory, progress bars, atomic files and paths."""
+"""Compilation, memory, progress bars, atomic files and paths."""

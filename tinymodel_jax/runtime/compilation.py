@@ -1,8 +1,8 @@
-"""`fast_jit`: `jax.jit` with the compiler options that measure faster on this package's work.
+"""`fast_jit`: `jax.jit` with compiler options that make this package's programs faster.
 
 On a CPU it turns off the YNNPACK rewrite of matrix products, which slows this model's shapes by about a tenth
-(`benchmarks/vs_reference.py` shows it); on accelerators it is `jax.jit`. It never touches `XLA_FLAGS`, and changes
-nothing when the user has set that flag there.
+(`benchmarks/vs_reference.py` shows it); on accelerators it is `jax.jit`. It never changes `XLA_FLAGS`, and has no
+effect if the user has set that flag there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # JAX raises a ValueError for options inside another program. One that `function` raises comes again below.
+        # JAX raises a ValueError for options inside another program. `function`'s own is raised again below.
         with contextlib.suppress(ValueError):
             return outer()(*args, **kwargs)
         return inner(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Paths that users give."""
+"""Paths given by users."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path with a leading `~` or `~user` expanded as in a shell. An unknown user is left as it is."""
+    """Return a path with a leading `~` or `~user` expanded as in a shell. Unknown users stay unchanged."""
     return Path(os.path.expanduser(path))

@@ -1,8 +1,8 @@
-"""Activation patching: which values of a clean run bring its answer back when they are put into a corrupted run.
+"""Activation patching: which values of a clean run restore its answer when they are put into a corrupted run.
 
-Every layer and every position of a kind of hook point, or every head where there are heads, is patched by itself, in
-one compiled call a kind, as many at once as memory allows. The metric is that of the field, 0 for the corrupted run and
-1 for the clean one:
+For each kind of hook point, every layer and position is patched by itself, or every layer and head where there are
+heads. One compiled call per kind runs as many patches at once as memory allows. The effect of a patch is normalised, 0
+for the corrupted run and 1 for the clean one:
 
     effect = (metric patched - metric corrupted) / (metric clean - metric corrupted)
 
@@ -29,9 +29,9 @@ from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
 
 MEMORY = 2**28
-"""Bytes that the widest values of the passes that run at once may take."""
+"""Bytes that the largest arrays of the passes that run at once may take."""
 KINDS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
-"""What is patched unless others are named."""
+"""Kinds of hook points that are patched by default."""
 _HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
 
 
@@ -41,13 +41,13 @@ class Patched(NamedTuple):
     kind: str
     """Name inside a block, such as `hook_resid_pre`."""
     axis: Literal["position", "head"]
-    """What the second axis of `effects` counts."""
+    """Meaning of the second axis of `effects`."""
     effects: Float[np.ndarray, "n_layers n"]
-    """1 where patching restores the clean answer, 0 where it changes nothing; may lie outside."""
+    """1 where patching restores the clean answer, 0 where it changes nothing; other values are possible."""
 
 
 class Patching(NamedTuple):
-    """Everything that was patched, and the metric it is measured by."""
+    """The effects of patching each kind of hook point, and the metric of the two runs."""
 
     tables: tuple[Patched, ...]
     clean: float
@@ -73,7 +73,7 @@ def patch(
             positions.
         answer: token that the clean run gives after the last position.
         wrong: token that the corrupted run gives; without it, the answer's log-probability is measured.
-        track: sees the kinds pass by, to show a progress bar.
+        track: wraps the iterator over kinds, for example with a progress bar.
 
     Raises:
         ValueError: the prompts differ in length or hold `[PAD]`, a kind does not exist, both answers are one token, or
@@ -177,7 +177,8 @@ def _check_kinds(kinds: Sequence[str]) -> None:
     unknown = [kind for kind in kinds if kind not in BLOCK_HOOKS]
     if unknown or not kinds:
         raise ValueError(
-            f"patch: {', '.join(unknown) or 'no kind'} is no hook point of a block: {', '.join(BLOCK_HOOKS)}."
+            f"patch: kinds are hook points of a block, got {', '.join(unknown) or 'none'}; "
+            f"all: {', '.join(BLOCK_HOOKS)}."
         )
 
 

@@ -1,7 +1,7 @@
-"""What a sweep works on: rows of tokens with their clean pass, features with their activations; checked.
+"""The checked inputs of a sweep: rows of tokens with their clean pass, and features with their activations.
 
-Everything that a caller may get wrong is refused here, in one line, before anything is swept. Rows are padded to one of
-a few lengths, so that prompts of many lengths share compiled programs; `[PAD]` counts nowhere.
+Wrong arguments are refused here, with a message of one line, before the sweep starts. Rows are padded to one of a few
+lengths, so that prompts of many lengths share compiled programs; `[PAD]` is excluded from all averages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
 
 class SweepInput(NamedTuple):
-    """A prompt, its clean pass, and how its positions count."""
+    """A prompt, its clean pass, and the weights of its positions."""
 
     ids: Int[np.ndarray, "batch seq"]
     mask: Bool[np.ndarray, "batch seq"]
@@ -61,7 +61,7 @@ def prepare(
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited):
         raise ValueError(
             f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
-            "readout must read further up; name a site that the forward pass meets later."
+            "readout must come later in the forward pass; name a later site."
         )
     read_by = (site,) if reader is None else (site, reader.site)
     clean = clean_streams(
@@ -87,7 +87,7 @@ def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence
     chosen = np.asarray(np.asarray(clean.logprobs)[rows, last].argmax(axis=-1) if next_ids is None else next_ids)
     vocabulary = clean.logprobs.shape[-1]
     if chosen.shape != (len(ids),):
-        raise ValueError(f"next_ids has shape {chosen.shape}; it names one token for each of {len(ids)} rows.")
+        raise ValueError(f"next_ids has shape {chosen.shape}; expected one token for each of {len(ids)} rows.")
     if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= vocabulary).any():
         raise ValueError(f"next_ids={chosen.tolist()!r:.80} must be token ids, 0..{vocabulary - 1}.")
     targets, predicted = np.roll(ids, -1, axis=1), np.roll(real, -1, axis=1)
@@ -144,7 +144,7 @@ def finite(name: str, numbers: Any, ndim: int) -> Float[np.ndarray, "*axes"]:
     """Return numbers as a float32 array of at most `ndim` axes.
 
     Raises:
-        ValueError: they are no finite numbers, none, or have more axes.
+        ValueError: there are none, one is not a finite number, or there are more axes.
     """
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
@@ -161,14 +161,14 @@ def as_vectors(vectors: Any, features: Any, width: int) -> Float[np.ndarray, "n 
     """Return vectors as a float32 array.
 
     Raises:
-        ValueError: they are no finite numbers of that shape, or features are named, too.
+        ValueError: they are not finite numbers of that shape, or features are given as well.
     """
     if features is not None:
-        raise ValueError("features and vectors do not go together; vectors are added as they are.")
+        raise ValueError("features and vectors cannot be combined: vectors take the place of decoder directions.")
     try:
         array = np.asarray(vectors, np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"vectors are no numbers of shape (n, {width}): {error}.") from error
+        raise ValueError(f"vectors must be numbers of shape (n, {width}): {error}.") from error
     if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
         raise ValueError(f"vectors has shape {array.shape}; expected finite numbers of shape (n, {width}).")
     return array

@@ -5,7 +5,7 @@ Entry `f` of a result equals that of `lm.run_with_hooks` with the edit of featur
 whose amounts are all zero, such as an inactive one that is ablated, is not run, and its effect is exactly 0.
 
 Features are run in chunks of similar first position, and only from there on (`upper_layers`); with several devices, a
-chunk's features are spread over them. `[PAD]` counts nowhere.
+chunk's features are spread over them. `[PAD]` is excluded from all averages.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tinymodel_jax.lm import TinyModel
 
 MEMORY, SMALL = 2**28, 2**24
 """Bytes that the logits (or a readout's activations) of a chunk may take, and those below which dividing it further
-gains nothing."""
+saves nothing."""
 CHUNKS = 8
-"""Chunks that interventions are divided into, so that each runs on the positions it needs, where that gains."""
+"""Number of chunks to divide interventions into where that saves work: each runs only on the positions it needs."""
 LENGTHS = 8
-"""Numbers of last positions that a row length is compiled for, at most."""
+"""Maximum number of programs per row length, each for another number of last positions."""
 READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
 
@@ -159,7 +159,7 @@ def _sweep(
     amounts: Float[np.ndarray, "n *strengths batch seq"],
     track: Track,
 ) -> FeatureEffects:
-    """Run each feature with each of its strengths; shape the results alike."""
+    """Run each feature with each of its strengths, and return results of the same shape."""
     shape = amounts.shape[:-2]
     flat = amounts.reshape(-1, *amounts.shape[-2:])
     of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
@@ -190,8 +190,8 @@ def _sweep(
 def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yield the interventions of each chunk, the compiled number that holds them, and the last positions they need.
 
-    Those that start early come first, so that a chunk's positions differ little. `widest` is the size of what is held
-    of a position: the vocabulary, or a larger readout dictionary.
+    Those that start early come first, so that a chunk's positions differ little. `widest` is the largest
+    number of values per position: the size of the vocabulary or of a larger readout dictionary.
     """
     somewhere = (amounts != 0).any(axis=1)
     first = np.where(somewhere.any(axis=1), somewhere.argmax(axis=1), -1)
@@ -218,7 +218,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], size: int, length: int) -> Changes:
-    """Lay out a chunk in arrays of few shapes."""
+    """Return a chunk as arrays of one of a few shapes."""
     places = np.argwhere(amounts).T.astype(np.int32)
     capacity = size * amounts.shape[1] * length
     while capacity // 8 >= places.shape[1]:

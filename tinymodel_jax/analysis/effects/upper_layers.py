@@ -32,12 +32,12 @@ from tinymodel_jax.model.transformer import LayerCache
 from tinymodel_jax.runtime.compilation import fast_jit
 
 LARGE = 60.0
-"""Change of a logit from which on `exp` of it is not taken by itself. It overflows above 88, and what it multiplies may
-be below float32's smallest number (`exp(-87)`), so that the product would be 0 where it is not."""
+"""Change of a logit above which its `exp` is not computed by itself. `exp` overflows above 88, and the probability that it
+multiplies may be below float32's smallest number (`exp(-87)`), which would make the product 0."""
 
 
 class Clean(NamedTuple):
-    """What the pass without a change leaves behind."""
+    """Values of the pass without changes."""
 
     entry: Float[Array, "batch seq d_model"]
     joined: Float[Array, "batch seq d_model"]
@@ -46,34 +46,34 @@ class Clean(NamedTuple):
     attention: tuple[Array, ...]
     """Queries, keys and values of the first block."""
     keys_values: tuple[tuple[Array, Array], ...]
-    """Of each block whose attention the changes reach, (batch, seq, head, d_head)."""
+    """Keys and values of each block whose attention the changes reach, (batch, seq, head, d_head)."""
     final: Float[Array, "batch seq d_model"]
     logprobs: Float[Array, "batch seq d_vocab"]
     expected: Float[Array, "batch seq d_model"]
-    """Mean column of W_U, as the model computes with it, under the next-token distribution."""
+    """Mean column of W_U (in the model's precision) under the next-token distribution."""
     sources: tuple[Array, ...]
-    """What the dictionaries that were asked for read."""
+    """Inputs of the requested dictionaries."""
 
 
 class Weights(NamedTuple):
-    """How the positions count, and the tokens whose log-probabilities do."""
+    """Weights of the positions, and the tokens whose log-probabilities are measured."""
 
     real: Float[Array, "batch seq"]
-    """Sums to 1."""
+    """Equal weights of all positions except `[PAD]`; sums to 1."""
     loss: Float[Array, "batch seq"]
-    """Of the prediction made at each position; sums to 1."""
+    """Weights of the predictions made at the positions; sums to 1."""
     last: Float[Array, "batch seq"]
-    """Of the last position of each row; sums to 1."""
+    """Equal weights of the last position of each row; sums to 1."""
     targets: Int[Array, "batch seq"]
     next_ids: Int[Array, "batch 1"]
 
 
 class Changes(NamedTuple):
-    """Some changes, as the positions at which they are not zero."""
+    """Changes, stored as the positions where they are not zero."""
 
     directions: Float[Array, "n d_model"]
     places: Int[Array, "3 places"]
-    """Change, row and position of each; a change of n or more fills up the array."""
+    """Change, row and position of each entry; entries with a change of n or more are padding."""
     amounts: Float[Array, " places"]
 
 
@@ -89,7 +89,7 @@ def clean_streams(
     """Run the model once.
 
     Args:
-        below: for each of the `sources`, the hooks in front of the dictionary that reads there.
+        below: for each of the `sources`, the hooks that act before the dictionary reads it.
         sources: hook points that dictionaries read.
     """
     config = model.config
@@ -103,7 +103,7 @@ def clean_streams(
     logprobs = jax.nn.log_softmax(logits)
 
     def read(name: str, below: Hooks) -> Array:
-        # spliced there itself, the dictionary reads what is not in this pass; the compiler shares the layers below
+        # a spliced dictionary reads a value that this pass does not have; the compiler shares the layers below
         return (
             dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name] if name in model.hooks else acts[name]
         )
@@ -141,7 +141,7 @@ def effects_of_changes(
     Args:
         length: positions at the end of the rows that the changes may reach.
         readout: dictionary whose activations are compared; its input is the last of the clean pass's `sources`.
-        below_readout: the hooks in front of it.
+        below_readout: the hooks that act before it reads.
         sharding: spreads the changes over devices.
     """
     keep = () if readout_config is None else (readout_config.hook_in,)
@@ -209,7 +209,7 @@ def _changed_pass(
 def _linear_values(model: HookedModel, clean: Clean, changes: Changes, entry: Entry) -> Hooks:
     """Return edits that put the values at the changed positions in at the entry's `linear_hooks`.
 
-    A product of each direction with the weights, not of each position; nothing where an edit stands in between.
+    A product of each direction with the weights, not of each position; nothing if an edit comes in between.
     """
     change, row, position = changes.places
     names = entry.linear_hooks(model.config)
@@ -236,7 +236,7 @@ def _compare(
     weights: Weights,
     final: Float[Array, "n batch length d_model"],
 ) -> tuple[Float[Array, "3 n"], Float[Array, "n d_model"]]:
-    """Return the three effects, and the mean change of the final stream; all is of the last `length` positions."""
+    """Return the three effects, and the mean change of the final stream, over the last `length` positions."""
     moved = final - clean.final
     rows = moved.reshape(-1, moved.shape[-1])
     logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
@@ -274,7 +274,7 @@ def kl_of_changes(
         whole = jax.nn.logsumexp(change + logprobs, axis=-1)
         return jnp.where(exact, kl, jnp.maximum(whole, 0))
 
-    return jax.lax.cond(exact.all(), lambda: kl, with_large_ones)  # a second pass over the vocabulary, rarely made
+    return jax.lax.cond(exact.all(), lambda: kl, with_large_ones)  # a second pass over the vocabulary, rarely needed
 
 
 def _excess(x: Array) -> Array:

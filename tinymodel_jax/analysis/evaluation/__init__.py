@@ -1,4 +1,4 @@
-"""How good is a dictionary? Reconstruction, sparsity, and the model's loss when it runs through it."""
+"""Evaluation of dictionaries: reconstruction, sparsity, and the loss of the model that runs through them."""
 
 from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation as DictionaryEvaluation
 from tinymodel_jax.analysis.evaluation.evaluation import evaluate as evaluate

@@ -1,15 +1,15 @@
-"""How good dictionaries are: reconstruction, sparsity, and what the language model loses when it runs through them.
+"""Evaluation of dictionaries: reconstruction, sparsity, and the loss of the language model that runs through them.
 
-Dictionaries of any sites are measured together. One pass of the model gives the clean activations; each dictionary then
-costs its own encoding and the layers above its site, which start from the clean values below it. Sums over rows are
-added batch by batch and divided once, with intervals over rows (`row_sums.py`).
+Dictionaries of several sites are measured together. One pass of the model gives the clean activations. Each dictionary
+then adds only its encoding and a pass through the layers above its site. Sums over rows are added batch by batch and
+divided at the end; confidence intervals are over rows (`row_sums.py`).
 
     explained variance = 1 - Σ |y - prediction|² / Σ |y - mean y|²
     CE recovered       = (CE zero-ablated - CE spliced) / (CE zero-ablated - CE clean)
 
-Two passes over the rows: the first takes the mean of y, which explained variance and mean-ablation need. `[PAD]` counts
-nowhere, nor does a row without a token to predict. `[BEGIN]`, which has the same vector in every story, counts in no
-measure of reconstruction unless asked for; cross-entropy and KL are over the positions whose next token is one.
+There are two passes over the rows; the first computes the mean of y, which explained variance and mean-ablation need.
+`[PAD]` and rows without a token to predict are excluded. Measures of reconstruction also exclude `[BEGIN]`, which has
+the same vector in every story, by default. Cross-entropy and KL are over the positions that have a next token.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import hook_width, require_hook_names, stream_before
 
 Track = Callable[[list[Any], str], Iterable[Any]]
-"""Yields the batches it is given, and may show how many are done: `(batches, what is done) -> batches`."""
+"""Wraps the iterator over batches, for example with a progress bar: `(batches, name of the work) -> batches`."""
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
 """Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
@@ -47,11 +47,11 @@ class DictionaryEvaluation(NamedTuple):
     """One dictionary's numbers; plain floats, and two arrays at the end."""
 
     l0: float
-    """Active features a token."""
+    """Active features per token."""
     explained_variance: float
     """1 - squared error / squared distance from the mean."""
     mse: float
-    """Squared error of one coordinate, on average."""
+    """Mean squared error per coordinate."""
     cosine: float
     """Cosine between prediction and value, averaged over tokens; 0 where one of them is 0."""
     dead_fraction: float
@@ -69,7 +69,7 @@ class DictionaryEvaluation(NamedTuple):
     kl: float
     """KL divergence of the spliced model's next-token distribution from the clean one's, nats."""
     tokens: int
-    """Tokens that the measures of reconstruction are over."""
+    """Number of tokens that the measures of reconstruction are averaged over."""
     margins: dict[str, float]
     """Name of a number above -> half-width of its 95 % confidence interval over rows; NaN for a single row."""
     frequency: Float[np.ndarray, " n_features"]
@@ -97,18 +97,18 @@ def evaluate(
     count_begin: bool = False,
     track: Track = lambda batches, _: batches,
 ) -> list[DictionaryEvaluation]:
-    """Measure each dictionary, alone in the model, on the same tokens; several sites may be mixed.
+    """Measure each dictionary by itself in the model, all on the same tokens; they may be of several sites.
 
     Args:
-        lm: the model; its splices, if any, are part of what "clean" means.
-        dictionaries: tags of the model's dictionaries (`"M2"`), what `lm[tag]` returns, or dictionaries; or one.
+        lm: the model; its splices, if any, are part of the clean pass.
+        dictionaries: one or several tags of the model's dictionaries (`"M2"`), results of `lm[tag]`, or `Dictionary`s.
         rows: integers (rows, seq), right-padded with `[PAD]`; a row is one unit of the confidence intervals.
-        count_begin: let `[BEGIN]` count in L0, explained variance, MSE, cosine and frequencies.
-        track: shows the progress over batches.
+        count_begin: include `[BEGIN]` in L0, explained variance, MSE, cosine and frequencies.
+        track: wraps the iterator over batches, for example with a progress bar.
 
     Raises:
-        ValueError: a dictionary's hook points or widths are not the model's, or the model is spliced at one of them;
-            the ids are no valid input; or there is no token to predict, or none that counts.
+        ValueError: a dictionary's hook points or widths do not fit the model, or the model is spliced at one of them;
+            the ids are not valid; or there is no token to predict or to measure.
     """
     resolved = _resolve(lm, dictionaries)
     places = tuple(dict.fromkeys(d.config.hook_out for d in resolved))
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def density_histogram(frequency: Float[np.ndarray, " n_features"]) -> tuple[list[int], int]:
-    """Return the number of features in each bin of `DENSITY_EDGES`, those below the first in it, and the dead ones."""
+    """Return the number of features in each bin of `DENSITY_EDGES` (the first has all below it), and of dead ones."""
     alive = frequency[frequency > 0]
     logs = np.clip(np.log10(alive), DENSITY_EDGES[0], 0)
     return np.histogram(logs, DENSITY_EDGES)[0].tolist(), int(len(frequency) - len(alive))
@@ -175,7 +175,7 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
 def _means(
     model: HookedModel, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, track: Track
 ) -> dict[str, Float[np.ndarray, " d_out"]]:
-    """Return the mean over the counted tokens of the value at each place."""
+    """Return the mean of the value at each hook point over the counted tokens."""
     sums: dict[str, Any] = dict.fromkeys(places, 0.0)
     tokens = 0
     for ids in track(batches, "taking means"):
@@ -184,7 +184,7 @@ def _means(
         sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}
         tokens += int(counted.sum())
     if not tokens:
-        raise ValueError("evaluate: the rows hold [BEGIN] alone, which does not count; give rows with other tokens.")
+        raise ValueError("evaluate: the rows hold only [BEGIN], which is not counted; give rows with other tokens.")
     return {place: (total / tokens).astype(np.float32) for place, total in sums.items()}
 
 
@@ -237,6 +237,6 @@ def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluati
 
 
 def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarray, "batch seq"]:
-    # a row without a token to predict counts nowhere, so that all numbers are over the same rows
+    # rows without a token to predict are excluded, so that all numbers are over the same rows
     real = (ids != config.pad_id) & np.any(ids[:, 1:] != config.pad_id, axis=1, keepdims=True)
     return real if begin else real & (ids != config.begin_id)

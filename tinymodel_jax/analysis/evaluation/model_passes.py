@@ -1,4 +1,4 @@
-"""The compiled passes that measurements of the model are made of: over batches of rows, one number a row.
+"""The compiled passes of an evaluation: they run batches of rows and return numbers per row.
 
 A pass with another value at a hook point runs only the layers above it, from the clean residual stream. The value is an
 argument, so zeros, means and the predictions of all dictionaries share one program.
@@ -23,11 +23,11 @@ from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_ri
 from tinymodel_jax.runtime.compilation import fast_jit
 
 BATCH_ROWS = 16
-"""Rows of one compiled pass."""
+"""Rows per compiled pass."""
 
 
 class CleanPass(NamedTuple):
-    """What the model does with a batch as it is."""
+    """Results of the pass with the model's own edits only."""
 
     logprobs: Float[Array, "batch seq d_vocab"]
     nats: Float[Array, " batch"]
@@ -36,10 +36,10 @@ class CleanPass(NamedTuple):
 
 
 def batches_of(rows: Any, config: ModelConfig) -> list[Int[np.ndarray, "batch width"]]:
-    """Return the rows in batches of one compiled shape: padded with rows of `[PAD]`, cut to the longest row's bucket.
+    """Return batches of one shape: rows are cut to a compiled length, and rows of `[PAD]` fill the last batch.
 
     Raises:
-        ValueError: the ids are no valid input, or there is no token to predict.
+        ValueError: the ids are not valid, or there is no token to predict.
     """
     ids = check_tok_ids(rows, config)
     real = np.flatnonzero(np.any(ids != config.pad_id, axis=0))
@@ -52,14 +52,14 @@ def batches_of(rows: Any, config: ModelConfig) -> list[Int[np.ndarray, "batch wi
 
 
 def require_unspliced(lm: TinyModel, names: Sequence[str]) -> None:
-    """Refuse hook points that the model's own splices replace: what is read there is a prediction already.
+    """Refuse hook points that the model's own splices replace, because the values there are predictions already.
 
     Raises:
         ValueError: one is spliced.
     """
     for name in set(names) & set(lm.hooked().hooks):
         raise ValueError(
-            f"the model is spliced at {name} ({', '.join(lm.spliced)}), so what is there is a prediction already; "
+            f"the model is spliced at {name} ({', '.join(lm.spliced)}), so the value there is a prediction already; "
             "give the model without that splice."
         )
 
@@ -103,7 +103,7 @@ def losses_with_value(
     *,
     place: str,
 ) -> Float[Array, "2 batch"]:
-    """As `losses_against`, of the pass with a value at `place`; `stream` is the clean one at `stream_before(place)`."""
+    """Do `losses_against` with another value at `place`; `stream` is the clean value at `stream_before(place)`."""
     if place.startswith("blocks."):
         return _losses(model.unembed(model.resume_with_value(place, value, stream)), ids, clean, model.config)
     return losses_against(model.with_hooks({place: Replace(value)}), ids, clean)

@@ -1,4 +1,4 @@
-"""How well a dictionary reconstructs vectors: the sums that `evaluate` divides, and a measurement without a model."""
+"""Reconstruction of vectors by a dictionary: the sums that `evaluate` divides, and a measurement without a model."""
 
 from __future__ import annotations
 

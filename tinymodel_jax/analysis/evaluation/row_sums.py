@@ -1,14 +1,14 @@
-"""Ratios of sums over stories, with confidence intervals that take a story, not a token, as the independent unit.
+"""Ratios of sums over stories, with confidence intervals whose independent unit is the story, not the token.
 
-The tokens of a story depend on each other, so an interval from single tokens would be too narrow. What is added up are
-totals of rows, a vector z_i of several quantities for row i; a measure is a ratio of two of their combinations:
+The tokens of a story depend on each other, so an interval from single tokens would be too narrow. The sums here
+are over rows, with a vector z_i of totals for row i. A measure is a ratio of two combinations of these totals:
 
     r = Σ a·z_i / Σ b·z_i            such as nats / targets, or (zero-ablated - spliced) / (zero-ablated - clean)
     e_i = (a - r b)·z_i
     margin = 1.96 sqrt(n / (n - 1) Σ e_i²) / |Σ b·z_i|
 
 Source: the ratio estimator and its linearised variance, Cochran, Sampling Techniques (1977), section 6. Only Σ z_i and
-Σ z_i z_iᵀ are kept, so rows stream through. The interval is a large-sample one: of a few dozen rows it is too narrow.
+Σ z_i z_iᵀ are kept, so rows stream through. The interval assumes many rows; with a few dozen it is too narrow.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RowSums:
         self._products = np.zeros((len(names), len(names)))
 
     def add(self, totals: Mapping[str, Shaped[Any, " rows"]], where: Bool[np.ndarray, " rows"] | None = None) -> None:
-        """Add the totals of more rows, or of those of them where a mask is true."""
+        """Add the totals of rows; with a mask, only of the rows where it is true."""
         columns = np.stack([np.asarray(totals[name], np.float64) for name in self._names], axis=1)
         columns = columns if where is None else columns[where]
         self._rows += len(columns)

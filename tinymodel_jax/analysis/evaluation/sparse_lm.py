@@ -1,4 +1,4 @@
-"""The sparse model: the language model with transcoders in place of its MLPs, measured, and as a model of its own.
+"""The sparse model: the language model with transcoders in place of its MLPs; its evaluation and its export.
 
 `export_sparse_lm` turns transcoders into MLPs, so that features are the neurons of an ordinary `TinyModel`: hook points
 `mlp.hook_post` are feature activations, and everything that works on a model works on it.
@@ -11,7 +11,7 @@ p where p > max(threshold, 0), for
     gated                   p = x·w exp(r_mag) + b_mag, threshold b_mag - b_gate exp(r_mag): the gate reads the same x·w
                             (Rajamanoharan et al. 2024, Improving Dictionary Learning with Gated SAEs, appendix)
 
-`topk` compares features with each other, and a skip connection is a linear map: neither is a neuron.
+`topk` compares features with each other, and a skip connection is a linear map: neither can be a neuron.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SparseModelEvaluation(NamedTuple):
     ce_sparse: float
     """Cross-entropy with all predictions in place; each dictionary reads what those before it have changed."""
     ce_with_errors: float
-    """The same with each dictionary's error added back: the clean model's, up to rounding."""
+    """The same with each dictionary's error added back: equal to `ce_clean` up to rounding."""
     ce_zero_ablated: float
     """Cross-entropy with zeros in place of all of them."""
     ce_recovered: float
@@ -82,7 +82,7 @@ def evaluate_sparse_model(
     Args:
         rows: integers (rows, seq), right-padded with `[PAD]`.
         tags: sites; None is the transcoders of all MLPs.
-        track: shows the progress over batches.
+        track: wraps the iterator over batches, for example with a progress bar.
 
     Raises:
         ValueError: no site is named, one has no dictionary, the model is spliced there, or the rows hold no token to
@@ -112,13 +112,13 @@ def evaluate_sparse_model(
 def export_sparse_lm(lm: TinyModel, tags: str | Iterable[str] | None = None) -> TinyModel:
     """Return a model whose MLPs are transcoders: its neurons are features, its log-probabilities the spliced model's.
 
-    MLPs without a transcoder keep their neurons. Where layers differ in size, silent neurons are added at the end.
+    MLPs without a transcoder keep their neurons. If layers differ in size, silent neurons fill up the smaller ones.
 
     Args:
         tags: sites of transcoders (`M0`, `T2`); None is those of all MLPs.
 
     Raises:
-        ValueError: a site has no dictionary or is no MLP's, two are of one layer, a dictionary is no set of neurons
+        ValueError: a site has no dictionary or is not an MLP, two are in one layer, a dictionary has no equal MLP
             (topk, skip), or the model is spliced already or computes in bfloat16, where neurons are rounded more than
             features, which are encoded in the dictionary's dtype.
     """
@@ -167,11 +167,11 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
     config, params = dictionary.config, dictionary.params
     name = config.hook_in.rsplit(".", 1)[-1], config.hook_out.rsplit(".", 1)[-1]
     if name != ("hook_mlp_in", "hook_mlp_out"):
-        raise ValueError(f"export_sparse_lm: {tag!r} is no transcoder of an MLP; give sites M0, M1, ….")
+        raise ValueError(f"export_sparse_lm: {tag!r} is not a transcoder of an MLP; give sites M0, M1, ….")
     if config.architecture == "topk" or config.skip:
-        what = "its k largest features compare with each other" if not config.skip else "its skip connection is linear"
+        what = "topk compares its features with each other" if not config.skip else "its skip connection is linear"
         raise ValueError(
-            f"export_sparse_lm: the dictionary at {tag} is no set of neurons: {what}. Splice it instead: "
+            f"export_sparse_lm: the dictionary at {tag} cannot be an MLP: {what}. Splice it instead: "
             f"lm.splice([{tag!r}]); or train a relu, jumprelu, batch_topk or gated one without a skip connection."
         )
     mlp = {"W_in": params["W_enc"], "W_out": params["W_dec"], "b_out": params["b_dec"]} | _activation(config, params)
@@ -181,7 +181,7 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
 
 
 def _activation(config: DictionaryConfig, params: DictionaryParams) -> dict[str, Array]:
-    """Return `b_in`, and what else of an MLP the architecture decides."""
+    """Return the parameters of the MLP that depend on the architecture."""
     if config.architecture == "gated":
         gain = jnp.exp(params["r_mag"])
         threshold = params["b_mag"] - params["b_gate"] * gain
