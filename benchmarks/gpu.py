@@ -6,8 +6,8 @@
 The language model computes in bfloat16 with float32 parameters, on 256 rows of 128 tokens; dictionaries of 25,000
 features read 768-wide vectors in float32, as they are trained by default, and take the whole `house` recipe's step. A
 sweep of n members counts vectors times members. PyTorch (with bfloat16 autocast, and the reference's modules for the
-language model) runs where it is installed and sees the accelerator; JAX and PyTorch have a process each and take turns.
-Every figure is a median over rounds of steps that are queued one after the other and waited for together.
+language model) runs where it is installed and sees the accelerator; JAX and PyTorch run in separate processes and take
+turns. Every figure is a median over rounds of steps that are queued one after the other and waited for together.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def main(
 
     Args:
         small: run tiny sizes, on a CPU too.
-        rounds: how often each workload takes its turn; medians count.
+        rounds: rounds of every workload; the medians are reported.
         dictionary_batch: vectors per step of the large dictionaries; 32,768 need about 30 GB.
         json_file: file to write all times to.
     """

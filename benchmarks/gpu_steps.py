@@ -1,6 +1,6 @@
 """The two sides of `gpu.py`: this package's training steps, and PyTorch's with torch.compile.
 
-Every call runs some steps, queued one after the other, and returns the seconds a step took once all are done. A call is
+Every call runs some steps, queued one after the other, and returns the seconds per step once all are done. A call is
 compiled and warmed up when it is first requested.
 """
 

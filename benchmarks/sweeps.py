@@ -75,7 +75,7 @@ def main(
         rounds: quiet rounds of each case after one untimed call; medians count.
         only: cases to run.
         json_file: file to write all times to.
-        quiet: largest share of the cores that others may use in a round that counts; 1 counts every round, for a try.
+        quiet: largest share of the cores that others may use in a round that counts; 1 counts every round, for a trial.
     """
     console, times, facts = Console(), {}, describe_machine()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@
 Language models train against the reference's model under PyTorch, and a dictionary against one written by hand, from
 the same weights: before anything is timed, the losses of three steps must agree. Dictionaries train against the peers
 that are installed (PyPI `sae-lens`, `dictionary-learning`, `eai-sparsify`), each with its own recipe. A sweep of eight
-trains against eight runs of ours. Every contender runs in a process of its own, and only one of them works at a time; a
+trains against eight runs of ours. Every contender runs in its own process, and only one of them works at a time; a
 round in which other processes used over 5 % of the cores is left out, as in `vs_reference.py`.
 
 Our programs make glibc keep freed memory, and so does our side here, whatever --tuned-allocator says: that gives the
@@ -112,7 +112,7 @@ def main(
         only: workloads to run.
         json_file: file to write all times to.
         tuned_allocator: let glibc keep freed memory (MALLOC_MMAP_THRESHOLD_ and others), in all processes.
-        quiet: largest share of the cores that others may use in a round that counts; 1 counts every round, for a try.
+        quiet: largest share of the cores that others may use in a round that counts; 1 counts every round, for a trial.
     """
     if tuned_allocator:
         os.environ.update(TUNED_ALLOCATOR)  # glibc reads it when a process starts
@@ -128,7 +128,7 @@ def main(
             results[name], disturbed = measure(name, [OURS, *present(name, missing)], folder, rounds, quiet)
             left_out += disturbed
     machine = describe_machine(PACKAGES)
-    machine["rounds"] = f"{rounds} a workload; {left_out} left out because others used over {quiet:.0%} of the cores"
+    machine["rounds"] = f"{rounds} per workload; {left_out} left out because others used over {quiet:.0%} of the cores"
     for fact, value in machine.items():
         console.print(f"{fact}: {value}", highlight=False)
     console.print(as_table(results, tuned_allocator))
@@ -172,7 +172,7 @@ def ratio(times: Times) -> float | None:
 
 def as_table(results: dict[str, Times], tuned: bool) -> Table:
     """Return a table of medians (for dictionaries also activations per second), ratios and goals."""
-    table = Table(title="median time of a step, in milliseconds; activations a second")
+    table = Table(title="median time per step, in milliseconds; activations per second")
     for column in ("workload", "others", OURS, "ratio", "goal"):
         table.add_column(column, justify="left" if column in ("workload", "others") else "right")
     for name, times in results.items():

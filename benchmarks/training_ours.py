@@ -43,7 +43,7 @@ from tinymodel_jax.runtime.allocator import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 STEPS = 1_000_000
-"""Length that the schedules are told: the steps measured are all at the largest learning rate."""
+"""Number of steps of the schedules: all measured steps have the largest learning rate."""
 SWEEP_STEPS = 100
 
 
@@ -64,7 +64,7 @@ def our_calls(folder: Path) -> Calls:
 
 
 def solo_calls(folder: Path) -> Calls:
-    """Return the sweep's other contender: its members one after the other, each a program of its own."""
+    """Return the sweep's other contender: its members one after the other, each in a separate program."""
     return {"sweep": lambda: sum(run_sweep(folder, str(k)) for k in SWEEP_KS)}
 
 
@@ -159,7 +159,7 @@ def run_sweep(folder: Path, ks: str) -> float:
 
 
 def facts() -> str:
-    """Say what XLA and the allocator were told."""
+    """Return the settings of XLA and the allocator."""
     from tinymodel_jax.runtime.compilation import fast_compiler_options
 
     return f"YNN fusion {'off' if fast_compiler_options() else 'as XLA does'}, freed memory kept"

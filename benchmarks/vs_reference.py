@@ -2,15 +2,15 @@
 
     python benchmarks/vs_reference.py [--rounds 9] [--only NAME …] [--json FILE] [--tuned-allocator]
 
-Needs PyTorch and the reference (PyPI `torch`, `tinymodel`), and Linux. Each library runs in a process of its own, as
-its users run it, and only one of them works at a time; with both in one process the reference measured 7 to 15 %
-slower. Before anything is timed, both must give the same log-probabilities, activations and greedy tokens. The
-reference runs without gradients; the clock stops when the result is computed.
+Needs PyTorch and the reference (PyPI `torch`, `tinymodel`), and Linux. Each library runs in its own process, as its
+users run it, and only one of them works at a time; with both in one process the reference measured 7 to 15 % slower.
+Before anything is timed, both must give the same log-probabilities, activations and greedy tokens. The reference runs
+without gradients; the clock stops when the result is computed.
 
 A round is left out, for both sides and whatever it took, when other processes used more than 5 % of the cores during
-it: PyTorch's threads suffer from that far more than XLA's, so such rounds would flatter this package. What our
-`lm['M1']` reads is the reference version's `T1`. Decoding reads all weights for every token, so the table is headed by
-the rate of one matrix-vector product, which sets its floor.
+it: PyTorch's threads suffer from that far more than XLA's, so such rounds would flatter this package. Our `lm['M1']` is
+`T1` in this version of the reference. Decoding reads all weights for every token, so the output starts with the rate of
+one matrix-vector product, which limits the speed of decoding.
 """
 
 import importlib
@@ -57,7 +57,7 @@ class Workload:
 
     title: str
     reference: str
-    """The reference's call; several of ours may stand against one of its."""
+    """The reference's call; several of ours may be compared with one of its."""
     goal: float | None = None
     """Largest ratio (our time / the reference's) that the project aims at."""
     scale: float = 1
@@ -103,7 +103,7 @@ def main(
             check_same_results(ours, reference, only)
             times, left_out = alternate(ours, reference, only, rounds)
             facts = describe_machine() | {"YNN fusion": ours.ask("ynn"), "matrix x vector": ours.ask("bandwidth")}
-    facts["rounds"] = f"{rounds} a workload; {left_out} left out because others used over {QUIET:.0%} of the cores"
+    facts["rounds"] = f"{rounds} per workload; {left_out} left out because others used over {QUIET:.0%} of the cores"
     console = Console()
     for name, fact in facts.items():
         console.print(f"{name}: {fact}", highlight=False)

@@ -187,7 +187,7 @@ def test_a_run_needs_data_and_a_folder(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def compile_for(slice_name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m train lm --compile-for` in a process of its own; the compiler does not leave one again."""
+    """Run `python -m train lm --compile-for` in a separate process, because the compiler stays loaded."""
     command = [sys.executable, "-m", "train", "lm", "--preset", "smoke", "--compile-for", slice_name, *options]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -214,7 +214,7 @@ def test_the_tpu_compiler_takes_the_language_models_step(tmp_path: Path) -> None
 def test_what_the_tpu_compiler_cannot_do_is_one_line() -> None:
     done = compile_for("v5e:9x9")
     assert done.returncode == 1
-    assert done.stderr.startswith("train: --compile-for 'v5e:9x9': no such slice")
+    assert done.stderr.startswith("train: --compile-for 'v5e:9x9': this slice does not exist")
     assert len(done.stderr.splitlines()) == 1
     done = compile_for("v5e:2x2", "--batch-size", "33554432")
     assert done.returncode == 1

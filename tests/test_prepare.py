@@ -505,7 +505,7 @@ def test_another_option_source_or_tokenizer_is_refused_with_what_differs(
         ({"pack": True, "limit": 900}, "packed false there, true now; limit null there, 900 now"),
         ({"valid_fraction": 0.5}, "valid_fraction 0.01 there, 0.5 now"),
     ):
-        with pytest.raises(ValueError, match=f"was prepared otherwise: {differences}"):
+        with pytest.raises(ValueError, match=f"was prepared with other settings: {differences}"):
             run(source, tmp_path / "data", **changes)
     make_tokenizer(299).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"tokenizer_fingerprint \w{12}… there, \w{12}… now; vocab_size"):
@@ -577,9 +577,7 @@ def test_files_of_two_kinds_are_refused(run: Callable[..., None], source: Path, 
 
 
 def test_a_missing_source_says_what_there_may_be(run: Callable[..., None], tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"there is no such file\. SRC may be storyworld, hub:OWNER/NAME, a file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. SRC may be storyworld, hub:OWNER/NAME, a file"):
         run(tmp_path / "no*.jsonl", tmp_path / "data")
     with pytest.raises(
         ValueError, match=r"no file whose name says train; it has no file that can be read\. .*SRC may be"

@@ -136,7 +136,7 @@ def test_people_get_a_table_and_a_page(capsys, top, searched):
         (["--site", "X"], "not a dictionary tag"),
         (["--site", "M1", "--top", "0"], "--top 0 must be 1 or more"),
         (["--site", "M1", "--limit", "0"], "--limit 0 must be 1 or more"),
-        (["--site", "M1", "--contains", "a", "--feature", "1"], "do not go together"),
+        (["--site", "M1", "--contains", "a", "--feature", "1"], "cannot be combined"),
         (["--site", "M1", "--contains", ""], "give a text"),
         (["--site", "M1", "--contains", "qqqq"], "no feature's top contexts peak on it"),
         (["--site", "M1", "--concept", "feeling.badd"], "Closest: feeling.bad"),
@@ -191,7 +191,7 @@ def test_a_file_with_fewer_contexts_is_refused(lm, rows, top, tmp_path, capsys):
     top_activations(lm, "M1", rows, k=3).save(few)
     options = [*top, "-o", str(few), "--json"]
     assert cli.main([*options, "--site", "M1N5", "--top", "4"]) == 1
-    assert "holds 3 contexts of a feature, not 4; name another file" in error_line(capsys)
+    assert "holds 3 contexts per feature, not 4; name another file" in error_line(capsys)
     assert cli.main([*options, "--site", "M1N5", "--top", "3"]) == 0
 
 

@@ -129,7 +129,7 @@ def open_activations(
 
     Raises:
         ValueError: the options do not fit together, the model, the data or the mesh.
-        FileNotFoundError: there is no such model or data.
+        FileNotFoundError: the model or the data does not exist.
     """
     if min(options.batch_size, options.held_out_stories) < 1:
         raise ValueError("--batch-size and --held-out-stories must be 1 or more.")
@@ -160,7 +160,7 @@ class ModelActivations:
         options: ActivationOptions,
         mesh: Mesh,
     ) -> None:
-        """Prepare to draw `options.batch_size` vectors a step.
+        """Prepare to draw `options.batch_size` vectors per step.
 
         Args:
             params: parameters of the language model on every device of the mesh, or abstract arrays to compile with.

@@ -1,4 +1,4 @@
-"""`--compile-for v5e:2x4`: compile a program's training step for TPUs that are not there, and report on it.
+"""`--compile-for v5e:2x4`: compile a program's training step for TPUs that this machine lacks.
 
     report = report_step(step, arguments, mesh, flops)      # compiles, prints two tables, returns a StepReport
 
@@ -97,13 +97,13 @@ def devices_for(name: str | None) -> list[Any]:
     """Return the devices of a TPU slice, such as `v5e:2x4`, for compiling only; None gives those of this run.
 
     Raises:
-        ValueError: there is no such slice.
+        ValueError: the slice does not exist.
         ModuleNotFoundError: the TPU compiler is not installed.
     """
     if name is None:
         return jax.devices()
     if name.partition(":")[0] not in CHIPS:
-        raise ValueError(f"--compile-for {name!r}: must be one of {', '.join(CHIPS)} and a shape, as {TOPOLOGIES}.")
+        raise ValueError(f"--compile-for {name!r}: must be one of {', '.join(CHIPS)} and a shape, as in {TOPOLOGIES}.")
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("--compile-for needs the TPU compiler: pip install 'tinymodel-jax[tpu]'")
     for variable, value in _NO_TPU_HERE.items():
@@ -114,7 +114,9 @@ def devices_for(name: str | None) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--compile-for {name!r}: no such slice ({reason}). It can be, say, {TOPOLOGIES}.") from None
+        raise ValueError(
+            f"--compile-for {name!r}: this slice does not exist ({reason}). Examples: {TOPOLOGIES}."
+        ) from None
 
 
 def report_step(step: Any, arguments: Sequence[Any], mesh: Mesh, flops: float) -> StepReport:

@@ -118,7 +118,7 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -
 class Program(NamedTuple):
     """A run's compiled functions and the shardings of its state.
 
-    The mesh may consist of devices that are not there: `--compile-for` compiles the same step that a run executes.
+    The mesh may consist of absent devices: `--compile-for` compiles the same step that a run executes.
     """
 
     step: Callable[..., tuple[States, dict[str, Any]]]

@@ -1,8 +1,8 @@
 """Stories to token ids, a batch at a time: the work of `prepare`'s worker processes.
 
-Rely on: pure and in order, so that the ids do not depend on the number of workers; the choice of held-out stories
-depends only on a story's contents and the seed, so that all copies of a story are in the same split. Reading the source
-and writing the result happen elsewhere.
+Guarantees: batches are pure and in order, so that the ids do not depend on the number of workers; the choice of
+held-out stories depends only on a story's contents and the seed, so that all copies of a story are in the same split.
+Reading the source and writing the result happen elsewhere.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
                 kind = "reduce-scatter"  # which the TPU compiler writes as one fusion of all-reduce and slice
             arrays = _results(instruction)
             channel = _CHANNEL.search(instruction.line)
-            # A collective that the TPU compiler overlaps with others stands in several fusions, on one channel.
+            # A collective that the TPU compiler overlaps with others appears in several fusions, on one channel.
             key = f"{kind} {channel[1]}" if channel else f"{len(found)}"
             found[key] = Collective(kind, arrays, _axes(instruction.line, mesh_shape), times)
     return list(found.values())
@@ -139,7 +139,7 @@ def _executed(text: str) -> Iterator[tuple[_Instruction, int]]:
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, list[_Instruction]]) -> int:
-    """Return how often a loop's body runs; 1 if neither the compiler nor the loop's counter tells.
+    """Return how often a loop's body runs; 1 if neither the compiler nor the loop's counter gives the number.
 
     The counter is the element of the loop's state that the condition compares with a constant. It is assumed to start
     at 0, as in the loops of `lax.scan` and of the compiler, and to rise by a constant.

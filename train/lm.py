@@ -178,7 +178,7 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
 class Program(NamedTuple):
     """A run's compiled functions and the shardings of its arrays.
 
-    The mesh may consist of devices that are not there: `--compile-for` compiles the same step that a run executes.
+    The mesh may consist of absent devices: `--compile-for` compiles the same step that a run executes.
     """
 
     step: Callable[[LMState, Any], tuple[LMState, dict[str, Any]]]

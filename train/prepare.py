@@ -5,9 +5,9 @@
     python -m train prepare 'stories/*.jsonl.gz' data/mine --limit 100000
     python -m train prepare storyworld data/mini --tokenizer mini --row-length 256   # the bundled generator's stories
 
-About 8,000 stories/s on two CPU cores. Rely on: the same source, tokenizer and options give the same bytes, whatever
-the number of workers; DEST appears when it is complete, so an interruption leaves no DEST. The same command again
-starts over, or says that DEST is done. Tokenizers are not trained here.
+About 8,000 stories/s on two CPU cores. Guarantees: the same source, tokenizer and options give the same bytes, with
+any number of workers; DEST appears when it is complete, so an interruption leaves no DEST. The same command again
+starts over, or reports that DEST is done. Tokenizers are not trained here.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def prepare(
     if valid_fraction is None and "valid" not in source.splits:
         valid_fraction = DEFAULT_VALID_FRACTION
     if valid_fraction is not None:
-        valid_fraction = float(valid_fraction)  # a whole number has another text in data.json
+        valid_fraction = float(valid_fraction)  # a whole number would be written differently in data.json
     settings = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
@@ -147,7 +147,7 @@ def _appearing_whole(dest: str) -> Iterator[Path]:
     """
     work = partial_folder(_cached(dest) if is_remote(dest) else Path(dest))
     folder = work / "data"
-    work.mkdir(parents=True, exist_ok=True)  # an error of locked_folder would speak of a run's checkpoints
+    work.mkdir(parents=True, exist_ok=True)  # an error of locked_folder would mention a run's checkpoints
     try:
         with locked_folder(work):
             shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
@@ -223,7 +223,7 @@ def _complete_rows(file: IO[bytes], encoder: Encoder) -> int:
 
 
 def _with_progress(results: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Pass results on; show how many stories are read on a terminal, else print a line every ten seconds, on stderr."""
+    """Yield the results; show progress on stderr: a status on a terminal, else a line every ten seconds."""
     started = line_at = time.monotonic()
     read = 0
     with Console(stderr=True).status("tokenizing") as status:
@@ -279,7 +279,9 @@ def _finished(dest: str, settings: Mapping[str, Any]) -> DataMeta | None:
         if name not in _NOT_COMPARED and getattr(meta, name) != value
     ]
     if differences:
-        raise ValueError(f"{dest} was prepared otherwise: {'; '.join(differences)}. Choose another DEST, or delete it.")
+        raise ValueError(
+            f"{dest} was prepared with other settings: {'; '.join(differences)}. Choose another DEST, or delete it."
+        )
     return meta
 
 

@@ -2,8 +2,8 @@
 
     OUT/run.lock        exists while a run holds the folder: its process, its machine, and since when
 
-Rely on: the lock ends with the process that holds it, even if that is killed; in a run of several processes, the first
-holds it for all. Object stores, and file systems without `flock`, cannot be locked; a warning says so.
+Guarantees: the lock ends with the process that holds it, even if that is killed; in a run of several processes, the
+first holds it for all. Object stores, and file systems without `flock`, cannot be locked; a warning says so.
 """
 
 from __future__ import annotations

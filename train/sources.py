@@ -1,8 +1,8 @@
 """What `prepare` reads: stories, or rows of token ids, from local files, the hub, or the bundled story world.
 
-Rely on: rows come in order, one at a time; the same contents have the same fingerprint wherever they are stored;
-whatever cannot be read is one error that says where. Local files need no network. The rows themselves are checked in
-`encoding.py`.
+Guarantees: rows come in order, one at a time; the same contents have the same fingerprint wherever they are stored;
+anything unreadable raises one error that says where it is. Local files need no network. The rows themselves are checked
+in `encoding.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STORY_WORLD = "storyworld"
 STORY_WORLD_SEED = 0
 """Seed of the stories to train on. A model that was trained on them has not seen the stories of other seeds."""
 STORY_WORLD_STORIES = 100_000
-"""Stories to read when no limit is given: the story world has no last story."""
+"""Stories to read when no limit is given: the story world is endless."""
 HUB_PREFIX = "hub:"
 COLUMNS = ("tok_ids", "text")
 """Fields that hold the rows. The first one that a source has is read."""
@@ -46,7 +46,7 @@ class Source:
     """An opened source."""
 
     name: str
-    """What it is called, without folders."""
+    """Name of the source, without folders."""
     fingerprint: str
     """SHA-256 of the files' contents, the hub's commit, or a SHA-256 of the story world."""
     splits: Mapping[str, Iterator[Row]]
@@ -56,10 +56,10 @@ class Source:
 
 
 def open_source(src: str) -> Source:
-    """Open what the user named.
+    """Open the source that the user named.
 
     Raises:
-        FileNotFoundError: there is no such file or data set, or the hub cannot be reached.
+        FileNotFoundError: the file or data set does not exist, or the hub cannot be reached.
         ValueError: files of this kind cannot be read.
     """
     if src == STORY_WORLD:
@@ -73,7 +73,7 @@ def open_source(src: str) -> Source:
         return _open_folder(src, path)
     files = [path] if path.is_file() else sorted(file for file in map(Path, glob.glob(src)) if file.is_file())
     if not files:
-        raise FileNotFoundError(f"{src}: there is no such file. {_allowed()}.")
+        raise FileNotFoundError(f"{src} does not exist. {_allowed()}.")
     name = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     return _open_files(src, name, {"train": files})
 
@@ -194,7 +194,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _readable(items: Iterable[T], where: str, what: str) -> Iterator[T]:
-    """Pass items on, and make one error of whatever a reader or the network raises."""
+    """Yield the items; turn any error of a reader or the network into one ValueError."""
     done = 0
     try:
         for item in items:

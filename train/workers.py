@@ -1,7 +1,7 @@
 """The worker processes of `prepare`.
 
-Rely on: results come in the order of the batches, and only a few batches are in memory; an error in a worker is raised
-here; Ctrl-C does not reach the workers, and none outlives a killed parent.
+Guarantees: results come in the order of the batches, and only a few batches are in memory; an error in a worker is
+raised here; Ctrl-C does not reach the workers, and none outlives a killed parent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from train.encoding import Batch, Encoded, Encoder
 
 _encoder: Encoder
-"""Of a worker process."""
+"""The encoder of a worker process."""
 
 
 def encode_all(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Iterator[Encoded]:

@@ -44,7 +44,7 @@ def concepts(
         stories: number of unseen stories to read; half of them choose the features, half score them.
         out: JSON file for the score of every concept in every dictionary and baseline.
         plot: PNG file for a heat map of these scores.
-        json: print one JSON object per line, for a dictionary or baseline and a concept.
+        json: print one JSON object per line, for each concept in each dictionary and baseline.
     """
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")

@@ -1,4 +1,4 @@
-"""What commands read: prompts, stories, rows of tokens; and how tokens are shown."""
+"""The inputs of commands (prompts, stories, rows of tokens), and how commands show tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT…")]
 STORY_FILES = (".jsonl", ".txt")
-"""Endings of files of stories; each also with .gz."""
+"""Suffixes of files of stories; each may be followed by .gz."""
 STORY_WORLD = "storyworld"
-"""What `--data` names the story world."""
+"""Value of `--data` that selects the story world."""
 
 
 def read_prompts(
@@ -36,7 +36,7 @@ def read_prompts(
         ValueError: there is nothing to read, or it cannot be read.
     """
     if ids and stories:
-        raise ValueError("--ids and --stories do not go together: stories are text.")
+        raise ValueError("--ids and --stories cannot be combined: stories are text.")
     if not prompts and not stories:
         raise ValueError("nothing to read: give a prompt, or --stories FILE.")
     from_file = read_stories(stories, limit) if stories else []
@@ -48,7 +48,7 @@ def read_stories(path: Path, limit: int) -> list[str]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: a line holds no story, or divides stories of several lines, or the file has none.
+        ValueError: the file is damaged, or holds no stories in this form.
     """
     kind = path.name.removesuffix(".gz")
     if not kind.endswith(STORY_FILES):

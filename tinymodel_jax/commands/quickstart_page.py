@@ -1,4 +1,4 @@
-"""The page of `tinymodel quickstart`: what the steps found, cards of features, and the data that its script reads."""
+"""The page of `tinymodel quickstart`: results of the steps, cards of features, and the data for its script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_quickstart_page(
         story: token ids of the story.
         strongest: strongest features of each token, with their activations.
         acts: (tokens, features): activations on the story.
-        found: what the other steps found, for the template.
+        found: results of the other steps, for the template.
     """
     content = {
         "model": f"{lm!r:.80}, trained on the story world",
@@ -85,7 +85,7 @@ def describe_feature(lm: TinyModel, named: Named, feature: int) -> dict[str, Any
 
 
 def script_data(named: Named, tokens: list[list[tuple[int, float]]], acts: np.ndarray) -> dict[str, Any]:
-    """Return what the page's script needs: each token's features, and where each of those is active in the story."""
+    """Return the data for the page's script: each token's features, and where each of those is active in the story."""
     present = sorted({feature for found in tokens for feature, _ in found})
     features = {
         feature: {

@@ -1,4 +1,4 @@
-"""The six steps of `tinymodel quickstart`: each prints a screen of text, and returns what the page shows of it.
+"""The six steps of `tinymodel quickstart`: each prints a screen of text, and returns what the page shows.
 
 They use the package as any program would, so they can be read as an example.
 """

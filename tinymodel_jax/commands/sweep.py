@@ -41,7 +41,7 @@ def sweep(
     To measure every feature over a data set, use `tinymodel importance`.
 
     Args:
-        prompts: texts; each is swept by itself.
+        prompts: texts; features are changed on each text separately.
         site: tag of the dictionary, such as M2.
         kind: turn features off, hold them at --amount, or add --amount times their decoder direction.
         amount: activation for clamp, strength for steer.

@@ -1,4 +1,4 @@
-"""`tinymodel top`: what the features of a dictionary react to."""
+"""`tinymodel top`: the tokens that activate the features of a dictionary most."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.lm import FeatureReader
 
 CONTEXTS = 20
-"""Top contexts of a feature that a search keeps, unless more are asked for."""
+"""Top contexts per feature that a search keeps by default."""
 
 
 def top(
@@ -102,7 +102,7 @@ def search(
         track: wraps the batches and a name of the work, to show progress.
 
     Raises:
-        OtherWorkError: the file is of another search.
+        OtherWorkError: the file holds another search.
         ValueError: it is damaged, or has fewer contexts.
     """
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
@@ -118,7 +118,7 @@ def search(
             raise OtherWorkError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
         if (held := found.top.row.shape[1]) < needed:
             raise ValueError(
-                f"--out {out} holds {held} contexts of a feature, not {needed}; name another file, or delete it."
+                f"--out {out} holds {held} contexts per feature, not {needed}; name another file, or delete it."
             )
         return found
     work = work_file(out)
@@ -139,7 +139,7 @@ def search(
 def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str | None) -> None:
     require_positive("--top", top)
     if sum(question is not None for question in questions) > 1:
-        raise ValueError("--feature, --contains and --concept do not go together; give one of them.")
+        raise ValueError("--feature, --contains and --concept cannot be combined; give one of them.")
     if questions[1] == "":
         raise ValueError('--contains "": give a text, such as " happy".')
     if concept is None:

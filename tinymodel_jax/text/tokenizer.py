@@ -3,7 +3,7 @@
 The ids equal those of the reference package on everything that it can encode; docs/tokenizer.md lists the inputs on
 which it fails or drops text. A batch gives the same tokens as its stories one by one. Calls need no network, and
 importing this file loads neither JAX nor a vocabulary. Nothing here downloads files, trains a BPE or filters stories;
-`keep_story` tells which stories the reference drops.
+`keep_story` says which stories the reference drops.
 """
 
 import hashlib

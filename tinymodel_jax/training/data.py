@@ -1,6 +1,6 @@
 """Training data: batches drawn from a folder of token ids, and a thread that makes them ahead of time.
 
-Rely on: a batch is a pure function of (seed, step), so that resuming needs only the step; every row occurs once per
+Guarantees: a batch is a pure function of (seed, step), so that resuming needs only the step; every row occurs once per
 epoch; a host reads only its own rows of a batch. The training step puts batches on devices and masks `[PAD]`.
 """
 

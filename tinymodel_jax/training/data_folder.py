@@ -2,9 +2,9 @@
 
     DATA/        data.json  train.bin  valid.bin  [tokenizer.json  token_table.json]
 
-Rely on: `train.bin` and `valid.bin` are little-endian uint16 matrices (rows, row_length), mapped into memory and never
-loaded whole; a folder that is missing, unfinished, damaged or of another kind is one error. `python -m train prepare`
-writes the folder; this file only reads it.
+Guarantees: `train.bin` and `valid.bin` are little-endian uint16 matrices (rows, row_length), mapped into memory and
+never loaded whole; a folder that is missing, unfinished, damaged or of another kind is one error. `python -m train
+prepare` writes the folder; this file only reads it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DataMeta:
     left_out: dict[str, int]
     """Number of stories in neither split, by reason: `refused` by `keep_story`, or `empty`."""
     source: str
-    """Name of what was read, without folders."""
+    """Name of the source, without folders."""
     source_fingerprint: str
     """SHA-256 of the files' contents, or the hub's commit."""
     tokenizer_fingerprint: str

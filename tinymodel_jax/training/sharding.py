@@ -2,7 +2,7 @@
 
 Flax modules contain no sharding. A rule is (pattern, PartitionSpec) over paths such as `blocks_0/attn/W_Q`. The first
 match applies, every leaf must match a rule, and every rule must be used, so a renamed parameter is an error. Optimizer
-moments have the same paths below a prefix of their own, hence the same shardings.
+moments have the same paths below another prefix, hence the same shardings.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ from tinymodel_jax.model.transformer import LayerCache
 from tinymodel_jax.runtime.compilation import fast_jit
 
 LARGE = 60.0
-"""Change of a logit above which its `exp` is not computed by itself. `exp` overflows above 88, and the probability that it
-multiplies may be below float32's smallest number (`exp(-87)`), which would make the product 0."""
+"""Change of a logit above which its `exp` is not computed by itself. `exp` overflows above 88, and the probability that
+it multiplies may be below float32's smallest number, `exp(-87)`, so that the product would be 0."""
 
 
 class Clean(NamedTuple):
