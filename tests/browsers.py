@@ -1,4 +1,4 @@
-"""A real browser for tests of pages: headless Chromium, and what it complained about."""
+"""A real browser for tests of pages: headless Chromium, and the errors on its console."""
 
 import shutil
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ class BucketServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Start serving, and make this process take the bucket for Google's."""
+        """Start serving, and direct this process's requests for Google's storage to this server."""
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}
         self.written: list[str] = []
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(404 if found is None else 204)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def _asked(self) -> tuple[str, dict[str, str]]:
         parts = urlsplit(self.path)

@@ -19,7 +19,7 @@ PROGRAMS = {
     "python -m train": train_main,
 }
 NOT_RUN = ("python3 -m venv", "pip", "python -m pytest")
-"""Programs that are no part of the project."""
+"""Programs that do not belong to the project."""
 
 
 def command_lines(text: str) -> list[list[str]]:
@@ -37,7 +37,7 @@ def split_program(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def run(words: Sequence[str], replaced: Mapping[str, str] | None = None) -> None:
-    """Run a command, which must succeed; one of `NOT_RUN` is passed over, and any other unknown one is refused.
+    """Run a command, which must succeed. Programs of `NOT_RUN` are skipped; other unknown programs are errors.
 
     Args:
         replaced: parts of commands, such as `--steps 1000`, and what replaces them here.

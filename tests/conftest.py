@@ -71,7 +71,7 @@ class Count:
 
 @pytest.fixture
 def compilations():
-    """A context manager that counts every program XLA compiles in it, whoever asked for it."""
+    """A context manager that counts all programs that XLA compiles inside it."""
 
     @contextmanager
     def counting() -> Iterator[Count]:
@@ -82,7 +82,7 @@ def compilations():
 
 @contextmanager
 def as_users_run_it() -> Iterator[None]:
-    """Without the type checks at run time, which only tests have and which would hide the package's own errors."""
+    """Turn off the type checks at run time, which only tests have and which would hide the package's own errors."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
@@ -133,7 +133,7 @@ def params(config: ModelConfig) -> Any:
 
 @pytest.fixture(scope="session")
 def shared_lm(config: ModelConfig, params: Any) -> TinyModel:
-    """What `lm` is a copy of."""
+    """The model that `lm` copies."""
     model = TinyModel.from_params(config, params)
     for seed, tag in enumerate(("M0", "Ra1", "A1", "Rm1", "M1", "Mo1")):
         site = Site.parse(tag)[0]
@@ -168,7 +168,7 @@ def story_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tok_ids() -> np.ndarray:
-    """Three rows of eleven ids, which is no compiled length of the tiny model."""
+    """Three rows of eleven ids, a length that the tiny model pads."""
     return np.random.default_rng(1).integers(0, 19, (3, 11)).astype(np.int32)
 
 
@@ -187,7 +187,7 @@ def golden_dictionaries() -> dict[str, Dictionary]:
 
 @pytest.fixture(scope="session")
 def shared_golden_lm(golden_dictionaries: dict[str, Dictionary]) -> TinyModel:
-    """What `golden_lm` is a copy of."""
+    """The model that `golden_lm` copies."""
     model = TinyModel(DATA / "lm_f32_zip.pt", n_heads=N_HEADS)
     for tag, dictionary in golden_dictionaries.items():
         model.attach(tag, dictionary)

@@ -1,4 +1,4 @@
-"""Python code run in a process of its own with eight virtual CPU devices."""
+"""Python code run in a separate process with eight virtual CPU devices."""
 
 import json
 import os
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_eight_devices(code: str) -> Any:
-    """Run code; return what the JSON on its last line says."""
+    """Run code; return the value of the JSON on its last line."""
     environment = {
         **os.environ,
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",

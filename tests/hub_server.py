@@ -1,8 +1,8 @@
 """A model hub on loopback: the part of the hub's resolve protocol that `huggingface_hub` uses to download a file.
 
 Large files are announced by their sha256 and redirected to another host, as those in the real hub's large-file storage
-are; small ones come directly, under a git-like tag. Faults can be switched on by file. It knows no revisions, no
-tokens and no listings.
+are; small ones come directly, under a git-like tag. Faults can be switched on per file. It does not
+support revisions, tokens and listings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests compare with: the model and the dictionaries again, in NumPy float64, and tolerances.
+"""The oracle of the tests: the model and the dictionaries in NumPy float64, and tolerances.
 
 Written from the published formulas alone, one position and one head at a time where that is clearer: nothing here
 shares code or array layout tricks with the package.
@@ -121,7 +121,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def next_token_loss(logits: np.ndarray, tok_ids: Any, weights: Any = None) -> float:
-    """Return the weighted mean of -log p(token | tokens before it), a token at a time."""
+    """Return the weighted mean of -log p(token | tokens before it), computed token by token."""
     ids, logprobs = np.asarray(tok_ids), log_softmax(logits)
     weights = np.ones(ids.shape) if weights is None else np.asarray(weights, np.float64)
     total = count = 0.0

@@ -29,7 +29,7 @@ WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"
 
 
 def write_counting_data(folder: Path) -> Path:
-    """Write a prepared folder of rows that count upwards, so that there is something to learn; a third have [PAD]."""
+    """Write a prepared folder of rows that count upwards, as something to learn; a third end with [PAD]."""
     rng = np.random.default_rng(0)
     starts = rng.integers(0, VOCAB - 4, (200, 1))
     rows = (starts + np.arange(ROW)) % (VOCAB - 4)
@@ -78,7 +78,7 @@ def signal_at(step: int, number: signal.Signals) -> Iterator[None]:
 
 
 def start(*arguments: str | Path, devices: int = 1, privileged: bool = True) -> subprocess.Popen[str]:
-    """Start `python -m train` in a process of its own, with so many virtual devices."""
+    """Start `python -m train` in a separate process with this many virtual devices."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     command = [*([] if privileged else WITHOUT_PRIVILEGES), sys.executable, "-m", "train", *map(str, arguments)]
@@ -95,7 +95,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def wait_for_lines(out: Path, process: subprocess.Popen[str], count: int) -> None:
-    """Wait until a run has written so many lines of metrics; it has to be running until then."""
+    """Wait until a run has written this many lines of metrics; fail if it ends earlier."""
     log = out / "metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < count:
         assert process.poll() is None, process.communicate()

@@ -1,4 +1,4 @@
-"""The benchmarks that need no PyTorch run, and every one says what it takes."""
+"""The benchmarks that need no PyTorch run, and `--help` of every one lists its options."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The bundled model: what comes with the package is whole and good, and the command that makes it works."""
+"""The bundled model: its files are complete, its quality is as stated, and the command that makes it works."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ UNSEEN = 2_000_000
 RECOVERED = 0.95
 """CE recovered at every site, at least."""
 NAMES_KEPT = 0.8
-"""Share of the stories that have no third name, at least; the card has the share of many."""
+"""Smallest share of stories without a third name; the card states the share over many stories."""
 
 
 @pytest.fixture(scope="module")

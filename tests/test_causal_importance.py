@@ -1,4 +1,4 @@
-"""Causal importance: means over rows of single sweeps, the same when the work was stopped."""
+"""Causal importance: means over rows of single sweeps, the same after an interruption."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Charts show names and tokens as they are."""
+"""Charts show names and tokens unchanged."""
 
 import io
 

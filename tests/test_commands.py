@@ -234,7 +234,7 @@ def test_a_dictionary_s_folder_is_not_read_for_another_site(
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/taken", "--n-heads", "4"], "Nothing was written"),
         (
             ["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis", "--n-heads", "4"],
-            "holds a.txt, b.txt, c.txt and 1 more, and no",
+            "holds a.txt, b.txt, c.txt and 1 more, but no",
         ),
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
         (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "but no config.json. Nothing"),

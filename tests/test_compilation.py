@@ -1,4 +1,4 @@
-"""`fast_jit`: compiled with the faster options where they apply, and never in the user's way."""
+"""`fast_jit`: compiled with the faster options where they apply, and the user's own flags always win."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tinymodel_jax.runtime.compilation import fast_compiler_options, fast_jit
 
 @pytest.fixture(autouse=True)
 def forget_options():
-    """The options are worked out once a process; here each test starts anew, and so does what comes after."""
+    """Forget the options, which are computed once per process, before and after each test."""
     fast_compiler_options.cache_clear()
     yield
     fast_compiler_options.cache_clear()

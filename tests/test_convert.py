@@ -1,4 +1,4 @@
-"""The reference's checkpoints and ours: round trips, and errors that name what is wrong."""
+"""The reference's checkpoints and ours: round trips, and errors that name the problem."""
 
 from typing import Any
 

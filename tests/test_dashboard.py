@@ -1,4 +1,4 @@
-"""What a dashboard says equals what NumPy finds, and its folder appears whole or not at all."""
+"""The numbers of a dashboard equal NumPy's, and its folder appears whole or not at all."""
 
 import base64
 import dataclasses
@@ -89,7 +89,7 @@ def test_the_forward_pass_decides_who_can_speak_to_whom(lm, tag, upstream, downs
 
 
 def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids):
-    """With what lies between held fixed, steering a feature of M0 moves M1's pre-activations by the weights."""
+    """With everything in between held fixed, steering a feature of M0 moves M1's pre-activations by the weights."""
     links = weights_graph(lm, "M1", ["M0"], top=12).upstream["M0"]
     read, between = "blocks.1.hook_mlp_in", "blocks.1.hook_attn_out"
     direction = np.asarray(lm["M0"].dictionary.params["W_dec"][5])
@@ -120,7 +120,7 @@ def test_neighbours_are_the_largest_cosines_whatever_the_chunks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def read(shared_lm: TinyModel, rows: np.ndarray) -> np.ndarray:
-    """What a dictionary at M1 reads when the model runs through that at M0."""
+    """The input of a dictionary at M1 when the model runs through the one at M0."""
     name = "blocks.1.hook_mlp_in"
     return np.asarray(shared_lm.splice("M0").run_with_cache(rows, name)[1][name])
 
@@ -281,7 +281,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
 
 
 def pages_of(folder: Path, name: str) -> Path:
-    """Make a folder as a dashboard's, whose page says `name`."""
+    """Make a folder like a dashboard's, with `name` on its page."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(f"{build.GENERATOR} {name}")
     return folder

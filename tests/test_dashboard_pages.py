@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dashboard of the bundled model, in the place of an older one."""
+    """A dashboard of the bundled model that replaced an older one."""
     out = tmp_path_factory.mktemp("mini") / "pages"
     (out / "data").mkdir(parents=True)
     (out / "data/shard-0999.js").touch()
@@ -66,7 +66,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile.
 
-    Of the features' own pages it has those that the tests open.
+    It has only the feature pages that the tests open.
     """
     out = tmp_path_factory.mktemp("many")
     facts, rows = invented(MANY)

@@ -88,7 +88,7 @@ def test_the_selection_of_a_batch_with_ties_equals_sorting_all_of_it(data):
     np.testing.assert_array_equal(laid_out[:4].ravel(), wanted)
 
 
-@pytest.mark.parametrize("size", [1, 2, 30])  # each is a program of its own
+@pytest.mark.parametrize("size", [1, 2, 30])  # each is compiled separately
 @given(data=st.data())
 def test_kth_largest_equals_sorting(size, data):
     values = data.draw(st.lists(st.floats(0, 1e6, width=32), min_size=size, max_size=size))

@@ -47,7 +47,7 @@ def test_python_snippets_run_in_order(page: Path, standard_promotion: None, chec
 
 @pytest.fixture(scope="module")
 def small_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is smaller than mini, with the dictionaries that the commands name."""
+    """A smaller model than mini, with the dictionaries that the commands name."""
     return save_story_model(tmp_path_factory.mktemp("docs") / "mini", 4, ("Ra0", "M0", "M1", "M2", "A3", "M3"), 160)
 
 

@@ -1,4 +1,4 @@
-"""`tinymodel eval`: what it writes and prints, and how it fails."""
+"""`tinymodel eval`: its files, its output and its errors."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def stories(tmp_path: Path) -> str:
 
 @pytest.fixture
 def failing(story_model: Path, capsys: pytest.CaptureFixture[str]):
-    """Run a command that must fail; return its one line."""
+    """Run a command that must fail; return its one-line message."""
 
     def run(*arguments: str) -> str:
         with as_users_run_it():

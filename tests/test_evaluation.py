@@ -204,7 +204,7 @@ def test_rows_without_a_token_to_predict_and_unknown_places_are_refused(model):
     with as_users_run_it():
         with pytest.raises(ValueError, match="no token to predict"):
             evaluate(model, [identity("A0")], np.full((1, 5), PAD))
-        with pytest.raises(ValueError, match=r"hold \[BEGIN\] alone"):
+        with pytest.raises(ValueError, match=r"hold only \[BEGIN\]"):
             evaluate(model, [identity("A0")], np.full((1, 2), CONFIG.begin_id))
         with pytest.raises(ValueError, match=r"unknown hook points in a 2-layer model: 'blocks\.7"):
             evaluate(model, [identity("A7")], np.ones((1, 5), np.int32))

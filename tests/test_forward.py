@@ -130,7 +130,7 @@ def test_the_spliced_gradients_are_all_compared(golden):
 def test_gradients_through_a_spliced_dictionary_equal_the_reference_s(
     golden_lm, golden_dictionaries, golden, golden_ids, case
 ):
-    """The switches of the reference; its straight-through hook never fires, and so has no part in these."""
+    """With all switches of the reference, whose straight-through hook never fires."""
     theirs, *switches = case.split("|")
     error, detach_error, detach_pred = (bool(int(switch[-1])) for switch in switches)
     dictionary = golden_dictionaries[f"{OUR_KIND[theirs[:-1]]}{theirs[-1]}"]

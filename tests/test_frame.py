@@ -13,7 +13,7 @@ from train import dictionary_results
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test moves on."""
+    """A clock that tests advance."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

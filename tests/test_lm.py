@@ -1,4 +1,4 @@
-"""`TinyModel` against NumPy, and what a user may count on: compilations, hooks, splices, folders."""
+"""`TinyModel` against NumPy, and what users can rely on: compilations, hooks, splices, folders."""
 
 import copy
 import pickle
@@ -147,7 +147,7 @@ def test_features_of_other_indices_compile_nothing(lm, tok_ids, compilations):
 
 
 def test_a_compiled_model_never_ignores_a_hook(lm, tok_ids):
-    """The same model, ids and place with ever other edits, each compared with NumPy's."""
+    """One model runs the same ids with one edit after another at a hook point; each equals NumPy's result."""
     flat, name, scale = flatten(lm.params), "blocks.0.hook_mlp_out", [1.0]
     vector = np.linspace(-1, 1, 16)
     steps = [
@@ -162,7 +162,7 @@ def test_a_compiled_model_never_ignores_a_hook(lm, tok_ids):
     ]
     for hooks, edits in steps:
         for factor in (1.0, 3.0):
-            scale[0] = factor  # a plain function runs as it is now, not as it was when first seen
+            scale[0] = factor  # a plain function is called on every pass, so the change takes effect
             expected, values = forward(flat, lm.config, tok_ids, edits)
             logprobs, acts = lm.run_with_hooks(tok_ids, hooks, keep=[name])
             assert_close(logprobs, log_softmax(expected), F32)

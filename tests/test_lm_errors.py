@@ -32,7 +32,7 @@ def untyped(value: Any) -> Any:
 
 
 def not_finite() -> Dictionary:
-    """Return a dictionary with one decoder row and one bias that are no numbers."""
+    """Return a dictionary with one decoder row and one bias that are not finite."""
     whole = make_dictionary("a", "b")
     W_dec, b_enc = whole.params["W_dec"].at[4].set(jnp.inf), whole.params["b_enc"].at[3].set(jnp.nan)
     return Dictionary.from_params(whole.config, whole.params | {"W_dec": W_dec, "b_enc": b_enc})

@@ -1,4 +1,4 @@
-"""Checks of token ids, the compiled lengths, and the cut back to what was asked for."""
+"""Checks of token ids, the compiled lengths, and the cutting of results to the original length."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""`~` in a path of a user is the home folder, wherever a path is taken."""
+"""`~` means the home folder in every path that users give."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from train.sweep import _fields_of
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home folder, which is not the current one; afterwards nothing is named `~` there."""
+    """A home folder other than the current folder; fail if a test creates anything in the current folder."""
     folder, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()

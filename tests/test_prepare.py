@@ -1,4 +1,4 @@
-"""`python -m train prepare`: what rows hold, what may be read, held-out stories, interruptions, errors."""
+"""`python -m train prepare`: rows, sources, held-out stories, interruptions, errors."""
 
 import gzip
 import json
@@ -71,7 +71,7 @@ def tokenizer_folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def run(tokenizer_folder: str) -> Callable[..., None]:
-    """`prepare` with short rows, the small tokenizer and one process, unless told otherwise."""
+    """`prepare` with short rows, the small tokenizer and one process by default."""
 
     def call(src: str | Path, dest: str | Path, **options: Any) -> None:
         prepare(str(src), str(dest), **{"tokenizer": tokenizer_folder, "row_length": ROW, "workers": 1, **options})
@@ -86,7 +86,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
-    """A source of 23 batches, when a batch has 10 stories."""
+    """A source of 23 batches of 10 stories."""
     return write_jsonl(tmp_path / "many.jsonl", [f"Tim ran {number} times. {KEPT[1]}" for number in range(225)])
 
 

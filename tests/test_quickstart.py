@@ -26,7 +26,7 @@ SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=25
 
 
 class Run(NamedTuple):
-    """What a run left."""
+    """The results of a run."""
 
     page: Path
     text: str
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 def run_small(out: Path, train: bool) -> Run:
-    """Run it whole, with the same steps on fewer stories."""
+    """Run all steps, on fewer stories."""
     content: dict[str, Any] = {}
 
     def write(path: Path, template: str, found: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ SMALLER = {
     "--n-features 1024 --steps 200": "--n-features 32 --steps 2 --batch-size 256",
     "concepts": "concepts --stories 4",
 }
-"""Parts of the next commands, and what is run in their place."""
+"""Parts of the next commands, and their replacements in the test."""
 
 
 def test_the_next_commands_hold_every_part_that_is_made_smaller():

@@ -1,4 +1,4 @@
-"""Work files: they go on with the same work only, and are whole or absent."""
+"""Work files: only the same work resumes from them, and they are whole or absent."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What must not happen to a loaded model or a saved folder, whatever is done around it."""
+"""Loaded models and saved folders stay intact, whatever happens to their inputs and to other files."""
 
 import gzip
 import re

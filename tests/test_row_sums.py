@@ -47,7 +47,7 @@ def test_about_95_of_100_intervals_hold_the_truth(above, below, truth):
 
 
 def test_an_interval_from_single_tokens_would_be_too_narrow():
-    """Which is why a row is the unit: the same totals cut into tokens of equal share hold the truth far less often."""
+    """The same totals, split into independent tokens, give intervals that hold the truth far less often."""
     totals = stories(np.random.default_rng(2), 200)
     by_row, by_token = RowSums(("nats", "targets", "zeroed")), RowSums(("nats", "targets", "zeroed"))
     by_row.add(named(totals))

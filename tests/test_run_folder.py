@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """A run without interruptions."""
     out = tmp_path_factory.mktemp("folder") / "whole"
     assert train_here(*arguments(data, out)) == 0
     return out
@@ -45,7 +45,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
-    """What is at `gs://bucket`."""
+    """The objects in `gs://bucket`."""
     forget = backend.fsspec_backend._get_filesystem.cache_clear  # etils keeps what it once asked fsspec for
     forget()
     server = BucketServer(monkeypatch)
@@ -294,7 +294,7 @@ def test_a_run_whose_checkpoints_cannot_be_saved_ends_within_seconds(data: Path,
 
 
 def run_without_privileges(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m train`, by root too, so that the permissions of files count."""
+    """Run `python -m train` so that file permissions apply to it even for root."""
     whole = [*WITHOUT_PRIVILEGES, sys.executable, "-m", "train", *command]
     return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
@@ -339,7 +339,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path: Path, line: dict[str, Any],
 
 
 def new_run(folder: Path, steps: int, done: int = 0, stop_requested: Callable[[], bool] = bool) -> tuple[Run, Mock]:
-    """Return a run that goes on after `done` steps, and what stands in for its checkpoints."""
+    """Return a run that resumes after `done` steps, and the replacement of its checkpoints."""
     checkpoints = Mock()
     checkpoints.restore.return_value = (None, done)
     (folder / "metrics.jsonl").write_text('{"step": 0}\n' * done)
@@ -366,7 +366,7 @@ def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(
     assert trained_seconds(tmp_path) is None  # of a run that has none, what went before is not known
     sit(0, stop_after=3)
     assert trained_seconds(tmp_path) == 30
-    now[0] += 86_400  # it goes on the next day
+    now[0] += 86_400  # it resumes the next day
     sit(3, stop_after=0)
     assert trained_seconds(tmp_path) == 60
     sit(0, stop_after=1)  # begun anew

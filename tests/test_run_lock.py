@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one run at a time, the second says which, and nothing of it outlives a process."""
+"""The lock of a run's folder: one run at a time, the second names the first, and the lock ends with its process."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""The sparse model: measured as the spliced model is, and exported as a model of its own that equals it."""
+"""The sparse model: its evaluation equals that of the spliced model, and so does the exported model."""
 
 import dataclasses
 

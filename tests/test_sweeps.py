@@ -1,4 +1,4 @@
-"""Sweeps over features equal single interventions written by hand, however they are chunked."""
+"""Sweeps over features equal single interventions written by hand, with any division into chunks."""
 
 import dataclasses
 import functools

@@ -128,7 +128,7 @@ def small_bpe(text_before: str | None = None, **byte_level: Any) -> Any:
 
 
 def five_steps(text: str) -> str:
-    """The cleaning as the reference describes it, one step after the other."""
+    """The cleaning steps of the reference, one after the other."""
     text = "".join(unidecode(sign) for sign in text if not "\ud800" <= sign <= "\udfff")
     for pattern, replacement in (("\t", "  "), (r"\s+\n", "\n"), (r"\n\n+", "\n"), (" +", " ")):
         text = re.sub(pattern, replacement, text)
@@ -630,7 +630,7 @@ def test_decoded_ids_equal_the_reference(gpt2: Tokenizer, name: str) -> None:
     if is_pair(CASES[name]):
         ids = ids[0]
     decoded = CASES[name]["decoded"]
-    # A str stands for an array of size one: the deviation `dec_t11`.
+    # A str is treated as an array of size one: the deviation `dec_t11`.
     assert gpt2.decode(np.array(ids)) == ([decoded] if isinstance(decoded, str) else decoded)
 
 
@@ -682,7 +682,7 @@ def test_from_gpt2_refuses_a_gpt2_with_more_tokens(tmp_path: Path, gpt2_folder: 
 
 
 def our_answer(tokenizer: Tokenizer, case: dict[str, Any]) -> Any:
-    """What we make of a case, as plain lists."""
+    """Our result for a case, as plain lists."""
     given, options = case["input"], dict(case["kwargs"])
     wants_mask = options.pop("return_attn_mask", False) or case["fn"] == "tokenizer.__call__"
     match case["fn"]:
@@ -722,7 +722,7 @@ AS_ARGUMENT: dict[str, Any] = {
 
 
 def reference_answer(case: dict[str, Any]) -> Any:
-    """What the reference made of a case, as plain lists, or the type of its error."""
+    """The reference's result for a case, as plain lists, or the type of its error."""
     if "error" in case:
         return {"TypeError": TypeError, "ValueError": ValueError}[case["error"]]
     output = case["output"]

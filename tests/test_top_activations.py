@@ -1,4 +1,4 @@
-"""The search over all features equals what NumPy finds in the whole array of activations, however it is cut."""
+"""The search over all features equals what NumPy finds in the whole array of activations, with any batches."""
 
 import dataclasses
 
@@ -199,7 +199,7 @@ def test_a_spliced_model_is_searched_as_it_is(lm, rows, found):
 
 
 class Stopped(Exception):
-    """What ends a search in its middle."""
+    """Error that stops a search halfway."""
 
 
 def stop_after(n: int):

@@ -1,4 +1,4 @@
-"""TensorBoard's files read back, W&B through a stand-in, and what is said when a package is missing."""
+"""TensorBoard's files read back, W&B through a stand-in, and the errors for missing packages."""
 
 import importlib
 import struct
@@ -101,7 +101,7 @@ def test_tensorboard_shows_the_lines_and_a_run_that_goes_on_replaces_what_it_doe
 
 
 class StandIn(types.ModuleType):
-    """As much of W&B as is used; keeps what it is told."""
+    """The used part of W&B; records every call."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""`python -m train dictionaries`, run as a user runs it: what it leaves, sweeps, going on to the bit, errors."""
+"""`python -m train dictionaries`, run as a user runs it: its files, sweeps, resuming bit-exactly, errors."""
 
 import json
 import random
@@ -66,7 +66,7 @@ def sweep(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def final_bytes(out: Path) -> dict[str, bytes]:
-    """Return what must not depend on interruptions."""
+    """Return the bytes that must not depend on interruptions."""
     names = ["metrics.jsonl", "sweep.json", *(f"dictionaries/{p.name}/dictionary.safetensors" for p in folders(out))]
     return {name: (out / name).read_bytes() for name in names}
 

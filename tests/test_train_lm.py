@@ -1,4 +1,4 @@
-"""`python -m train lm`, run as a user runs it: stopped and resumed bit-exactly, on other meshes, killed, refused."""
+"""`python -m train lm`, run as a user runs it: resumed bit-exactly, on other meshes, killed; and its errors."""
 
 import random
 import shutil
@@ -37,7 +37,7 @@ def arguments(data: Path, out: Path, steps: int = STEPS) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
+    """A run without interruptions."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert train_here(*arguments(data, out)) == 0
     return out

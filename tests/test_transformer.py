@@ -1,4 +1,4 @@
-"""The transformer against NumPy float64 and the reference, and what jit, grad and vmap see of it."""
+"""The transformer against NumPy float64 and the reference, and its behaviour under jit, grad and vmap."""
 
 import jax
 import jax.numpy as jnp

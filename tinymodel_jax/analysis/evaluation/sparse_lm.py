@@ -169,7 +169,7 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
     if name != ("hook_mlp_in", "hook_mlp_out"):
         raise ValueError(f"export_sparse_lm: {tag!r} is not a transcoder of an MLP; give sites M0, M1, ….")
     if config.architecture == "topk" or config.skip:
-        what = "topk compares its features with each other" if not config.skip else "its skip connection is linear"
+        what = "topk keeps only the k largest features" if not config.skip else "its skip connection is linear"
         raise ValueError(
             f"export_sparse_lm: the dictionary at {tag} cannot be an MLP: {what}. Splice it instead: "
             f"lm.splice([{tag!r}]); or train a relu, jumprelu, batch_topk or gated one without a skip connection."
