@@ -76,12 +76,12 @@ def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
         name, _, size = part.partition("=")
         if name not in MESH_AXES or name in seen or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"--mesh {axes!r}: {part!r} is not AXIS=SIZE with each of {', '.join(MESH_AXES)} at most once."
+                f"mesh {axes!r}: {part!r} is not AXIS=SIZE with each of {', '.join(MESH_AXES)} at most once."
             )
         seen.add(name)
         sizes[name] = int(size)
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"--mesh {axes!r} takes {math.prod(sizes.values())} devices; there are {len(devices)}.")
+        raise ValueError(f"mesh {axes!r} takes {math.prod(sizes.values())} devices; there are {len(devices)}.")
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES)
 
 

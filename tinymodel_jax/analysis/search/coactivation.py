@@ -15,6 +15,7 @@ features are active per token on average.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -116,10 +117,8 @@ def _correlations(
     return others[positive], phi[positive].astype(np.float32)
 
 
-def _bits(
+@partial(fast_jit, static_argnames=("config",))
+def _active(
     params: DictionaryParams, x: Float[Array, "rows seq d_in"], positions: Int[Array, " n"], *, config: DictionaryConfig
 ) -> UInt8[Array, "n bytes"]:
     return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[positions]) > 0, axis=1)
-
-
-_active = fast_jit(_bits, static_argnames=("config",))

@@ -8,6 +8,7 @@ positions only, the axis that XLA reduces fast.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -60,7 +61,8 @@ def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[d
     ]
 
 
-def _statistics(
+@partial(fast_jit, static_argnames=("config", "every"))
+def statistics(
     chunk: DictionaryParams,
     x: Float[Array, "rows seq d_in"],
     real: Bool[Array, "rows seq"],
@@ -105,6 +107,3 @@ def _histogram(acts: Float[Array, "rows seq features"]) -> Int[Array, "32 featur
             counted = (words >> jnp.uint32(_FIELD_BITS * field)) & jnp.uint32(2**_FIELD_BITS - 1)
             counts.append(jnp.sum(jnp.sum(counted, axis=1, dtype=jnp.uint32), axis=0, dtype=jnp.uint32))
     return jnp.stack(counts).astype(jnp.int32)
-
-
-statistics = fast_jit(_statistics, static_argnames=("config", "every"))

@@ -9,6 +9,7 @@ defined where `hook_out` is the residual stream or is added to it, which holds f
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +74,8 @@ def strongest_tokens(
     return promoted.astype(np.int32), up.astype(np.float32), suppressed.astype(np.int32), down.astype(np.float32)
 
 
-def _strongest_effects(
+@partial(fast_jit, static_argnames=("top",))
+def _strongest(
     W_dec: Float[Array, "n d_model"], W_U: Float[Array, "d_model d_vocab"], *, top: int
 ) -> tuple[Array, Array, Array, Array]:
     effects = W_dec.astype(jnp.float32) @ W_U.astype(jnp.float32)
@@ -81,6 +83,3 @@ def _strongest_effects(
     up, promoted = jax.lax.top_k(effects, top)
     down, suppressed = jax.lax.top_k(-effects, top)
     return up, promoted, -down, suppressed
-
-
-_strongest = fast_jit(_strongest_effects, static_argnames=("top",))

@@ -154,7 +154,7 @@ def open_partial(out: Path) -> Path:
         OSError: the folder cannot be created.
     """
     if out.exists() and not _is_dashboard(out):
-        raise ValueError(f"--out {out} exists and is not a dashboard; name another folder, or remove it.")
+        raise ValueError(f"{out} exists and is not a dashboard; name another folder, or remove it.")
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, *WORK})

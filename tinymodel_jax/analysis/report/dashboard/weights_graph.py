@@ -14,6 +14,7 @@ nothing to the stream, so it is never upstream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -108,18 +109,16 @@ def _joined(parts: Sequence[tuple[Array, Array]]) -> Links:
     return Links(features.astype(np.int32), values.astype(np.float32))
 
 
-def _closest_rows(part: Array, units: Array, start: Array, *, top: int) -> tuple[Array, Array]:
+@partial(fast_jit, static_argnames=("top",))
+def _closest(part: Array, units: Array, start: Array, *, top: int) -> tuple[Array, Array]:
     cosine = part @ units.T
     itself = jnp.arange(units.shape[0])[None, :] == (start + jnp.arange(part.shape[0]))[:, None]
     values, features = jax.lax.top_k(jnp.where(itself, -jnp.inf, cosine), top)
     return features, values
 
 
-def _largest_products(A: Array, B: Array, *, top: int) -> tuple[Array, Array]:
+@partial(fast_jit, static_argnames=("top",))
+def _largest(A: Array, B: Array, *, top: int) -> tuple[Array, Array]:
     products = A.astype(jnp.float32) @ B.astype(jnp.float32).T
     _, features = jax.lax.top_k(jnp.abs(products), top)
     return features, jnp.take_along_axis(products, features, axis=1)
-
-
-_closest = fast_jit(_closest_rows, static_argnames=("top",))
-_largest = fast_jit(_largest_products, static_argnames=("top",))

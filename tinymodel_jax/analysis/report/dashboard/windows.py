@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def _of_pairs(
     return np.concatenate(found)
 
 
-def _encode_each(
+@partial(fast_jit, static_argnames=("config",))
+def _encode_pairs(
     encoder: DictionaryParams,
     x: Float[Array, "rows seq d_in"],
     features: Int[Array, " pairs"],
@@ -157,6 +159,3 @@ def _encode_each(
         return encode(alone, config, window)[..., 0]
 
     return jax.vmap(one)(features, x[in_batch[:, None], places])
-
-
-_encode_pairs = fast_jit(_encode_each, static_argnames=("config",))
