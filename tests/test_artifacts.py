@@ -250,7 +250,7 @@ def written(name, content):
         (edited(n_layers=1), "unexpected 'blocks.1.attn.W_Q'"),
         (edited(n_layers=3), "missing 'blocks.2.attn.W_Q' (2, 4, 2)"),
         (edited(d_vocab=8), "'W_E' has shape (7, 4), expected (8, 4)"),
-        (written("model.safetensors", b""), "model.safetensors is damaged or no safetensors file"),
+        (written("model.safetensors", b""), "model.safetensors is damaged or not a safetensors file"),
         (written("model.safetensors", b"\x08" + b"\0" * 7 + b"{}      "), "missing 'W_E' (7, 4)"),
         (written("model.safetensors", b"\xff" * 64), "model.safetensors is damaged"),
     ],

@@ -203,7 +203,7 @@ class Dictionary:
         Its predictions lack the contributions of all other features.
 
         Raises:
-            ValueError: there is no feature, an index is out of range or repeated, or there are fewer than topk's k.
+            ValueError: no features are given, or fewer than topk's k, or an index is out of range or repeated.
         """
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):

@@ -153,7 +153,7 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 
 
 def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> Dictionary:
-    """As `load_dictionary`, but with the file's NumPy arrays, unchecked and in the file's number format."""
+    """Do as `load_dictionary`, but keep the file's NumPy arrays and number format, and check nothing."""
     path = _named("dictionary", path_or_name)
     if path.is_file():
         if site is None:
@@ -240,7 +240,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); write or download it again.") from error
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}); write or download it again."
+        ) from error
 
 
 def _write_tensors(tensors: Mapping[str, Any], path: Path) -> None:

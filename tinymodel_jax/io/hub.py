@@ -81,7 +81,7 @@ def model_folder(name: str) -> Path:
     """
     if name not in MODELS:
         raise FileNotFoundError(
-            f"there is no model {name!r}: there is no such folder or file, and the published models are "
+            f"{name!r} is not a folder, a file or a published model. The published models are "
             f"{', '.join(MODELS)}. A folder written by save_pretrained or a reference .pt file also works."
         )
 
@@ -155,7 +155,7 @@ def _published_site(tag: str) -> Site:
         site = None
     if site is None:
         raise FileNotFoundError(
-            f"there is no dictionary {tag!r}: there is no such folder or file, and it is not a tag. A tag is a kind "
+            f"{tag!r} is not a folder, a file or the tag of a dictionary. A tag is a kind "
             f"({', '.join(KINDS)}) and a layer, optionally a file's suffix: 'M2', 'A2_S-3_R1_P0'."
         )
     if not site.published_files():
@@ -202,7 +202,7 @@ def _make(folder: Path, sources: Sequence[_Source], build: Callable[..., None], 
     try:
         build(built, *(file.path for file in files))
     except ValueError as error:
-        raise ValueError(f"what was downloaded as {source} is unusable: {error}") from error
+        raise ValueError(f"the download of {source} is unusable: {error}") from error
     _write_source(built, source, files)
     if folder.exists() and not _is_complete(folder):
         folder.rename(scratch / "damaged")

@@ -1,11 +1,11 @@
 """Unicode text to ASCII, with the replacements of Unidecode 1.4.0 and without Unidecode, whose licence is the GPL.
 
 For every code point, `to_ascii` returns the same as `unidecode.unidecode` of Unidecode 1.4.0, on every supported
-Python; a lone surrogate gives the empty string, without a warning. Each character is replaced by itself, without regard
-to its neighbours.
+Python; a lone surrogate gives the empty string, without a warning. Each character is replaced independently of
+its neighbours.
 
-The replacements are those of `text-unidecode`, with corrections in two steps. The two libraries were asked for all
-1,114,112 code points; they differ at 1,509. tests/test_transliteration.py repeats this.
+The replacements are those of `text-unidecode`, with corrections in two steps. The results of the two libraries for
+all 1,114,112 code points differ at 1,509. tests/test_transliteration.py repeats the comparison.
 
 1. A rule. In nine ranges, a character that `text-unidecode` does not know is replaced by its compatibility form
    (Unicode's NFKC), and the form is transliterated: 𝐀, ⓐ and ℂ become A, a and C. Outside these ranges Unidecode drops
@@ -215,7 +215,7 @@ def _replacement(character: str) -> str:
 
 
 def _uncorrected(character: str) -> str:
-    """What `text-unidecode` gives, without its sign for an unknown character, which is `[?]` or `[?] `."""
+    """Return the result of `text-unidecode`, without its sign for an unknown character, which is `[?]` or `[?] `."""
     replacement = text_unidecode(character)
     return "" if replacement.startswith("[?]") else replacement
 

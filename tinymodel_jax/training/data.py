@@ -108,7 +108,7 @@ def _prefetched(make_batch: Callable[[int], T], steps: range, depth: int) -> Ite
                 return
             try:
                 made.put((make_batch(step), None))
-            except BaseException as error:  # the consumer waits for an answer, whatever happens
+            except BaseException as error:  # the consumer waits for an answer, also after an error
                 made.put((None, error))
                 return
 

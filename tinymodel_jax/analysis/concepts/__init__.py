@@ -1,1 +1,1 @@
-"""Which known concepts did a dictionary find? Scores of features against labels, and the story world's concepts."""
+"""Recovery of known concepts by features: scores against labels, and the story world's concepts."""

@@ -1,1 +1,1 @@
-"""What does a feature react to? Top activations, contexts, co-activation, logit effects."""
+"""Searches for what features react to: top activations, contexts, co-activation, logit effects."""

@@ -23,7 +23,7 @@ PLOTS = {
     "planting": "a seed needs patience",
     "race": "a race is given up to help",
 }
-"""Plots by name; the grammar file of the same name tells the plot. Their order affects the story of a seed."""
+"""Plots by name; the grammar file of the same name defines the plot. Their order affects the story of a seed."""
 ROLES = {"H": "hero", "F": "friend", "A": "helper"}
 """Roles by their letter in the grammar."""
 OTHER = "X"
@@ -92,8 +92,8 @@ _STRUCTURE = {
     "sentence.first_word": "the first word of a sentence or of a quotation",
     "sentence.question": "inside a question",
     "dialogue": "between quotation marks",
-    "pronoun.first": "a pronoun of who speaks, in speech: I, me, my",
-    "pronoun.second": "a pronoun of who is spoken to, in speech: you, your",
+    "pronoun.first": "a pronoun for the speaker, in speech: I, me, my",
+    "pronoun.second": "a pronoun for the listener, in speech: you, your",
     "pronoun.third": "a pronoun for a character, a thing or an animal: he, she, it",
     "pronoun.plural": "a plural pronoun: we, us, they",
     "pronoun.female": "a female pronoun: she, her",
@@ -151,5 +151,5 @@ def names(concepts: int) -> frozenset[str]:
 
 def _column(name: str) -> int:
     if name not in CONCEPTS:
-        raise ValueError(f"there is no concept {name!r}; all are in storyworld.CONCEPTS.")
+        raise ValueError(f"{name!r} is not a concept; all are in storyworld.CONCEPTS.")
     return list(CONCEPTS).index(name)

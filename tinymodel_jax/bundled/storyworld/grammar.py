@@ -180,7 +180,7 @@ def _synonyms() -> tuple[re.Pattern[str], dict[str, list[str]]]:
 
 
 def _words(text: str, speech: _Speech) -> tuple[Part, ...]:
-    """Return the parts of a text, each phrase as it is or replaced by a synonym."""
+    """Return the parts of a text, each phrase unchanged or replaced by a synonym."""
     pattern, group_of = _synonyms()
     parts: list[Part] = []
     # Every second substring is a match of the pattern.

@@ -43,7 +43,7 @@ SEARCH, EFFECTS = "search.safetensors", "effects.work"
 WORK = (SEARCH, f"{SEARCH}.work", EFFECTS)
 """Work files, from which a stopped run resumes the search and the measurement of effects."""
 INDEX, FOLDER = "index.html", "data"
-"""What a dashboard consists of: the page, and the folder of its data files."""
+"""The parts of a dashboard: the page, and the folder of its data files."""
 GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
 """Marks the `index.html` of a dashboard."""
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -51,7 +51,7 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 class Heading(NamedTuple):
-    """What the header of the pages says."""
+    """The text of the pages' header."""
 
     model: str
     site: str
