@@ -114,7 +114,7 @@ def test_a_model_whose_output_overflows_has_a_dash_for_its_cross_entropy(tmp_pat
     options = ["--model", str(tmp_path / "lm"), "--sites", "A0", "--data", str(write_counting_data(tmp_path))]
     assert cli.main(["eval", *options, "--limit", "2"]) == 0
     assert "CE clean – nats" in capsys.readouterr().out
-    # what is missing shows before measuring
+    # missing dictionaries are reported before measuring
     monkeypatch.setattr("tinymodel_jax.analysis.evaluation.evaluation.evaluate", None)
     assert cli.main(["eval", *options, "--sparse-model"]) == 1
     assert "'M0': this model has no dictionary there (it has: A0)" in error_line(capsys)
