@@ -1,6 +1,7 @@
 """`tinymodel eval`: its files, its output and its errors."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +66,16 @@ def test_the_sparse_model_takes_the_transcoders_that_are_given(story_model, stor
     silent.save_pretrained(tmp_path / "silent")
     data = ["--data", stories, "--sparse-model"]
 
-    def measured(*options: str) -> dict:
+    def measured(*options: str, named: Sequence[str] = ()) -> dict:
         assert cli.main(["eval", "--model", str(story_model), *data, *options, "--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["sparse_model"]["sites"] == ["M0", "M1"]
+        assert [record["name"] for record in content["dictionaries"]] == list(named)
         return content["sparse_model"]["results"]
 
     results = measured()
     assert results["ce_with_errors"] == pytest.approx(results["ce_clean"], abs=1e-4)
-    changed = measured("--dictionaries", str(tmp_path / "silent"))
+    changed = measured("--dictionaries", str(tmp_path / "silent"), named=["silent"])
     lm.attach("M1", silent)
     expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, stories, 256)))
     assert changed["ce_sparse"] == pytest.approx(expected.ce_sparse, abs=1e-4)

@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -479,6 +480,34 @@ def test_a_second_process_is_refused_and_changes_nothing(
     monkeypatch.setattr(prepare_module, "_complete_rows", with_a_second)
     run(source, tmp_path / "data")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_data_that_another_process_finished_before_the_lock_was_free_is_kept(
+    run: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pack: bool,
+) -> None:
+    run(source, tmp_path / "whole")
+    locked = prepare_module.locked_folder
+
+    def locked_late(folder: Path) -> Any:
+        shutil.copytree(tmp_path / "whole", tmp_path / "data")
+        return locked(folder)
+
+    monkeypatch.setattr(prepare_module, "locked_folder", locked_late)
+    monkeypatch.setattr(prepare_module, "encode_all", None)
+    if pack:
+        with pytest.raises(ValueError, match="was prepared with other settings: packed false there, true now"):
+            run(source, tmp_path / "data", pack=True)
+    else:
+        run(source, tmp_path / "data")
+        assert "is already done" in capsys.readouterr().out
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not (tmp_path / "data.partial").exists()
 
 
 # The same command again, then another one
