@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -141,7 +140,7 @@ def _measure(
     facts = gather(reader, rows, found, tags, clock.track)
     if n_stories is not None:
         truth = storyworld_truth(reader.lm, rows, n_stories)
-        f1 = concept_f1(reader, rows, truth, track=functools.partial(clock.track, what="concepts"))
+        f1 = concept_f1(reader, rows, truth, track=clock.track)
         facts = dataclasses.replace(facts, f1=f1)
     if len(measured):
         importance = causal_importance(
@@ -149,7 +148,7 @@ def _measure(
             reader.site.tag,
             measured,
             work_file=partial / EFFECTS,
-            track=functools.partial(clock.track, what="effects"),
+            track=clock.track,
         )
         facts = dataclasses.replace(facts, importance=importance)
     return facts

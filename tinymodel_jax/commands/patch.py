@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +66,7 @@ def patch(
         hooks,
         answer=tokens[0],
         wrong=tokens[1] if tokens[1:] else None,
-        track=partial(with_progress, what="patching"),
+        track=with_progress,
     )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
