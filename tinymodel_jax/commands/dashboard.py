@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth, token_rows
+from tinymodel_jax.commands.inputs import open_rows, storyworld_truth, token_rows
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,

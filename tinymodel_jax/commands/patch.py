@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.commands.frame import print_json, print_table
 from tinymodel_jax.commands.inputs import shown, token_id, token_rows
 from tinymodel_jax.commands.options import Model, ModelOptions, OutFile, prepare_output
@@ -23,7 +24,7 @@ def patch(
     *,
     answer: str | None = None,
     wrong: str | None = None,
-    hooks: tuple[str, ...] = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"),
+    hooks: tuple[str, ...] = PATCHED_HOOKS,
     model: Model = ModelOptions(),
     out: OutFile = None,
     json: bool = False,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth
+from tinymodel_jax.commands.inputs import open_rows, storyworld_truth
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel
@@ -31,8 +32,6 @@ from tinymodel_jax.runtime.progress import Track, no_progress
 
 MEMORY = 2**28
 """Bytes that the largest arrays of the passes that run at once may take."""
-KINDS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
-"""Kinds of hook points that are patched by default."""
 _HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
 
 
@@ -60,7 +59,7 @@ def patch(
     lm: TinyModel,
     clean: Any,
     corrupted: Any,
-    kinds: str | Sequence[str] = KINDS,
+    kinds: str | Sequence[str] = PATCHED_HOOKS,
     *,
     answer: int,
     wrong: int | None = None,
