@@ -149,11 +149,12 @@ def inspect(src: Source, *, json: bool = False) -> None:
 
 def _summary(src: Path) -> TorchFileSummary:
     """Return what is in a file; the form of a .safetensors file is `safetensors`."""
-    from tinymodel_jax.io.artifacts import read_tensors
     from tinymodel_jax.io.torch_files import TensorEntry, TorchFileSummary, describe_torch_file
 
     if src.suffix != ".safetensors":
         return describe_torch_file(src)
+    from tinymodel_jax.io.artifacts import read_tensors  # loads JAX, which PyTorch files do without
+
     entries = (
         TensorEntry(name, array.shape, array.dtype.name, is_view=False) for name, array in read_tensors(src).items()
     )

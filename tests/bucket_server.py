@@ -32,7 +32,7 @@ class BucketServer(ThreadingHTTPServer):
         monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anybody")
         files, others = _Files(self), fsspec.filesystem
         monkeypatch.setattr(fsspec, "filesystem", lambda name, **k: files if name == "gcs" else others(name, **k))
-        # Orbax asks Google's client library one thing: whether the bucket knows folders.
+        # Orbax only asks Google's client library whether the bucket supports folders.
         bucket = types.SimpleNamespace(hierarchical_namespace_enabled=False)
         client = types.SimpleNamespace(get_bucket=lambda name: bucket)
         storage = types.SimpleNamespace(Client=lambda: client)

@@ -32,7 +32,7 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
 
 FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):  # later versions do not know the option and end on it
+if jax.__version_info__ < (0, 11):  # later versions fail on this option
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)  # read at the first computation
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -29,7 +29,7 @@ print(min([faults_of_a_call() for _ in range(16)][8:]))  # the first calls still
 def test_large_temporaries_stay_with_the_process() -> None:
     command = [sys.executable, "-c", FAULTS_OF_A_CALL]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert int(done.stdout) < 3_000  # by itself glibc maps all of the 32,768 anew
+    assert int(done.stdout) < 3_000  # by default glibc maps all 32,768 again
 
 
 def test_without_glibc_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_written_names_the_folder_and_the_reason(tmp_path,
     def refused(self, *_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
-    monkeypatch.setattr(Path, "touch", refused)  # by a mode root would not be kept out
+    monkeypatch.setattr(Path, "touch", refused)  # a file's mode would not stop root
     message = error_of(lambda: save_model(CONFIG, flat_params(), tmp_path), PermissionError)
     assert message == f"cannot write model.safetensors to the folder {tmp_path}: Permission denied"
 

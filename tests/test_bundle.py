@@ -83,7 +83,7 @@ def test_its_stories_end_and_keep_their_names(mini):
     assert sum(story.endswith("[END]") for story in told) >= 7
     met = [set(re.findall(r"\w+", story)) & cast.NAMES for story in told]
     assert all(met)
-    # a hero and a friend: the generator never tells a third name
+    # a hero and a friend: the generator never uses a third name
     assert sum(len(names) <= 2 for names in met) >= NAMES_KEPT * len(told)
 
 

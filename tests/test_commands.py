@@ -369,6 +369,18 @@ def test_the_converter_runs_as_a_script(tmp_path: Path) -> None:
     assert (tmp_path / "lm" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", str(DATA / "lm_f32_zip.pt")]])
+def test_the_converter_shows_help_and_pytorch_files_without_loading_jax(arguments: list[str]) -> None:
+    code = (
+        "import sys; from convert_torch_weights import main; status = main(sys.argv[1:]);"
+        "print(status, [m for m in ('jax', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
 def test_a_package_that_a_training_program_needs_later_is_named_too(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "etils", None)
     options = ["--tokenizer", "mini", "--limit", "5"]

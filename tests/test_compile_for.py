@@ -26,7 +26,7 @@ def program(*instructions: str) -> str:
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [
-        # device 2 d + m stands at data=d, model=m
+        # device 2 d + m is at data=d, model=m
         ("replica_groups={{0,2,4,6},{1,3,5,7}}", ("data",)),
         ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("model",)),
         ("replica_groups={}", ("data", "model")),

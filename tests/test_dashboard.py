@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,45 @@ def test_a_run_that_is_stopped_while_it_takes_its_place_leaves_nothing_to_the_ne
     assert {path.name for path in tmp_path.iterdir()} == {"pages", "pages.old"}
 
 
+@pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_the_older_pages_survive_a_replacement_that_fails(tmp_path, monkeypatch, error):
+    out, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
+    (out / "data/index.js").write_text("first")
+    move = os.replace
+
+    def fail(source, target):
+        if source == partial:
+            raise error
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.os, "replace", fail)
+        with pytest.raises(type(error)):
+            build.publish(partial, out)
+    assert (out / "index.html").read_text().endswith("first")
+    assert (out / "data/index.js").read_text() == "first"
+    assert build.open_partial(out) == partial
+
+
+def test_the_older_pages_come_back_from_a_run_that_was_killed_while_it_replaced_them(tmp_path):
+    out, partial = tmp_path / "pages", pages_of(tmp_path / "pages.partial", "second")
+    pages_of(partial / build.REPLACED, "first")
+    assert build.open_partial(out) == partial
+    assert (out / "index.html").read_text().endswith("first")
+    assert not list(partial.iterdir())
+
+
+def test_a_file_that_appeared_among_the_older_pages_is_kept_with_them(tmp_path):
+    out, partial = pages_of(tmp_path / "pages", "first"), tmp_path / "pages.partial"
+    build.open_partial(out)
+    (out / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not a dashboard"):
+        build.publish(pages_of(partial, "second"), out)
+    assert (out / "notes").read_text() == "mine"
+    assert (out / "index.html").read_text().endswith("first")
+    assert (out / "data").is_dir()
+
+
 def test_an_older_dashboard_is_replaced(tmp_path):
     older, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
     (older / "data/shard-0999.js").touch()
@@ -318,7 +358,7 @@ def test_an_older_dashboard_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
     other = pages_of(tmp_path / "other", "")
     (other / "index.html").write_text("my own page")
     mixed = pages_of(tmp_path / "mixed", "")
@@ -326,6 +366,11 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     for folder in (other, mixed):
         with pytest.raises(ValueError, match="exists and is not a dashboard; name another folder"):
             build.open_partial(folder)
+    with as_users_run_it():
+        assert cli.main([*MINI, "-o", str(mixed)]) == 1
+    error = capsys.readouterr().err
+    assert f"{mixed} exists and is not a dashboard" in error
+    assert error.count("\n") == 1
     assert (other / "index.html").read_text() == "my own page"
     assert (mixed / "notes").exists()
 

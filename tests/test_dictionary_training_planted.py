@@ -192,7 +192,7 @@ def test_a_reinitialised_feature_writes_a_share_of_the_residual_of_its_input(arc
 @pytest.mark.parametrize("transcoder", [False, True])
 def test_many_reinitialised_features_do_not_make_the_reconstruction_worse(transcoder):
     recipe, state, x = small_state("relu", transcoder, dead_after=1)
-    outlier = 20 * (x[:1] - state.mean_in) + state.mean_in  # where every feature is active that points its way
+    outlier = 20 * (x[:1] - state.mean_in) + state.mean_in  # where every feature with a similar direction is active
     x = jnp.concatenate([x, outlier])
     residual = x - state.mean_in
     assert state.reservoir is not None

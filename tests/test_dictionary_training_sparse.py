@@ -108,7 +108,7 @@ def test_the_selection_of_a_batch_equals_sorting_all_of_it(n, k, spread):
     for k_max in {k, min(2 * k, n)}:
         found = select_of_batch(z, jnp.int32(k), k_max)
         assert found.threshold == limit
-        laid_out = np.zeros((17, n))  # row 16 takes what belongs to no input, which must be zeros
+        laid_out = np.zeros((17, n))  # row 16 receives the values without an input, which must be zeros
         np.add.at(laid_out, (np.asarray(found.owner)[:, None], np.asarray(found.positions)), np.asarray(found.values))
         np.testing.assert_array_equal(laid_out[:16], wanted)
         assert not laid_out[16].any()

@@ -1,6 +1,7 @@
 """`tinymodel eval`: its files, its output and its errors."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +66,16 @@ def test_the_sparse_model_takes_the_transcoders_that_are_given(story_model, stor
     silent.save_pretrained(tmp_path / "silent")
     data = ["--data", stories, "--sparse-model"]
 
-    def measured(*options: str) -> dict:
+    def measured(*options: str, named: Sequence[str] = ()) -> dict:
         assert cli.main(["eval", "--model", str(story_model), *data, *options, "--json"]) == 0
         content = json.loads(capsys.readouterr().out)
         assert content["sparse_model"]["sites"] == ["M0", "M1"]
+        assert [record["name"] for record in content["dictionaries"]] == list(named)
         return content["sparse_model"]["results"]
 
     results = measured()
     assert results["ce_with_errors"] == pytest.approx(results["ce_clean"], abs=1e-4)
-    changed = measured("--dictionaries", str(tmp_path / "silent"))
+    changed = measured("--dictionaries", str(tmp_path / "silent"), named=["silent"])
     lm.attach("M1", silent)
     expected = evaluate_sparse_model(lm, np.asarray(open_rows(lm, stories, 256)))
     assert changed["ce_sparse"] == pytest.approx(expected.ce_sparse, abs=1e-4)
@@ -114,7 +116,7 @@ def test_a_model_whose_output_overflows_has_a_dash_for_its_cross_entropy(tmp_pat
     options = ["--model", str(tmp_path / "lm"), "--sites", "A0", "--data", str(write_counting_data(tmp_path))]
     assert cli.main(["eval", *options, "--limit", "2"]) == 0
     assert "CE clean – nats" in capsys.readouterr().out
-    # what is missing shows before measuring
+    # missing dictionaries are reported before measuring
     monkeypatch.setattr("tinymodel_jax.analysis.evaluation.evaluation.evaluate", None)
     assert cli.main(["eval", *options, "--sparse-model"]) == 1
     assert "'M0': this model has no dictionary there (it has: A0)" in error_line(capsys)

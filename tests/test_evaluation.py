@@ -10,7 +10,7 @@ from conftest import as_users_run_it, random_params
 from conftest import param_shapes as model_shapes
 
 from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate, model_passes
-from tinymodel_jax.analysis.evaluation.reconstruction import evaluate_reconstruction
+from tinymodel_jax.analysis.evaluation.reconstruction import evaluate_reconstruction, reconstruct
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, param_shapes
 from tinymodel_jax.dictionaries.sites import Site
@@ -226,6 +226,42 @@ def test_reconstruction_alone_equals_its_formulas_in_float64_however_it_is_batch
     target, error = np.asarray(y, np.float64), np.asarray(y, np.float64) - np.asarray(x, np.float64)
     explained = 1 - (error**2).sum() / ((target - target.mean(axis=0)) ** 2).sum()
     assert found.explained_variance == pytest.approx(explained, abs=F32)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [5, 9, 60]])
+@pytest.mark.parametrize("scale", [1, 3, 1e-3])
+def test_targets_that_are_all_equal_have_no_variance_to_explain(cuts, scale):
+    x = jnp.split(jax.random.normal(jax.random.key(0), (64, WIDTH)), cuts)
+    y = jnp.split(jnp.broadcast_to(scale * jnp.linspace(0.1, 90.7, WIDTH), (64, WIDTH)), cuts)
+    found = evaluate_reconstruction(identity("A0"), list(zip(x, y, strict=True)))
+    assert np.isnan(found.explained_variance)
+    assert (found.l0, found.dead_fraction, found.tokens) == (WIDTH, 0, 64)
+
+
+def test_reconstruction_of_no_vectors_is_not_a_number():
+    nothing_read = jnp.zeros((0, WIDTH))
+    for batches in ([], [(nothing_read, nothing_read)]):  # none, and an empty one
+        *numbers, tokens = evaluate_reconstruction(identity("A0"), batches)
+        assert np.isnan(numbers).all()
+        assert tokens == 0
+
+
+def test_a_batch_of_no_vectors_changes_nothing():
+    x = jax.random.normal(jax.random.key(0), (50, WIDTH))
+    y = x + 1
+    assert evaluate_reconstruction(identity("A0"), [(x[:0], y[:0]), (x, y)]) == evaluate_reconstruction(
+        identity("A0"), [(x, y)]
+    )
+
+
+def test_what_is_at_uncounted_positions_does_not_count(tok_ids):
+    dictionary = transcoder("M0", 30, 1)
+    x, y = jax.random.normal(jax.random.key(0), (2, *tok_ids.shape, WIDTH))
+    counted, mean = jnp.asarray(tok_ids != PAD), jnp.zeros(WIDTH)
+    spoiled = [jnp.where(counted[..., None], values, jnp.nan) for values in (x, y)]
+    _, *expected = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
+    _, *found = reconstruct(dictionary.params, *spoiled, mean, counted, config=dictionary.config)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_tokens_are_drawn_once_each_never_padding_and_come_again_when_there_are_too_few(tok_ids):

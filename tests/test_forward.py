@@ -169,7 +169,7 @@ def test_features_are_read_without_later_layers_and_without_the_unembedding(lm, 
     tokens, d, m, seq = tok_ids.size, config.d_model, config.d_mlp, tok_ids.shape[1]
     attention = 2 * tokens * (4 * d * d + 2 * seq * d)
     elementwise = 20 * tokens * config.n_heads * seq  # masks and softmax: about 20 operations per score
-    # Only the first attention runs, and of the encoder only the column asked for.
+    # Only the first attention runs, and only the requested column of the encoder.
     assert one == pytest.approx(attention + elementwise + 2 * tokens * d, rel=0.15)
     assert every - one == pytest.approx(2 * tokens * d * 11, rel=0.15)
     assert whole > 2 * attention + 2 * 2 * tokens * 2 * d * m
@@ -190,6 +190,6 @@ def test_one_program_serves_all_edits_of_a_kind(params, config, tok_ids, compila
     for hooks, keep in cases:
         with compilations() as compiled:
             results += [passes.forward(HookedModel(params, config, hook), ids, keep=keep)[0] for hook in hooks]
-            assert compiled.value <= 1  # 0 where another test has asked for the same
+            assert compiled.value <= 1  # 0 if another test has compiled the same
     values = [np.asarray(result).tobytes() for result in results]
     assert len(set(values)) == 7  # two edits of each of three kinds, and none; with `keep` they are the same again

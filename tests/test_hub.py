@@ -87,7 +87,7 @@ def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("TINYMODEL_CACHE", str(cache))
-    # huggingface_hub read its environment when it was imported.
+    # huggingface_hub reads its environment only when it is imported.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
@@ -227,7 +227,7 @@ def test_a_models_dictionary_comes_from_the_hub_and_is_loaded_once(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ModelDictionaries, "_has_published_sizes", True)  # by its sizes the small model is none
+    monkeypatch.setattr(ModelDictionaries, "_has_published_sizes", True)  # the small model is smaller
     publish("tiny_model", "mlp/M0_S-2_R1_P0")
     lm, local = TinyModel(), TinyModel()
     server.requests.clear()
@@ -334,7 +334,7 @@ def test_no_network_is_one_error_at_once(server: HubServer, cache: Path, monkeyp
             load()
         shown = traceback.format_exception(caught.value)
         assert shown == traceback.format_exception(caught.value, chain=False), "the library's own errors show, too"
-    assert time.monotonic() - start < 10  # huggingface_hub by itself retries for 23 seconds, three times
+    assert time.monotonic() - start < 10  # huggingface_hub alone retries for 23 seconds, three times
     assert left_in(cache) == []
 
 
@@ -366,7 +366,7 @@ def test_a_missing_huggingface_hub_names_the_extra(server: HubServer, monkeypatc
 
 
 def test_a_page_that_is_no_hub_is_not_taken_for_a_model(server: HubServer) -> None:
-    server.statuses[MODEL] = 200  # as a network's login page answers everything
+    server.statuses[MODEL] = 200  # like the login page of a network
     assert f"{MODEL} cannot be downloaded from {server.url}" in refused(FileNotFoundError, TinyModel)
 
 

@@ -87,7 +87,7 @@ def our_imports(path: Path) -> Iterator[tuple[str, bool]]:
     for name, in_function in imports(path):
         parts = name.split(".")
         if parts[0] == "tinymodel_jax":
-            # `from tinymodel_jax import TinyModel` goes through the public names, which the façade crowns
+            # `from tinymodel_jax import TinyModel` goes through the public names, which include the façade
             yield (parts[1] if len(parts) > 1 and parts[1] in LAYERS else "lm"), in_function
         elif parts[0] in ("train", "convert_torch_weights"):
             yield parts[0], in_function

@@ -162,7 +162,7 @@ def test_a_compiled_model_never_ignores_a_hook(lm, tok_ids):
     ]
     for hooks, edits in steps:
         for factor in (1.0, 3.0):
-            scale[0] = factor  # a plain function is called on every pass, so the change takes effect
+            scale[0] = factor  # a plain function is called on every pass
             expected, values = forward(flat, lm.config, tok_ids, edits)
             logprobs, acts = lm.run_with_hooks(tok_ids, hooks, keep=[name])
             assert_close(logprobs, log_softmax(expected), F32)

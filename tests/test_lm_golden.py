@@ -89,7 +89,7 @@ def test_every_form_of_indices_is_the_reference_s(golden_lm, golden, theirs):
     ids, stored, dictionary = golden("lm_outputs.npz")["tok"], golden("sparse_acts_readonly.npz"), ours(theirs)
     read = golden_lm[dictionary]
     forms = {"int7": 7, "neg": -1}
-    if theirs == "T1":  # the other forms are programs of their own
+    if theirs == "T1":  # the other forms are separate programs
         forms |= {"list": [1, 5, 40], "slice": slice(0, 10, 3)}
     for name, indices in forms.items():
         assert_close(read(ids, indices=indices), stored[f"{theirs}/{name}"], GOLDEN)

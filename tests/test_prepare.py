@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -365,7 +366,7 @@ def test_stories_are_held_out_by_their_contents(run: Callable[..., None], tmp_pa
     assert all(abs(len(valid) - 100) < 5 * 8.7 for valid in held_out)
 
 
-# The same bytes, however many processes, and nothing half-made
+# The same bytes with any number of processes, and no incomplete files
 
 
 def test_results_of_workers_come_in_order_until_an_error_which_is_raised_here(tokenizer: Tokenizer) -> None:
@@ -481,7 +482,35 @@ def test_a_second_process_is_refused_and_changes_nothing(
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-# The same command, and another, once more
+@pytest.mark.parametrize("pack", [False, True])
+def test_data_that_another_process_finished_before_the_lock_was_free_is_kept(
+    run: Callable[..., None],
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pack: bool,
+) -> None:
+    run(source, tmp_path / "whole")
+    locked = prepare_module.locked_folder
+
+    def locked_late(folder: Path) -> Any:
+        shutil.copytree(tmp_path / "whole", tmp_path / "data")
+        return locked(folder)
+
+    monkeypatch.setattr(prepare_module, "locked_folder", locked_late)
+    monkeypatch.setattr(prepare_module, "encode_all", None)
+    if pack:
+        with pytest.raises(ValueError, match="was prepared with other settings: packed false there, true now"):
+            run(source, tmp_path / "data", pack=True)
+    else:
+        run(source, tmp_path / "data")
+        assert "is already done" in capsys.readouterr().out
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not (tmp_path / "data.partial").exists()
+
+
+# The same command again, then another one
 
 
 def test_the_same_command_again_changes_nothing(
@@ -629,7 +658,7 @@ def test_the_default_tokenizer_is_the_packages(
     assert open_data(tmp_path / "data").meta.tokenizer_fingerprint == tokenizer.fingerprint
 
 
-# Elsewhere, and from the command line
+# In another folder, and from the command line
 
 
 def test_a_folder_in_a_bucket_is_written_and_read_through_the_cache(

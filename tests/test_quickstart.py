@@ -216,7 +216,7 @@ def test_the_pointer_reaches_the_features_of_a_word_over_other_words(run, browse
     assert button.get_attribute("aria-pressed") == "true"
 
     ActionChains(browser).send_keys(Keys.ESCAPE).move_to_element(tokens[number - 1]).perform()
-    assert tokens[number - 1].get_attribute("aria-selected") == "true"  # let go: the pointer chooses again
+    assert tokens[number - 1].get_attribute("aria-selected") == "true"  # released: the pointer selects again
     tokens[number].click()
     tokens[number].click()
     ActionChains(browser).move_to_element(tokens[number - 1]).perform()

@@ -46,7 +46,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
     """The objects in `gs://bucket`."""
-    forget = backend.fsspec_backend._get_filesystem.cache_clear  # etils keeps what it once asked fsspec for
+    forget = backend.fsspec_backend._get_filesystem.cache_clear  # etils caches the file systems of fsspec
     forget()
     server = BucketServer(monkeypatch)
     yield server
@@ -139,7 +139,7 @@ def test_a_run_in_a_bucket_goes_on_there_and_has_the_bits_of_one_on_disk(
     assert train_here(*arguments(data, "gs://bucket/runs/a")) == 0
     assert "the model is in gs://bucket/runs/a/model" in capsys.readouterr().out
 
-    # as if killed while the last checkpoint was being written, and again from there
+    # as if killed while the last checkpoint was being written, then resumed
     for name in [name for name in bucket.objects if name.startswith("runs/a/model/")]:
         del bucket.objects[name]
     del bucket.objects["runs/a/checkpoints/8/commit_success.txt"]
@@ -247,7 +247,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path: Path, moment: s
     checkpoints, state = Checkpoints(folder), {"a": np.ones(1000)}
 
     def take_away() -> None:
-        folder.rename(tmp_path / "before")  # at once, whatever is being written in it
+        folder.rename(tmp_path / "before")  # at once, even while something is being written in it
         folder.write_text("not a folder")
 
     checkpoints.save(1, state)
@@ -371,7 +371,7 @@ def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(
                 run.save(done, None)
 
     sit(4, stop_after=0)
-    assert trained_seconds(tmp_path) is None  # of a run that has none, what went before is not known
+    assert trained_seconds(tmp_path) is None  # without the file, the earlier time is unknown
     sit(0, stop_after=3)
     assert trained_seconds(tmp_path) == 30
     now[0] += 86_400  # it resumes the next day

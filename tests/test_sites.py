@@ -32,7 +32,7 @@ OTHER_DEFAULT_FILE = {
 RAISES_THERE_BUT_PARSES_HERE = {
     # a site without a published default: a dictionary can be attached to it
     "Mo1": (Site("Mo", 1), None),
-    # the grammar knows no model: a two-layer or ten-layer one says itself which layers it has
+    # parsing does not check layers; a model does
     "M4": (Site("M", 4), None),
     "M10": (Site("M", 10), None),
 }

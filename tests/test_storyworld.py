@@ -15,7 +15,7 @@ from tinymodel_jax.bundled.storyworld import cast, concepts, grammar, parts, tok
 from tinymodel_jax.bundled.storyworld.concepts import PLOTS
 from tinymodel_jax.text.tokenizer import Tokenizer, clean_text
 
-pytestmark = pytest.mark.usefixtures("no_type_checks")  # with which telling a story takes twenty times as long
+pytestmark = pytest.mark.usefixtures("no_type_checks")  # which make generating a story twenty times slower
 N_CTX = 256
 """Context of the bundled model."""
 

@@ -9,6 +9,7 @@ import tracemalloc
 import types
 import zipfile
 from collections import OrderedDict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -149,26 +150,53 @@ def test_all_refused_globals_are_listed_at_once_without_control_characters(refus
     assert "and 2 more" in message
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_describe_lists_every_refused_global_of_every_protocol(tmp_path, protocol):
+    path = tmp_path / "file.pt"
+    wanted = {"a": zipfile.ZipInfo, "b": OrderedDict(), "c": [zipfile.ZipFile, zipfile.ZipInfo, Fraction]}
+    path.write_bytes(archive(pickle.dumps(wanted, protocol=protocol)))
+    summary = describe_torch_file(path)
+    assert summary.refused == ("zipfile.ZipInfo", "zipfile.ZipFile", "fractions.Fraction")
+    assert set(summary.globals) == {*summary.refused, "collections.OrderedDict"}
+    with pytest.raises(ValueError, match=f"asks for {', '.join(summary.refused)}, and nothing was run"):
+        load_torch_file(path)
+
+
+MALFORMED = {
+    "keys of a class": (ORDERED_DICT + push("a") + b"Ns", AttributeError),
+    "items of a tuple": (b")Na", AttributeError),
+    "a storage class called": (b"ctorch\nFloatStorage\n)R", TypeError),
+    "a string called": (push("os.system") + b")R", TypeError),
+    "a string made an object": (push("os.system") + b")\x81", TypeError),
+    "too few arguments": (REBUILD + push((1, 2, 3)) + b"R", TypeError),
+    "arguments for an OrderedDict": (ORDERED_DICT + push([["a", 1]]) + b"\x85R", TypeError),
+    "a global named by a number": (b"K\x01" + push("x") + b"\x93", pickle.UnpicklingError),
+    "no value": (b"000000R", IndexError),
+    "no mark": (b"tttt", IndexError),
+    "no memo": (b"h\x09", pickle.UnpicklingError),
+    "a registered extension": (b"\x82\x01", KeyError),
+    "a dict of tuples at once": (b"()Nd", KeyError),
+    "a set": (b"\x8f", KeyError),
+    "a frozenset": (b"(\x91", KeyError),
+    "a buffer from elsewhere": (b"\x97", pickle.UnpicklingError),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_pickle_is_refused_in_one_plain_sentence_and_the_cause_is_kept(tmp_path, fault):
+    content, cause = MALFORMED[fault]
+    (tmp_path / "file.pt").write_bytes(archive(mapping(content)))
+    with pytest.raises(ValueError, match=r": its pickle is damaged, or does not hold .* tensors holds$") as caught:
+        load_torch_file(tmp_path / "file.pt")
+    refused = caught.value.__cause__
+    assert isinstance(refused, ValueError)
+    assert isinstance(refused.__cause__, cause)
+
+
 MISUSES = {
     "attributes of a function": (REBUILD + b"}" + push("__code__") + b"Nsb", "sets attributes"),
     "attributes from None": (ORDERED_DICT + b")RNb", "sets attributes"),
-    "keys of a class": (ORDERED_DICT + push("a") + b"Ns", "no attribute 'update'"),
-    "items of a tuple": (b")Na", "no attribute 'append'"),
-    "a storage class called": (b"ctorch\nFloatStorage\n)R", "not callable"),
-    "a string called": (push("os.system") + b")R", "not callable"),
-    "a string made an object": (push("os.system") + b")\x81", "TypeError"),
-    "too few arguments": (REBUILD + push((1, 2, 3)) + b"R", "TypeError"),
-    "arguments for an OrderedDict": (ORDERED_DICT + push([["a", 1]]) + b"\x85R", "TypeError"),
-    "a global named by a number": (b"K\x01" + push("x") + b"\x93", "STACK_GLOBAL requires str"),
     "a global with a long name": (push("x" * 1000) + push("y") + b"\x93", "asks for xxx"),
-    "no value": (b"000000R", "pop from empty list"),
-    "no mark": (b"tttt", "pop from empty list"),
-    "no memo": (b"h\x09", "index 9"),
-    "a registered extension": (b"\x82\x01", "KeyError"),
-    "a dict of tuples at once": (b"()Nd", "KeyError"),
-    "a set": (b"\x8f", "KeyError"),
-    "a frozenset": (b"(\x91", "KeyError"),
-    "a buffer from elsewhere": (b"\x97", "out-of-band"),
     "a function for a storage": (
         tensor(storage=b"ctorch\nfloat32\n").replace(b"float32", b"Size"),
         "storage is malformed",
@@ -185,7 +213,10 @@ MISUSES = {
     "a number of many digits": (b"L" + b"7" * 100 + b"L\n", "a number in 103 bytes"),
     "a text with escapes": (b"S'\\q'\n", "not plain ASCII"),
     "two storages of one key": (tensor() + b"0" + tensor(numel=3), "declared twice"),
-    "a size of 65 axes": (b"ctorch\nSize\n" + push((1,) * 65) + b"\x85R", "maximum supported dimension"),
+    "a size of 65 axes": (b"ctorch\nSize\n" + push((1,) * 65) + b"\x85R", "not a tuple of at most 64 numbers"),
+    "a size that is a list": (b"ctorch\nSize\n" + push([1]) + b"\x85R", "not a tuple of at most 64 numbers"),
+    "a size below 0": (b"ctorch\nSize\n" + push((2, -1)) + b"\x85R", "something other than whole numbers from 0 on"),
+    "a size of text": (b"ctorch\nSize\n" + push(("2",)) + b"\x85R", "something other than whole numbers from 0 on"),
 }
 
 

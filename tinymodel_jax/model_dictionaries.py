@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
-from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
 from tinymodel_jax.model.hook_points import hook_width
@@ -57,7 +57,7 @@ class ModelDictionaries:
             ValueError: the layer does not exist, or the model has no dictionary there and the published ones do not
                 fit.
         """
-        self._require_layer(site)
+        require_layer(site, self.config)
         if site.tag not in self.loaded:
             own = self._own.get(site.tag)
             if own is None and not self._has_published_sizes:
@@ -76,7 +76,7 @@ class ModelDictionaries:
             ValueError: the layer does not exist, the folder is for another site, the widths do not fit, or a parameter
                 is not finite.
         """
-        self._require_layer(site)
+        require_layer(site, self.config)
         if isinstance(dictionary, Dictionary):
             require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
         else:
@@ -106,12 +106,6 @@ class ModelDictionaries:
         """Return the hooks of the splices, or only of the splices that act before a site is read."""
         acting = [s for tag, s in self.splices.items() if before is None or _order(tag) < before.order]
         return combine(*({splice.config.hook_out: splice} for splice in acting))
-
-    def _require_layer(self, site: Site) -> None:
-        if site.layer >= self.config.n_layers:
-            raise ValueError(
-                f"{site.tag!r}: layer {site.layer} does not exist; the layers are 0..{self.config.n_layers - 1}."
-            )
 
     @property
     def _has_published_sizes(self) -> bool:

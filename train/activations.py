@@ -23,7 +23,7 @@ from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation, e
 from tinymodel_jax.analysis.evaluation.reconstruction import ReconstructionEvaluation, evaluate_reconstruction
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.array_training import require_finite_rows
@@ -284,9 +284,8 @@ def _open_model(options: ActivationOptions, mesh: Mesh, only_compiled: bool) -> 
     if len({site.tag for site in sites}) < len(sites):
         raise ValueError(f"--sites {options.sites!r} contains a site twice.")
     config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh, only_compiled)
-    outside = [site.tag for site in sites if site.layer >= config.n_layers]
-    if outside:
-        raise ValueError(f"--sites {','.join(outside)}: the model's layers are 0..{config.n_layers - 1}.")
+    for site in sites:
+        require_layer(site, config, "--sites ")
     data = None if options.data is None else open_data(options.data)
     found = ModelActivations(config, params, sites, data, options, mesh)
     origin = {

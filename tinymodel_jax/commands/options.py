@@ -58,13 +58,19 @@ class ModelAndDictionaryOptions(ModelOptions):
         elif site.layer < lm.config.n_layers:
             try:
                 lm[site.tag]
-            except (FileNotFoundError, ValueError) as error:
-                raise type(error)(f"{error} For this command: --dictionary PATH.") from error
+            except FileNotFoundError as error:
+                raise FileNotFoundError(_with_option(error)) from error
+            except ValueError as error:
+                raise ValueError(_with_option(error)) from error
         return lm
 
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
 ModelAndDictionary = Annotated[ModelAndDictionaryOptions, tyro.conf.arg(name="")]
+
+
+def _with_option(error: Exception) -> str:
+    return f"{error} For this command: --dictionary PATH."
 
 
 def require_positive(option: str, number: int) -> None:

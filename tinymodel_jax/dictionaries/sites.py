@@ -1,7 +1,7 @@
 """Sites, where a dictionary can be attached to a model, and the grammar of their tags.
 
 `M1` names a kind and a layer, `M1N123` also a feature, and `M1_S-2_R1_P0` a published file. Parsing does not check
-whether the layer and the feature exist; callers with a model or a dictionary do.
+whether the layer and the feature exist; callers with a model or a dictionary do, for the layer with `require_layer`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from tinymodel_jax.config import ModelConfig
 
 
 class SiteKind(NamedTuple):
@@ -150,4 +152,19 @@ def require_site(hook_in: str, hook_out: str) -> None:
         raise ValueError(
             "this dictionary has no site yet: it was trained on arrays. Attach it to the site whose activations it was "
             "trained on, for example lm.attach('M2', dictionary), then use lm['M2'].dictionary."
+        )
+
+
+def require_layer(site: Site, config: ModelConfig, asker: str = "") -> None:
+    """Check that a model has the site's layer.
+
+    Args:
+        asker: start of the error message, as in `Site.whole`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if site.layer >= config.n_layers:
+        raise ValueError(
+            f"{asker}{site.tag!r}: layer {site.layer} does not exist; the layers are 0..{config.n_layers - 1}."
         )

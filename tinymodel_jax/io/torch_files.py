@@ -55,7 +55,7 @@ class TorchFileSummary(NamedTuple):
     globals: tuple[str, ...]
     """Every global that the pickle names."""
     refused: tuple[str, ...]
-    """Globals for which `load_torch_file` refuses the file; from pickle protocol 4 on, only the first."""
+    """Globals for which `load_torch_file` refuses the file."""
     tensors: tuple[TensorEntry, ...]
     """In the order of the file, outer ones first; empty if the file is refused."""
 

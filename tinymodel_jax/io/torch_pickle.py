@@ -3,13 +3,17 @@
 `pickletools` first checks that the pickle is complete and lists the globals it names. The unpickler then loads it with
 stand-ins for the few globals that files of tensors need; it imports and calls nothing else. Time and memory are bounded
 by the length of the pickle: memoized values cannot multiply, and keys are quick to hash.
+
+`TorchPickle` extends `pickle._Unpickler`, the unpickler written in Python, and changes its private table `dispatch`:
+the public `pickle.Unpickler` lets a subclass decide about globals and storages only, but instructions that hash any
+value or set attributes must be refused or changed as well.
 """
 
 import io
 import math
 import pickle
 import pickletools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +29,8 @@ MAX_DEPTH = 32
 """Deepest nesting of containers."""
 MAX_NAME = 200
 """Longest name of a tensor (characters); a longer one is cut."""
+MAX_AXES = 64
+"""Most axes of a tensor, as in NumPy."""
 MAX_EXPANDED_BYTES = 16 << 20
 """Largest tensor (bytes) that may be bigger than its storage, as `Tensor.expand` makes them."""
 
@@ -32,6 +38,7 @@ _CLASSES = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDoub
 _DTYPES = ["f8", "f4", "f2", ml_dtypes.bfloat16, "i8", "i4", "i2", "i1", "u1", "?", "c16", "c8"]
 STORAGE_DTYPES = {f"torch.{c}Storage": np.dtype(dtype) for c, dtype in zip(_CLASSES.split(), _DTYPES, strict=True)}
 """Storage class that a pickle names -> dtype of its elements."""
+_DAMAGED = "its pickle is damaged, or does not hold what a checkpoint of tensors holds"
 # These instructions hash any value, or load registered objects without asking `find_class`.
 _UNNEEDED = (
     pickle.DICT + pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET + pickle.EXT1 + pickle.EXT2 + pickle.EXT4
@@ -76,6 +83,38 @@ class RefusedGlobals(ValueError):
         )
 
 
+class StackGlobals:
+    """The globals that STACK_GLOBAL instructions name, followed without running the pickle.
+
+    It takes the two strings pushed last, as all picklers write them. They serve to list what a refused pickle asks for;
+    what is loaded is decided in `TorchPickle.find_class`.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[tuple[str, str], None] = {}
+        self._pushed: deque[str | None] = deque([None, None], maxlen=2)
+        self._memo: dict[int, str | None] = {}
+
+    def follow(self, instruction: str, argument: Any) -> None:
+        """Follow the next instruction."""
+        if instruction == "STACK_GLOBAL":
+            module, name = self._pushed
+            if module is not None and name is not None:
+                self._pairs[module, name] = None
+        elif instruction == "MEMOIZE":
+            self._memo[len(self._memo)] = self._pushed[-1]
+        elif instruction.endswith("PUT"):
+            self._memo[argument] = self._pushed[-1]
+        elif instruction.endswith("GET"):
+            self._pushed.append(self._memo.get(argument))
+        elif isinstance(argument, str):
+            self._pushed.append(argument[:MAX_NAME])
+
+    def names(self) -> dict[str, None]:
+        """Return the names as keys, in the order of the pickle; a part longer than `MAX_NAME` is cut."""
+        return {f"{module}.{name}": None for module, name in self._pairs}
+
+
 class PickleStream(io.BytesIO):
     """Bytes for `pickletools` whose lines of text must be short and plain, so that they are quick to parse."""
 
@@ -100,6 +139,7 @@ class TorchPickle(pickle._Unpickler):
     def __init__(self, stream: PickleStream) -> None:
         self.globals: dict[str, None] = {}
         """All globals that it names."""
+        self._stack_globals = StackGlobals()
         self.storages: dict[str, StorageRecord] = {}
         """Key -> declared storage."""
         self._code = self._surveyed(stream)
@@ -115,7 +155,7 @@ class TorchPickle(pickle._Unpickler):
         try:
             return self.load()
         except (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, TypeError) as error:
-            raise ValueError(f"its pickle is damaged, or not of tensors: {type(error).__name__}: {error}") from error
+            raise ValueError(_DAMAGED) from error
 
     def _surveyed(self, stream: PickleStream) -> bytes:
         """Check every instruction of the pickle; return its bytes."""
@@ -130,19 +170,24 @@ class TorchPickle(pickle._Unpickler):
                     problem = problem or f"a number in {length} bytes"
                 if opcode.name in ("GLOBAL", "INST"):
                     self.globals[str(argument).replace(" ", ".", 1)] = None
+                self._stack_globals.follow(opcode.name, argument)
         except ValueError as error:
             problem = problem or str(error)[:200]
         if not self.globals.keys() <= _STAND_INS.keys():
-            raise RefusedGlobals(self.globals)
+            raise self._refusal()
         if problem:
-            raise ValueError(f"its pickle is damaged, or not of tensors: {problem}")
+            raise ValueError(f"{_DAMAGED}: {problem}")
         return stream.getvalue()[start : stream.tell()]
 
+    def _refusal(self) -> RefusedGlobals:
+        return RefusedGlobals(self.globals | self._stack_globals.names())
+
     def find_class(self, module: str, name: str) -> Any:
-        self.globals[f"{module}.{name}"] = None
-        if f"{module}.{name}" not in _STAND_INS:
-            raise RefusedGlobals(self.globals)
-        stand_in = _STAND_INS[f"{module}.{name}"]
+        named = f"{module[:MAX_NAME]}.{name[:MAX_NAME]}"
+        self.globals[named] = None
+        if named not in _STAND_INS:
+            raise self._refusal()
+        stand_in = _STAND_INS[named]
         return self._tensor if stand_in is TensorRecord else stand_in
 
     def persistent_load(self, pid: Any) -> StorageRecord:
@@ -162,8 +207,10 @@ class TorchPickle(pickle._Unpickler):
         declared = isinstance(storage, StorageRecord) and self.storages.get(storage.key) == storage
         if not declared or not isinstance(shape, tuple) or not isinstance(strides, tuple):
             raise ValueError("a tensor is not described by a storage, a shape and strides")
-        if len(shape) != len(strides) or len(shape) > 64:
-            raise ValueError(f"a tensor has {len(shape)} axes and {len(strides)} strides; they must agree, 64 at most")
+        if len(shape) != len(strides) or len(shape) > MAX_AXES:
+            raise ValueError(
+                f"a tensor has {len(shape)} axes and {len(strides)} strides; they must agree, {MAX_AXES} at most"
+            )
         if not all(type(number) is int and 0 <= number < 2**60 for number in (offset, *shape, *strides)):
             raise ValueError("a tensor's offset, shape or strides are not whole numbers from 0 up to 2^60")
         if flags:
@@ -202,6 +249,19 @@ class TorchPickle(pickle._Unpickler):
     }
 
 
+def _size(sizes: Any = ()) -> tuple[int, ...]:
+    """Return a `torch.Size` as a tuple.
+
+    Raises:
+        ValueError: it is not a tuple of at most `MAX_AXES` whole numbers from 0 on.
+    """
+    if not isinstance(sizes, tuple) or len(sizes) > MAX_AXES:
+        raise ValueError(f"a torch.Size is not a tuple of at most {MAX_AXES} numbers")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("a torch.Size holds something other than whole numbers from 0 on")
+    return sizes
+
+
 # Each takes few arguments, so that a call cannot copy a long memoized tuple.
 _STAND_INS: dict[str, Any] = {
     **{name: StorageRecord("", dtype, 0) for name, dtype in STORAGE_DTYPES.items()},
@@ -209,7 +269,7 @@ _STAND_INS: dict[str, Any] = {
     **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), TensorRecord),
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, requires_grad, hooks, state: tensor,
-    "torch.Size": lambda sizes=(): np.broadcast_shapes(sizes),
+    "torch.Size": _size,
     "collections.OrderedDict": lambda: OrderedDict(),
 }
 """Global that a pickle may name -> its stand-in; `TensorRecord` means `TorchPickle._tensor`."""

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
 from tinymodel_jax.analysis.effects.upper_layers import Clean, Weights, clean_streams
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
-from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import encode
 from tinymodel_jax.model.hook_points import comes_after
@@ -49,8 +49,7 @@ def prepare(
         ValueError: a tag names a feature or no dictionary, or an argument does not fit the rows.
     """
     site = Site.whole(tag)
-    if site.layer >= lm.config.n_layers:
-        raise ValueError(f"{tag!r}: layer {site.layer} does not exist; the layers are 0..{lm.config.n_layers - 1}.")
+    require_layer(site, lm.config)
     given = check_tok_ids(tok_ids, lm.config)
     ids = pad_right(given, bucket(given.shape[1], lm.config.n_ctx), lm.config.pad_id)
     real = ids != lm.config.pad_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
@@ -30,7 +31,10 @@ class RowTotals(NamedTuple):
 
 
 class ReconstructionEvaluation(NamedTuple):
-    """The numbers that need no language model; plain floats, as in `evaluation.DictionaryEvaluation`."""
+    """The numbers that need no language model; plain floats, as in `evaluation.DictionaryEvaluation`.
+
+    Without tokens they are NaN; so is the explained variance of targets that are all equal.
+    """
 
     l0: float
     explained_variance: float
@@ -77,18 +81,23 @@ def evaluate_reconstruction(
     sums, shift, active = np.zeros(len(RowTotals._fields)), np.zeros(config.d_out), np.zeros(config.n_features)
     centre: np.ndarray | None = None
     for x, y in batches:
+        if len(x) == 0:
+            continue
         if centre is None:
-            centre = np.asarray(jnp.mean(y, axis=0, dtype=jnp.float32))
+            first = jnp.asarray(y[0], jnp.float32)
+            centre = np.asarray(first + jnp.mean(y - first, axis=0))  # exact where all targets are equal
         counted = np.ones((1, len(x)), bool)
         _, totals, found = reconstruct(dictionary.params, x[None], y[None], centre, counted, config=config)
         sums += np.concatenate(totals)
         active += np.asarray(found)
         shift += np.asarray(jnp.sum(jnp.asarray(y, jnp.float32) - centre, axis=0), np.float64)
     tokens, active_features, error, from_centre, _ = sums.tolist()
-    variance = from_centre - shift @ shift / tokens
+    if tokens == 0:
+        return ReconstructionEvaluation(math.nan, math.nan, math.nan, tokens=0)
+    variance = max(0.0, from_centre - shift @ shift / tokens)  # rounding may leave it below 0
     return ReconstructionEvaluation(
         l0=active_features / tokens,
-        explained_variance=float(1 - error / variance),
+        explained_variance=1 - error / variance if variance > 0 else math.nan,
         dead_fraction=float(np.mean(active == 0)),
         tokens=int(tokens),
     )

@@ -1,4 +1,4 @@
-"""Builds a dashboard: measures what its pages show, then writes the pages atomically.
+"""Builds a dashboard: measures what its pages show, then writes the pages, which appear complete.
 
 `gather` measures, and `write_dashboard` writes without needing the model. Memory grows with the number of features and
 contexts, not with the number of rows.
@@ -43,6 +43,8 @@ TEXT_START = 12
 SEARCH, EFFECTS = "search.safetensors", "effects.work"
 WORK = (SEARCH, f"{SEARCH}.work", EFFECTS)
 """Work files, from which a stopped run resumes the search and the measurement of effects."""
+REPLACED = "replaced"
+"""The folder in which an older dashboard is kept while a new one takes its place."""
 INDEX, FOLDER = "index.html", "data"
 """The parts of a dashboard: the page, and the folder of its data files."""
 GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
@@ -146,45 +148,57 @@ def write_data(folder: Path, name: str, value: Any) -> None:
 def open_partial(out: Path) -> Path:
     """Return the folder `OUT.partial`, in which a dashboard is built; create it if needed.
 
-    Pages that a stopped run left there are removed. Its work files stay, so that the run resumes.
+    Pages that a stopped run left there are removed. Its work files stay, so that the run resumes. An older dashboard
+    that a killed run left there goes back to `out`.
 
     Raises:
         ValueError: `out` or the partial folder holds other files.
         OSError: the folder cannot be created.
     """
-    if out.exists() and not _is_dashboard(out):
-        raise ValueError(f"{out} exists and is not a dashboard; name another folder, or remove it.")
+    _require_free(out)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, *WORK})
+    strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, REPLACED, *WORK})
     if strange:
         raise ValueError(f"{partial} is where the dashboard is built, but holds {strange[0]}; move that elsewhere.")
+    if (partial / REPLACED).exists() and not out.exists():
+        os.replace(partial / REPLACED, out)
     (partial / INDEX).unlink(missing_ok=True)
-    shutil.rmtree(partial / FOLDER, ignore_errors=True)
+    for name in (FOLDER, REPLACED):
+        shutil.rmtree(partial / name, ignore_errors=True)
     return partial
 
 
 def publish(partial: Path, out: Path) -> None:
     """Move a finished dashboard to `out`, in place of an older one, and remove the work files.
 
-    If it is interrupted, `open_partial` accepts what is left.
+    The older one is removed when the new one is in place; if that fails, the older one is put back. If it is
+    interrupted, `open_partial` accepts what is left.
 
     Raises:
+        ValueError: `out` holds other files by now.
         OSError: a file cannot be moved or removed.
     """
+    _require_free(out)
+    replaced = partial / REPLACED
     if out.exists():
-        _remove_dashboard(out)
-    os.replace(partial, out)
+        os.replace(out, replaced)
+    try:
+        os.replace(partial, out)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, out)
+        raise
+    if (out / REPLACED).exists():
+        shutil.rmtree(out / REPLACED)
     for name in WORK:
         (out / name).unlink(missing_ok=True)
 
 
-def _remove_dashboard(folder: Path) -> None:
-    """Remove a dashboard. `index.html`, which marks it, goes last; a folder with other files is kept."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    for name in (*WORK, INDEX):
-        (folder / name).unlink(missing_ok=True)
-    folder.rmdir()
+def _require_free(out: Path) -> None:
+    """Refuse a folder that holds anything but a dashboard."""
+    if out.exists() and not _is_dashboard(out):
+        raise ValueError(f"{out} exists and is not a dashboard; name another folder, or remove it.")
 
 
 def _is_dashboard(folder: Path) -> bool:
@@ -192,7 +206,7 @@ def _is_dashboard(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    expected = INDEX in names and names <= {INDEX, FOLDER, *WORK}
+    expected = INDEX in names and names <= {INDEX, FOLDER, REPLACED, *WORK}
     return not names or (expected and GENERATOR in (folder / INDEX).read_text("utf-8"))
 
 
