@@ -13,7 +13,7 @@ nothing to the stream, so it is never upstream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
