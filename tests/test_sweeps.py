@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
+from scipy.special import logsumexp
 
 from tinymodel_jax.analysis.effects import attribution, patching, sweeps
+from tinymodel_jax.analysis.effects.upper_layers import kl_of_changes
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
@@ -19,6 +21,7 @@ from tinymodel_jax.model.hook_points import Hooks
 
 TAGS = ("Ra1", "A1", "Rm1", "M1", "Mo1", "M0", "Ra0")
 F32 = 1e-5
+kl_compiled = jax.jit(kl_of_changes)
 
 
 @pytest.fixture
@@ -296,3 +299,39 @@ def test_what_does_not_fit_is_refused_in_one_line(lm, row):
             with pytest.raises(ValueError, match=message) as caught:
                 call()
             assert "\n" not in str(caught.value)
+
+
+def kl_in_float64(change: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the change without its mean, and the KL divergence by its definition."""
+    logprobs = logprobs - logsumexp(logprobs)
+    changed = logprobs + change
+    changed = changed - logsumexp(changed)
+    return change - np.exp(logprobs) @ change, float(np.exp(logprobs) @ (logprobs - changed))
+
+
+def kl_found(change: np.ndarray, logprobs: np.ndarray) -> float:
+    one, other = (jnp.asarray(array, jnp.float32) for array in (change, logprobs))
+    return float(kl_compiled(one[None, None, None], other[None, None])[0, 0, 0])
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 20.0, 60.0, 100.0, 1000.0])
+def test_the_kl_divergence_of_changes_of_every_size_equals_that_of_float64(size):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        logprobs = rng.normal(size=50) * 20
+        logprobs -= logsumexp(logprobs)
+        change, expected = kl_in_float64(rng.normal(size=50) * size, logprobs)
+        assert kl_found(change, logprobs) == pytest.approx(expected, rel=F32, abs=F32 * size**2)
+
+
+@pytest.mark.parametrize("logprob", [-59.0, -61.0, -80.0, -88.0, -120.0])
+@pytest.mark.parametrize("above", [-30.0, -1.0, 0.0, 0.6, 30.0])
+def test_the_kl_divergence_when_a_token_that_the_model_excluded_is_raised(logprob, above):
+    """Its probability, and even exp of the log-probability, may be 0 in float32."""
+    logprobs = np.array([0.0, logprob])
+    change, expected = kl_in_float64(np.array([0.0, above - logprob]), logprobs)
+    assert kl_found(change, logprobs) == pytest.approx(expected, rel=F32, abs=1e-7)
+
+
+def test_the_kl_divergence_of_a_change_that_is_not_finite_is_not_either():
+    assert np.isnan(kl_found(np.array([0.0, np.nan]), np.log([0.5, 0.5])))
