@@ -94,7 +94,7 @@ def evaluate_reconstruction(
     tokens, active_features, error, from_centre, _ = sums.tolist()
     if tokens == 0:
         return ReconstructionEvaluation(math.nan, math.nan, math.nan, tokens=0)
-    variance = max(0.0, from_centre - shift @ shift / tokens)  # rounding may leave it below 0
+    variance = max(0.0, from_centre - float(shift @ shift) / tokens)  # rounding may leave it below 0
     return ReconstructionEvaluation(
         l0=active_features / tokens,
         explained_variance=1 - error / variance if variance > 0 else math.nan,
