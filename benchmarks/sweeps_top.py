@@ -21,6 +21,7 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.progress import no_progress
 
 WHOLE_PASS = 600_000
 """Tokens in the pass that the sample sizes are meant for; a shorter measurement samples the same shares."""
@@ -46,7 +47,7 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
 
     def search() -> None:
         sums = Sums.zero(n_features, 20, 40)
-        run_pass(searching, sums, range(0, n_rows, inputs.batch), None, iter)
+        run_pass(searching, sums, range(0, n_rows, inputs.batch), None, no_progress)
         partners_of_all(np.concatenate(sums.together), n_features, 10)
 
     def products() -> None:

@@ -49,6 +49,14 @@ def test_it_works_inside_jit_grad_and_vmap():
     assert float(jax.jit(jax.grad(lambda x: fast(fast(x))))(jnp.float32(1))) == 9
 
 
+def test_its_own_program_is_compiled_with_the_options_and_another_program_is_not(monkeypatch):
+    monkeypatch.setattr(compilation, "fast_compiler_options", lambda: {"xla_no_such_flag": "1"})
+    fast = fast_jit(lambda x: x + 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_flag"):
+        fast(jnp.float32(1))
+    assert float(jax.jit(fast)(jnp.float32(1))) == 2
+
+
 def test_errors_of_the_function_come_through():
     def fails(x):
         raise ValueError(f"no rows in {x.shape}")

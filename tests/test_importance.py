@@ -55,7 +55,7 @@ def test_stopped_work_goes_on_and_gives_the_same_table(lm, rows, tmp_path, monke
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
     file, seen = tmp_path / "work", []
 
-    def stop_after_two(left):
+    def stop_after_two(left, _):
         for row in left:
             if row == 2:
                 raise KeyboardInterrupt
@@ -63,7 +63,7 @@ def test_stopped_work_goes_on_and_gives_the_same_table(lm, rows, tmp_path, monke
 
     with pytest.raises(KeyboardInterrupt):
         causal_importance(lm, "M1", rows, work_file=file, track=stop_after_two)
-    resumed = causal_importance(lm, "M1", rows, work_file=file, track=lambda left: seen.extend(left) or left)
+    resumed = causal_importance(lm, "M1", rows, work_file=file, track=lambda left, _: seen.extend(left) or left)
     assert seen == [2]
     assert_equal(resumed, whole)
 
@@ -104,7 +104,7 @@ def test_a_row_without_a_token_to_predict_counts_in_no_mean(lm, rows):
 def test_a_work_file_of_another_site_and_empty_data_are_refused(lm, rows, tmp_path, monkeypatch, no_type_checks):
     monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
 
-    def stop_at_once(left):
+    def stop_at_once(left, _):
         yield left[0]
         raise KeyboardInterrupt
 

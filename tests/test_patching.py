@@ -81,7 +81,7 @@ def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm
 def test_the_kinds_pass_by_the_progress(lm, prompts):
     seen: list[str] = []
 
-    def track(kinds):
+    def track(kinds, _):
         for kind in kinds:
             yield kind
             seen.append(kind)

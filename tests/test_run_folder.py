@@ -348,6 +348,14 @@ def new_run(folder: Path, steps: int, done: int = 0, stop_requested: Callable[[]
     return run, checkpoints
 
 
+def test_a_loop_that_never_asks_whether_to_save_can_be_stopped(tmp_path: Path) -> None:
+    run, _ = new_run(tmp_path, steps=6, stop_requested=lambda: run.done == 3)
+    for done, _ in run.steps(lambda number: number, 1.0, lambda line: ""):
+        run.log(done, {"loss": np.float32(1), "tokens": 1})
+    assert run.done == 3
+    assert run.must_save(3)
+
+
 def test_the_time_of_a_run_is_that_of_its_steps_and_not_of_the_pauses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

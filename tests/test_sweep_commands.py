@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_one_line(failure, tmp_path: Path):
     assert "name one, as ' dog'" in failure(*sweep, "M1", "--answer", "two words")
     assert "finite" in failure(*sweep, "M1", "--kind", "steer", "--amount", "1e39")
     readout = failure(*sweep, "M1", "--readout", "Mo1")
-    assert "reads blocks.1.hook_mlp_out, and M1 writes to blocks.1.hook_mlp_out: a readout must read further" in readout
+    assert "reads blocks.1.hook_mlp_out, and M1 writes to blocks.1.hook_mlp_out: a readout must come later" in readout
     for command in (sweep, importance):
         assert "--site 'M1N5' names a feature; name the site, 'M1'" in failure(*command, "M1N5")
         assert "--top 0 must be 1 or more" in failure(*command, "M1", "--top", "0")

@@ -175,7 +175,7 @@ def test_chunks_hold_what_memory_allows():
 def test_the_activations_of_a_large_readout_count_in_a_chunk(lm, row, monkeypatch):
     seen: list[int] = []
 
-    def track(chunks):
+    def track(chunks, _):
         seen.extend(size for _, size, _ in chunks)
         return chunks
 
@@ -243,7 +243,7 @@ def test_every_intervention_passes_by_the_progress(lm, row, monkeypatch):
     monkeypatch.setattr(sweeps, "SMALL", 0)
     seen: list[int] = []
 
-    def track(chunks):
+    def track(chunks, _):
         for items, size, length in chunks:
             yield items, size, length
             seen.extend(items)

@@ -203,7 +203,7 @@ class Stopped(Exception):
 
 
 def stop_after(n: int):
-    def progress(starts):
+    def progress(starts, _):
         for count, start in enumerate(starts):
             if count == n:
                 raise Stopped
@@ -220,7 +220,7 @@ def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, 
         with pytest.raises(Stopped):
             top_activations(lm, "M1", rows, k=K, n_sampled=SAMPLED, batch=4, work_file=work, track=stop_after(n))
 
-    def noting(starts):
+    def noting(starts, _):
         for start in starts:
             done.append(start)
             yield start

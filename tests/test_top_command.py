@@ -201,7 +201,7 @@ def test_the_f1_of_some_features_is_theirs_among_all(lm, rows, monkeypatch):
     expected = best_f1_of_all(np.asarray(lm["M1"](rows))[real], truth[real])
     monkeypatch.setattr("tinymodel_jax.analysis.search.feature_queries.TOKENS_AT_ONCE", 1000)
     seen = []
-    f1 = concept_f1(lm["M1"], rows, truth, track=lambda parts: seen.extend(parts) or parts)
+    f1 = concept_f1(lm["M1"], rows, truth, track=lambda parts, _: seen.extend(parts) or parts)
     np.testing.assert_allclose(f1, expected, atol=0.02)  # a threshold may fall between two equal activations
     assert np.mean(np.abs(f1 - expected) > 1e-6) < 1e-3
     some = np.array([5, 3])

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinymodel_jax import text_generation
 from tinymodel_jax.config import ModelConfig, compute_dtype
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
@@ -29,7 +30,6 @@ from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
 from tinymodel_jax.model.hook_points import Hook, as_names, hook_names, position_axes, require_edits, require_hook_names
 from tinymodel_jax.model.interventions import Hooks
 from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, pad_to_bucket
-from tinymodel_jax.model.text_generation import TextGeneration
 from tinymodel_jax.model_dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.text.tokenizer import Tokenizer
 
 
-class TinyModel(WeightViews, TextGeneration):
+class TinyModel(WeightViews):
     """A TinyModel language model; calling it gives log-probabilities.
 
     Args:
@@ -126,12 +126,8 @@ class TinyModel(WeightViews, TextGeneration):
         Raises:
             ValueError: `layer` is outside 0..n_layers.
         """
-        n_layers = self.config.n_layers
-        if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
-            raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
-        site = Site("Ra", layer)
-        name = site.hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
-        return self._run(tok_ids, "none", (name,), self.hooked(before=site))[1][name]
+        name = _residual_name(layer, self.config.n_layers)
+        return self._run(tok_ids, "none", (name,), before=Site("Ra", layer))[1][name]
 
     def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
@@ -174,20 +170,15 @@ class TinyModel(WeightViews, TextGeneration):
         keep = as_names(keep)
         require_edits(hooks)
         require_hook_names((*hooks, *keep), self.config)
-        ids = batch_of(tok_ids, self.config)
-        model = self.hooked().with_hooks(hooks)
-        if _is_array_tree(model.hooks):
-            logprobs, acts = forward(model, jnp.asarray(ids), keep=keep)
-        else:
-            logits, acts = model.run(jnp.asarray(ids), keep)
-            logprobs = jax.nn.log_softmax(logits)
+        ids = jnp.asarray(batch_of(tok_ids, self.config))
+        logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
     def _run(
-        self, tok_ids: Any, output: Output, keep: tuple[str, ...], model: HookedModel | None = None
+        self, tok_ids: Any, output: Output, keep: tuple[str, ...], before: Site | None = None
     ) -> tuple[Any, dict[str, Array]]:
         ids, length = pad_to_bucket(tok_ids, self.config)
-        value, acts = forward(self.hooked() if model is None else model, ids, keep=keep, output=output)
+        value, acts = forward(self.hooked(before), ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
 
@@ -271,6 +262,9 @@ class TinyModel(WeightViews, TextGeneration):
 
     # Text
 
+    generate = text_generation.generate
+    generate_ids = text_generation.generate_ids
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer saved with the model, otherwise the default one for the published vocabulary of 10,000 ids.
@@ -292,6 +286,20 @@ class TinyModel(WeightViews, TextGeneration):
         tokenizer = saved_tokenizer(self._tokenizer) if isinstance(self._tokenizer, Path) else self._tokenizer
         dictionaries = self._dictionaries.load_own()
         artifacts.save_model(self.config, flatten(self.params), directory, tokenizer, dictionaries)
+
+
+def _residual_name(layer: int, n_layers: int) -> str:
+    if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
+        raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
+    return Site("Ra", layer).hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+
+
+def _edited_pass(model: HookedModel, ids: Array, keep: tuple[str, ...]) -> tuple[Array, dict[str, Array]]:
+    """Return log-probabilities and activations; edits that are plain functions cannot be compiled."""
+    if _is_array_tree(model.hooks):
+        return forward(model, ids, keep=keep)
+    logits, acts = model.run(ids, keep)
+    return jax.nn.log_softmax(logits), acts
 
 
 def _is_array_tree(hooks: Hooks) -> bool:

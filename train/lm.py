@@ -50,7 +50,7 @@ from tinymodel_jax.training.sharding import (
 )
 from train.compile_for import devices_for, report_step
 from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
-from train.presets import AS_PRESET, DType, OptimizerOptions, PresetName, chosen_preset, number_format
+from train.presets import AS_PRESET, DType, OptimizerOptions, Preset, PresetName, chosen_preset, number_format
 from train.run import Run, open_run
 from train.run_files import local_folder
 from train.trackers import NO_TRACKING, Tracking, require_trackers
@@ -119,10 +119,8 @@ def lm(
     _check_numbers(batch_size, micro_batches, devices, save_every, eval_every, seed)
     program = compiled(config, chosen.optimizer, steps, micro_batches, devices, fsdp, chosen.initialization)
     if compile_for is not None:
-        shape = batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH
-        rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
-        flops = training_flops_per_token(config, shape[1]) * math.prod(shape)
-        report_step(program.step, (program.abstract, rows), devices, flops)
+        row_length = token_data.row_length if token_data else DEFAULT_ROW_LENGTH
+        _report_compiled(program, config, (batch_size, row_length), devices)
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
@@ -130,11 +128,7 @@ def lm(
     settings = {
         "kind": "lm",
         "preset": preset,
-        "model": config.to_dict(),
-        "optimizer": dataclasses.asdict(chosen.optimizer),
-        "initialization": chosen.initialization,
-        "steps": steps,
-        "batch_size": batch_size,
+        **_preset_settings(chosen),
         "micro_batches": micro_batches,
         "seed": seed,
         "eval_every": eval_every,
@@ -145,6 +139,24 @@ def lm(
     }
     with open_run(out, settings, may_change=("save_every", "mesh", "fsdp"), tracking=tracking) as run:
         _train(run, config, program, token_data, devices)
+
+
+def _report_compiled(program: Program, config: ModelConfig, shape: tuple[int, int], devices: Mesh) -> None:
+    """Compile the step for a batch of (rows, tokens), and report what it needs."""
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
+    flops = training_flops_per_token(config, shape[1]) * math.prod(shape)
+    report_step(program.step, (program.abstract, rows), devices, flops)
+
+
+def _preset_settings(chosen: Preset) -> dict[str, Any]:
+    """Return the part of a run's settings that its preset determines."""
+    return {
+        "model": chosen.model.to_dict(),
+        "optimizer": dataclasses.asdict(chosen.optimizer),
+        "initialization": chosen.initialization,
+        "steps": chosen.steps,
+        "batch_size": chosen.batch_size,
+    }
 
 
 def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, devices: Mesh) -> None:

@@ -132,7 +132,9 @@ class Run:
             say(f"stopped at step {self.done} of {steps}; the same command resumes there")
 
     def log(self, done: int, metrics: Mapping[str, Any]) -> None:
-        """Record a step's metrics. They are written one call later, so that the devices need not wait.
+        """Record a step's metrics, and note whether a stop was requested. Call this once after each step.
+
+        The metrics are written one call later, so that the devices need not wait.
 
         Raises:
             ValueError: a loss or a gradient is not finite; the message names the step.
@@ -140,10 +142,10 @@ class Run:
         """
         self._write_metrics()
         self.done, self._pending = done, (done, metrics)
+        self._stopping = self._stop_requested()
 
     def must_save(self, done: int) -> bool:
-        """Whether to save now: every `save_every` steps, at the end, and before a stop. Call once after each step."""
-        self._stopping = self._stop_requested()
+        """Return whether to save after the logged step: every `save_every` steps, at the end, and before a stop."""
         return self._stopping or done % self.settings["save_every"] == 0 or self.is_finished
 
     def save(self, done: int, state: Any) -> None:

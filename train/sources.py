@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.bundled import STORY_WORLD, storyworld
 
 T = TypeVar("T")
 Row = Any
 """A story as a str, or a list of token ids. Anything else is refused when it is encoded."""
 
-STORY_WORLD = "storyworld"
 STORY_WORLD_SEED = 0
 """Seed of the stories to train on. A model that was trained on them has not seen the stories of other seeds."""
 STORY_WORLD_STORIES = 100_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ def concepts(
     if not (tags or folders or lm.dictionary_tags):
         raise ValueError(f"--model {model.name} came without dictionaries; give --dictionaries FOLDER.")
     named = dict(named_dictionaries(lm, tags if tags or folders else lm.dictionary_tags, folders))
-    recoveries = recover_concepts(lm, unseen, named, track=partial(with_progress, what="scoring"))
+    recoveries = recover_concepts(lm, unseen, named, track=with_progress)
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth, token_rows
+from tinymodel_jax.commands.inputs import open_rows, storyworld_truth, token_rows
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
@@ -141,7 +141,7 @@ def _measure(
     facts = gather(reader, rows, found, tags, clock.track)
     if n_stories is not None:
         truth = storyworld_truth(reader.lm, rows, n_stories)
-        f1 = concept_f1(reader, rows, truth, track=functools.partial(clock.track, what="concepts"))
+        f1 = concept_f1(reader, rows, truth, track=clock.track)
         facts = dataclasses.replace(facts, f1=f1)
     if len(measured):
         importance = causal_importance(
@@ -149,7 +149,7 @@ def _measure(
             reader.site.tag,
             measured,
             work_file=partial / EFFECTS,
-            track=functools.partial(clock.track, what="effects"),
+            track=clock.track,
         )
         facts = dataclasses.replace(facts, importance=importance)
     return facts

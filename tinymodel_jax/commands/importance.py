@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +56,7 @@ def importance(
     lm = model.load_with_dictionary(place)
     rows = open_rows(lm, data, limit)
     work = work_file(out)
-    found = causal_importance(lm, site, rows, work_file=work, track=partial(with_progress, what="ablating"))
+    found = causal_importance(lm, site, rows, work_file=work, track=with_progress)
     table = {"site": site, "data": data, "rows": found.n_rows, "features": _entries(lm, found)}
     if out is not None:
         _write(table, out)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.options import require_positive
 from tinymodel_jax.runtime.paths import user_path
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 Prompts = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT…")]
 STORY_FILES = (".jsonl", ".txt")
 """Suffixes of files of stories; each may be followed by .gz."""
-STORY_WORLD = "storyworld"
-"""Value of `--data` that selects the story world."""
 
 
 def read_prompts(

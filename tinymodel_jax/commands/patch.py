@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.commands.frame import print_json, print_table
 from tinymodel_jax.commands.inputs import shown, token_id, token_rows
 from tinymodel_jax.commands.options import Model, ModelOptions, OutFile, prepare_output
@@ -24,7 +24,7 @@ def patch(
     *,
     answer: str | None = None,
     wrong: str | None = None,
-    hooks: tuple[str, ...] = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z"),
+    hooks: tuple[str, ...] = PATCHED_HOOKS,
     model: Model = ModelOptions(),
     out: OutFile = None,
     json: bool = False,
@@ -67,7 +67,7 @@ def patch(
         hooks,
         answer=tokens[0],
         wrong=tokens[1] if tokens[1:] else None,
-        track=partial(with_progress, what="patching"),
+        track=with_progress,
     )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])

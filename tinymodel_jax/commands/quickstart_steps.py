@@ -265,12 +265,8 @@ def count_concepts(
     if training is not None:
         others[JUST_NOW] = training["dictionary"]
     found = [
-        *recover_concepts(
-            lm, labelled, [SITE], track=functools.partial(with_progress, what="scoring units, random ones too")
-        ),
-        *recover_concepts(
-            lm, labelled, others, baselines=False, track=functools.partial(with_progress, what="scoring features")
-        ),
+        *recover_concepts(lm, labelled, [SITE], track=with_progress),
+        *recover_concepts(lm, labelled, others, baselines=False, track=with_progress),
     ]
     if training is not None:
         concepts = {recovery.name: n_found(recovery) for recovery in found}

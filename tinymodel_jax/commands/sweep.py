@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from tinymodel_jax.commands.frame import print_json, print_table, significant
@@ -106,12 +105,11 @@ def _effects(
 ) -> FeatureEffects:
     from tinymodel_jax.analysis.effects import sweeps
 
-    track = partial(with_progress, what="sweeping")
     chosen = list(features) or None
     if amount is None:
-        return sweeps.ablate(lm, site, [row], chosen, next_ids=[token], readout=readout, track=track)
+        return sweeps.ablate(lm, site, [row], chosen, next_ids=[token], readout=readout, track=with_progress)
     changed = {"clamp": sweeps.clamp, "steer": sweeps.steer}[kind]
-    return changed(lm, site, [row], amount, chosen, next_ids=[token], readout=readout, track=track)
+    return changed(lm, site, [row], amount, chosen, next_ids=[token], readout=readout, track=with_progress)
 
 
 def _report(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import STORY_WORLD, open_rows, storyworld_truth
+from tinymodel_jax.commands.inputs import open_rows, storyworld_truth
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
@@ -17,7 +17,7 @@ from tinymodel_jax.commands.options import (
     work_file,
 )
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.runtime.progress import with_progress
+from tinymodel_jax.runtime.progress import Track, with_progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,14 +92,14 @@ def search(
     rows: np.ndarray,
     out: Path | None,
     n_contexts: int = 1,
-    track: Callable[[Sequence[Any], str], Iterable[Any]] = with_progress,
+    track: Track = with_progress,
 ) -> TopActivations:
     """Return the result in a file, or search and write it; a stopped search is resumed.
 
     Args:
         out: the file, which `prepare_output` has checked.
         n_contexts: number of top contexts per feature that are needed; each comes from another row.
-        track: wraps the batches and a name of the work, to show progress.
+        track: wraps the iterator over batches.
 
     Raises:
         OtherWorkError: the file holds another search.
@@ -128,7 +128,7 @@ def search(
         rows,
         k=max(CONTEXTS, needed),
         work_file=work,
-        track=lambda starts: track(starts, "search"),
+        track=track,
     )
     if out is not None and work is not None:
         found.save(out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ def ranked(
     if concept is not None:
         assert truth is not None
         one = list(CONCEPTS).index(concept)
-        score = concept_f1(reader, rows, truth[..., [one]], track=partial(with_progress, what="scoring"))[:, 0]
+        score = concept_f1(reader, rows, truth[..., [one]], track=with_progress)[:, 0]
         return np.argsort(-score, kind="stable"), score
     if contains is None:
         return np.argsort(-found.density, kind="stable"), None

@@ -22,7 +22,8 @@ def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = (
     """Compile `function` like `jax.jit`, with `fast_compiler_options()`.
 
     The result may be called anywhere, also inside another `jit`, `grad` or `vmap`. XLA takes options for a whole
-    program only, so inside another program the options of that program apply.
+    program only, so inside another program the options of that program apply. A `ValueError` of `function` costs a
+    second trace.
     """
     inner = jax.jit(function, static_argnames=static_argnames)
 

@@ -1,14 +1,26 @@
-"""`with_progress` shows the progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: `with_progress` shows a bar on a terminal and plain lines elsewhere.
+
+Functions that take long have an argument `track`, so that the caller decides what shows their progress.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+Track = Callable[[Sequence[Any], str], Iterable[Any]]
+"""`(items, what is done with them) -> the items`, such as `with_progress` and `tqdm.tqdm`."""
 
 SECONDS_OF_SILENCE, SECONDS_BETWEEN_LINES = 2.0, 20.0
 """Seconds before the first plain line, and between later ones."""
+
+
+def no_progress(items: Sequence[Any], what: str) -> Sequence[Any]:
+    """Return the items: the `Track` that shows nothing."""
+    del what
+    return items
 
 
 def with_progress(rows: Sequence[Any], what: str | Callable[[], str]) -> Iterator[Any]:

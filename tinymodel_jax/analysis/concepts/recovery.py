@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +25,7 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import forward
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.padding import pad_below
+from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.text.prompts_and_stories import story_rows
 
 BATCH = 16
@@ -71,7 +72,7 @@ def recover_concepts(
     *,
     baselines: bool = True,
     seed: int = 0,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Track = no_progress,
 ) -> list[Recovery]:
     """Score the best single feature of each dictionary for each concept.
 
@@ -102,7 +103,7 @@ def recover_concepts(
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
 
     units = list(_units_of(readers, neurons, seed if baselines else None))
-    return [_scored(one, choosing, scoring) for one in track(units)]
+    return [_scored(one, choosing, scoring) for one in track(units, "scoring")]
 
 
 def n_found(recovery: Recovery, f1: float = 0.8) -> int:

@@ -9,7 +9,6 @@ standard errors, which is rough for features that are active on few rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.padding import bucket, check_tok_ids
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 SAVE_SECONDS = 20.0
 _MEASURES = ("kl", "loss")
@@ -64,7 +64,7 @@ def causal_importance(
     rows: Any,
     *,
     work_file: Path | None = None,
-    track: Callable[[list[int]], Iterable[int]] = iter,
+    track: Track = no_progress,
 ) -> CausalImportance:
     """Ablate every feature on every row.
 
@@ -88,7 +88,7 @@ def causal_importance(
     saved = None if progress is None else progress.load()
     sums = _zeros(dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
     written = time.monotonic()
-    for row in track(list(range(0 if saved is None else saved.done, len(ids)))):
+    for row in track(range(0 if saved is None else saved.done, len(ids)), "effects"):
         _add_row(sums, lm, tag, ids[row])
         if progress is not None and time.monotonic() - written > SAVE_SECONDS:
             progress.save(sums, row + 1)

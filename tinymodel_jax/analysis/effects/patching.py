@@ -12,7 +12,7 @@ log-probability. Source: the convention of TransformerLens' `patching` (denoisin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import BLOCK_HOOKS, stream_before
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 MEMORY = 2**28
 """Bytes that the largest arrays of the passes that run at once may take."""
-KINDS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
-"""Kinds of hook points that are patched by default."""
 _HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
 
 
@@ -59,11 +59,11 @@ def patch(
     lm: TinyModel,
     clean: Any,
     corrupted: Any,
-    kinds: str | Sequence[str] = KINDS,
+    kinds: str | Sequence[str] = PATCHED_HOOKS,
     *,
     answer: int,
     wrong: int | None = None,
-    track: Callable[[list[str]], Iterable[str]] = iter,
+    track: Track = no_progress,
 ) -> Patching:
     """Patch values of the clean run into the corrupted run.
 
@@ -84,7 +84,7 @@ def patch(
     _check_kinds(kinds)
     tokens = _tokens(answer, wrong, lm.config.d_vocab)
     model, tables, ends = lm.hooked(), [], np.zeros(2, np.float32)
-    for kind in track(list(dict.fromkeys(kinds))):
+    for kind in track(list(dict.fromkeys(kinds)), "patching"):
         at_once = _places_at_once(lm.config, rows[0].shape[1])
         effects, ends = _patch_kind(
             model,

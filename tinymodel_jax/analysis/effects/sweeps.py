@@ -10,7 +10,7 @@ chunk's features are spread over them. `[PAD]` is excluded from all averages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from tinymodel_jax.analysis.effects.sweep_input import (
 )
 from tinymodel_jax.analysis.effects.upper_layers import Changes, effects_of_changes
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 MEMORY, SMALL = 2**28, 2**24
 """Bytes that the logits (or a readout's activations) of a chunk may take, and those below which dividing it further
@@ -39,9 +40,6 @@ LENGTHS = 8
 """Maximum number of programs per row length, each for another number of last positions."""
 READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
-
-Track = Callable[[list[Any]], Iterable[Any]]
-"""Wraps the iterator over chunks, for example with a progress bar."""
 
 
 class FeatureEffects(NamedTuple):
@@ -75,7 +73,7 @@ def ablate(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
-    track: Track = iter,
+    track: Track = no_progress,
 ) -> FeatureEffects:
     """Set each feature of a dictionary to zero, one at a time.
 
@@ -107,7 +105,7 @@ def clamp(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
-    track: Track = iter,
+    track: Track = no_progress,
 ) -> FeatureEffects:
     """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`."""
     held = finite("value", value, ndim=0)
@@ -127,7 +125,7 @@ def steer(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
     readout: str | None = None,
-    track: Track = iter,
+    track: Track = no_progress,
 ) -> FeatureEffects:
     """Add `strength x decoder direction` of each feature, or `strength x vector`, at the dictionary's `hook_out`.
 
@@ -168,7 +166,7 @@ def _sweep(
     n_read = 0 if prepared.readout is None else prepared.readout.dictionary.config.n_features
     top, widest = min(READOUT_TOP, n_read), max(lm.config.d_vocab, n_read)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
-    for items, size, length in track(list(_chunks(flat, widest))):
+    for items, size, length in track(list(_chunks(flat, widest)), "sweeping"):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
         effects, final_stream, moved = _run(lm, prepared, changes, length)
         found[:, items] = np.asarray(effects)[:, : len(items)]

@@ -14,7 +14,7 @@ the same vector in every story, by default. Cross-entropy and KL are over the po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,9 +35,7 @@ from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import hook_width, require_hook_names, stream_before
-
-Track = Callable[[list[Any], str], Iterable[Any]]
-"""Wraps the iterator over batches, for example with a progress bar: `(batches, name of the work) -> batches`."""
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
 """Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
@@ -95,7 +93,7 @@ def evaluate(
     rows: Any,
     *,
     count_begin: bool = False,
-    track: Track = lambda batches, _: batches,
+    track: Track = no_progress,
 ) -> list[DictionaryEvaluation]:
     """Measure each dictionary by itself in the model, all on the same tokens; they may be of several sites.
 

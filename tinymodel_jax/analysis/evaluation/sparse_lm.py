@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinymodel_jax.analysis.evaluation.evaluation import Track
 from tinymodel_jax.analysis.evaluation.model_passes import batches_of, clean_pass, losses_against, require_unspliced
 from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.config import DictionaryConfig
@@ -33,6 +32,7 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.interventions import Scale
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 _RATIOS = {
     "ce_clean": ("clean", "targets"),
@@ -75,7 +75,7 @@ def evaluate_sparse_model(
     rows: Any,
     tags: str | Iterable[str] | None = None,
     *,
-    track: Track = lambda batches, _: batches,
+    track: Track = no_progress,
 ) -> SparseModelEvaluation:
     """Measure the model that runs through several dictionaries at once, with and without their errors.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -13,6 +11,7 @@ from tinymodel_jax.analysis.search.activation_pass import DictionaryInputs
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 ROWS_AT_ONCE = 8
 """Rows per device in one pass of the model."""
@@ -51,7 +50,7 @@ def concept_f1(
     truth: Bool[np.ndarray, "rows seq concepts"],
     features: Int[np.ndarray, " n"] | None = None,
     *,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Track = no_progress,
 ) -> Float[np.ndarray, "n concepts"]:
     """Return each feature's F1 for each concept at its best threshold, as `labels.best_f1_of_all` defines it.
 
@@ -68,7 +67,7 @@ def concept_f1(
     together = ALL_COMPARED if config.architecture == "topk" else CHUNK
     parts = [
         best_f1_of_all(_encoded(reader, x, chosen[start : start + together]), told)
-        for start in track(range(0, len(chosen), together))
+        for start in track(range(0, len(chosen), together), "concepts")
     ]
     return np.concatenate(parts)
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins: 2^-8, 1.5 * 2^-8, 2^-7 … 2^8. The first bin also counts all smaller activations, the
@@ -167,7 +168,7 @@ def top_activations(
     seed: int = 0,
     batch: int = 8,
     work_file: Path | None = None,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Track = no_progress,
 ) -> TopActivations:
     """Search rows of tokens for what the features of a dictionary react to.
 
@@ -268,11 +269,11 @@ def run_pass(
     sums: Sums,
     starts: Sequence[int],
     saved: Progress | None,
-    track: Callable[[Sequence[int]], Iterable[int]],
+    track: Track,
 ) -> None:
     """Measure the batches; each one is added while the next one is computed."""
     measured, when = None, time.monotonic()
-    for start in track(starts):
+    for start in track(starts, "search"):
         ahead = measuring.measure(start)
         if measured is not None:
             sums.add(measured, measuring.seed)

@@ -11,7 +11,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.runtime.progress import Track
 
 A_SHARD = 64
 """Features per data file; opening a feature loads one file."""
@@ -48,8 +49,6 @@ INDEX, FOLDER = "index.html", "data"
 """The parts of a dashboard: the page, and the folder of its data files."""
 GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
 """Marks the `index.html` of a dashboard."""
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
-"""(items, description of the work) -> the items; wraps the iterator, for example with a progress bar."""
 
 
 class Heading(NamedTuple):
@@ -80,8 +79,8 @@ def gather(
     """
     lm, tag = reader.lm, reader.site.tag
     contexts = shown_contexts(found)
-    acts = window_activations(reader, rows, contexts, track=lambda batches: track(batches, "contexts"))
-    graph = weights_graph(lm, tag, others, track=lambda tags: track(tags, "weights"))
+    acts = window_activations(reader, rows, contexts, track=track)
+    graph = weights_graph(lm, tag, others, track=track)
     linked = sorted({*graph.upstream, *graph.downstream})
     top = min(OTHERS_LOGITS, lm.config.d_vocab)
     promoted = {other: logit_effects(lm, other, top).promoted for other in track(linked, "logits")}

@@ -13,7 +13,7 @@ nothing to the stream, so it is never upstream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.hook_points import READERS, STREAM, WRITERS, block_and_hook, comes_after
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 TOGETHER = 512
 """Features whose products with all others are held in memory together."""
@@ -54,7 +55,7 @@ def weights_graph(
     tag: str,
     others: Iterable[str],
     top: int = 8,
-    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    track: Track = no_progress,
 ) -> WeightsGraph:
     """Return the links of all features of `lm[tag]`.
 
@@ -70,7 +71,7 @@ def weights_graph(
     own = lm[tag].dictionary
     W_enc, W_dec = own.params["W_enc"].T, own.params["W_dec"]
     upstream, downstream = {}, {}
-    for other in track(list(others)):
+    for other in track(list(others), "weights"):
         dictionary = lm[other].dictionary
         n = min(top, dictionary.config.n_features)
         if writes_before(dictionary.config, own.config) and block_and_hook(dictionary.config.hook_out)[1] in WRITERS:

@@ -8,7 +8,7 @@ features x contexts, not with rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -25,6 +25,7 @@ from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.model import forward
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.progress import Track, no_progress
 
 BEFORE, AFTER = 12, 6
 """Tokens shown before and after a peak."""
@@ -69,7 +70,7 @@ def window_activations(
     contexts: Contexts,
     *,
     batch: int = 8,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Track = no_progress,
 ) -> Float[np.ndarray, "n_features contexts window"]:
     """Return the activation of each context's feature around its peak; 0 at special tokens and outside the row.
 
@@ -87,7 +88,7 @@ def window_activations(
     used, firsts = np.unique(of_row[order], return_index=True)
     bounds = np.append(firsts, len(order))  # where each row's contexts start in `order`
     measure = _measure_of(inputs.dictionary, inputs.config)
-    for start in track(range(0, len(used), inputs.batch)):
+    for start in track(range(0, len(used), inputs.batch), "contexts"):
         numbers = used[start : start + inputs.batch]
         ids = rows[numbers]
         pairs = order[bounds[start] : bounds[start + len(numbers)]]
