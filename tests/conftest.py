@@ -7,6 +7,7 @@ Most of the suite's time is compilation, so XLA optimizes nothing here and, in J
 faster way: a program compiles in an eighth of the time. `XLA_FLAGS= python -m pytest` compiles as users do.
 """
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -224,3 +225,11 @@ def standard_promotion() -> Iterator[None]:
     """For training: optax's schedules mix int32 steps and float32, which the suite's strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_end_with_their_file() -> Iterator[None]:
+    """A process that runs many files would otherwise keep the programs of all of them, several gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
