@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import as_users_run_it
+from oracle import F32, assert_close
 
 from tinymodel_jax.analysis.effects import patching
 from tinymodel_jax.analysis.effects.patching import patch
@@ -74,7 +75,7 @@ def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm
         monkeypatch.setattr(patching, "MEMORY", memory)
         parts = patch(lm, prompts[0], prompts[1], kinds, answer=3)
         for one, other in zip(whole.tables, parts.tables, strict=True):
-            np.testing.assert_allclose(one.effects, other.effects, atol=1e-5)
+            assert_close(one.effects, other.effects, F32)
     assert patching._places_at_once(lm.config, 11) in range(2, 11)
 
 
