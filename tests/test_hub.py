@@ -33,7 +33,7 @@ from tinymodel_jax.io import artifacts, default_tokenizer, hub
 from tinymodel_jax.io.convert import dictionary_tensors, export_model, model_tensors
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model_dictionaries import ModelDictionaries
+from tinymodel_jax.lm.dictionaries import ModelDictionaries
 from tinymodel_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]

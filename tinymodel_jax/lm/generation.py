@@ -12,7 +12,7 @@ from tinymodel_jax.model.padding import check_tok_ids
 from tinymodel_jax.text.prompts_and_stories import prompt_rows
 
 if TYPE_CHECKING:
-    from tinymodel_jax.lm import TinyModel
+    from tinymodel_jax.lm.tiny_model import TinyModel
 
 
 def generate(

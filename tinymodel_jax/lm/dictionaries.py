@@ -19,12 +19,12 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_f
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
-from tinymodel_jax.model.hook_points import hook_width
-from tinymodel_jax.model.interventions import Hooks, Splice, combine
+from tinymodel_jax.model.hook_points import Hooks, hook_width
+from tinymodel_jax.model.interventions import Splice, combine
 from tinymodel_jax.model.padding import cut, pad_to_bucket
 
 if TYPE_CHECKING:
-    from tinymodel_jax.lm import TinyModel
+    from tinymodel_jax.lm.tiny_model import TinyModel
 
 
 class ModelDictionaries:

@@ -20,17 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tinymodel_jax import text_generation
 from tinymodel_jax.config import ModelConfig, compute_dtype
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
+from tinymodel_jax.lm import generation
+from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
-from tinymodel_jax.model.hook_points import Hook, as_names, hook_names, position_axes, require_edits, require_hook_names
-from tinymodel_jax.model.interventions import Hooks
+from tinymodel_jax.model.hook_points import (
+    Hook,
+    Hooks,
+    as_names,
+    hook_names,
+    position_axes,
+    require_edits,
+    require_hook_names,
+)
 from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, pad_to_bucket
-from tinymodel_jax.model_dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 
 if TYPE_CHECKING:
@@ -262,8 +269,8 @@ class TinyModel(WeightViews):
 
     # Text
 
-    generate = text_generation.generate
-    generate_ids = text_generation.generate_ids
+    generate = generation.generate
+    generate_ids = generation.generate_ids
 
     @property
     def tokenizer(self) -> Tokenizer:
