@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
 
+from tinymodel_jax.commands.frame import print_table
 from tinymodel_jax.training.flops import peak_flops
 from train.hlo import Collective, collectives, estimated_cycles
 
@@ -169,9 +168,7 @@ def print_report(report: StepReport, mesh: Mesh) -> None:
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     share = f"{report.peak_bytes / report.hbm_bytes:.0%} of {_size(report.hbm_bytes)}" if report.hbm_bytes else "–"
     seconds, of_peak = report.estimated_seconds, report.share_of_peak
-    console = Console()
-    table = Table("on each chip", "", title=f"{report.chips} x {report.device_kind}, {axes}", title_justify="left")
-    for name, value in (
+    rows = [
         ("arguments (state and batch)", _size(report.argument_bytes)),
         ("outputs that reuse no argument", _size(report.output_bytes)),
         ("temporaries", _size(report.temporary_bytes)),
@@ -181,13 +178,9 @@ def print_report(report: StepReport, mesh: Mesh) -> None:
         ("FLOPs the algorithm needs", f"{report.flops / 1e9:,.1f} G"),
         ("estimated time, without collectives", f"{seconds * 1e3:.2f} ms" if seconds is not None else "–"),
         ("share of the bfloat16 peak at that", f"{of_peak:.0%}" if of_peak is not None else "–"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
-    table = Table("collective", "over", "times", "in all", "largest array", title="", title_justify="left")
-    for row in summarize(report.collectives):
-        table.add_row(*row)
-    console.print(table)
+    ]
+    print_table(["on each chip", ""], rows, title=f"{report.chips} x {report.device_kind}, {axes}")
+    print_table(["collective", "over", "times", "in all", "largest array"], summarize(report.collectives))
 
 
 def summarize(found: Sequence[Collective]) -> list[tuple[str, str, str, str, str]]:

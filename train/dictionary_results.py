@@ -19,10 +19,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
-from tinymodel_jax.analysis.report.charts import draw_pareto
+from tinymodel_jax.analysis.report.charts import plot_pareto
 from tinymodel_jax.commands.frame import finite_or_none, print_table
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.runtime.atomic_files import replace_file, replaced
+from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState, finalize
 from tinymodel_jax.training.dictionary_step import member_of
@@ -76,19 +76,6 @@ def write_results(run: Run, source: ActivationSource, states: Mapping[str, Dicti
     on_first(publish)
     if is_first():
         _print_table(records, out)
-
-
-def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw L0 against explained variance and, where it is known, CE recovered, with one line per site."""
-    from matplotlib.figure import Figure  # not pyplot, which has global state and may open a display
-
-    qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
-    qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
-    figure = Figure(figsize=(5.2 * len(qualities), 4.2), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
-        draw_pareto(axes, records, key, label)
-    with replaced(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
 
 
 def _one_member(stacked: DictionaryTrainState, index: int) -> DictionaryTrainState:

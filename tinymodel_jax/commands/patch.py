@@ -104,12 +104,10 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
 
 
 def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:
-    from tinymodel_jax.analysis.report.charts import effects_figure
-    from tinymodel_jax.runtime.atomic_files import replaced
+    from tinymodel_jax.analysis.report.charts import effects_figure, save_figure
 
     figure = effects_figure({table.kind: table.effects for table in found.tables}, labels, title)
-    with replaced(out) as temporary:
-        figure.savefig(temporary, dpi=110, format=out.suffix[1:])
+    save_figure(figure, out, dpi=110, kind=out.suffix[1:])
 
 
 def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:

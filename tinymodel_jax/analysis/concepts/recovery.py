@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tinymodel_jax.analysis.concepts.labels import ConceptScores, score_concepts
-from tinymodel_jax.analysis.report.charts import heat_map_figure, save_png
+from tinymodel_jax.analysis.report.charts import heat_map_figure, save_figure
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
@@ -149,7 +149,7 @@ def concept_table(
 
 def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
     """Draw the F1 of every concept (rows) in every recovery (columns) as a heat map, as PNG."""
-    save_png(heat_map_figure(*concept_table(recoveries)), path, dpi=130)
+    save_figure(heat_map_figure(*concept_table(recoveries)), path, dpi=130)
 
 
 def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dictionary]) -> dict[str, FeatureReader]:

@@ -103,10 +103,10 @@ def clean_streams(
     logprobs = jax.nn.log_softmax(logits)
 
     def read(name: str, below: Hooks) -> Array:
+        if name not in model.hooks:
+            return acts[name]
         # a spliced dictionary reads a value that this pass does not have; the compiler shares the layers below
-        return (
-            dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name] if name in model.hooks else acts[name]
-        )
+        return dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name]
 
     return Clean(
         entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),

@@ -153,7 +153,7 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
     share.set(xlabel="features, most important first", ylabel="share of the KL summed over features", ylim=(0, 1.02))
     for axes in (first, share):
         axes.grid(alpha=0.3)
-    save_png(figure, path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -163,17 +163,30 @@ def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     draw_pareto(explained, records, "explained_variance", "explained variance")
     draw_pareto(recovered, records, "ce_recovered", "CE recovered")
     draw_densities(densities, records)
-    save_png(figure, path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
-def save_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Write a figure as a PNG file, atomically.
+def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of L0 against explained variance and, where it is known, CE recovered, with one line per site."""
+    qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
+    qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
+    figure = _empty_figure(5.2 * len(qualities), 4.2)
+    for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
+        draw_pareto(axes, records, key, label)
+    save_figure(figure, path, dpi=150)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int, kind: str = "png") -> None:
+    """Write a figure atomically.
+
+    Args:
+        kind: format of the file, as Matplotlib names it.
 
     Raises:
         OSError: it cannot be written.
     """
     with replaced(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        figure.savefig(temporary, dpi=dpi, format=kind)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
