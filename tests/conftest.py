@@ -231,11 +231,13 @@ def standard_promotion() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _memory_is_returned_after_each_file() -> Iterator[None]:
-    """A process that runs many files would otherwise keep the programs of all of them, several gigabytes.
-
-    Training programs tell glibc to keep freed memory, so it is asked to return it.
-    """
+    """A process that runs many files would otherwise keep the programs of all of them, several gigabytes."""
     yield
+    return_memory()
+
+
+def return_memory() -> None:
+    """Forget all compiled programs. Training programs tell glibc to keep freed memory, so it is asked to return it."""
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_lines import PROGRAMS, command_lines, options_of, run, split_program
-from conftest import save_story_model
+from conftest import return_memory, save_story_model
 
 from tinymodel_jax.commands import quickstart
 
@@ -48,6 +48,7 @@ def test_python_snippets_run_in_order(page: Path, standard_promotion: None, chec
 @pytest.fixture(scope="module")
 def small_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smaller model than mini, with the dictionaries that the commands name."""
+    return_memory()  # of the snippets' programs, which the commands do not share
     return save_story_model(tmp_path_factory.mktemp("docs") / "mini", 4, ("Ra0", "M0", "M1", "M2", "A3", "M3"), 160)
 
 
