@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     # 0: names, shapes and rules; how programs run here
     "config": 0,
+    "block_order": 0,
     "params": 0,
     "runtime": 0,
     # 1: texts as rows of ids; dictionaries and their sites

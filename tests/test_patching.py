@@ -7,10 +7,10 @@ from oracle import F32, assert_close
 
 from tinymodel_jax.analysis.effects import patching
 from tinymodel_jax.analysis.effects.patching import patch
+from tinymodel_jax.block_order import BLOCK_HOOKS
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model import interventions
-from tinymodel_jax.model.hook_points import BLOCK_HOOKS
 
 
 @pytest.fixture

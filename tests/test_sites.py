@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionaries.sites import KINDS, Site
+from tinymodel_jax.dictionaries.sites import HOOKS, KINDS, Site
 from tinymodel_jax.model.hook_points import hook_names
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "parse_mlp_tag.json").read_text("utf-8"))
@@ -66,7 +66,12 @@ def test_every_listed_difference_from_the_reference_is_one():
 suffixes = st.builds(
     "_S-{}_{}{}_P{}".format, st.integers(0, 9), st.sampled_from("RB"), st.integers(0, 9), st.integers(0, 9)
 )
-sites = st.builds(Site, st.sampled_from(sorted(KINDS)), st.integers(0, 10**6), st.one_of(st.just(""), suffixes))
+NAMED = sorted(set(HOOKS) - {Site(kind, 0).hook_in.split(".", 2)[2] for kind in ("Ra", "A", "Rm", "Mo")})
+"""Hook points that no kind is an SAE of."""
+sites = st.one_of(
+    st.builds(Site, st.sampled_from(sorted(KINDS)), st.integers(0, 10**6), st.one_of(st.just(""), suffixes)),
+    st.builds(Site, st.sampled_from(NAMED), st.integers(0, 10**6)),
+)
 separators = st.characters(exclude_categories=["C", "Z"], exclude_characters="0123456789")
 
 
@@ -98,6 +103,19 @@ def test_sites_of_a_block_are_ordered_as_the_forward_pass_meets_what_they_replac
     assert replaced == sorted(replaced)
     assert all(order.index(Site(kind, 0).hook_in) <= order.index(Site(kind, 0).hook_out) for kind in KINDS)
     assert Site("Mo", 0).order < Site("Ra", 1).order
+
+
+def test_a_hook_point_is_a_site_by_its_name():
+    assert Site.parse("blocks.1.attn.hook_zN12") == (Site("attn.hook_z", 1), 12)
+    assert Site.whole("blocks.3.hook_resid_post").hook_in == "blocks.3.hook_resid_post"
+    assert Site.at("blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_pre").tag == "blocks.0.mlp.hook_pre"
+    for kind in ("Ra", "A", "Rm", "Mo"):
+        assert Site.whole(Site(kind, 2).hook_in) == Site(kind, 2)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "hook_embed"])
+def test_a_hook_point_without_a_width_or_a_block_is_not_a_site(name):
+    assert "(blocks' hook points: hook_resid_pre, " in error_of(lambda: Site.parse(name))
 
 
 def test_only_transcoders_read_another_hook_point_than_they_predict():

@@ -55,7 +55,7 @@ def arguments(model: Path, data: Path, out: Path, *options: str) -> list[str]:
 
 
 # The recipe's learning rate is for thousands of features, not for 48.
-SWEEP = ("--sites", "M0,Ra1", "--architecture", "topk", "--k", "4", "--seed", "0,1", "--learning-rate", "1e-3")
+SWEEP = ("--sites", "M0,blocks.1.attn.hook_z", "--architecture", "topk", "--k", "4", "--seed", "0,1", "--learning-rate", "1e-3")
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,13 @@ def folders(out: Path) -> list[Path]:
 def test_a_run_learns_and_logs_every_step_of_every_member_once(sweep: Path) -> None:
     lines = metrics_of(sweep)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for site in ("M0", "Ra1"):
+    for site in ("M0", "blocks.1.attn.hook_z"):
         assert lines[-1][site]["l0"] == pytest.approx([4, 4], abs=0.1)
         for member in range(2):
             explained = [line[site]["explained_variance"][member] for line in lines]
             assert explained[-1] > explained[0] + 0.1
-    assert [p.name for p in folders(sweep)] == ["M0_seed=0", "M0_seed=1", "Ra1_seed=0", "Ra1_seed=1"]
+    sites = ("M0", "blocks.1.attn.hook_z")
+    assert [p.name for p in folders(sweep)] == [f"{site}_seed={seed}" for site in sites for seed in (0, 1)]
 
 
 @pytest.mark.slow
@@ -157,7 +158,7 @@ def test_eight_devices_go_on_with_the_curves_of_one(sweep: Path, model: Path, da
     for step in (15, 20):
         shutil.rmtree(out / "checkpoints" / str(step))
     finish(start(*arguments(model, data, out, *SWEEP), "--mesh", "data=2,model=2,sweep=2", devices=8))
-    for site in ("M0", "Ra1"):
+    for site in ("M0", "blocks.1.attn.hook_z"):
         moved, alone = ([line[site]["loss"] for line in metrics_of(run)] for run in (out, sweep))
         # float32 sums in another order, as in tests/test_dictionary_sharding.py
         np.testing.assert_allclose(moved, alone, rtol=1e-5)

@@ -25,6 +25,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.hook_points import vector_width
 from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.training.array_training import require_finite_rows
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
@@ -53,7 +54,7 @@ class ActivationOptions:
     model: str = "mini"
     """language model: a published name or a folder; with --compile-for also a preset of `python -m train lm`"""
     sites: str = ""
-    """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer"""
+    """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer, or a hook point's name"""
     data: str | None = None
     """folder written by `python -m train prepare`; without it, --compile-for assumes stories of 128 tokens"""
     activations: Path | None = None
@@ -173,9 +174,7 @@ class ModelActivations:
         if data is not None:
             _check_data(config, data)
             row_length, tokens_per_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]
-        self.places: Mapping[str, Place] = {
-            site.tag: Place(site.hook_in, site.hook_out, config.d_model, config.d_model) for site in sites
-        }
+        self.places: Mapping[str, Place] = {site.tag: _place(site, config) for site in sites}
         self.context = params
         self._config, self._sites, self._data = config, list(sites), data
         self._options, self._mesh, self.batch_size = options, mesh, options.batch_size
@@ -309,6 +308,13 @@ def _load_model(model: str, dtype: str, mesh: Mesh, only_compiled: bool) -> tupl
     if only_compiled:
         return config, abstract_arrays(params, jax.tree.map(lambda leaf: everywhere, params))
     return config, jax.device_put(params, everywhere)
+
+
+def _place(site: Site, config: ModelConfig) -> Place:
+    d_in, d_out = vector_width(site.hook_in, config), vector_width(site.hook_out, config)
+    assert d_in is not None
+    assert d_out is not None
+    return Place(site.hook_in, site.hook_out, d_in, d_out)
 
 
 def _check_data(config: ModelConfig, data: TokenData) -> None:

@@ -20,7 +20,7 @@ from tinymodel_jax.commands.options import (
     parse_sites,
 )
 from tinymodel_jax.commands.top import search
-from tinymodel_jax.dictionaries.sites import KINDS, Site
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _write(
     from tinymodel_jax.bundled.storyworld import CONCEPTS
 
     place, config = reader.site, reader.lm.config
-    heading = Heading(f"{reader.lm!r}", place.tag, f"{KINDS[place.kind].meaning}, layer {place.layer}")
+    heading = Heading(f"{reader.lm!r}", place.tag, place.meaning)
     concepts = CONCEPTS if data == STORY_WORLD else {}
     vocabulary = token_texts(reader.lm)
     write_dashboard(partial, heading, facts, rows, vocabulary, config, concepts, texts, clock.track)

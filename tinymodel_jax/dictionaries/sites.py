@@ -1,15 +1,19 @@
 """Sites, where a dictionary can be attached to a model, and the grammar of their tags.
 
-`M1` names a kind and a layer, `M1N123` also a feature, and `M1_S-2_R1_P0` a published file. Parsing does not check
-whether the layer and the feature exist; callers with a model or a dictionary do, for the layer with `require_layer`.
+`M1` names a kind and a layer, `M1N123` also a feature, and `M1_S-2_R1_P0` a published file. Any other hook point of a
+block is a site by its name: `blocks.1.attn.hook_z`, `blocks.1.attn.hook_zN123`; an SAE reads and replaces its value.
+Parsing does not check whether the layer and the feature exist; callers with a model or a dictionary do, for the layer
+with `require_layer`.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tinymodel_jax.block_order import BLOCK_HOOKS, forward_order
 from tinymodel_jax.config import ModelConfig
 
 
@@ -45,8 +49,14 @@ _DEFAULT_FILES = {
 NO_SITE = frozenset({"x", "y"})
 """Hook points of dictionaries trained on arrays, which have no site until they are attached."""
 
+HOOKS = tuple(hook for hook in BLOCK_HOOKS if not hook.endswith(("hook_attn_scores", "hook_pattern")))
+"""Hook points of a block that are sites by their name: all but scores and pattern, whose last axis is a position."""
+_KIND_OF_HOOK = {kind.reads: name for name, kind in KINDS.items() if kind.reads == kind.predicts}
+
 _TAG = re.compile(
-    r"(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?([^0-9](?P<feature>[0-9]{1,9}))?"
+    r"(?:(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?"
+    rf"|blocks\.(?P<block>[0-9]{{1,9}})\.(?P<hook>{'|'.join(map(re.escape, HOOKS))}))"
+    r"([^0-9](?P<feature>[0-9]{1,9}))?"
 )
 
 
@@ -55,7 +65,7 @@ class Site:
     """Where a dictionary is attached: a kind (`A M T Mo Ra Rm`) and a layer, and optionally one published file."""
 
     kind: str
-    """Key of `KINDS`."""
+    """Key of `KINDS`, or a hook point of a block that none of them is an SAE of, such as `attn.hook_z`."""
     layer: int
     """Block, counted from 0."""
     suffix: str = ""
@@ -65,7 +75,9 @@ class Site:
     def parse(tag: str) -> tuple[Site, int | None]:
         """Split a tag into its site and its feature (None if it names none).
 
-        Examples: `M1`, `M1N123`, `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`. Any character except a digit may replace the N.
+        Examples: `M1`, `M1N123`, `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`, `blocks.1.attn.hook_zN12`. Any character except a
+        digit may replace the N. The name of a hook point that has a kind is that kind: `blocks.1.hook_resid_pre` is
+        `Ra1`.
 
         Raises:
             ValueError: the text is not a tag; the message shows the grammar.
@@ -74,10 +86,14 @@ class Site:
         if match is None:
             raise ValueError(
                 f"{tag!r} is not a dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a "
-                "file's suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'."
+                "file's suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'; or a hook "
+                f"point: 'blocks.1.attn.hook_z', 'blocks.1.attn.hook_zN12' (blocks' hook points: {', '.join(HOOKS)})."
             )
         feature = match["feature"]
-        site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
+        if match["hook"] is None:
+            site = Site(match["kind"], int(match["layer"]), match["suffix"] or "")
+        else:
+            site = Site(_KIND_OF_HOOK.get(match["hook"], match["hook"]), int(match["block"]))
         return site, None if feature is None else int(feature)
 
     @staticmethod
@@ -103,10 +119,11 @@ class Site:
             ValueError: no kind of site has these hook points.
         """
         require_site(hook_in, hook_out)
-        for kind in sorted(KINDS, key="T".__eq__):
-            match = re.fullmatch(r"blocks\.([0-9]{1,9})\..*", hook_in)
-            site = Site(kind, int(match[1])) if match else None
-            if site is not None and (site.hook_in, site.hook_out) == (hook_in, hook_out):
+        if hook_in == hook_out:
+            return Site.whole(hook_in)
+        for layer, kind in itertools.product(re.findall(r"^blocks\.([0-9]{1,9})\.", hook_in), ("M", "T")):
+            site = Site(kind, int(layer))
+            if (site.hook_in, site.hook_out) == (hook_in, hook_out):
                 return site
         raise ValueError(
             f"there is no site for a dictionary from {hook_in!r} to {hook_out!r}; the kinds are {', '.join(KINDS)}."
@@ -115,22 +132,31 @@ class Site:
     @property
     def tag(self) -> str:
         """The site's tag, without a feature."""
-        return f"{self.kind}{self.layer}{self.suffix}"
+        return f"{self.kind}{self.layer}{self.suffix}" if self.kind in KINDS else self.hook_in
 
     @property
     def hook_in(self) -> str:
         """Hook point that the dictionary reads."""
-        return f"blocks.{self.layer}.{KINDS[self.kind].reads}"
+        return f"blocks.{self.layer}.{self._of_kind.reads}"
 
     @property
     def hook_out(self) -> str:
         """Hook point that the dictionary predicts, and replaces when spliced in."""
-        return f"blocks.{self.layer}.{KINDS[self.kind].predicts}"
+        return f"blocks.{self.layer}.{self._of_kind.predicts}"
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: the order of the forward pass."""
-        return self.layer, list(KINDS).index(self.kind)
+    def meaning(self) -> str:
+        """What a dictionary at the site is, in words."""
+        return f"{self._of_kind.meaning}, layer {self.layer}"
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sort key: the order in which the forward pass meets what the dictionaries replace."""
+        return *forward_order(self.hook_out), list(KINDS).index(self.kind) if self.kind in KINDS else 0
+
+    @property
+    def _of_kind(self) -> SiteKind:
+        return KINDS.get(self.kind) or SiteKind(self.kind, self.kind, (), f"SAE on {self.kind}")
 
     def published_files(self) -> tuple[str, ...]:
         """Return the published files (hub paths without `.pt`) of the tag, preferred ones first; () if it has none."""

@@ -160,8 +160,8 @@ def _published_site(tag: str) -> Site:
         )
     if not site.published_files():
         raise FileNotFoundError(
-            f"{site.tag!r} has no published default dictionary. Name a published file, of the form "
-            f"'{site.kind}0_S-2_R1_P0', or attach one: lm.attach({site.tag!r}, path)."
+            f"{site.tag!r} has no published default dictionary. Name a published file, such as 'A2_S-3_R1_P0', or "
+            f"attach one: lm.attach({site.tag!r}, path)."
         )
     return site
 

@@ -19,7 +19,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_f
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
-from tinymodel_jax.model.hook_points import Hooks, hook_width
+from tinymodel_jax.model.hook_points import Hooks, vector_width
 from tinymodel_jax.model.interventions import Splice, combine
 from tinymodel_jax.model.padding import cut, pad_to_bucket
 
@@ -83,7 +83,7 @@ class ModelDictionaries:
             dictionary = Dictionary.from_pretrained(dictionary, site.tag)
         config = config_at(dictionary.config, site)
         for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
-            expected = hook_width(hook, self.config)
+            expected = vector_width(hook, self.config)
             if width != expected:
                 raise ValueError(
                     f"attach: the dictionary has {name}={width}, "
@@ -157,5 +157,5 @@ class FeatureReader:
         return cut(acts, (1,), length)
 
 
-def _order(tag: str) -> tuple[int, int]:
+def _order(tag: str) -> tuple[int, int, int]:
     return Site.whole(tag).order

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import encode, reconstruct
-from tinymodel_jax.model.hook_points import masked_score
+from tinymodel_jax.model.hook_points import masked_score, vectors
 from tinymodel_jax.model.padding import is_traced
 
 Acts = Mapping[str, Array]
@@ -111,7 +111,7 @@ class EditFeatures:
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
         reading.edited.append((features, new))
         reading.change += change
-        return value + change.astype(value.dtype)
+        return value + change.astype(value.dtype).reshape(value.shape)
 
 
 @struct.dataclass
@@ -135,7 +135,7 @@ class Splice:
         prediction = reconstruct(self.params, self.config, reading.source)
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
-        prediction = (prediction + reading.change).astype(value.dtype)
+        prediction = (prediction + reading.change).astype(value.dtype).reshape(value.shape)
         if not self.include_error:
             return prediction
         # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
@@ -174,7 +174,7 @@ class Chain:
 
 
 def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
-    return acts[config.hook_in] if config.is_transcoder else value
+    return vectors(acts[config.hook_in] if config.is_transcoder else value)
 
 
 def boolean_mask(positions: Any) -> Any:

@@ -16,18 +16,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.block_order import resumes_at, stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams
 from tinymodel_jax.model.edits import Replace
-from tinymodel_jax.model.hook_points import (
-    Hook,
-    Hooks,
-    apply_with_hooks,
-    hooks_after,
-    resumes_at,
-    stream_before,
-)
+from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors
 from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -123,7 +117,7 @@ def features(
     """Return a dictionary's activations (batch, seq, n); without the last axis for a scalar index."""
     name = dictionary_config.hook_in
     _, acts = model.run(tok_ids, name)
-    return dictionary.encode(dictionary_params, dictionary_config, acts[name], indices)
+    return dictionary.encode(dictionary_params, dictionary_config, vectors(acts[name]), indices)
 
 
 @fast_jit

@@ -16,38 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tinymodel_jax.block_order import BLOCK_HOOKS, comes_after
 from tinymodel_jax.config import ModelConfig
 
 Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
 """An edit: `(value, values of earlier hook points) -> new value` of the same shape."""
 Hooks = dict[str, Hook]
 """Hook name -> edit."""
-
-BLOCK_HOOKS = (
-    "hook_resid_pre",
-    "hook_attn_in",
-    "attn.hook_q",
-    "attn.hook_k",
-    "attn.hook_v",
-    "attn.hook_attn_scores",
-    "attn.hook_pattern",
-    "attn.hook_z",
-    "hook_attn_out",
-    "hook_resid_mid",
-    "hook_mlp_in",
-    "mlp.hook_pre",
-    "mlp.hook_post",
-    "hook_mlp_out",
-    "hook_resid_post",
-)
-"""Hook points of one block, in the order of the forward pass."""
-
-STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-"""Those whose value is the residual stream: before a block's attention, before its MLP, and after the block."""
-READERS = ("hook_attn_in", "hook_mlp_in")
-"""Those whose value is a copy of the stream, for attention or the MLP to read."""
-WRITERS = ("hook_attn_out", "hook_mlp_out")
-"""Those whose value is added to the stream; the next point of the stream holds the sum."""
 
 
 class HookPoint(nn.Module):
@@ -78,55 +53,33 @@ def _names(n_layers: int) -> tuple[str, ...]:
     return ("hook_embed", "hook_pos_embed", *blocks)
 
 
-def block_and_hook(name: str) -> tuple[int, str]:
-    """Split the name of a block's hook point: `blocks.2.attn.hook_z` is (2, "attn.hook_z")."""
-    _, layer, hook = name.split(".", 2)
-    return int(layer), hook
-
-
-def forward_order(name: str) -> tuple[int, int]:
-    """Return a sort key that puts hook points in the order of the forward pass."""
-    if not name.startswith("blocks."):
-        return -1, ("hook_embed", "hook_pos_embed").index(name)
-    layer, hook = block_and_hook(name)
-    return layer, BLOCK_HOOKS.index(hook)
-
-
-def comes_after(name: str, other: str) -> bool:
-    """Whether a hook point comes after another one in the forward pass."""
-    return forward_order(name) > forward_order(other)
-
-
 def hooks_after(hooks: Mapping[str, Hook], name: str) -> Hooks:
     """Return the hooks at the hook points after the named one."""
     return {hook: edit for hook, edit in hooks.items() if comes_after(hook, name)}
-
-
-def stream_before(name: str) -> str:
-    """Return the last hook point of the stream at or before a hook point; an embedding is returned unchanged."""
-    if not name.startswith("blocks."):
-        return name
-    layer, hook = block_and_hook(name)
-    met = BLOCK_HOOKS[: BLOCK_HOOKS.index(hook) + 1]
-    return f"blocks.{layer}.{[point for point in met if point in STREAM][-1]}"
-
-
-def resumes_at(point: str) -> tuple[int, bool]:
-    """Return the block that runs after a hook point of `STREAM` or `WRITERS`, and whether only its MLP is left."""
-    layer, hook = block_and_hook(point)
-    met = BLOCK_HOOKS.index(hook)
-    if met >= BLOCK_HOOKS.index("hook_mlp_out"):
-        return layer + 1, False
-    return layer, met >= BLOCK_HOOKS.index("hook_attn_out")
 
 
 def hook_width(name: str, config: ModelConfig) -> int | None:
     """Return the size of a hook point's last axis; None for scores and pattern, whose last axis is a position."""
     if name.endswith(("hook_attn_scores", "hook_pattern")):
         return None
-    if name.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")):
+    if has_heads(name):
         return config.d_head
     return config.d_mlp if ".mlp.hook_" in name else config.d_model
+
+
+def has_heads(name: str) -> bool:
+    """Whether a hook point's value has one vector per position and head: (batch, seq, n_heads, d_head)."""
+    return name.endswith(("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z"))
+
+
+def vector_width(name: str, config: ModelConfig) -> int | None:
+    """Return the width of a hook point's `vectors`; None for scores and pattern."""
+    return config.n_heads * config.d_head if has_heads(name) else hook_width(name, config)
+
+
+def vectors(value: jax.Array) -> jax.Array:
+    """Return a value as one vector per position, (batch, seq, width); the heads of q, k, v and z are concatenated."""
+    return value.reshape(*value.shape[:2], -1)
 
 
 def is_scores(name: str) -> bool:

@@ -53,7 +53,8 @@ def site_vectors(
     names = tuple(sorted({hook for site in sites for hook in (site.hook_in, site.hook_out)}))
     _, acts = run_with_hooks(params, config, tok_ids, {}, names)
     places = draw_tokens(tok_ids, config.pad_id, n, key)
-    drawn = {name: acts[name].reshape(-1, acts[name].shape[-1])[places].astype(jnp.float32) for name in names}
+    rows = {name: acts[name].reshape(tok_ids.size, -1) for name in names}  # the heads of q, k, v and z concatenated
+    drawn = {name: rows[name][places].astype(jnp.float32) for name in names}
     if layout is not None:
         drawn = {name: jax.lax.with_sharding_constraint(vectors, layout) for name, vectors in drawn.items()}
     return {

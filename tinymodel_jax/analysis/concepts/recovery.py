@@ -172,7 +172,8 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
         _, acts = forward(lm.hooked(), padded, keep=names, output="none")
         for name in names:
             kept = np.asarray(acts[name], np.float32)[: len(rows)]
-            parts[name].append(kept[text[start : start + BATCH]])
+            real = kept[text[start : start + BATCH]]
+            parts[name].append(real.reshape(len(real), -1))
     return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[text])
 
 

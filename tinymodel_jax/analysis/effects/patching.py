@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects import PATCHED_HOOKS
+from tinymodel_jax.block_order import BLOCK_HOOKS, stream_before
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import BLOCK_HOOKS, stream_before
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
 from tinymodel_jax.runtime.progress import Track, no_progress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tinymodel_jax.block_order import STREAM, WRITERS, block_and_hook, resumes_at, stream_before
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.model.hook_points import block_and_hook, resumes_at, stream_before
 
 
 class Entry(NamedTuple):
@@ -41,8 +41,18 @@ class Entry(NamedTuple):
 
 
 def entry_of(hook_name: str) -> Entry:
-    """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream."""
+    """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream.
+
+    Raises:
+        ValueError: the value there is neither the stream nor added to it.
+    """
     layer, hook = block_and_hook(hook_name)
+    if hook not in STREAM + WRITERS:
+        raise ValueError(
+            f"{hook_name} is neither the residual stream nor added to it, so a change there enters through weights; "
+            f"sweeps take dictionaries at {', '.join(STREAM + WRITERS)}. Edit one feature at a time instead: "
+            "lm.run_with_hooks(tok_ids, interventions.ablate(dictionary, feature))."
+        )
     after_block = f"blocks.{layer}.hook_resid_post"
     if hook == "hook_mlp_out":
         return Entry(hook_name, after_block, (after_block,), after_block)

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 
 from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
 from tinymodel_jax.analysis.effects.upper_layers import Clean, Weights, clean_streams
+from tinymodel_jax.block_order import comes_after
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import encode
-from tinymodel_jax.model.hook_points import comes_after
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
 

@@ -23,10 +23,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.stream_entry import Entry
+from tinymodel_jax.block_order import comes_after
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import Hooks, comes_after, hooks_after
+from tinymodel_jax.model.hook_points import Hooks, hooks_after
 from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.transformer import LayerCache
 from tinymodel_jax.runtime.compilation import fast_jit

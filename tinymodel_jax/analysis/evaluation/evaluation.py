@@ -29,12 +29,13 @@ from tinymodel_jax.analysis.evaluation.model_passes import (
 )
 from tinymodel_jax.analysis.evaluation.reconstruction import RowTotals, reconstruct
 from tinymodel_jax.analysis.evaluation.row_sums import RowSums
+from tinymodel_jax.block_order import stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import hook_width, require_hook_names, stream_before
+from tinymodel_jax.model.hook_points import require_hook_names, vector_width, vectors
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
@@ -163,9 +164,10 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
     require_hook_names(names, lm.config)
     require_unspliced(lm, names)
     for name, width in zip(names, (config.d_in, config.d_out), strict=True):
-        if width != hook_width(name, lm.config):
+        expected = vector_width(name, lm.config)
+        if width != expected:
             raise ValueError(
-                f"evaluate: a dictionary is {width} wide at {name}, where the model is {hook_width(name, lm.config)}; "
+                f"evaluate: a dictionary is {width} wide at {name}, where the model is {expected}; "
                 "give dictionaries of this model."
             )
 
@@ -210,8 +212,8 @@ def _measure_batch(
     ablated = {place: [with_vector(place, v) for v in (np.zeros_like(mean), mean)] for place, mean in means.items()}
     shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
-        place, x = dictionary.config.hook_out, clean.acts[dictionary.config.hook_in]
-        y, mean = clean.acts[place], means[place]
+        place, x = dictionary.config.hook_out, vectors(clean.acts[dictionary.config.hook_in])
+        y, mean = vectors(clean.acts[place]), means[place]
         prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
         spliced, kl = np.asarray(with_value(place, prediction))
         zeroed, averaged = ablated[place]

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel, next_token_losses
+from tinymodel_jax.model.hook_points import has_heads, vectors
 from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -82,7 +83,7 @@ def sum_values(
     """Return the sum over the counted positions of the value at each hook point."""
     _, acts = model.run(ids, places)
     counts = counted[..., None]
-    return {n: jnp.sum(jnp.where(counts, acts[n], 0), axis=(0, 1), dtype=jnp.float32) for n in places}
+    return {n: jnp.sum(jnp.where(counts, vectors(acts[n]), 0), axis=(0, 1), dtype=jnp.float32) for n in places}
 
 
 @fast_jit
@@ -103,7 +104,9 @@ def losses_with_value(
     *,
     place: str,
 ) -> Float[Array, "2 batch"]:
-    """Do `losses_against` with another value at `place`; `stream` is the clean value at `stream_before(place)`."""
+    """Do `losses_against` with other vectors at `place`; `stream` is the clean value at `stream_before(place)`."""
+    if has_heads(place):
+        value = value.reshape(*value.shape[:2], model.config.n_heads, model.config.d_head)
     if place.startswith("blocks."):
         return _losses(model.unembed(model.resume_with_value(place, value, stream)), ids, clean, model.config)
     return losses_against(model.with_hooks({place: Replace(value)}), ids, clean)

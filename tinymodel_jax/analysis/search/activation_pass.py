@@ -19,6 +19,7 @@ from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value
 from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.model.forward import forward
+from tinymodel_jax.model.hook_points import vectors
 from tinymodel_jax.model.padding import check_tok_ids, pad_below
 
 
@@ -57,7 +58,7 @@ class DictionaryInputs:
         ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.model.config.pad_id)
         name, ids = self.config.hook_in, jax.device_put(ids, self.spread)
         _, acts = forward(self.model, ids, keep=(name,), output="none")
-        return acts[name]
+        return vectors(acts[name])
 
 
 class ActivationPass:

@@ -4,7 +4,8 @@
 
 The effect is direct: it follows the path from the dictionary's output to the unembedding and skips all later layers.
 There is no layer norm, so it is exact and the same for every input: one unit of activation adds it to the logits. It is
-defined where `hook_out` is the residual stream or is added to it, which holds for all sites of `sites.KINDS`.
+defined where `hook_out` is the residual stream or is added to it, and for the outputs of heads and neurons
+(`attn.hook_z`, `mlp.hook_post`), which W_O and W_out map to the stream.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.block_order import STREAM, WRITERS, block_and_hook
 from tinymodel_jax.dictionaries.dictionary import Indices, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
@@ -46,15 +48,36 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
         features: one index or several; None takes all.
 
     Raises:
-        ValueError: the site has no dictionary, the tag names a feature, a feature is out of range, or `top` is outside
-            1..d_vocab.
+        ValueError: the site has no dictionary or no direct effect, the tag names a feature, a feature is out of range,
+            or `top` is outside 1..d_vocab.
     """
     dictionary = lm[Site.whole(tag, "logit_effects: ").tag].dictionary
     if not 1 <= top <= lm.config.d_vocab:
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
     wanted = slice(None) if features is None else features
     chosen = np.atleast_1d(resolve_indices(wanted, dictionary.config.n_features))
-    return LogitEffects(chosen, *strongest_tokens(lm, dictionary.params["W_dec"][chosen], top))
+    directions = _in_stream(lm, dictionary.config.hook_out, dictionary.params["W_dec"][chosen])
+    return LogitEffects(chosen, *strongest_tokens(lm, directions, top))
+
+
+def _in_stream(lm: TinyModel, hook_out: str, directions: Float[Array, "n width"]) -> Float[Array, "n d_model"]:
+    """Return what directions at a hook point add to the residual stream.
+
+    Raises:
+        ValueError: the value there does not reach the stream through one matrix.
+    """
+    layer, hook = block_and_hook(hook_out)
+    block = lm.params[f"blocks_{layer}"]
+    if hook == "attn.hook_z":
+        return directions @ block["attn"]["W_O"].reshape(-1, lm.config.d_model)
+    if hook == "mlp.hook_post":
+        return directions @ block["mlp"]["W_out"]
+    if hook not in STREAM + WRITERS:
+        raise ValueError(
+            f"logit_effects: {hook_out} has no direct effect on the logits; it is defined at "
+            f"{', '.join((*STREAM, *WRITERS, 'attn.hook_z', 'mlp.hook_post'))}."
+        )
+    return directions
 
 
 def strongest_tokens(

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.block_order import READERS, STREAM, WRITERS, block_and_hook, comes_after
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.hook_points import READERS, STREAM, WRITERS, block_and_hook, comes_after
 from tinymodel_jax.runtime.compilation import fast_jit
 from tinymodel_jax.runtime.progress import Track, no_progress
 
