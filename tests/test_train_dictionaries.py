@@ -55,7 +55,18 @@ def arguments(model: Path, data: Path, out: Path, *options: str) -> list[str]:
 
 
 # The recipe's learning rate is for thousands of features, not for 48.
-SWEEP = ("--sites", "M0,blocks.1.attn.hook_z", "--architecture", "topk", "--k", "4", "--seed", "0,1", "--learning-rate", "1e-3")
+SWEEP = (
+    "--sites",
+    "M0,blocks.1.attn.hook_z",
+    "--architecture",
+    "topk",
+    "--k",
+    "4",
+    "--seed",
+    "0,1",
+    "--learning-rate",
+    "1e-3",
+)
 
 
 @pytest.fixture(scope="module")
