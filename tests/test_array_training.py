@@ -1,5 +1,6 @@
-"""`train_on_arrays`: its public name, rows that are not finite, and the L0 of short trainings."""
+"""`train_on_arrays`: its public name, bad rows, the L0 of short trainings, a loss and an optimizer of the caller's."""
 
+import dataclasses
 import functools
 import tracemalloc
 from pathlib import Path
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from conftest import as_users_run_it
 
 from tinymodel_jax import training
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.training import DictionaryRecipe, finalize, init_state, recipe_preset, train_on_arrays, train_step
 from tinymodel_jax.training.array_training import array_statistics, require_finite_rows
+from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_step import settle_threshold, settle_thresholds, stack_members
 
@@ -122,3 +126,105 @@ def test_batches_are_counted_alike_in_the_threshold() -> None:
     assert float(state.threshold) == pytest.approx(np.mean(single), rel=1e-5)
     other = init_state(jax.random.key(0), RECIPE, array_statistics(planted(), 0))
     assert settle_threshold(other, RECIPE.hyper(), jnp.asarray(parts[0]), 0, recipe=RECIPE) is other
+
+
+# A loss term and an optimizer of the caller's
+
+
+def penalty(x: Any, y: Any, activations: Any, reconstruction: Any) -> Any:
+    return 0.3 * jnp.mean(jnp.sum(activations, axis=1))
+
+
+def relu(**changes: Any) -> DictionaryRecipe:
+    return DictionaryRecipe("relu", 24, 12, batch_size=64, learning_rate=1e-2, **changes)
+
+
+def assert_same_training(found: Any, wanted: Any, tolerance: float = 1e-5) -> None:
+    for name, array in wanted[0].params.items():
+        np.testing.assert_allclose(found[0].params[name], array, rtol=tolerance, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(found[1]["loss"], wanted[1]["loss"], rtol=tolerance)
+
+
+def test_a_penalty_given_as_an_extra_loss_trains_as_the_recipes_own() -> None:
+    own = train_on_arrays(planted(400), recipe=relu(), extra_loss=penalty)
+    assert_same_training(own, train_on_arrays(planted(400), recipe=relu(sparsity=0.3)))
+    assert own[1]["extra_loss"][0] == pytest.approx(own[1]["loss"][0] - own[1]["reconstruction"][0], rel=1e-4)
+    without = train_on_arrays(planted(400), recipe=relu())
+    assert "extra_loss" not in without[1]
+    assert own[1]["l0"][-1] < without[1]["l0"][-1]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_an_extra_loss_sees_the_batch_as_the_finished_dictionary_computes_it(architecture: str) -> None:
+    recipe = recipe_preset("house", architecture, 24, 1, k=3, batch_size=64)  # type: ignore[arg-type]
+    seen = []
+
+    def look(*given: Any) -> Any:
+        jax.debug.callback(lambda *arrays: seen.append([np.asarray(array) for array in arrays]), *given)
+        return jnp.zeros(())
+
+    x, y = planted(64), planted(64)[:, ::-1].copy()
+    state = init_state(jax.random.key(0), recipe, array_statistics(x, 0), array_statistics(y, 0))
+    step = functools.partial(train_step, recipe=recipe)
+    after, metrics = jax.jit(functools.partial(step, extra_loss=look))(state, recipe.hyper(), x, y)
+    wanted, found = jax.jit(step)(state, recipe.hyper(), x, y)
+    assert metrics["loss"] == pytest.approx(float(found["loss"]), rel=1e-5)
+    for name, array in wanted.params.items():
+        np.testing.assert_allclose(after.params[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+    seen_x, seen_y, activations, reconstruction = seen[0]
+    np.testing.assert_allclose(seen_x, x * state.scale_in, rtol=1e-6)
+    np.testing.assert_allclose(seen_y, y * state.scale_out, rtol=1e-6)
+    threshold = float(metrics["threshold"]) * (1 - 1e-5)
+    config, params = finalize(state._replace(threshold=jnp.float32(threshold)), recipe, "x", "y")
+    finished = Dictionary.from_params(config, params)
+    np.testing.assert_allclose(activations / state.scale_out, finished.encode(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reconstruction / state.scale_out, finished(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_descent_instead_of_adam_is_the_loop_by_hand() -> None:
+    recipe, x = relu(sparsity=0.3, clip_norm=None), planted(400)
+    found, history = train_on_arrays(x, recipe=recipe, optimizer=optax.sgd(1e-3))
+    assert "learning_rate" not in history
+    state = init_state(jax.random.key(0), recipe, array_statistics(x, 0))
+    params = state.params
+
+    def loss(params: Any, batch: Any) -> Any:
+        acts = jax.nn.relu(batch @ params["W_enc_T"].T + params["b_enc"])
+        error = jnp.sum((batch - acts @ params["W_dec"] - params["b_dec"]) ** 2, axis=1)
+        return jnp.mean(error + 0.3 * acts @ jnp.linalg.norm(params["W_dec"], axis=1))
+
+    gradient = jax.jit(jax.grad(loss))
+    for i in range(recipe.steps):
+        batch = x[batch_indices(len(x), recipe.batch_size, 0, i)] * state.scale_in
+        params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient(params, batch))
+    wanted = finalize(state._replace(params=params), recipe, "x", "x")[1]
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found.params[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_recipes_adam_given_as_an_optimizer_trains_alike_and_forgets_dead_features_moments() -> None:
+    recipe = dataclasses.replace(relu(sparsity=0.3, clip_norm=None), batch_size=2, dead_after=2)
+    recipe = dataclasses.replace(recipe, reinit_every=4, reservoir_size=8)
+    given = train_on_arrays(planted(400), recipe=recipe, optimizer=optax.adam(1e-2))
+    wanted = train_on_arrays(planted(400), recipe=recipe)
+    assert wanted[1]["dead_fraction"].max() > 0, "nothing is re-initialised, and the test shows nothing"
+    assert_same_training(given, wanted, 1e-3)
+
+
+def test_a_state_of_another_optimizer_is_an_error_that_says_what_to_do() -> None:
+    recipe, x = relu(), planted(64)
+    state = init_state(jax.random.key(0), recipe, array_statistics(x, 0))
+    with pytest.raises(ValueError, match="another optimizer; make it with init_state"):
+        train_step(state, recipe.hyper(), jnp.asarray(x), recipe=recipe, optimizer=optax.sgd(1e-3))
+
+
+def test_progress_passes_through_the_callers_track() -> None:
+    seen = []
+
+    def track(items: Any, what: str) -> Any:
+        for item in items:
+            seen.append((item, what))
+            yield item
+
+    train_on_arrays(planted(40), recipe=RECIPE, track=track)
+    assert seen == [(0, "training"), (1, "training")]

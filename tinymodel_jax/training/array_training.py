@@ -11,10 +11,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.training.data import batch_indices
+from tinymodel_jax.training.dictionary_forward import ExtraLoss
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, finalize, init_state
 from tinymodel_jax.training.dictionary_step import settle_threshold, threshold_batches, train_step
@@ -26,7 +29,14 @@ CHECKED_VALUES = 1 << 22
 
 
 def train_on_arrays(
-    x: np.ndarray, y: np.ndarray | None = None, *, recipe: DictionaryRecipe, seed: int = 0
+    x: np.ndarray,
+    y: np.ndarray | None = None,
+    *,
+    recipe: DictionaryRecipe,
+    seed: int = 0,
+    track: Track = no_progress,
+    extra_loss: ExtraLoss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[Dictionary, dict[str, np.ndarray]]:
     """Train a dictionary for `recipe.steps` steps.
 
@@ -34,6 +44,10 @@ def train_on_arrays(
         x: activations (rows, d_in) of any floating-point type, in memory or memory-mapped.
         y: targets (rows, d_out) of a transcoder; None trains an SAE.
         seed: seed of the initial parameters and of the order of the rows.
+        track: wraps the iterator over steps, for example with a progress bar.
+        extra_loss: a function `(x, y, activations, reconstruction)` of the scaled batch, whose scalar is added to the
+            loss: scaled inputs and targets, activations times the norms of their decoder rows, and the prediction.
+        optimizer: any optax transformation, instead of the recipe's clipping, Adam and learning rate.
 
     Returns:
         The dictionary, with hook points "x" (and "y"), and every metric of `train_step` as an array over steps.
@@ -44,13 +58,15 @@ def train_on_arrays(
     """
     _check(x, y)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
-    state = init_state(jax.random.key(seed), recipe, *statistics)
+    state = init_state(jax.random.key(seed), recipe, *statistics, optimizer=optimizer)
     # not fast_jit, which cannot donate: the state's buffers are reused for the next state
     step = jax.jit(
-        functools.partial(train_step, recipe=recipe), donate_argnums=0, compiler_options=fast_compiler_options()
+        functools.partial(train_step, recipe=recipe, extra_loss=extra_loss, optimizer=optimizer),
+        donate_argnums=0,
+        compiler_options=fast_compiler_options(),
     )
     hyper, history = recipe.hyper(), []
-    for i in range(recipe.steps):
+    for i in track(range(recipe.steps), "training"):
         rows = batch_indices(len(x), recipe.batch_size, seed, i)
         state, metrics = step(state, hyper, to_device(x[rows]), None if y is None else to_device(y[rows]))
         if history:

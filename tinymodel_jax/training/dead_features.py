@@ -125,7 +125,11 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
             if name in fresh
         }
 
-    moments = state.moments._replace(mu=replace(state.moments.mu, None), nu=replace(state.moments.nu, None))  # type: ignore[arg-type]
+    moments = jax.tree.map(
+        lambda part: replace(part, None) if _is_of_params(part, params) else part,
+        state.moments,
+        is_leaf=lambda part: _is_of_params(part, params),
+    )
     return state._replace(
         params=replace(params, fresh),
         moments=moments,
@@ -144,6 +148,15 @@ def _bearable_share(reservoir: Reservoir, reads: Array, bias: Array, rows: Array
     together = acts @ rows
     together, residual = (jnp.where(held[:, None], a, 0) for a in (together, reservoir.residual))
     return jnp.clip(2 * jnp.sum(together * residual) / (jnp.sum(together * together) + TINY), 0, 1)
+
+
+def _is_of_params(part: object, params: TrainParams) -> bool:
+    """Whether a part of an optimizer's state holds one array for every parameter, as moments do."""
+    return (
+        isinstance(part, dict)
+        and part.keys() == params.keys()
+        and all(jnp.shape(part[name]) == leaf.shape for name, leaf in params.items())
+    )
 
 
 def _where_rows(chosen: Array, new: Array | int, old: Array) -> Array:

@@ -14,7 +14,7 @@ weighted: it multiplies the unnormalised decoder row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -37,6 +37,11 @@ from tinymodel_jax.training.sparse_rows import (
 
 Widths = tuple[int, ...] | Int[Array, " l"]
 """Sizes of the nested dictionaries: fixed (a tuple) or drawn for this step (an array)."""
+
+ExtraLoss = Callable[[Array, Array, Array, Array], Array]
+"""`(x, y, activations, reconstruction) -> a scalar` that is added to the loss: scaled inputs `(batch, d_in)`, scaled
+targets `(batch, d_out)` (an SAE's inputs), activations times the norms of their decoder rows `(batch, n_features)`, and
+the prediction of `y` by all features."""
 
 
 class Execution(NamedTuple):
@@ -67,6 +72,8 @@ class Outcome(NamedTuple):
     residual: Float[Array, "batch d_out"]
     threshold: Float[Array, ""]
     """Smallest weighted activation that was kept (batch_topk; 0 for others)."""
+    extra: Float[Array, ""]
+    """The caller's own term of the loss; 0 without one."""
 
 
 def execution_for(
@@ -102,14 +109,18 @@ def loss_and_gradient(
     x: Float[Array, "batch d_in"],
     y: Float[Array, "batch d_out"],
     widths: Widths,
+    extra_loss: ExtraLoss | None = None,
 ) -> tuple[Outcome, TrainParams]:
     """Return the outcome of a forward pass on scaled `x` and `y`, and the gradient of its loss (without AuxK).
 
-    `hyper.sparsity` is this step's coefficient, after warm-up and controller.
+    `hyper.sparsity` is this step's coefficient, after warm-up and controller. With `extra_loss`, which reads all
+    activations, the forward pass is dense.
     """
 
-    if not (recipe.takes_k and execution.sparse):
-        gradient, outcome = jax.grad(_dense_outcome, has_aux=True)(params, recipe, execution, hyper, x, y, widths)
+    if extra_loss is not None or not (recipe.takes_k and execution.sparse):
+        gradient, outcome = jax.grad(_dense_outcome, has_aux=True)(
+            params, recipe, execution, hyper, x, y, widths, extra_loss
+        )
         return outcome, gradient
 
     def sparse(slots: int) -> tuple[Outcome, TrainParams]:
@@ -173,19 +184,21 @@ def _sparse_outcome(params, recipe, execution, selection, x, y, widths) -> tuple
     if not per_input:
         total = jnp.zeros((x.shape[0], *decoded.shape[1:]))
         decoded = total.at[selection.owner].add(decoded, mode="drop", indices_are_sorted=True)
-    reconstruction, residual = _compare(params, recipe, x, y, decoded)
+    prediction = _predict(params, recipe, x, decoded)
+    reconstruction, residual = losses.squared_error(y, prediction), _residual(y, prediction)
     active = selection.values > 0
     fired = jnp.zeros(recipe.n_features, bool).at[positions].max(active)
     l0 = jnp.sum(active, dtype=jnp.float32) / x.shape[0]
     zero = jnp.zeros(())
-    return reconstruction, Outcome(reconstruction, reconstruction, zero, l0, fired, residual, selection.threshold)
+    outcome = Outcome(reconstruction, reconstruction, zero, l0, fired, residual, selection.threshold, extra=zero)
+    return reconstruction, outcome
 
 
-def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Array, Outcome]:
+def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -> tuple[Array, Outcome]:
     norms = losses.row_norms(params["W_dec"])
     shares = losses.prefix_shares(jnp.asarray(widths), recipe.n_features)
     linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
-    extra, threshold = jnp.zeros(()), jnp.zeros(())
+    gate_loss, threshold, extra = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
     if recipe.architecture in ("relu", "gated"):
         if recipe.architecture == "relu":
             acts = penalised = jax.nn.relu(linear)
@@ -193,7 +206,7 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
             penalised = jax.nn.relu(linear + params["b_gate"])
             acts = jax.nn.relu(linear * jnp.exp(params["r_mag"]) + params["b_mag"])
             acts = jnp.where(penalised > 0, acts, 0)
-            extra = _gate_loss(params, recipe, penalised, x, y)
+            gate_loss = _gate_loss(params, recipe, penalised, x, y)
             # magnitudes can compensate for a smaller decoder, so a penalty on its norm would shrink it without limit
             norms = jax.lax.stop_gradient(norms)
         if recipe.penalty == "l1":
@@ -214,11 +227,16 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths) -> tuple[Arra
         kept, threshold = _kept(z, recipe, execution, hyper.k)
         acts = jnp.where(kept, jax.nn.relu(linear), 0)
         sparsity = jnp.zeros(())
-    reconstruction, residual = _compare(params, recipe, x, y, losses.decode_prefixes(acts, params["W_dec"], widths))
+    prediction = _predict(params, recipe, x, losses.decode_prefixes(acts, params["W_dec"], widths))
+    reconstruction = losses.squared_error(y, prediction)
+    if extra_loss is not None:
+        extra = extra_loss(x, y, acts * norms, prediction[:, -1])
     counts = jnp.sum(acts > 0, axis=0, dtype=jnp.int32)
     l0 = jnp.sum(counts) / x.shape[0]
-    loss = reconstruction + hyper.sparsity * sparsity + extra if not recipe.takes_k else reconstruction
-    return loss, Outcome(loss, reconstruction, sparsity, l0, counts > 0, residual, threshold)
+    loss = reconstruction + hyper.sparsity * sparsity + gate_loss if not recipe.takes_k else reconstruction
+    loss = loss if extra_loss is None else loss + extra
+    residual = _residual(y, prediction)
+    return loss, Outcome(loss, reconstruction, sparsity, l0, counts > 0, residual, threshold, extra)
 
 
 def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
@@ -235,12 +253,15 @@ def largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
     return top_k_of_shards(z, k, execution.mesh)
 
 
-def _compare(params, recipe: DictionaryRecipe, x: Array, y: Array, decoded: Array) -> tuple[Array, Array]:
-    """Return the squared error of all prefixes and the residual of the whole dictionary."""
+def _predict(params, recipe: DictionaryRecipe, x: Array, decoded: Array) -> Array:
+    """Return the predictions of all prefixes."""
     prediction = decoded + params["b_dec"]
-    if recipe.skip:
-        prediction = prediction + (x @ params["W_skip"])[:, None, :]
-    return losses.squared_error(y, prediction), jax.lax.stop_gradient(y - prediction[:, -1])
+    return prediction + (x @ params["W_skip"])[:, None, :] if recipe.skip else prediction
+
+
+def _residual(y: Array, prediction: Array) -> Array:
+    """Return the residual of the whole dictionary, without a gradient."""
+    return jax.lax.stop_gradient(y - prediction[:, -1])
 
 
 def _gate_loss(params, recipe: DictionaryRecipe, gate: Array, x: Array, y: Array) -> Array:

@@ -9,7 +9,7 @@ it keeps activations above a fixed threshold instead of the largest of a batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +77,8 @@ class DictionaryTrainState(NamedTuple):
     params: TrainParams
     """`W_enc_T [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]`, and by architecture `b_enc`, `threshold`, `b_gate`,
     `b_mag`, `r_mag` (all `[F]`) and `W_skip [d_in, d_out]`; float32, for scaled inputs."""
-    moments: optax.ScaleByAdamState
-    """Adam's step count and moments."""
+    moments: Any
+    """Adam's step count and moments (`optax.ScaleByAdamState`), or the state of the caller's own optimizer."""
     step: Int[Array, ""]
     """Steps done."""
     mean_in: Float[Array, " d_in"]
@@ -105,6 +105,8 @@ def init_state(
     recipe: DictionaryRecipe,
     statistics_in: ActivationStatistics,
     statistics_out: ActivationStatistics | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> DictionaryTrainState:
     """Return the state before the first step.
 
@@ -114,6 +116,7 @@ def init_state(
 
     Args:
         statistics_out: statistics of a transcoder's targets; None makes an SAE.
+        optimizer: the one that `train_step` gets, if it is not the recipe's Adam.
 
     Raises:
         ValueError: the recipe has a skip connection for an SAE, or `subtract_b_dec` for a transcoder.
@@ -131,7 +134,7 @@ def init_state(
     params = _init_params(key, recipe, mean_in, statistics_out.mean * scale_out, is_sae)
     return DictionaryTrainState(
         params=params,
-        moments=optax.scale_by_adam().init(params),  # type: ignore[arg-type]
+        moments=(optimizer or optax.scale_by_adam()).init(params),  # type: ignore[arg-type]
         step=jnp.zeros((), jnp.int32),
         mean_in=mean_in,
         scale_in=scale_in,

@@ -23,6 +23,7 @@ from tinymodel_jax.training.dead_features import (
 )
 from tinymodel_jax.training.dictionary_forward import (
     Execution,
+    ExtraLoss,
     Outcome,
     execution_for,
     loss_and_gradient,
@@ -51,18 +52,28 @@ def train_step(
     *,
     recipe: DictionaryRecipe,
     execution: Execution | None = None,
+    extra_loss: ExtraLoss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> tuple[DictionaryTrainState, Metrics]:
     """Take one step on a batch of unscaled activations. Every row counts, so remove padding first.
 
     Args:
         y: targets of a transcoder; None trains an SAE on `x`.
         execution: how to compute the step; None chooses for JAX's default backend.
+        extra_loss: a function `(x, y, activations, reconstruction)` of the scaled batch, whose scalar is added to the
+            loss: see `ExtraLoss`. Its coefficients can be traced.
+        optimizer: any optax transformation instead of the recipe's clipping, Adam and learning rate; it must have made
+            the state, too (`init_state(..., optimizer=optimizer)`).
 
     Returns:
         The next state, and float32 scalars of this batch before the update: `loss`, `reconstruction` (squared error of
         scaled targets, summed over the width), `sparsity` (that loss before its coefficient), `sparsity_coefficient`,
         `aux` (share of the residual's variance that dead features leave; 0 if none is dead), `l0`,
         `explained_variance` (around the batch's mean), `dead_fraction`, `gradient_norm`, `learning_rate`, `threshold`.
+        With `extra_loss`, also `extra_loss`; with `optimizer`, `learning_rate` is left out.
+
+    Raises:
+        ValueError: the state was made for another optimizer.
     """
     execution = execution or execution_for(recipe)
     keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), 3)
@@ -74,7 +85,9 @@ def train_step(
         widths = random_widths(keys[0], recipe.random_prefixes, recipe.n_features)
 
     in_force = hyper._replace(sparsity=coefficient)
-    outcome, gradient = loss_and_gradient(state.params, recipe, execution, in_force, scaled_x, scaled_y, widths)
+    outcome, gradient = loss_and_gradient(
+        state.params, recipe, execution, in_force, scaled_x, scaled_y, widths, extra_loss
+    )
     dead, aux = dead_mask(state, recipe), jnp.zeros(())
     aux_weight = recipe.aux_coefficient * variance(scaled_y)
     if recipe.aux_coefficient:
@@ -82,7 +95,12 @@ def train_step(
             gradient, state.params, recipe, execution, dead, scaled_x, outcome.residual, aux_weight, keys[1]
         )
     rate = hyper.learning_rate * learning_rate_share(state.step, recipe)
-    params, moments, gradient_norm = _adam(state, recipe, gradient, rate)
+    if optimizer is None:
+        params, moments = _adam(state, recipe, gradient, rate)
+    else:
+        params, moments = _update(state, optimizer, gradient)
+    if "threshold" in params:
+        params["threshold"] = jnp.maximum(params["threshold"], 0)
     metrics = {
         "loss": outcome.loss + aux_weight * aux,
         "reconstruction": outcome.reconstruction,
@@ -92,10 +110,14 @@ def train_step(
         "l0": outcome.l0,
         "explained_variance": _explained(outcome.residual, scaled_y),
         "dead_fraction": jnp.mean(dead, dtype=jnp.float32),
-        "gradient_norm": gradient_norm,
+        "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": rate,
         "threshold": outcome.threshold,
     }
+    if optimizer is not None:
+        del metrics["learning_rate"]
+    if extra_loss is not None:
+        metrics["extra_loss"] = outcome.extra
     state = _count(state, recipe, hyper, outcome, x.shape[0])._replace(params=params, moments=moments)
     if recipe.reinit_every is not None:
         state = _offer_and_reinitialise(state, recipe, scaled_x, outcome.residual, keys[2], is_sae=y is None)
@@ -210,18 +232,27 @@ def _ramp(step: Array, steps: int) -> Array:
 
 def _adam(
     state: DictionaryTrainState, recipe: DictionaryRecipe, gradient: TrainParams, rate: Array
-) -> tuple[TrainParams, Any, Array]:
-    """Return the parameters and moments after an Adam step on the clipped gradient, and the norm before clipping."""
-    norm = optax.tree.norm(gradient)
+) -> tuple[TrainParams, Any]:
+    """Return the parameters and moments after an Adam step on the clipped gradient."""
     if recipe.clip_norm is not None:
-        shrink = jnp.minimum(1, recipe.clip_norm / (norm + TINY))
+        shrink = jnp.minimum(1, recipe.clip_norm / (optax.tree.norm(gradient) + TINY))
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
     adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
     updates, moments = adam.update(gradient, state.moments)  # type: ignore[arg-type]
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    if "threshold" in params:
-        params["threshold"] = jnp.maximum(params["threshold"], 0)
-    return params, moments, norm
+    return jax.tree.map(lambda p, u: p - rate * u, state.params, updates), moments
+
+
+def _update(
+    state: DictionaryTrainState, optimizer: optax.GradientTransformation, gradient: TrainParams
+) -> tuple[TrainParams, Any]:
+    """Return the parameters and the optimizer's state after a step of the caller's optimizer."""
+    expected = jax.eval_shape(optimizer.init, state.params)
+    if jax.tree.structure(expected) != jax.tree.structure(state.moments):
+        raise ValueError(
+            "train_step: the state was made for another optimizer; make it with init_state(..., optimizer=optimizer)."
+        )
+    updates, moments = optimizer.update(gradient, state.moments, state.params)  # type: ignore[arg-type]
+    return optax.apply_updates(state.params, updates), moments  # type: ignore[arg-type,return-value]
 
 
 def _count(
