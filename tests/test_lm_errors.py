@@ -141,7 +141,7 @@ CALLS = {
     ),
     "positions": (
         lambda lm: lm.run_with_hooks(IDS, interventions.scale("hook_embed", 0.0, positions=[2])),
-        "the hook at 'hook_embed': positions holds int32 values, shape (1,); expected a boolean mask",
+        "the hook at 'hook_embed': positions holds int64 values, shape (1,); expected a boolean mask",
     ),
     "feature and indices": (
         lambda lm: lm["M0N7"](IDS, indices=[1]),

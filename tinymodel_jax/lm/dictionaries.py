@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Array
 
 from tinymodel_jax.config import ModelConfig
@@ -21,7 +22,7 @@ from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
 from tinymodel_jax.model.hook_points import Hooks, vector_width
 from tinymodel_jax.model.interventions import Splice, combine
-from tinymodel_jax.model.padding import cut, pad_to_bucket
+from tinymodel_jax.model.padding import cut, feature_bucket, pad_to_bucket
 
 if TYPE_CHECKING:
     from tinymodel_jax.lm.tiny_model import TinyModel
@@ -152,9 +153,13 @@ class FeatureReader:
                 f"lm[{tag!r}](tok_ids, indices=…)."
             )
         chosen = resolve_indices(self.feature if indices is None else indices, config.n_features)
+        n = len(chosen) if isinstance(chosen, np.ndarray) else None
+        if n is not None:
+            chosen = np.pad(chosen, (0, feature_bucket(n, config.n_features) - n))
         ids, length = pad_to_bucket(tok_ids, self.lm.config)
         acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
-        return cut(acts, (1,), length)
+        acts = cut(acts, (1,), length)
+        return acts if n is None else cut(acts, (2,), n)
 
 
 def _order(tag: str) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +28,7 @@ from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
 from tinymodel_jax.lm import generation
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
+from tinymodel_jax.model.edits import can_be_padded, pad_edits
 from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
 from tinymodel_jax.model.hook_points import (
     Hook,
@@ -37,7 +39,7 @@ from tinymodel_jax.model.hook_points import (
     require_edits,
     require_hook_names,
 )
-from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, pad_to_bucket
+from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, is_traced, pad_to_bucket
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 
 if TYPE_CHECKING:
@@ -167,8 +169,9 @@ class TinyModel(WeightViews):
         """Run the model with edits; return log-probabilities and the activations to keep.
 
         Args:
-            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are compiled once per kind of edit. Plain
-                functions `(value, acts) -> value` are called on every pass, which then runs operation by operation.
+            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are padded with the ids to one of a few
+                lengths, and compiled once per kind of edit. Plain functions `(value, acts) -> value` see the exact
+                length and are called on every pass, which then runs operation by operation.
             keep: one or several hook names, whose values are returned as they are after their edits.
 
         Raises:
@@ -177,15 +180,23 @@ class TinyModel(WeightViews):
         keep = as_names(keep)
         require_edits(hooks)
         require_hook_names((*hooks, *keep), self.config)
+        if not is_traced(tok_ids) and can_be_padded(hooks):
+            return self._run(tok_ids, "logprobs", keep, hooks=hooks)
         ids = jnp.asarray(batch_of(tok_ids, self.config))
         logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
     def _run(
-        self, tok_ids: Any, output: Output, keep: tuple[str, ...], before: Site | None = None
+        self,
+        tok_ids: Any,
+        output: Output,
+        keep: tuple[str, ...],
+        before: Site | None = None,
+        hooks: Mapping[str, Hook] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Array]]:
         ids, length = pad_to_bucket(tok_ids, self.config)
-        value, acts = forward(self.hooked(before), ids, keep=keep, output=output)
+        padded = pad_edits(hooks, self.config, (len(ids), length), ids.shape[1])
+        value, acts = forward(self.hooked(before).with_hooks(padded), ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
 

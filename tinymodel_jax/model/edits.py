@@ -2,6 +2,8 @@
 
 The functions of `interventions.py` build them. In a chain of edits, a `Reading` stores what a dictionary reads, so that
 its splice and the edits of its features act on the same activations.
+
+`pad_edits` pads the arrays of edits like the ids of a pass, so that edits for other lengths need no other programs.
 """
 
 from __future__ import annotations
@@ -16,12 +18,48 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array
 
-from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import encode, reconstruct
-from tinymodel_jax.model.hook_points import masked_score, vectors
-from tinymodel_jax.model.padding import is_traced
+from tinymodel_jax.model.edit_arrays import Padding, fitting, where
+from tinymodel_jax.model.hook_points import (
+    Hook,
+    Hooks,
+    masked_score,
+    naming_the_hook,
+    position_axes,
+    value_shape,
+    vectors,
+)
+from tinymodel_jax.model.padding import feature_bucket, is_traced
 
 Acts = Mapping[str, Array]
+
+
+def pad_edits(hooks: Mapping[str, Any], config: ModelConfig, shape: tuple[int, int], width: int) -> Hooks:
+    """Return edits for token ids that are padded on the right to a width; the padding is not edited.
+
+    The number of features in an edit is rounded up as well. Call this outside of a trace.
+
+    Args:
+        hooks: edits of this module; see `can_be_padded`.
+        shape: (batch, seq) of the ids without padding.
+
+    Raises:
+        ValueError: an edit does not fit the value without padding.
+    """
+    padded = {}
+    for name, edit in hooks.items():
+        padding = Padding(value_shape(name, config, *shape), position_axes(name), width)
+        with naming_the_hook(name):
+            padded[name] = edit.padded(padding)
+    return padded
+
+
+def can_be_padded(hooks: Mapping[str, Hook]) -> bool:
+    """Whether all hooks are edits of this module, whose arrays `pad_edits` knows, and none of them is traced."""
+    own = Add | Replace | Scale | EditFeatures | Splice
+    edits = [part for edit in hooks.values() for part in (edit.edits if isinstance(edit, Chain) else (edit,))]
+    return not is_traced(hooks) and all(isinstance(edit, own) for edit in edits)
 
 
 @struct.dataclass
@@ -33,7 +71,11 @@ class Add:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        return _where(self.positions, value + _fitting(self.vector, value), value)
+        return where(self.positions, value + fitting(self.vector, value.shape), value)
+
+    def padded(self, padding: Padding) -> Add:
+        """Return the edit for the padded value."""
+        return Add(padding.operand(self.vector), padding.mask(self.positions))
 
 
 @struct.dataclass
@@ -45,8 +87,12 @@ class Replace:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        new = jnp.asarray(_fitting(self.value, value), value.dtype)
-        return _where(self.positions, jnp.broadcast_to(new, value.shape), value)
+        new = jnp.asarray(fitting(self.value, value.shape), value.dtype)
+        return where(self.positions, jnp.broadcast_to(new, value.shape), value)
+
+    def padded(self, padding: Padding) -> Replace:
+        """Return the edit for the padded value."""
+        return Replace(padding.operand(self.value), padding.mask(self.positions))
 
 
 @struct.dataclass
@@ -58,7 +104,11 @@ class Scale:
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
-        return _where(self.positions, value * _fitting(self.factor, value), value)
+        return where(self.positions, value * fitting(self.factor, value.shape), value)
+
+    def padded(self, padding: Padding) -> Scale:
+        """Return the edit for the padded value."""
+        return Scale(padding.operand(self.factor), padding.mask(self.positions))
 
 
 @dataclasses.dataclass
@@ -90,7 +140,10 @@ class EditFeatures:
 
     params: Any
     features: Any
-    """(n,) feature indices; they may be traced, so that a sweep over features is one vmapped call."""
+    """(n,) feature indices; they may be traced, so that a sweep over features is one vmapped call.
+
+    An index of n_features changes nothing; `padded` fills up with it.
+    """
     amount: Any
     """New activation, or factor of the old one; broadcasts to (batch, seq, n)."""
     positions: Any = None
@@ -105,13 +158,25 @@ class EditFeatures:
         """Return the edited value, and record the new activations in the reading."""
         features = jnp.atleast_1d(jnp.asarray(self.features))
         old = reading.activations(self, features)
-        amount = _fitting(self.amount, old, "the activations of its features")
+        amount = fitting(self.amount, old.shape, "the activations of its features")
         new = old * amount if self.scale else jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
-        new = _where(self.positions, new, old)
+        new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
         reading.edited.append((features, new))
         reading.change += change
         return value + change.astype(value.dtype).reshape(value.shape)
+
+    def padded(self, padding: Padding) -> EditFeatures:
+        """Return the edit for the padded value, with the number of features rounded up."""
+        features = np.atleast_1d(self.features)
+        n, n_features = len(features), self.config.n_features
+        added = (0, feature_bucket(n, n_features) - n)
+        padding = dataclasses.replace(padding, shape=(*padding.shape[:2], n))
+        amount = padding.operand(self.amount, "the activations of its features")
+        if np.ndim(amount) and np.shape(amount)[-1] == n:
+            amount = np.pad(np.asarray(amount), [(0, 0)] * (np.ndim(amount) - 1) + [added])
+        features = np.pad(features, added, constant_values=n_features)
+        return dataclasses.replace(self, features=features, amount=amount, positions=padding.mask(self.positions))
 
 
 @struct.dataclass
@@ -141,6 +206,11 @@ class Splice:
         # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
         value = jax.lax.stop_gradient(value) if self.detach_error else value
         return value + (prediction - jax.lax.stop_gradient(prediction))
+
+    def padded(self, padding: Padding) -> Splice:
+        """Return the splice itself, which reads and writes every position alike."""
+        del padding
+        return self
 
 
 @struct.dataclass
@@ -172,46 +242,10 @@ class Chain:
                 readings = {r: known for r, known in readings.items() if self.edits[r].config.is_transcoder}
         return value
 
+    def padded(self, padding: Padding) -> Chain:
+        """Return the chain of the padded edits."""
+        return dataclasses.replace(self, edits=tuple(edit.padded(padding) for edit in self.edits))
+
 
 def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
     return vectors(acts[config.hook_in] if config.is_transcoder else value)
-
-
-def boolean_mask(positions: Any) -> Any:
-    """Return the mask as an array. Numbers are refused, because they may be position numbers or 0s and 1s."""
-    mask = jnp.asarray(positions) if is_traced(positions) else np.asarray(positions)
-    if mask.dtype != bool:
-        raise ValueError(
-            f"positions holds {mask.dtype} values, shape {mask.shape}; expected a boolean mask of shape (seq,) or "
-            "(batch, seq): np.isin(np.arange(seq), numbers) for numbers of positions, mask == 1 for 0s and 1s."
-        )
-    return mask
-
-
-def _fitting(operand: Any, value: Array, named: str = "the value that is edited") -> Any:
-    """Return the operand of an edit after checking that it is numeric and broadcasts to the value's shape."""
-    if isinstance(operand, list | tuple):
-        operand = (jnp if is_traced(operand) else np).asarray(operand)
-    is_array = isinstance(operand, jax.Array | np.ndarray | np.generic) and operand.dtype.kind not in "OUS"
-    if not is_array and not isinstance(operand, int | float):
-        raise ValueError(f"the edit holds {operand!r:.80}; expected a number or an array of numbers.")
-    shape = jnp.shape(operand)
-    padded = (1,) * (value.ndim - len(shape)) + shape
-    if len(padded) != value.ndim or any(n not in (1, size) for n, size in zip(padded, value.shape, strict=True)):
-        raise ValueError(f"the edit's array has shape {shape}, {named} {value.shape}; it must broadcast to that.")
-    return operand
-
-
-def _where(positions: Any, edited: Array, value: Array) -> Array:
-    """Return `edited` where the mask is true, `value` elsewhere; the mask covers the leading axes of both."""
-    if positions is None:
-        return edited
-    mask = jnp.atleast_2d(boolean_mask(positions))
-    covered = value.shape[: mask.ndim]
-    fits = len(covered) == mask.ndim and covered[-1] == mask.shape[-1]
-    if not fits or any(m not in (1, n) for m, n in zip(mask.shape, covered, strict=True)):
-        raise ValueError(
-            f"positions has shape {jnp.asarray(positions).shape}, the value that is edited {value.shape}; "
-            "expected a boolean mask of shape (seq,) or (batch, seq)."
-        )
-    return jnp.where(mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim)), edited, value)

@@ -7,9 +7,10 @@ builds the usual edits.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -80,6 +81,14 @@ def vector_width(name: str, config: ModelConfig) -> int | None:
 def vectors(value: jax.Array) -> jax.Array:
     """Return a value as one vector per position, (batch, seq, width); the heads of q, k, v and z are concatenated."""
     return value.reshape(*value.shape[:2], -1)
+
+
+def value_shape(name: str, config: ModelConfig, batch: int, length: int) -> tuple[int, ...]:
+    """Return the shape of a hook point's value."""
+    width = hook_width(name, config)
+    if width is None:
+        return batch, config.n_heads, length, length
+    return (batch, length, config.n_heads, width) if has_heads(name) else (batch, length, width)
 
 
 def is_scores(name: str) -> bool:
@@ -189,11 +198,18 @@ def apply_with_hooks(
     return output, {name: seen[name] for name in keep}
 
 
-def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
+@contextlib.contextmanager
+def naming_the_hook(name: str) -> Iterator[None]:
+    """Put the name of a hook point in front of the message of a ValueError."""
     try:
-        edited = hook(value, seen)
+        yield
     except ValueError as error:
         raise ValueError(f"the hook at {name!r}: {error}") from error
+
+
+def _edited(name: str, value: jax.Array, hook: Hook, seen: Mapping[str, jax.Array]) -> jax.Array:
+    with naming_the_hook(name):
+        edited = hook(value, seen)
     shape = getattr(edited, "shape", None)
     if shape != value.shape:
         returned = f"a {type(edited).__name__}" if shape is None else f"shape {tuple(shape)}"

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import require_site
-from tinymodel_jax.model.edits import Add, Chain, EditFeatures, Replace, Scale, Splice, boolean_mask
+from tinymodel_jax.model.edit_arrays import boolean_mask
+from tinymodel_jax.model.edits import Add, Chain, EditFeatures, Replace, Scale, Splice
 from tinymodel_jax.model.hook_points import Hook, Hooks, is_scores, position_axes, require_edits
 from tinymodel_jax.model.padding import is_traced
 
@@ -142,5 +142,7 @@ def _require_dictionary(dictionary: Any) -> Dictionary:
 
 def _mask_at(hook_name: str, positions: Any) -> Any:
     """Add a head axis to the mask if the value has heads before positions."""
-    heads_first = position_axes(hook_name) != (1,)
-    return jnp.atleast_2d(boolean_mask(positions))[:, None] if heads_first and positions is not None else positions
+    if positions is None or position_axes(hook_name) == (1,):
+        return positions
+    mask = boolean_mask(positions)
+    return (mask[None] if mask.ndim < 2 else mask)[:, None]

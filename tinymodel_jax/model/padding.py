@@ -129,6 +129,14 @@ def bucket(length: int, n_ctx: int) -> int:
     return next(size for size in bucket_lengths(n_ctx) if size >= length)
 
 
+def feature_bucket(n: int, n_features: int) -> int:
+    """Return the number of features that is compiled for `n` of a dictionary's features: a power of 8, or all."""
+    size = 8
+    while size < n:
+        size *= 8
+    return max(n, min(size, n_features))  # indices that repeat may be more than all
+
+
 def pad_right(ids: np.ndarray, width: int, pad_id: int) -> np.ndarray:
     """Pad rows of ids on the right to a width."""
     return np.pad(ids, ((0, 0), (0, width - ids.shape[1])), constant_values=pad_id)
