@@ -93,6 +93,15 @@ def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_
     assert TinyModel(out).config.d_vocab == VOCAB
 
 
+def test_sizes_of_the_command_line_replace_those_of_the_preset(data: Path, tmp_path: Path) -> None:
+    sizes = {"n_layers": 1, "d_model": 24, "n_heads": 2, "d_mlp": 40, "n_ctx": ROW}
+    options = [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]
+    assert train_here(*arguments(data, tmp_path, steps=2), *options) == 0
+    found = TinyModel(tmp_path).config.to_dict()
+    assert {name: found[name] for name in sizes} == sizes
+    assert found["d_vocab"] == VOCAB
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
     steps, out, moments, kills = 30, tmp_path / "killed", random.Random(0), 0
@@ -159,6 +168,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         (["--data", "{data}", "--out", "{tmp}/out", "--seed", "-1"], "--seed -1"),
         (["--data", "{data}", "--out", "{tmp}/out", "--mesh", "data=7"], "data=7"),
         (["--data", "{data}", "--out", "{tmp}/out", "--learning-rate", "-1"], "learning_rate"),
+        (
+            ["--data", "{tmp}/none", "--out", "{tmp}/out", "--d-model", "30"],
+            "--d-model 30: ModelConfig: n_heads=4 does not",
+        ),
+        (
+            ["--data", "{tmp}/none", "--out", "{tmp}/out", "--n-heads", "3", "--d-model", "32"],
+            "--d-model 32 --n-heads 3: ",
+        ),
+        (["--data", "{tmp}/none", "--out", "{tmp}/out", "--n-layers", "0"], "n_layers"),
+        (
+            ["--data", "{data}", "--out", "{tmp}/out", "--n-ctx", "23"],
+            "rows of 24 tokens, but the model a context of 23",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,19 @@ from tinymodel_jax.training.sharding import (
 )
 from train.compile_for import devices_for, report_step
 from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
-from train.presets import AS_PRESET, DType, OptimizerOptions, Preset, PresetName, chosen_preset, number_format
+from train.presets import (
+    AS_PRESET,
+    PRESET_SIZES,
+    DType,
+    OptimizerOptions,
+    Preset,
+    PresetName,
+    SizeOptions,
+    chosen_preset,
+    number_format,
+    of_presets,
+    sized_preset,
+)
 from train.run import Run, open_run
 from train.run_files import local_folder
 from train.trackers import NO_TRACKING, Tracking, require_trackers
@@ -64,11 +76,12 @@ def lm(
     *,
     data: str | None = None,
     out: str | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
+    sizes: tyro.conf.OmitArgPrefixes[SizeOptions] = PRESET_SIZES,
+    steps: Annotated[int | None, of_presets(lambda preset: preset.steps)] = None,
+    batch_size: Annotated[int | None, of_presets(lambda preset: preset.batch_size)] = None,
     micro_batches: int = 1,
     optimizer: tyro.conf.OmitArgPrefixes[OptimizerOptions] = AS_PRESET,
-    initialization: Initialization | None = None,
+    initialization: Annotated[Initialization | None, of_presets(lambda preset: preset.initialization)] = None,
     dtype: DType = "auto",
     seed: int = 0,
     save_every: int = 1000,
@@ -85,12 +98,12 @@ def lm(
         preset: model sizes and training settings; the options below change single settings.
         data: folder written by `python -m train prepare`.
         out: folder of the run, or gs://…; the finished model is in OUT/model, and TinyModel(OUT) loads it.
+        sizes: sizes of the model that differ from the preset's.
         steps: training steps.
         batch_size: rows per step, over all devices.
         micro_batches: parts into which a batch is split, computed one after the other to save memory.
         optimizer: settings that differ from the preset's optimizer.
-        initialization: initial weights: reference, as published, or wide, with larger embeddings; the default is the
-            preset's.
+        initialization: initial weights: reference, as published, or wide, with larger embeddings.
         dtype: number format of the computation; auto is bfloat16 on an accelerator, float32 on a CPU.
         seed: seed of the initial weights and of the order of the rows.
         save_every: steps between checkpoints.
@@ -104,10 +117,12 @@ def lm(
     """
     join_hosts(hosts)
     require_trackers(tracking)
+    sized_preset(preset, sizes)  # an error here comes before anything is read
     token_data = None if data is None else open_data(data)
     devices = make_mesh(mesh, devices_for(compile_for))
     chosen = chosen_preset(
         preset,
+        sizes,
         token_data,
         steps=steps,
         batch_size=batch_size,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from jax.sharding import Mesh
@@ -31,23 +32,56 @@ class Preset:
     """Whether the vocabulary size comes from the data instead of the preset."""
 
 
+def of_presets(value: Callable[[Preset], Any]) -> Any:
+    """Return the annotation of an option whose default is the preset's; its help states the value of each preset."""
+
+    def hint(default: str) -> str:
+        del default
+        values = {name: value(preset) for name, preset in PRESETS.items()}
+        same = len(set(values.values())) == 1
+        listed = [f"{one}" for one in values.values()][:1] if same else [f"{one} {values[one]}" for one in values]
+        return f"(default: {', '.join(listed)})"
+
+    return tyro.conf.arg(help_behavior_hint=hint)
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Sizes that replace those of a preset's model; None keeps the preset's."""
+
+    n_layers: Annotated[int | None, of_presets(lambda preset: preset.model.n_layers)] = None
+    """transformer blocks"""
+    d_model: Annotated[int | None, of_presets(lambda preset: preset.model.d_model)] = None
+    """width of the residual stream"""
+    n_heads: Annotated[int | None, of_presets(lambda preset: preset.model.n_heads)] = None
+    """attention heads per layer; must divide d-model"""
+    d_mlp: Annotated[int | None, of_presets(lambda preset: preset.model.d_mlp)] = None
+    """neurons per layer"""
+    n_ctx: Annotated[int | None, of_presets(lambda preset: preset.model.n_ctx)] = None
+    """largest sequence length (tokens); at least the data's row length"""
+
+
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Settings that replace those of a preset's optimizer; None keeps the preset's."""
 
-    method: Annotated[Literal["adamw", "muon"] | None, tyro.conf.arg(name="optimizer")] = None
+    method: Annotated[
+        Literal["adamw", "muon"] | None,
+        tyro.conf.arg(name="optimizer"),
+        of_presets(lambda preset: preset.optimizer.method),
+    ] = None
     """adamw, or muon for the matrices of attention and MLPs"""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, of_presets(lambda preset: preset.optimizer.learning_rate)] = None
     """peak learning rate"""
-    schedule: Literal["wsd", "cosine"] | None = None
+    schedule: Annotated[Literal["wsd", "cosine"] | None, of_presets(lambda preset: preset.optimizer.schedule)] = None
     """wsd (constant, then linear to zero) or cosine"""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, of_presets(lambda preset: preset.optimizer.warmup_steps)] = None
     """steps over which the learning rate rises"""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, of_presets(lambda preset: preset.optimizer.weight_decay)] = None
     """decoupled weight decay, applied to matrices only"""
 
 
-AS_PRESET = OptimizerOptions()
+AS_PRESET, PRESET_SIZES = OptimizerOptions(), SizeOptions()
 
 _TINY_MODEL = Preset(
     ModelConfig(),
@@ -81,8 +115,24 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 
+def sized_preset(name: PresetName, sizes: SizeOptions) -> Preset:
+    """Return a preset with the given sizes.
+
+    Raises:
+        ValueError: a size is below 1, or the sizes do not fit together.
+    """
+    preset = PRESETS[name]
+    given = {field: value for field, value in asdict(sizes).items() if value is not None}
+    try:
+        return replace(preset, model=replace(preset.model, **given))
+    except ValueError as error:
+        options = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in given.items())
+        raise ValueError(f"--preset {name} {options}: {error}") from None
+
+
 def chosen_preset(
     name: PresetName,
+    sizes: SizeOptions,
     data: TokenData | None,
     *,
     steps: int | None,
@@ -96,7 +146,7 @@ def chosen_preset(
     Raises:
         ValueError: an option is out of its range, or the data does not fit the preset.
     """
-    preset = PRESETS[name]
+    preset = sized_preset(name, sizes)
     model = preset.model
     if data is not None:
         if preset.any_vocabulary:
@@ -108,7 +158,8 @@ def chosen_preset(
             )
         if data.row_length > model.n_ctx:
             raise ValueError(
-                f"the data has rows of {data.row_length} tokens, but --preset {name} has a context of {model.n_ctx}."
+                f"the data has rows of {data.row_length} tokens, but the model a context of {model.n_ctx}; give "
+                f"--n-ctx {data.row_length} or more, or prepare the data with a shorter --row-length."
             )
     steps = preset.steps if steps is None else steps
     if steps < 1:
