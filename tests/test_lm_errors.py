@@ -176,7 +176,8 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
     [
         (lambda lm: lm[3], "3 is not a dictionary tag"),
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
-        (lambda lm: lm("Once"), "got text; turn it into ids first"),
+        (lambda lm: lm("Once"), "this model has no tokenizer"),
+        (lambda lm: lm(["Once", 3]), "got text where ids are expected; lm.to_tokens(texts) turns a text"),
         (lambda lm: lm.run_with_hooks(IDS, {"hook_embed": 3}), "the hook at 'hook_embed' is a int; a hook is an edit"),
         (lambda lm: lm.run_with_hooks(IDS, untyped([("hook_embed", Add(1.0))])), "hooks is a list; expected a mapping"),
         (

@@ -155,11 +155,7 @@ def token_id(lm: TinyModel, text: str | None, row: Sequence[int]) -> int:
 
     if text is None:
         return int(np.asarray(lm([row]))[0, -1].argmax())
-    ids = lm.tokenizer.encode(text, max_length=None)
-    if len(ids) != 1:
-        pieces = ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
-        raise ValueError(f"{text!r} is {len(ids)} tokens ({pieces}); name one, as ' dog' with its space.")
-    return ids[0]
+    return lm.to_single_token(text)
 
 
 def shown(lm: TinyModel, row: Sequence[int], ids: bool) -> str:

@@ -156,7 +156,7 @@ class FeatureReader:
         n = len(chosen) if isinstance(chosen, np.ndarray) else None
         if n is not None:
             chosen = np.pad(chosen, (0, feature_bucket(n, config.n_features) - n))
-        ids, length = pad_to_bucket(tok_ids, self.lm.config)
+        ids, length = pad_to_bucket(self.lm.to_tokens(tok_ids), self.lm.config)
         acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
         acts = cut(acts, (1,), length)
         return acts if n is None else cut(acts, (2,), n)

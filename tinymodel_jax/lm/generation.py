@@ -70,6 +70,6 @@ def generate_ids(
     `[END]`, which the tokenizer puts after the shorter rows of a batch, is finished unless `break_on_end=False`.
     The options are those of `generate`.
     """
-    ids = check_tok_ids(tok_ids, lm.config)
+    ids = check_tok_ids(lm.to_tokens(tok_ids), lm.config)
     end_id = lm.config.end_id if break_on_end else None
     return continue_prompts(lm.hooked(), ids, n_toks, temperature, end_id, top_k, top_p, seed)

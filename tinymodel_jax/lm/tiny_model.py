@@ -26,7 +26,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
-from tinymodel_jax.lm import generation
+from tinymodel_jax.lm import generation, text
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.model.edits import can_be_padded, pad_edits
 from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
@@ -121,7 +121,8 @@ class TinyModel(WeightViews):
         """Return float32 log-probabilities of the next token.
 
         Args:
-            tok_ids: integers (batch, seq), or (seq,) for a batch of one. Right-padded rows need no mask.
+            tok_ids: in all methods, integers (batch, seq), or (seq,) for a batch of one; or a text or a list of
+                texts, as `to_tokens` reads them. Right-padded rows need no mask.
         """
         return self._run(tok_ids, "logprobs", ())[0]
 
@@ -149,7 +150,7 @@ class TinyModel(WeightViews):
         Raises:
             ValueError: the shapes of mask and ids differ, or no token counts.
         """
-        return mean_loss(self.hooked(), *ids_and_targets(tok_ids, attn_mask, self.config))
+        return mean_loss(self.hooked(), *ids_and_targets(self.to_tokens(tok_ids), attn_mask, self.config))
 
     def run_with_cache(
         self, tok_ids: Any, names: str | Iterable[str] | None = None
@@ -182,7 +183,7 @@ class TinyModel(WeightViews):
         require_hook_names((*hooks, *keep), self.config)
         if not is_traced(tok_ids) and can_be_padded(hooks):
             return self._run(tok_ids, "logprobs", keep, hooks=hooks)
-        ids = jnp.asarray(batch_of(tok_ids, self.config))
+        ids = jnp.asarray(batch_of(self.to_tokens(tok_ids), self.config))
         logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
@@ -194,7 +195,7 @@ class TinyModel(WeightViews):
         before: Site | None = None,
         hooks: Mapping[str, Hook] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Array]]:
-        ids, length = pad_to_bucket(tok_ids, self.config)
+        ids, length = pad_to_bucket(self.to_tokens(tok_ids), self.config)
         padded = pad_edits(hooks, self.config, (len(ids), length), ids.shape[1])
         value, acts = forward(self.hooked(before).with_hooks(padded), ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
@@ -282,6 +283,10 @@ class TinyModel(WeightViews):
 
     generate = generation.generate
     generate_ids = generation.generate_ids
+    to_tokens = text.to_tokens
+    to_str_tokens = text.to_str_tokens
+    to_string = text.to_string
+    to_single_token = text.to_single_token
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -37,8 +37,8 @@ def check_tok_ids(tok_ids: Any, config: ModelConfig, first_row: int = 0) -> np.n
     ids = as_array(tok_ids)
     if ids.dtype.kind == "U":
         raise ValueError(
-            "tok_ids: got text; turn it into ids first: tok_ids, attn_mask = tokenizer(texts), with the model's "
-            "lm.tokenizer or the default tinymodel_jax.tokenizer."
+            "tok_ids: got text where ids are expected; lm.to_tokens(texts) turns a text or a list of texts into ids, "
+            "without ids among the texts."
         )
     huge = [value for value in ids.flat if isinstance(value, int)] if ids.dtype.kind == "O" else []
     if huge:  # beyond what NumPy's integers hold

@@ -66,7 +66,8 @@ def prompt_rows(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> 
     for text, row in zip(texts, rows, strict=True):
         if len(row) > max_length:
             raise ValueError(
-                f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {max_length}."
+                f"the prompt {text[:30]!r}… has {len(row)} tokens with [BEGIN]; the context is {max_length}. "
+                "Shorten it."
             )
     return _padded(rows, max(map(len, rows), default=0), tokenizer.pad_id)
 

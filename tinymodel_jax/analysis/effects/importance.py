@@ -19,6 +19,7 @@ from tinymodel_jax.analysis.effects.sweeps import ablate
 from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import bucket, check_tok_ids
 from tinymodel_jax.runtime.progress import Track, no_progress
 
@@ -69,8 +70,8 @@ def causal_importance(
     """Ablate every feature on every row.
 
     Args:
-        rows: token ids (rows, seq), right-padded with `[PAD]`, which is not counted. Rows without a token to predict
-            are left out.
+        rows: stories, or token ids (rows, seq), right-padded with `[PAD]`, which is not counted. Rows without a token
+            to predict are left out.
         work_file: file that stores the sums so far; a call with the same arguments resumes from it. Delete it once you
             have the result.
         track: wraps the iterator over the remaining rows, for example with a progress bar.
@@ -79,7 +80,7 @@ def causal_importance(
         ValueError: no row has a token to predict, the rows do not fit the model, the tag has no dictionary, or
             `work_file` belongs to another measurement.
     """
-    ids = check_tok_ids(rows, lm.config)
+    ids = check_tok_ids(rows_of(lm, rows), lm.config)
     ids = ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]
     if not ids.size:
         raise ValueError("causal_importance: no row holds a token to predict; give at least one of two tokens or more.")

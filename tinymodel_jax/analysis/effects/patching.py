@@ -159,7 +159,7 @@ def _metric(logits: Float[Array, " d_vocab"], tokens: Int[Array, " tokens"]) -> 
 
 def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[tuple[Array, Array], int]:
     """Return both prompts, padded to a compiled length, and their own length."""
-    rows = [check_tok_ids(ids, lm.config) for ids in (clean, corrupted)]
+    rows = [check_tok_ids(lm.to_tokens(ids), lm.config) for ids in (clean, corrupted)]
     if any(len(ids) != 1 for ids in rows) or rows[0].shape != rows[1].shape or not rows[0].size:
         shapes = " and ".join(str(ids.shape) for ids in rows)
         raise ValueError(

@@ -50,7 +50,7 @@ def prepare(
     """
     site = Site.whole(tag)
     require_layer(site, lm.config)
-    given = check_tok_ids(tok_ids, lm.config)
+    given = check_tok_ids(lm.to_tokens(tok_ids), lm.config)
     ids = pad_right(given, bucket(given.shape[1], lm.config.n_ctx), lm.config.pad_id)
     real = ids != lm.config.pad_id
     if not ids.size or not real.any(axis=1).all():

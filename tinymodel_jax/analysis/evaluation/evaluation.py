@@ -34,6 +34,7 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import require_hook_names, vector_width, vectors
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -101,7 +102,8 @@ def evaluate(
     Args:
         lm: the model; its splices, if any, are part of the clean pass.
         dictionaries: one or several tags of the model's dictionaries (`"M2"`), results of `lm[tag]`, or `Dictionary`s.
-        rows: integers (rows, seq), right-padded with `[PAD]`; a row is one unit of the confidence intervals.
+        rows: stories, or integers (rows, seq), right-padded with `[PAD]`; a row is one unit of the confidence
+            intervals.
         count_begin: include `[BEGIN]` in L0, explained variance, MSE, cosine and frequencies.
         track: wraps the iterator over batches, for example with a progress bar.
 
@@ -113,7 +115,7 @@ def evaluate(
     places = tuple(dict.fromkeys(d.config.hook_out for d in resolved))
     for dictionary in resolved:
         _check_fits(dictionary.config, lm)
-    batches = batches_of(rows, lm.config)
+    batches = batches_of(rows_of(lm, rows), lm.config)
     model = lm.hooked()
     means = _means(model, batches, places, count_begin, track)
     sums = [RowSums(_QUANTITIES) for _ in resolved]

@@ -30,6 +30,7 @@ from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.interventions import Scale
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -80,7 +81,7 @@ def evaluate_sparse_model(
     """Measure the model that runs through several dictionaries at once, with and without their errors.
 
     Args:
-        rows: integers (rows, seq), right-padded with `[PAD]`.
+        rows: stories, or integers (rows, seq), right-padded with `[PAD]`.
         tags: sites; None is the transcoders of all MLPs.
         track: wraps the iterator over batches, for example with a progress bar.
 
@@ -96,7 +97,7 @@ def evaluate_sparse_model(
     model, sparse, with_errors = lm.hooked(), lm.splice(tags).hooked(), lm.splice(tags, include_error=True).hooked()
     zeroed = model.with_hooks({place: Scale(0.0) for place in places})
     sums = RowSums(_QUANTITIES)
-    for ids in track(batches_of(rows, lm.config), "measuring the sparse model"):
+    for ids in track(batches_of(rows_of(lm, rows), lm.config), "measuring the sparse model"):
         clean = clean_pass(model, ids)
         targets = np.sum(ids[:, 1:] != lm.config.pad_id, axis=1)
         totals: dict[str, Any] = {"targets": targets, "clean": clean.nats}

@@ -36,6 +36,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
@@ -174,7 +175,8 @@ def top_activations(
 
     Args:
         tag: the dictionary's site, such as M2.
-        rows: token ids (rows, seq), padded with `[PAD]`. A memory-mapped array is read one batch at a time.
+        rows: stories, or token ids (rows, seq), padded with `[PAD]`. A memory-mapped array is read one batch at a
+            time.
         k: number of top contexts per feature.
         n_sampled: number of contexts per feature that are sampled from all rows on which it is active.
         n_partners: number of co-active features per feature, counted on a sample of about 8,192 tokens.
@@ -188,7 +190,7 @@ def top_activations(
         ValueError: the site has no dictionary, the tag names a feature, the rows hold no text, a count is below 1, the
             seed is out of range, the rows are not valid input, or `work_file` belongs to a different search.
     """
-    rows = as_array(rows)
+    rows = as_array(rows_of(lm, rows))
     reader = lm[Site.whole(tag, "top_activations: ").tag]
     _check(rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
     n_tokens = _count_tokens(rows, lm.config)
