@@ -22,6 +22,7 @@ from etils.epath import backend
 from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, start, train_here, write_counting_data
 
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.training.data import batch_indices
 from train.run import Run, trained_seconds
 from train.run_files import local_folder
 from train.run_folder import Checkpoints, MetricsLog, open_run_folder
@@ -346,6 +347,31 @@ def new_run(folder: Path, steps: int, done: int = 0, stop_requested: Callable[[]
     run = Run(epath.Path(folder), {"steps": steps, "save_every": 2}, checkpoints, stop_requested)
     run.restore(None)
     return run, checkpoints
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(30, 4), (32, 4), (5, 7)])
+def test_a_run_says_once_at_which_step_its_data_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, batch: int
+) -> None:
+    drawn = np.concatenate([batch_indices(rows, batch, 0, step) for step in range(20)])
+    repeated = next(place for place in range(len(drawn)) if drawn[place] in drawn[:place])
+    run, _ = new_run(tmp_path, steps=20)
+    run.say_epochs(rows / batch, "the rows")
+    times = f"and 20 steps read them {20 * batch / rows:.1f} times\n"
+    assert capsys.readouterr().out == f"the rows repeat: epoch 2 begins at step {repeated // batch + 1}, {times}"
+    resumed, _ = new_run(tmp_path, steps=20, done=17)
+    resumed.say_epochs(rows / batch, "the rows")
+    epoch = 17 * batch // rows + 1
+    assert capsys.readouterr().out == f"the rows repeat: step 18 is in epoch {epoch}, {times}"
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_a_run_that_reads_every_row_at_most_once_says_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], done: int
+) -> None:
+    run, _ = new_run(tmp_path, steps=10, done=done)
+    run.say_epochs(10.0, "the rows")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_loop_that_never_asks_whether_to_save_can_be_stopped(tmp_path: Path) -> None:

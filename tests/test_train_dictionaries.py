@@ -157,9 +157,12 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
         assert train_here(*arguments(model, data, tmp_path, *SWEEP)) == 0
     stopped = len(metrics_of(tmp_path))
     assert 11 < stopped < 15, "between two checkpoints, so that the stop has to save one"
-    assert f"stopped at step {stopped} of {STEPS}; the same command resumes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped at step {stopped} of {STEPS}; the same command resumes" in said
+    assert said.count("the prepared rows repeat: epoch 2 begins at step 10, ") == 1, "16 of 150 stories per step"
     assert not (tmp_path / "sweep.json").exists()
     assert train_here(*arguments(model, data, tmp_path, *SWEEP)) == 0
+    assert f"the prepared rows repeat: step {stopped + 1} is in epoch 2, " in capsys.readouterr().out
     assert_same_bits(tmp_path, sweep)
 
 

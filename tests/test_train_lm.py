@@ -93,6 +93,17 @@ def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_
     assert TinyModel(out).config.d_vocab == VOCAB
 
 
+def test_more_steps_than_the_data_has_rows_for_say_so_and_fewer_say_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(*arguments(data, tmp_path / "a", steps=2), "--batch-size", "80") == 0
+    assert "the prepared rows repeat: epoch 2 begins at step 2, and 2 steps read them 1.1 times" in (
+        capsys.readouterr().out
+    )
+    assert train_here(*arguments(data, tmp_path / "b", steps=1), "--batch-size", "80") == 0
+    assert "repeat" not in capsys.readouterr().out
+
+
 def test_sizes_of_the_command_line_replace_those_of_the_preset(data: Path, tmp_path: Path) -> None:
     sizes = {"n_layers": 1, "d_model": 24, "n_heads": 2, "d_mlp": 40, "n_ctx": ROW}
     options = [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]

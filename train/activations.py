@@ -101,6 +101,10 @@ class ActivationSource(Protocol):
     """Shape, number format and sharding of a batch."""
     flops_per_vector: float
     """Floating-point operations to compute one vector of every place."""
+    rows_are: str
+    """What the rows are, for messages."""
+    steps_per_epoch: float
+    """Steps in which every row is read once."""
 
     def make_batch(self, step: int) -> Any:
         """Return a step's batch on the devices."""
@@ -152,6 +156,8 @@ def open_activations(
 class ModelActivations:
     """Activations of a language model at some sites, all from one pass over the same stories."""
 
+    rows_are = "the prepared rows"
+
     def __init__(
         self,
         config: ModelConfig,
@@ -185,6 +191,7 @@ class ModelActivations:
         layers = max(site.layer for site in sites) + 1
         matrices = layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_mlp)
         self.flops_per_vector = 2.0 * matrices * self.stories * row_length / options.batch_size
+        self.steps_per_epoch = math.inf if data is None else len(data.train) / self.stories
 
     def make_batch(self, step: int) -> jax.Array:
         """Return the token ids of a step's stories."""
@@ -211,6 +218,7 @@ class ArrayActivations:
 
     context = ()
     flops_per_vector = 0.0
+    rows_are = "the rows of the file"
 
     def __init__(self, x: Path, y: Path | None, options: ActivationOptions, mesh: Mesh) -> None:
         """Map the files into memory, and check each once.
@@ -233,6 +241,7 @@ class ArrayActivations:
             )
         on_first(lambda: [require_finite_rows(*each) for each in zip(arrays, map(str, paths), strict=True)])
         self._arrays, self._options, self.batch_size = arrays, options, options.batch_size
+        self.steps_per_epoch = self._trained_rows / options.batch_size
         self._layout = NamedSharding(mesh, P("data", None))
         widths = arrays[0].shape[1], arrays[-1].shape[1]
         self.abstract_batch = tuple(

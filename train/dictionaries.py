@@ -104,6 +104,7 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -
     states = run.restore(program.abstract)
     if states is None:
         states = program.init(first_statistics(source))
+    run.say_epochs(source.steps_per_epoch, source.rows_are)
     for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), _describe):
         states, metrics = settled(program.step(states, source.context, batch))
         run.log(done, {"tokens": source.batch_size, **metrics})

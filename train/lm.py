@@ -186,6 +186,7 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
     state = run.restore(program.abstract)
     if state is None:
         state = program.init(jax.random.key(seed))
+    run.say_epochs(len(data.train) / batch_size, "the prepared rows")
     flops_per_token = training_flops_per_token(config, data.row_length)
     for done, batch in run.steps(make_batch, flops_per_token, lambda line: f"loss {line['loss']:.4f}"):
         state, metrics = settled(program.step(state, batch))

@@ -131,6 +131,21 @@ class Run:
         if not self.is_finished:
             say(f"stopped at step {self.done} of {steps}; the same command resumes there")
 
+    def say_epochs(self, steps_per_epoch: float, what: str) -> None:
+        """Say, once per start, which epoch a run is in or reaches, if it reads its data more than once.
+
+        Args:
+            steps_per_epoch: steps in which every row is read once.
+            what: the data, such as "the prepared rows".
+        """
+        steps = self.settings["steps"]
+        if self.is_finished or steps <= steps_per_epoch:
+            return
+        epoch = int(self.done // steps_per_epoch) + 1
+        begun = f"step {self.done + 1} is in epoch {epoch}" if epoch > 1 else ""
+        later = f"epoch 2 begins at step {int(steps_per_epoch) + 1}"
+        say(f"{what} repeat: {begun or later}, and {steps} steps read them {steps / steps_per_epoch:.1f} times")
+
     def log(self, done: int, metrics: Mapping[str, Any]) -> None:
         """Record a step's metrics, and note whether a stop was requested. Call this once after each step.
 
