@@ -191,3 +191,29 @@ def test_an_input_of_another_width_is_an_error():
 def test_indices_that_are_none_are_named(indices, says):
     assert says in error_of(lambda: resolve_indices(indices, 12))
     assert says in error_of(lambda: make("relu").encode(inputs(), indices=indices))
+
+
+def test_neighbours_are_the_other_features_with_the_largest_cosine():
+    dictionary = make_dictionary("a", "b", n_features=700)  # more than are compared together
+    silent = dictionary.params["W_dec"].at[5].set(0)
+    dictionary = Dictionary.from_params(dictionary.config, dictionary.params | {"W_dec": silent})
+    W = np.asarray(silent, np.float64)
+    for feature in (0, 5, 699):
+        near = dictionary.neighbours(feature, 3)
+        norms = np.linalg.norm(W, axis=1) * np.linalg.norm(W[feature])
+        cosines = np.divide(W @ W[feature], norms, out=np.zeros(700), where=norms > 0)
+        cosines[feature] = -np.inf
+        order = np.argsort(-cosines, kind="stable")[:3]
+        np.testing.assert_array_equal(near.features, order)
+        assert_close(near.cosine, cosines[order], F32)
+    every = dictionary.neighbours(slice(None), 3)
+    assert every.features.shape == every.cosine.shape == (700, 3)
+    for one, (features, cosine) in enumerate(zip(*dictionary.neighbours([5, 699], 3), strict=True)):
+        np.testing.assert_array_equal(features, every.features[[5, 699][one]])
+        assert_close(cosine, every.cosine[[5, 699][one]], F32)
+
+
+def test_neighbours_that_do_not_exist_are_refused():
+    dictionary = make_dictionary("a", "b")
+    assert "n=12 is outside 1..11" in error_of(lambda: dictionary.neighbours(0, 12))
+    assert "feature 12 is out of range" in error_of(lambda: dictionary.neighbours(12))

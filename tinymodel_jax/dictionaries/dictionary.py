@@ -25,6 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.neighbours import Neighbours, nearest_rows
 from tinymodel_jax.params import own_array, require_shapes, require_tree, uniform_fan_in
 
 DictionaryParams = Mapping[str, Any]
@@ -212,6 +213,19 @@ class Dictionary:
         kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
         kept["W_dec"] = self.params["W_dec"][chosen]
         return Dictionary.from_params(dataclasses.replace(self.config, n_features=len(chosen)), kept)
+
+    def neighbours(self, feature: Indices, n: int = 10) -> Neighbours:
+        """Return the nearest features by the cosine of their decoder directions, nearest first.
+
+        Args:
+            feature: an int, which gives arrays (n,), or a list or slice of m features, which gives (m, n).
+            n: number of neighbours of each feature, which is not one of them.
+
+        Raises:
+            ValueError: a feature or `n` is out of range.
+        """
+        W_dec, chosen = self._known_params()["W_dec"], resolve_indices(feature, self.config.n_features)
+        return nearest_rows(W_dec, np.arange(len(W_dec)) if chosen is None else chosen, n)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads."""
