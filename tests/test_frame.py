@@ -64,8 +64,9 @@ def test_a_number_that_is_no_json_is_an_error(number, capsys):
 
 
 def test_the_table_of_a_training_run_shows_any_folder(capsys):
-    results = dict.fromkeys(dictionary_results.SHOWN, 0.5)
-    dictionary_results._print_table([{"folder": "dictionaries/M1[topk]:dog:", "results": results}], epath.Path("r[un]"))
+    results = {**dict.fromkeys(dictionary_results.HELD_OUT, 0.5), "tokens": 9}
+    record = {"folder": "dictionaries/M1[topk]:dog:", "results": results, "margins": {}}
+    dictionary_results._print_table([record], epath.Path("r[un]"))
     shown = capsys.readouterr().out
     assert "r[un]/sweep.json" in shown
     assert "│ M1[topk]:dog: │" in shown

@@ -29,9 +29,11 @@ from tinymodel_jax.config import ARCHITECTURES, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
+from train.dictionaries import Description
 
 FEATURES, STEPS, WIDTH = 48, 20, 16
 OPTIONS = ["--n-features", str(FEATURES), "--steps", str(STEPS), "--batch-size", "256", "--save-every", "5"]
+OPTIONS += ["--eval-every", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,28 @@ def test_a_run_learns_and_logs_every_step_of_every_member_once(sweep: Path) -> N
             assert explained[-1] > explained[0] + 0.1
     sites = ("M0", "blocks.1.attn.hook_z")
     assert [p.name for p in folders(sweep)] == [f"{site}_seed={seed}" for site in sites for seed in (0, 1)]
+
+
+def test_the_held_out_numbers_of_a_step_are_those_that_a_dictionary_finished_then_would_have(sweep: Path) -> None:
+    names = ("l0", "explained_variance", "ce_recovered")
+    lines = metrics_of(sweep)
+    evaluated = [line["step"] for line in lines if "held_out_l0" in line["M0"]]
+    assert evaluated == [10, 20]
+    records = json.loads((sweep / "sweep.json").read_text())["dictionaries"]
+    for site in ("M0", "blocks.1.attn.hook_z"):
+        of_site = [record["results"] for record in records if record["site"] == site]
+        for name in names:
+            assert lines[19][site][f"held_out_{name}"] == pytest.approx([one[name] for one in of_site], rel=1e-5)
+    assert lines[9]["M0"]["held_out_explained_variance"] < lines[19]["M0"]["held_out_explained_variance"]
+
+
+def test_the_progress_shows_the_last_held_out_numbers() -> None:
+    describe, of_step = Description(), {"l0": [4.0, 5.0], "explained_variance": [0.5, 0.6]}
+    held_out = {"held_out_l0": [3.96, 0], "held_out_explained_variance": [0.4, 0], "held_out_ce_recovered": [0.9, 0]}
+    assert describe({"step": 1, "M0": of_step}) == "M0 L0 4.0 EV 0.500  (+1)"
+    evaluated = "M0 L0 4.0 EV 0.500 (held out: L0 4.0 EV 0.400 CE recovered 0.900)  (+1)"
+    assert describe({"step": 2, "M0": {**of_step, **held_out}}) == evaluated
+    assert describe({"step": 3, "M0": of_step}) == evaluated
 
 
 @pytest.mark.slow
@@ -224,6 +248,20 @@ def test_every_architecture_trains_as_transcoder_with_skip_and_loads(
     lm = TinyModel(model)
     lm.attach("M1", dictionary)
     assert lm["M1"](np.zeros((1, 3), np.int32)).shape == (1, 3, FEATURES)
+
+
+def test_arrays_are_evaluated_during_the_training_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((400, WIDTH)).astype(np.float32))
+    options = [*OPTIONS, "--architecture", "topk", "--k", "4", "--steps", "2", "--eval-every", "1"]
+    assert train_here("dictionaries", "--activations", tmp_path / "x.npy", "--out", tmp_path / "out", *options) == 0
+    (record,) = json.loads((tmp_path / "out" / "sweep.json").read_text())["dictionaries"]
+    lines = metrics_of(tmp_path / "out")
+    for name in ("l0", "explained_variance"):
+        assert lines[1]["activations"][f"held_out_{name}"] == pytest.approx([record["results"][name]], rel=1e-5)
+    assert "held_out_ce_recovered" not in lines[1]["activations"], "that needs a language model"
+    shown = capsys.readouterr().out
+    assert "explained variance" in shown
+    assert "CE" not in shown
 
 
 @pytest.mark.slow

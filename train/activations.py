@@ -7,6 +7,7 @@ held-out data. Batches and vectors depend only on the step, not on the mesh. Bot
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ from train.presets import PRESETS, DType, number_format
 MARGIN = 1.05
 """Tokens in an average batch of stories per token drawn from it."""
 EVALUATION_VECTORS = 4096
-"""Held-out vectors per batch."""
+"""Held-out vectors per batch; the evaluations during the training are on one batch."""
+QUICK_STORIES = 64
+"""Held-out stories that the evaluations during the training are on."""
 STORIES_MULTIPLE = 8
 """The default number of stories per step is a multiple of this, so that most meshes divide it."""
 HELD_OUT_SHARE = 0.05
@@ -68,7 +71,7 @@ class ActivationOptions:
     data_seed: int = 0
     """seed of the order of the stories and of the tokens drawn from them"""
     held_out_stories: int = 512
-    """largest number of held-out stories that finished dictionaries are evaluated on"""
+    """largest number of held-out stories that dictionaries are evaluated on (during the training, at most 64)"""
     dtype: DType = "auto"
     """number format of the language model; auto is bfloat16 on an accelerator, float32 on a CPU"""
 
@@ -119,8 +122,12 @@ class ActivationSource(Protocol):
         """
         ...
 
-    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
-        """Evaluate dictionaries on held-out data."""
+    def evaluate(self, dictionaries: Sequence[Dictionary], quick: bool = False) -> list[Evaluation]:
+        """Evaluate dictionaries on held-out data.
+
+        Args:
+            quick: only on a small part of it, always the same.
+        """
         ...
 
 
@@ -205,12 +212,13 @@ class ModelActivations:
         layout = NamedSharding(self._mesh, P("data" if split else None, None))
         return site_vectors(context, self._config, batch, self._sites, self.batch_size, key, layout)
 
-    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
+    def evaluate(self, dictionaries: Sequence[Dictionary], quick: bool = False) -> list[Evaluation]:
         """Evaluate dictionaries on the held-out stories, all in one pass, in float32."""
         assert self._data is not None
         config = dataclasses.replace(self._config, dtype="float32")
         lm = TinyModel.from_params(config, self.context)
-        return [*evaluate(lm, dictionaries, np.asarray(self._data.valid[: self._options.held_out_stories], np.int32))]
+        stories = min(self._options.held_out_stories, QUICK_STORIES if quick else len(self._data.valid))
+        return [*evaluate(lm, dictionaries, np.asarray(self._data.valid[:stories], np.int32))]
 
 
 class ArrayActivations:
@@ -262,9 +270,13 @@ class ArrayActivations:
         batch = jax.lax.with_sharding_constraint(batch, layout)
         return {"activations": Vectors(batch[0], batch[1] if len(batch) == 2 else None)}
 
-    def evaluate(self, dictionaries: Sequence[Dictionary]) -> list[Evaluation]:
+    def evaluate(self, dictionaries: Sequence[Dictionary], quick: bool = False) -> list[Evaluation]:
         """Evaluate dictionaries on the held-out rows."""
-        return [evaluate_reconstruction(dictionary, self._held_out_batches()) for dictionary in dictionaries]
+        batches = 1 if quick else None
+        return [
+            evaluate_reconstruction(dictionary, itertools.islice(self._held_out_batches(), batches))
+            for dictionary in dictionaries
+        ]
 
     def _held_out_batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         everywhere = NamedSharding(self._layout.mesh, P())

@@ -27,7 +27,7 @@ from tinymodel_jax.training.flops import dictionary_flops_per_vector
 from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, make_mesh, shardings
 from train.activations import ActivationOptions, ActivationSource, Place, open_activations
 from train.compile_for import devices_for, report_step
-from train.dictionary_results import write_results
+from train.dictionary_results import held_out_metrics, write_results
 from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
 from train.run import Run, open_run
 from train.sweep import Sweep, SweepOptions, init_members, make_sweep
@@ -50,6 +50,7 @@ def dictionaries(
     source: tyro.conf.OmitArgPrefixes[ActivationOptions] = MODEL_SITES,
     out: str | None = None,
     save_every: int = 1000,
+    eval_every: int = 1000,
     mesh: str = "",
     compile_for: str | None = None,
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
@@ -66,6 +67,7 @@ def dictionaries(
         source: activations to train on.
         out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
         save_every: steps between checkpoints.
+        eval_every: steps between evaluations on held-out data (L0, explained variance, CE recovered).
         mesh: device mesh, such as data=2,model=4 or sweep=8; by default all devices are on data.
         compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
             estimated time.
@@ -74,8 +76,8 @@ def dictionaries(
     """
     join_hosts(hosts)
     require_trackers(tracking)
-    if min(steps, save_every) < 1:
-        raise ValueError(f"--steps {steps} and --save-every {save_every} must be 1 or more.")
+    if min(steps, save_every, eval_every) < 1:
+        raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     devices = make_mesh(mesh, devices_for(compile_for))
     activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
     trained = make_sweep(sweep, activations.places, steps, source.batch_size)
@@ -92,6 +94,7 @@ def dictionaries(
         "recipes": {name: shared.to_dict() for name, shared in trained.recipes.items()},
         "members": [dict(member.values) for member in trained.members],
         "steps": steps,
+        "eval_every": eval_every,
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "save_every": save_every,
     }
@@ -105,8 +108,11 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -
     if states is None:
         states = program.init(first_statistics(source))
     run.say_epochs(source.steps_per_epoch, source.rows_are)
-    for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), _describe):
+    for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), Description()):
         states, metrics = settled(program.step(states, source.context, batch))
+        if done % run.settings["eval_every"] == 0:
+            held_out = held_out_metrics(source, states, sweep)
+            metrics = {name: {**found, **held_out[name]} for name, found in metrics.items()}
         run.log(done, {"tokens": source.batch_size, **metrics})
         if run.must_save(done):
             run.save(done, states)
@@ -227,9 +233,27 @@ def _flops_per_vector(source: ActivationSource, sweep: Sweep) -> float:
     return source.flops_per_vector + len(sweep.members) * of_members
 
 
-def _describe(line: Mapping[str, Any]) -> str:
-    """Return L0 and explained variance of the first member of the first places."""
-    names = [name for name in line if isinstance(line[name], Mapping)]
-    texts = [f"{n} L0 {line[n]['l0'][0]:.1f} EV {line[n]['explained_variance'][0]:.3f}" for n in names[:3]]
-    more = sum(len(line[n]["l0"]) for n in names) - len(texts)
-    return "  ".join(texts) + (f"  (+{more})" if more else "")
+class Description:
+    """A step's metrics in a few words: those of the first member of the first places, and their last evaluation."""
+
+    def __init__(self) -> None:
+        """Start without an evaluation."""
+        self._held_out: dict[str, str] = {}
+
+    def __call__(self, line: Mapping[str, Any]) -> str:
+        """Return the words for a line of `metrics.jsonl`."""
+        names = [name for name in line if isinstance(line[name], Mapping)]
+        texts = []
+        for name in names[:3]:
+            values = {metric: members[0] for metric, members in line[name].items()}
+            if "held_out_l0" in values:
+                self._held_out[name] = f" (held out: {_numbers(values, 'held_out_')})"
+            texts.append(f"{name} {_numbers(values)}{self._held_out.get(name, '')}")
+        more = sum(len(line[n]["l0"]) for n in names) - len(texts)
+        return "  ".join(texts) + (f"  (+{more})" if more else "")
+
+
+def _numbers(values: Mapping[str, float], prefix: str = "") -> str:
+    shown = {"l0": ("L0", ".1f"), "explained_variance": ("EV", ".3f"), "ce_recovered": ("CE recovered", ".3f")}
+    found = {name: values[prefix + name] for name in shown if prefix + name in values}
+    return " ".join(f"{shown[name][0]} {value:{shown[name][1]}}" for name, value in found.items())

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
 from tinymodel_jax.analysis.report.charts import plot_pareto
-from tinymodel_jax.commands.frame import finite_or_none, print_table
+from tinymodel_jax.commands.evaluate import print_dictionaries, say_units
+from tinymodel_jax.commands.frame import finite_or_none
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
@@ -35,30 +37,27 @@ if TYPE_CHECKING:
     from train.activations import ActivationSource
     from train.run import Run
 
-SHOWN = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
+HELD_OUT = ("l0", "explained_variance", "ce_recovered")
+"""Results of a quick evaluation that `metrics.jsonl` records, with `held_out_` before their name."""
 
 
 def write_results(run: Run, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep) -> None:
     """Evaluate and write every dictionary, write `sweep.json` and `pareto.png`, and print a table."""
-    out, (recipes, members) = run.folder, sweep
-    names = [(name, index) for name in source.places for index in range(len(members))]
-    dictionaries = []
-    for name, index in names:
-        state, place = _one_member(states[name], index), source.places[name]
-        finished = finalize(state, members[index].recipe(recipes[name]), place.hook_in, place.hook_out)
-        dictionaries.append(Dictionary.from_params(*finished))
+    found = finished_dictionaries(source, states, sweep)
+    evaluations = source.evaluate([dictionary for _, _, dictionary in found])
     records, written = [], []
-    for (name, index), dictionary, evaluation in zip(names, dictionaries, source.evaluate(dictionaries), strict=True):
-        member = members[index]
+    for (name, index, dictionary), evaluation in zip(found, evaluations, strict=True):
+        member = sweep.members[index]
         folder = f"{name}_{member.name}" if member.name else name
         record = {
             "folder": f"dictionaries/{folder}",
             "site": name,
             "settings": dict(member.values),
-            "results": {key: finite_or_none(value) for key, value in numbers_of(evaluation).items()},
+            "results": _finite(numbers_of(evaluation)),
+            "margins": _finite(getattr(evaluation, "margins", {})),
         }
         records.append(record)
-        written.append((dictionary, record, member.recipe(recipes[name])))
+        written.append((dictionary, record, member.recipe(sweep.recipes[name])))
 
     def publish() -> None:
         content = {
@@ -67,7 +66,7 @@ def write_results(run: Run, source: ActivationSource, states: Mapping[str, Dicti
             "steps": run.settings["steps"],
             "dictionaries": records,
         }
-        with local_folder(out) as folder:
+        with local_folder(run.folder) as folder:
             for dictionary, record, recipe in written:
                 _write_dictionary(folder / record["folder"], dictionary, run.settings, record, recipe)
             replace_file(folder / "sweep.json", _json(content))
@@ -75,7 +74,40 @@ def write_results(run: Run, source: ActivationSource, states: Mapping[str, Dicti
 
     on_first(publish)
     if is_first():
-        _print_table(records, out)
+        _print_table(records, run.folder)
+
+
+def held_out_metrics(
+    source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return numbers of the unfinished dictionaries on a part of the held-out data, for `metrics.jsonl`.
+
+    batch_topk's threshold is the running mean of training. Place -> name, such as `held_out_l0` -> an array of members;
+    a number that is not finite for some member is left out.
+    """
+    found = finished_dictionaries(source, states, sweep)
+    evaluations = source.evaluate([dictionary for _, _, dictionary in found], quick=True)
+    of_places: dict[str, list[dict[str, float]]] = {}
+    for (name, _, _), evaluation in zip(found, evaluations, strict=True):
+        of_places.setdefault(name, []).append(numbers_of(evaluation))
+    metrics: dict[str, dict[str, np.ndarray]] = {}
+    for place, members in of_places.items():
+        arrays = {name: np.array([member[name] for member in members]) for name in HELD_OUT if name in members[0]}
+        metrics[place] = {f"held_out_{name}": array for name, array in arrays.items() if np.isfinite(array).all()}
+    return metrics
+
+
+def finished_dictionaries(
+    source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep
+) -> list[tuple[str, int, Dictionary]]:
+    """Return (place, number of the member, dictionary) of all states as they are now."""
+    found = []
+    for name, place in source.places.items():
+        for index, member in enumerate(sweep.members):
+            state = _one_member(states[name], index)
+            finished = finalize(state, member.recipe(sweep.recipes[name]), place.hook_in, place.hook_out)
+            found.append((name, index, Dictionary.from_params(*finished)))
+    return found
 
 
 def _one_member(stacked: DictionaryTrainState, index: int) -> DictionaryTrainState:
@@ -108,15 +140,15 @@ def _write_dictionary(
 
 
 def _print_table(records: Sequence[Mapping[str, Any]], out: epath.Path) -> None:
-    shown = [key for key in SHOWN if key in records[0]["results"]]
-    rows = []
-    for record in records:
-        values = [record["results"][key] for key in shown]
-        cells = [
-            "-" if v is None else f"{v:.1f}" if k == "l0" else f"{v:.4f}" for k, v in zip(shown, values, strict=True)
-        ]
-        rows.append([Path(record["folder"]).name, *cells])
-    print_table(["dictionary", *(key.replace("_", " ") for key in shown)], rows, title=f"{out / 'sweep.json'}")
+    named = [{**record, "name": Path(record["folder"]).name} for record in records]
+    print_dictionaries(named, "held-out data")
+    if "ce_clean" in records[0]["results"]:
+        say_units(with_margins=True)
+    print(f"all numbers: {out / 'sweep.json'}")
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: finite_or_none(value) for name, value in numbers.items()}
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

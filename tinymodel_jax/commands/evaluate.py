@@ -156,16 +156,30 @@ def _write(content: Mapping[str, Any], out: Path) -> None:
         plot_evaluations(content["dictionaries"], out.with_suffix(".png"))
 
 
+def print_dictionaries(records: Sequence[Mapping[str, Any]], data: str) -> None:
+    """Print a table of dictionaries.
+
+    Args:
+        records: `name`, `results` and `margins` of each, with the names of `DictionaryEvaluation`'s fields; columns
+            that the first record has no result for are left out.
+        data: what they were measured on, for the title.
+    """
+    first = records[0]
+    columns = {name: heading for name, heading in COLUMNS.items() if name in first["results"]}
+    clean = f"; CE clean {_cell(first, 'ce_clean', False)} nats" if "ce_clean" in first["results"] else ""
+    rows = [[record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in columns)] for record in records]
+    title = f"{first['results']['tokens']:,} tokens of {data}{clean}"
+    print_table(["dictionary", *columns.values()], rows, title=title)
+
+
+def say_units(with_margins: bool) -> None:
+    """Print the units of the tables' numbers."""
+    print(f"CE and KL are in nats{'; ± is half of a 95 % confidence interval over rows' * with_margins}.")
+
+
 def _print_tables(content: Mapping[str, Any]) -> None:
     if content["dictionaries"]:
-        first = content["dictionaries"][0]
-        clean = _cell(first, "ce_clean", with_margin=False)
-        title = f"{first['results']['tokens']:,} tokens of {content['rows']:,} rows; CE clean {clean} nats"
-        rows = [
-            [record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in COLUMNS)]
-            for record in content["dictionaries"]
-        ]
-        print_table(["dictionary", *COLUMNS.values()], rows, title=title)
+        print_dictionaries(content["dictionaries"], f"{content['rows']:,} rows")
     sparse = content["sparse_model"]
     if sparse is not None:
         rows = [
@@ -173,7 +187,7 @@ def _print_tables(content: Mapping[str, Any]) -> None:
             for name in sparse["results"]
         ]
         print_table([f"{', '.join(sparse['sites'])} at once", ""], rows)
-    print(f"CE and KL are in nats{'; ± is half of a 95 % confidence interval over rows' * (content['rows'] > 1)}.")
+    say_units(with_margins=content["rows"] > 1)
 
 
 def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:
