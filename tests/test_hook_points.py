@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import error_of, forward
+from oracle import F32, assert_close, error_of, forward, program_of
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.model.edits import Scale
 from tinymodel_jax.model.hook_points import (
     HookPoint,
     apply_with_hooks,
@@ -182,3 +183,40 @@ def test_edits_and_values_go_through_jit():
     out, acts = compiled(1.0)
     np.testing.assert_array_equal(out, [2, 4, 6])
     np.testing.assert_array_equal(acts["after"], out)
+
+
+def test_hook_points_are_chosen_by_names_patterns_or_a_function(lm, tok_ids):
+    per_block = [f"blocks.{layer}.hook_mlp_out" for layer in range(2)]
+    _, every = lm.run_with_cache(tok_ids)
+    for names, expected in (
+        ("blocks.*.hook_mlp_out", per_block),
+        (lambda name: name.endswith("mlp_out"), per_block),
+        (["hook_embed", "*1.hook_mlp_out", per_block[1]], ["hook_embed", per_block[1]]),
+        ("*", list(hook_names(lm.config))),
+    ):
+        kept = [
+            lm.run_with_cache(tok_ids, names)[1],
+            lm.run_with_hooks(tok_ids, {}, names)[1],
+            run_with_hooks(lm.params, lm.config, jnp.asarray(tok_ids), keep=names)[1],
+        ]
+        for acts in kept:
+            assert list(acts) == expected
+            for name in expected:
+                assert_close(acts[name], every[name], F32)
+
+
+def test_without_logprobs_a_pass_computes_only_what_is_kept(lm, tok_ids):
+    name = "blocks.0.hook_mlp_in"
+    logprobs, acts = lm.run_with_cache(tok_ids, name, return_logprobs=False)
+    assert logprobs is None
+    assert_close(acts[name], lm.run_with_cache(tok_ids, name)[1][name], F32)
+    for hooks in ({name: Scale(2.0)}, {name: lambda value, acts: value * 2}):
+        logprobs, edited = lm.run_with_hooks(tok_ids, hooks, name, return_logprobs=False)
+        assert logprobs is None
+        assert_close(edited[name], np.asarray(acts[name]) * 2, F32)
+
+    all_of_it, only_kept = (
+        program_of(lambda ids, wanted=wanted: lm.run_with_cache(ids, name, wanted), tok_ids)[0]
+        for wanted in (True, False)
+    )
+    assert only_kept < all_of_it / 3  # half a layer of two

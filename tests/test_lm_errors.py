@@ -203,10 +203,11 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.save_pretrained(NOTHING), "a model is saved to a folder, got None"),
         (lambda lm: lm.dictionaries["M0"].save_pretrained(""), "a dictionary is saved to a folder, got ''"),
         (
-            lambda lm: lm.run_with_cache(IDS, lambda name: "resid" in name),
-            "hook names: got a function; expected a name",
+            lambda lm: lm.run_with_cache(IDS, lambda name: "rseid" in name),
+            "the function given for names chooses none of the 32 hook points",
         ),
-        (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "hook names: got a int; expected a name or several"),
+        (lambda lm: lm.run_with_cache(IDS, "*rseid*"), "unknown hook points in a 2-layer model: '*rseid*'"),
+        (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "names: got a int; expected a name or several"),
         (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "feature=None) is not a dictionary tag"),
         (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is not a dictionary tag"),
         (

@@ -33,11 +33,12 @@ from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
 from tinymodel_jax.model.hook_points import (
     Hook,
     Hooks,
+    Names,
     as_names,
+    chosen_names,
     hook_names,
     position_axes,
     require_edits,
-    require_hook_names,
 )
 from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, is_traced, pad_to_bucket
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
@@ -153,38 +154,45 @@ class TinyModel(WeightViews):
         return mean_loss(self.hooked(), *ids_and_targets(self.to_tokens(tok_ids), attn_mask, self.config))
 
     def run_with_cache(
-        self, tok_ids: Any, names: str | Iterable[str] | None = None
-    ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-        """Return log-probabilities and the activations at hook points (all of them when `names` is None).
+        self, tok_ids: Any, names: Names | None = None, return_logprobs: bool = True
+    ) -> tuple[Any, dict[str, Array]]:
+        """Return log-probabilities (batch, seq, d_vocab) and the activations at hook points.
+
+        Args:
+            names: names, patterns in which `*` matches any characters ("blocks.*.hook_mlp_out"), or a function of the
+                name such as `lambda name: "resid" in name`. By default all hook points.
+            return_logprobs: with False, the first result is None, and neither the unembedding nor any layer after the
+                last of the hook points runs.
 
         Raises:
-            ValueError: a name is not a hook point; the message lists the closest ones.
+            ValueError: a name is not a hook point (the message lists the closest ones), or nothing is chosen.
         """
-        keep = hook_names(self.config) if names is None else as_names(names)
-        require_hook_names(keep, self.config)
-        return self._run(tok_ids, "logprobs", keep)
+        keep = hook_names(self.config) if names is None else chosen_names(names, self.config)
+        return self._run(tok_ids, "logprobs" if return_logprobs else "none", keep)
 
     def run_with_hooks(
-        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: str | Iterable[str] = ()
-    ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-        """Run the model with edits; return log-probabilities and the activations to keep.
+        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: Names = (), return_logprobs: bool = True
+    ) -> tuple[Any, dict[str, Array]]:
+        """Run the model with edits; return log-probabilities (batch, seq, d_vocab) and the activations to keep.
 
         Args:
             hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are padded with the ids to one of a few
                 lengths, and compiled once per kind of edit. Plain functions `(value, acts) -> value` see the exact
                 length and are called on every pass, which then runs operation by operation.
-            keep: one or several hook names, whose values are returned as they are after their edits.
+            keep: the hook points whose values are returned as they are after their edits; as `names` of
+                `run_with_cache`.
+            return_logprobs: with False, the first result is None, and compiled passes compute only what is kept.
 
         Raises:
             ValueError: a name is not a hook point, a hook is not an edit, or an edit does not fit the value there.
         """
-        keep = as_names(keep)
         require_edits(hooks)
-        require_hook_names((*hooks, *keep), self.config)
+        keep = chosen_names(keep, self.config, hooks)
+        output: Output = "logprobs" if return_logprobs else "none"
         if not is_traced(tok_ids) and can_be_padded(hooks):
-            return self._run(tok_ids, "logprobs", keep, hooks=hooks)
+            return self._run(tok_ids, output, keep, hooks=hooks)
         ids = jnp.asarray(batch_of(self.to_tokens(tok_ids), self.config))
-        logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep)
+        logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep, output)
         return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
 
     def _run(
@@ -317,12 +325,14 @@ def _residual_name(layer: int, n_layers: int) -> str:
     return Site("Ra", layer).hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
 
 
-def _edited_pass(model: HookedModel, ids: Array, keep: tuple[str, ...]) -> tuple[Array, dict[str, Array]]:
-    """Return log-probabilities and activations; edits that are plain functions cannot be compiled."""
+def _edited_pass(
+    model: HookedModel, ids: Array, keep: tuple[str, ...], output: Output
+) -> tuple[Array | None, dict[str, Array]]:
+    """Return log-probabilities or None, and activations; edits that are plain functions cannot be compiled."""
     if _is_array_tree(model.hooks):
-        return forward(model, ids, keep=keep)
+        return forward(model, ids, keep=keep, output=output)
     logits, acts = model.run(ids, keep)
-    return jax.nn.log_softmax(logits), acts
+    return jax.nn.log_softmax(logits) if output == "logprobs" else None, acts
 
 
 def _is_array_tree(hooks: Hooks) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
 """An edit: `(value, values of earlier hook points) -> new value` of the same shape."""
 Hooks = dict[str, Hook]
 """Hook name -> edit."""
+Names = str | Iterable[str] | Callable[[str], Any]
+"""Hook points: a name or pattern, several, or a function of the name that returns whether it is meant."""
 
 
 class HookPoint(nn.Module):
@@ -113,14 +116,43 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     """Return names as a tuple; a string is one name.
 
     Raises:
-        ValueError: they are not names. TransformerLens also accepts a filter function; this package does not.
+        ValueError: they are not names.
     """
     if not isinstance(names, Iterable):
         raise ValueError(
-            f"hook names: got a {type(names).__name__}; expected a name or several, such as "
-            "[name for name in hook_names(lm.config) if 'resid' in name]."
+            f"names: got a {type(names).__name__}; expected a name or several. For hook points, a pattern such as "
+            "'*hook_resid_*' or a function of the name also works."
         )
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def chosen_names(names: Names, config: ModelConfig, hooks: Iterable[str] = ()) -> tuple[str, ...]:
+    """Return the hook points that are chosen by names, patterns or a function; each once.
+
+    Args:
+        names: a name or several. In a name, `*` matches any characters, so "blocks.*.hook_mlp_out" chooses one hook
+            point per block. Or a function of the name that returns whether the hook point is chosen.
+        hooks: names of hooks, which are checked with them.
+
+    Raises:
+        ValueError: names do not exist (all are listed), or nothing is chosen by a pattern or the function.
+    """
+    valid = hook_names(config)
+    if callable(names):
+        chosen = [name for name in valid if names(name)]
+        if not chosen:
+            raise ValueError(f"the function given for names chooses none of the {len(valid)} hook points.")
+    else:
+        given = ([one] if one in valid else _matches(one, valid) or [one] for one in as_names(names))
+        chosen = dict.fromkeys(name for group in given for name in group)
+    require_hook_names((*hooks, *chosen), config)
+    return tuple(chosen)
+
+
+def _matches(pattern: Any, names: Iterable[str]) -> list[str]:
+    """Return the names that match a pattern with `*`; a text without it matches nothing."""
+    is_pattern = isinstance(pattern, str) and "*" in pattern
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)] if is_pattern else []
 
 
 def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:

@@ -12,7 +12,7 @@ Source: architecture of noanabeshima/tiny_model (tinymodel/lm_modules.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,10 +24,10 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.model.hook_points import (
     Hook,
     HookPoint,
+    Names,
     apply_with_hooks,
-    as_names,
+    chosen_names,
     masked_score,
-    require_hook_names,
 )
 from tinymodel_jax.model.padding import check_shape
 from tinymodel_jax.params import uniform_fan_in
@@ -229,7 +229,7 @@ def run_with_hooks(
     config: ModelConfig,
     tok_ids: Int[Array, "batch seq"],
     hooks: Mapping[str, Hook] | None = None,
-    keep: str | Iterable[str] = (),
+    keep: Names = (),
 ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
     """Run the model with edits; return its logits and the kept activations.
 
@@ -240,13 +240,14 @@ def run_with_hooks(
     Args:
         hooks: hook name -> edit. An edit is made by `interventions`, or is any function `(value, acts) -> value`, where
             `acts` contains the values of the hook points so far.
-        keep: a hook name or several, whose values are returned (after their edits).
+        keep: the hook points whose values are returned (after their edits): names, patterns such as "*hook_mlp_out",
+            or a function of the name.
 
     Raises:
         ValueError: a hook name does not exist, or an edit changes a shape.
     """
-    hooks, keep = hooks or {}, as_names(keep)
-    require_hook_names((*hooks, *keep), config)
+    hooks = hooks or {}
+    keep = chosen_names(keep, config, hooks)
     check_shape(tok_ids, config)
     return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)
 
