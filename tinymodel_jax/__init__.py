@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.dictionaries.sites import Site as Site
     from tinymodel_jax.io.torch_files import load_torch_file as load_torch_file
     from tinymodel_jax.lm import TinyModel as TinyModel
+    from tinymodel_jax.lm.collection import collect_activations as collect_activations
     from tinymodel_jax.model import interventions as interventions
     from tinymodel_jax.model.hook_points import HookPoint as HookPoint
     from tinymodel_jax.model.hook_points import hook_names as hook_names
@@ -47,6 +48,7 @@ _HOMES = {
     "Dictionary": "dictionaries.dictionary",
     "DictionaryConfig": "config",
     "Site": "dictionaries.sites",
+    "collect_activations": "lm.collection",
     "evaluate": "analysis.evaluation.evaluation",
     "export_sparse_lm": "analysis.evaluation.sparse_lm",
     # Files

@@ -22,14 +22,11 @@ from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
-from tinymodel_jax.model.forward import forward
+from tinymodel_jax.lm.collection import collect_activations
 from tinymodel_jax.model.hook_points import as_names
-from tinymodel_jax.model.padding import pad_below
 from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.text.prompts_and_stories import story_rows
 
-BATCH = 16
-"""Stories in one pass of the model."""
 ENCODED_TOGETHER = 4096
 """Features whose activations are computed together."""
 
@@ -164,17 +161,10 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     config, tokenizer = lm.config, lm.tokenizer
     tok_ids = story_rows(tokenizer, [story.text for story in told], config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
-    text = config.is_text(tok_ids)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for start in range(0, len(told), BATCH):
-        rows = tok_ids[start : start + BATCH]
-        padded = pad_below(rows, BATCH, config.pad_id)
-        _, acts = forward(lm.hooked(), padded, keep=names, output="none")
-        for name in names:
-            kept = np.asarray(acts[name], np.float32)[: len(rows)]
-            real = kept[text[start : start + BATCH]]
-            parts[name].append(real.reshape(len(real), -1))
-    return _Half({name: np.concatenate(rows) for name, rows in parts.items()}, truth[text])
+    found = collect_activations(lm, tok_ids, names)
+    text = config.is_text(found.tok_id)
+    truth = truth[found.row, found.position]
+    return _Half({name: acts[text] for name, acts in found.acts.items()}, truth[text])
 
 
 def _units_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Units]:

@@ -10,16 +10,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Integer
 
 from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_positions
 from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
 from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.lm import FeatureReader
-from tinymodel_jax.model.forward import forward
-from tinymodel_jax.model.hook_points import vectors
+from tinymodel_jax.lm.collection import BatchedPass
 from tinymodel_jax.model.padding import check_tok_ids, pad_below
 
 
@@ -36,7 +33,7 @@ class MeasuredBatch(NamedTuple):
     n_sampled: int
 
 
-class DictionaryInputs:
+class DictionaryInputs(BatchedPass):
     """Computes what a dictionary reads. The rows of a batch are spread over the devices of this process.
 
     Args:
@@ -44,21 +41,13 @@ class DictionaryInputs:
     """
 
     def __init__(self, reader: FeatureReader, per_device: int):
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices), ("data",))
-        self.spread, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        self.batch = per_device * len(devices)
-        """Rows of a batch."""
         self.config = reader.dictionary.config
-        self.dictionary = jax.device_put(reader.dictionary.params, everywhere)
-        self.model = jax.device_put(reader.lm.hooked(before=reader.site), everywhere)
+        super().__init__(reader.lm.hooked(before=reader.site), (self.config.hook_in,), per_device)
+        self.dictionary = jax.device_put(reader.dictionary.params, self.everywhere)
 
     def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
         """Return the inputs, (batch, seq, d_in); rows beyond the given ones are padding."""
-        ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.model.config.pad_id)
-        name, ids = self.config.hook_in, jax.device_put(ids, self.spread)
-        _, acts = forward(self.model, ids, keep=(name,), output="none")
-        return vectors(acts[name])
+        return self.run(tok_ids)[self.config.hook_in]
 
 
 class ActivationPass:
