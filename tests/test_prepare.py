@@ -713,3 +713,8 @@ def test_a_long_preparation_says_now_and_then_how_far_it_is(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 23
     assert lines[-1].startswith("tokenizing: 225 stories, ")
+
+
+def test_a_missing_source_is_named_before_a_tokenizer_is_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"stories\.txt does not exist\. SRC may be"):
+        prepare(str(tmp_path / "stories.txt"), str(tmp_path / "data"), tokenizer=str(tmp_path / "no tokenizer"))

@@ -29,7 +29,9 @@ from tinymodel_jax.config import ARCHITECTURES, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
+from train.activations import Place
 from train.dictionaries import Description
+from train.sweep import SweepOptions, make_sweep
 
 FEATURES, STEPS, WIDTH = 48, 20, 16
 OPTIONS = ["--n-features", str(FEATURES), "--steps", str(STEPS), "--batch-size", "256", "--save-every", "5"]
@@ -182,6 +184,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
     stopped = len(metrics_of(tmp_path))
     assert 11 < stopped < 15, "between two checkpoints, so that the stop has to save one"
     said = capsys.readouterr().out
+    assert said.startswith("M0, blocks.1.attn.hook_z: topk, 48 features, k 4, learning rate 0.001, 20 steps of 256 v")
     assert f"stopped at step {stopped} of {STEPS}; the same command resumes" in said
     assert said.count("the prepared rows repeat: epoch 2 begins at step 10, ") == 1, "16 of 150 stories per step"
     assert not (tmp_path / "sweep.json").exists()
@@ -369,6 +372,23 @@ def test_bad_input_is_one_line(
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_recipe_sets_is_named_before_the_first_step() -> None:
+    place = Place("x", "x", 768, 768)
+    plain = make_sweep(SweepOptions(64), {"M0": place}, 100, 32)
+    assert plain.describe().startswith("M0: batch_topk, 64 features, k 32, learning rate ")
+    options = SweepOptions(64, "relu", l1="2,3", target_l0="5", learning_rate="1e-3")
+    assert make_sweep(options, {"M0": place, "A0": place}, 100, 32).describe() == (
+        "M0, A0: relu, 64 features, sparsity 2 | 3, target L0 5, learning rate 0.001, 100 steps of 32 vectors"
+    )
+
+
+def test_help_names_the_values_that_a_recipe_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here("dictionaries", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "active features per vector (topk and batch_topk) (default: 32)" in shown
+    assert "largest learning rate (default: the recipe's; the run prints it)" in shown
 
 
 def test_a_changed_option_is_an_error_that_prints_the_difference(

@@ -104,10 +104,13 @@ def test_more_steps_than_the_data_has_rows_for_say_so_and_fewer_say_nothing(
     assert "repeat" not in capsys.readouterr().out
 
 
-def test_sizes_of_the_command_line_replace_those_of_the_preset(data: Path, tmp_path: Path) -> None:
+def test_sizes_of_the_command_line_replace_those_of_the_preset(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sizes = {"n_layers": 1, "d_model": 24, "n_heads": 2, "d_mlp": 40, "n_ctx": ROW}
     options = [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", str(size))]
     assert train_here(*arguments(data, tmp_path, steps=2), *options) == 0
+    assert capsys.readouterr().out.startswith(f"1 layers, d_model 24, 2 heads, d_mlp 40, context {ROW}, {VOCAB} ids: ")
     found = TinyModel(tmp_path).config.to_dict()
     assert {name: found[name] for name in sizes} == sizes
     assert found["d_vocab"] == VOCAB

@@ -104,6 +104,7 @@ def dictionaries(
 
 
 def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -> None:
+    say(sweep.describe())
     states = run.restore(program.abstract)
     if states is None:
         states = program.init(first_statistics(source))

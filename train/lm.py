@@ -153,6 +153,7 @@ def lm(
         "save_every": save_every,
     }
     with open_run(out, settings, may_change=("save_every", "mesh", "fsdp"), tracking=tracking) as run:
+        say(chosen.describe())
         _train(run, config, program, token_data, devices)
 
 

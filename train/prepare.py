@@ -88,8 +88,8 @@ def prepare(
     _check_numbers(limit, row_length, valid_fraction, seed, workers)
     dest = os.path.expanduser(dest)
     _require_free(dest)
+    source = open_source(src)  # before the tokenizer, which may have to be downloaded
     found = load_tokenizer(tokenizer)
-    source = open_source(src)
     limit = source.default_limit if limit is None else limit
     if valid_fraction is None and "valid" not in source.splits:
         valid_fraction = DEFAULT_VALID_FRACTION

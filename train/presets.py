@@ -31,6 +31,16 @@ class Preset:
     any_vocabulary: bool
     """Whether the vocabulary size comes from the data instead of the preset."""
 
+    def describe(self) -> str:
+        """Return what is trained, on one line."""
+        model, optimizer = self.model, self.optimizer
+        return (
+            f"{model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads, d_mlp {model.d_mlp}, "
+            f"context {model.n_ctx}, {model.d_vocab:,} ids: {model.n_params:,} parameters in {model.dtype}; "
+            f"{optimizer.method}, learning rate {optimizer.learning_rate:g}, {self.steps:,} steps of "
+            f"{self.batch_size} rows"
+        )
+
 
 def of_presets(value: Callable[[Preset], Any]) -> Any:
     """Return the annotation of an option whose default is the preset's; its help states the value of each preset."""

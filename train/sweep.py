@@ -11,9 +11,10 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
+import tyro
 
 from tinymodel_jax.config import Architecture
 from tinymodel_jax.runtime.paths import user_path
@@ -21,6 +22,19 @@ from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, D
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
 from tinymodel_jax.training.dictionary_step import stack_members
 from train.activations import Place
+
+
+def of_recipe(architecture: Architecture, field: str) -> Any:
+    """Return the annotation of an option whose default is the house recipe's for large dictionaries."""
+
+    def hint(default: str) -> str:
+        del default
+        return f"(default: {getattr(recipe_preset('house', architecture, 1 << 16, 10_000), field):g})"
+
+    return tyro.conf.arg(help_behavior_hint=hint)
+
+
+AS_RECIPE = tyro.conf.arg(help_behavior_hint="(default: the recipe's; the run prints it)")
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,13 @@ class SweepOptions:
     """activation function"""
     recipe: str = "house"
     """house, reference, or a .json file with fields of DictionaryRecipe"""
-    k: str | None = None
+    k: Annotated[str | None, of_recipe("topk", "k")] = None
     """active features per vector (topk and batch_topk)"""
-    l1: str | None = None
+    l1: Annotated[str | None, AS_RECIPE] = None
     """coefficient of the sparsity loss (relu, gated and jumprelu)"""
-    target_l0: str | None = None
+    target_l0: Annotated[str | None, tyro.conf.arg(help_behavior_hint="(default: 32 for jumprelu)")] = None
     """target number of active features per vector (relu, gated and jumprelu)"""
-    learning_rate: str | None = None
+    learning_rate: Annotated[str | None, AS_RECIPE] = None
     """largest learning rate"""
     seed: str = "0"
     """seed of the initial parameters; --data-seed sets the order of the data"""
@@ -49,7 +63,7 @@ class SweepOptions:
     """sizes of nested dictionaries, separated by commas; the last is n-features"""
     random_prefixes: int | None = None
     """number of nested dictionaries whose sizes are drawn again at every step"""
-    dead_after: int | None = None
+    dead_after: Annotated[int | None, AS_RECIPE] = None
     """number of vectors without activation after which a feature counts as dead"""
 
 
@@ -63,6 +77,7 @@ VARIED: dict[str, tuple[str, Callable[[str], float]]] = {
 """Option that takes a comma-separated list -> the recipe's field (or the seed), and the type of its values."""
 
 PUBLISHED_WIDTH = 768
+_DESCRIBED = {"k": "k", "sparsity": "sparsity", "target_l0": "target L0", "learning_rate": "learning rate"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,18 @@ class Sweep(NamedTuple):
     recipes: dict[str, DictionaryRecipe]
     """Place -> recipe that its members share."""
     members: list[Member]
+
+    def describe(self) -> str:
+        """Return what is trained, on one line, with every value that an option can set."""
+        shared = next(iter(self.recipes.values()))
+        each = [member.recipe(recipe) for recipe in self.recipes.values() for member in self.members]
+        texts = [f"{shared.architecture}, {shared.n_features:,} features"]
+        for field, label in _DESCRIBED.items():
+            values = dict.fromkeys(getattr(recipe, field) for recipe in each)
+            if values.keys() - {None, 0}:
+                texts.append(f"{label} {' | '.join(f'{value:.4g}' for value in values)}")
+        texts.append(f"{shared.steps:,} steps of {shared.batch_size:,} vectors")
+        return f"{', '.join(self.recipes)}: {', '.join(texts)}"
 
 
 def make_sweep(options: SweepOptions, places: Mapping[str, Place], steps: int, batch_size: int) -> Sweep:
