@@ -1,4 +1,4 @@
-"""`python -m train prepare | lm | dictionaries | bundle`: the training programs.
+"""`python -m train prepare | lm | dictionaries | export | bundle`: the training programs.
 
 Only the program that is named is imported, so `--help` works without the packages of the `train` extra. Ctrl-C ends
 every program without a traceback.
@@ -16,6 +16,7 @@ PROGRAMS = {
     "prepare": "Turn stories into a folder of token ids to train on.",
     "lm": "Train a language model, or resume a stopped run.",
     "dictionaries": "Train dictionaries on activations of a language model or of files, or resume a stopped run.",
+    "export": "Write the dictionaries or the model of a run that is still going on, or was stopped.",
     "bundle": "Make the bundled model and its dictionaries, or resume a stopped run.",
 }
 """Name of a function, and of its module in `train` -> the first line of its docstring."""

@@ -30,6 +30,7 @@ from train.compile_for import devices_for, report_step
 from train.dictionary_results import held_out_metrics, write_results
 from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
 from train.run import Run, open_run
+from train.run_folder import recorded_options
 from train.sweep import Sweep, SweepOptions, init_members, make_sweep
 from train.trackers import NO_TRACKING, Tracking, require_trackers
 
@@ -97,8 +98,9 @@ def dictionaries(
         "eval_every": eval_every,
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "save_every": save_every,
+        "source": recorded_options(source),
     }
-    may_change = ("save_every", "mesh", "held_out_stories")
+    may_change = ("save_every", "mesh", "held_out_stories", "source")
     with open_run(out, settings, may_change, tracking) as run:
         _train(run, activations, program, trained)
 
@@ -120,7 +122,8 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -
     if not run.is_finished:
         return
     say(f"{run.folder}: {run.done} steps done, {run.speed('vectors')}")
-    write_results(run, source, _settle_thresholds(program, source, states, sweep), sweep)
+    states = settle(program, source, states, sweep, run.done)
+    write_results(run.folder, run.settings, source, states, sweep)
 
 
 class Program(NamedTuple):
@@ -214,13 +217,13 @@ def _init(statistics: dict[str, Any], sweep: Sweep) -> States:
     return {name: init_members(sweep.recipes[name], sweep.members, *pair) for name, pair in statistics.items()}
 
 
-def _settle_thresholds(program: Program, source: ActivationSource, states: States, sweep: Sweep) -> States:
-    """Return the states with the finished batch_topk thresholds, computed on batches after those of the training."""
+def settle(program: Program, source: ActivationSource, states: States, sweep: Sweep, done: int) -> States:
+    """Return the states after `done` steps with finished batch_topk thresholds, computed on the batches after those."""
     shared = next(iter(sweep.recipes.values()))
     if shared.architecture != "batch_topk":
         return states
     for counted in range(threshold_batches(shared.batch_size)):
-        step = shared.steps + counted
+        step = done + counted
         batch = source.make_batch(step)
         states = settled(program.settle(states, source.context, batch, np.int32(step), np.int32(counted)))
     return states

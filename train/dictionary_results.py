@@ -35,14 +35,24 @@ from train.sweep import Sweep
 
 if TYPE_CHECKING:
     from train.activations import ActivationSource
-    from train.run import Run
 
 HELD_OUT = ("l0", "explained_variance", "ce_recovered")
 """Results of a quick evaluation that `metrics.jsonl` records, with `held_out_` before their name."""
 
 
-def write_results(run: Run, source: ActivationSource, states: Mapping[str, DictionaryTrainState], sweep: Sweep) -> None:
-    """Evaluate and write every dictionary, write `sweep.json` and `pareto.png`, and print a table."""
+def write_results(
+    out: epath.Path,
+    settings: Mapping[str, Any],
+    source: ActivationSource,
+    states: Mapping[str, DictionaryTrainState],
+    sweep: Sweep,
+) -> None:
+    """Evaluate and write every dictionary, write `sweep.json` and `pareto.png`, and print a table.
+
+    Args:
+        out: folder to write to.
+        settings: the run's, with the number of steps done as `steps`.
+    """
     found = finished_dictionaries(source, states, sweep)
     evaluations = source.evaluate([dictionary for _, _, dictionary in found])
     records, written = [], []
@@ -63,18 +73,18 @@ def write_results(run: Run, source: ActivationSource, states: Mapping[str, Dicti
         content = {
             "format": "tinymodel_jax/sweep",
             "format_version": 1,
-            "steps": run.settings["steps"],
+            "steps": settings["steps"],
             "dictionaries": records,
         }
-        with local_folder(run.folder) as folder:
+        with local_folder(out) as folder:
             for dictionary, record, recipe in written:
-                _write_dictionary(folder / record["folder"], dictionary, run.settings, record, recipe)
+                _write_dictionary(folder / record["folder"], dictionary, settings, record, recipe)
             replace_file(folder / "sweep.json", _json(content))
             plot_pareto(records, folder / "pareto.png")
 
     on_first(publish)
     if is_first():
-        _print_table(records, run.folder)
+        _print_table(records, out)
 
 
 def held_out_metrics(

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -65,6 +66,7 @@ from train.presets import (
 )
 from train.run import Run, open_run
 from train.run_files import local_folder
+from train.run_folder import whole_path
 from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 HELD_OUT_ROWS = 512
@@ -151,8 +153,9 @@ def lm(
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
         "fsdp": fsdp,
         "save_every": save_every,
+        "source": {"data": whole_path(data)},
     }
-    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp"), tracking=tracking) as run:
+    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp", "source"), tracking=tracking) as run:
         say(chosen.describe())
         _train(run, config, program, token_data, devices)
 
@@ -200,7 +203,7 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
     if not run.is_finished:
         return
     params, model = gather(state.params), run.folder / "model"
-    on_first(lambda: _publish(config, params, data, model))
+    on_first(lambda: publish(config, params, data.folder, model))
     say(f"{run.folder}: {steps} steps done, {run.speed('tokens')}; the model is in {model}")
 
 
@@ -314,7 +317,8 @@ def _sample(config: ModelConfig, data: TokenData, params: Any, step: int) -> dic
     return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
 
 
-def _publish(config: ModelConfig, params: Any, data: TokenData, place: epath.Path) -> None:
+def publish(config: ModelConfig, params: Any, data: Path | None, place: epath.Path) -> None:
+    """Write a model's folder, with the tokenizer of the data's folder, if it has one."""
     arrays = {name: np.asarray(array) for name, array in flatten(params).items()}
     with local_folder(place) as folder:
-        save_model(dataclasses.replace(config, dtype="float32"), arrays, folder, saved_tokenizer(data.folder))
+        save_model(dataclasses.replace(config, dtype="float32"), arrays, folder, saved_tokenizer(data))

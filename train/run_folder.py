@@ -16,6 +16,7 @@ first process writes everything else.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -33,6 +34,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import tinymodel_jax
+from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.data_folder import is_remote
 from tinymodel_jax.training.sharding import checksum
 from train.hosts import all_agree, is_first, on_first, warn
@@ -56,6 +58,32 @@ def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: 
         OSError: the folder cannot be written.
     """
     on_first(lambda: _open(epath.Path(out), config, may_change))
+
+
+def run_settings(out: epath.PathLike) -> dict[str, Any]:
+    """Return the settings of a run, as `open_run_folder` wrote them.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its configuration cannot be read, or is that of something else.
+    """
+    path = epath.Path(out) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{out} is not the folder of a training run (there is no config.json).")
+    return _read(path)
+
+
+def recorded_options(options: Any) -> dict[str, Any]:
+    """Return a dataclass of options for a run's settings, with whole paths instead of those of existing files."""
+    return {name: whole_path(value) for name, value in dataclasses.asdict(options).items()}
+
+
+def whole_path(value: Any) -> Any:
+    """Return the absolute path of an existing file or folder as text, any other path or text as it is."""
+    if not isinstance(value, str | Path):
+        return value
+    there = value and not is_remote(value) and user_path(value).exists()
+    return str(user_path(value).absolute()) if there else str(value)
 
 
 def versions() -> dict[str, str]:
@@ -128,8 +156,11 @@ class MetricsLog:
 class Checkpoints:
     """The last few states of a run, saved in the background."""
 
-    def __init__(self, folder: epath.PathLike) -> None:
+    def __init__(self, folder: epath.PathLike, read_only: bool = False) -> None:
         """Open the folder; create it if it does not exist.
+
+        Args:
+            read_only: change nothing, so that another process may write to the folder.
 
         Raises:
             OSError: the folder cannot be written.
@@ -138,7 +169,10 @@ class Checkpoints:
         # When a folder cannot be created in the background, threads wait for it for minutes.
         folders_first = ocp.AsyncOptions(create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=CHECKPOINTS_KEPT, enable_async_checkpointing=True, async_options=folders_first
+            max_to_keep=None if read_only else CHECKPOINTS_KEPT,
+            enable_async_checkpointing=not read_only,
+            async_options=folders_first,
+            read_only=read_only,
         )
         self._quiet, self._failed = _QuietLibraries(), False
         with writing(self._folder):
@@ -155,12 +189,20 @@ class Checkpoints:
         with self._saving():
             self._manager.save(step, args=arguments)
 
-    def restore(self, like: Any) -> tuple[Any | None, int]:
+    @property
+    def steps(self) -> list[int]:
+        """Steps that there are checkpoints of, in rising order."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, like: Any, steps: Sequence[int] | None = None) -> tuple[Any | None, int]:
         """Return the newest undamaged state, shaped and sharded as `like`, and its step; None and 0 if there is none.
 
         A warning names every damaged checkpoint. All processes return the same state.
+
+        Args:
+            steps: only the checkpoints of these steps.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps if steps is None else steps):
             restored, reason = self._read(step, like)
             if not all_agree(not reason):
                 reason = reason or "another process cannot read its part"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -153,14 +153,21 @@ def parse_members(lists: Mapping[str, str | None]) -> list[Member]:
         if text is not None:
             field, number = VARIED[option]
             values[field] = _numbers(option, text, number)
-    varied = [field for field, numbers in values.items() if len(numbers) > 1]
+    combinations = itertools.product(*values.values())
+    return named_members([dict(zip(values, combination, strict=True)) for combination in combinations])
+
+
+def named_members(values: Sequence[Mapping[str, float]]) -> list[Member]:
+    """Return members with these values of fields, named by the fields in which they differ."""
     labels = {field: option for option, (field, _) in VARIED.items()}
-    members = []
-    for combination in itertools.product(*values.values()):
-        chosen = dict(zip(values, combination, strict=True))
-        name = "_".join(f"{labels[field]}={chosen[field]:g}" for field in varied)
-        members.append(Member(chosen, name))
-    return members
+    varied = [field for field in values[0] if len({chosen[field] for chosen in values}) > 1]
+    return [Member(chosen, "_".join(f"{labels[field]}={chosen[field]:g}" for field in varied)) for chosen in values]
+
+
+def recorded_sweep(settings: Mapping[str, Any]) -> Sweep:
+    """Return the sweep of a run's settings."""
+    recipes = {name: DictionaryRecipe.from_dict(fields) for name, fields in settings["recipes"].items()}
+    return Sweep(recipes, named_members(settings["members"]))
 
 
 def site_recipe(
