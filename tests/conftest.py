@@ -38,6 +38,7 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codege
 if jax.__version_info__ < (0, 11):  # later versions fail on this option
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)  # read at the first computation
+os.environ["TINYMODEL_COMPILATION_CACHE"] = "off"  # tests count compilations, and must not fill the user's cache
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, database=None)

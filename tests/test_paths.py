@@ -17,7 +17,7 @@ from tinymodel_jax.commands import cli
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io import default_tokenizer, hub
 from tinymodel_jax.io.torch_files import describe_torch_file, load_torch_file, save_torch_file
-from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.runtime.paths import CACHE_VARIABLE, user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data_folder import open_data
 from train.prepare import prepare
@@ -71,7 +71,7 @@ def test_tokenizers_are_saved_and_loaded_at_home(home, monkeypatch):
 
 
 def test_the_cache_may_be_at_home(home, monkeypatch):
-    monkeypatch.setenv(hub.CACHE_VARIABLE, "~/cache")
+    monkeypatch.setenv(CACHE_VARIABLE, "~/cache")
     assert home / "cache" in hub.cache_folder().parents
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.model.hook_points import hook_names as hook_names
     from tinymodel_jax.model.transformer import Transformer as Transformer
     from tinymodel_jax.model.transformer import run_with_hooks as run_with_hooks
+    from tinymodel_jax.runtime.compilation_cache import use_compilation_cache as use_compilation_cache
     from tinymodel_jax.text.tokenizer import Tokenizer as Tokenizer
     from tinymodel_jax.text.tokenizer import keep_story as keep_story
 
@@ -53,6 +54,7 @@ _HOMES = {
     "export_sparse_lm": "analysis.evaluation.sparse_lm",
     # Files
     "load_torch_file": "io.torch_files",
+    "use_compilation_cache": "runtime.compilation_cache",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -31,13 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from tinymodel_jax.commands.frame import run_commands
+    from tinymodel_jax.commands.frame import run_commands, with_compilation_cache
 
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     commands = {name: _listed(line) for name, line in PROGRAMS.items()}
     if named in PROGRAMS:
         try:
-            commands = {named: _with_hint(getattr(importlib.import_module(f"train.{named}"), named))}
+            program = getattr(importlib.import_module(f"train.{named}"), named)
+            commands = {named: _with_hint(with_compilation_cache(program))}
         except ModuleNotFoundError as error:
             print(f"train: {_hint(named, error)}", file=sys.stderr)
             return 1

@@ -8,7 +8,7 @@ from tinymodel_jax.commands.concepts import concepts
 from tinymodel_jax.commands.dashboard import dashboard
 from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
-from tinymodel_jax.commands.frame import run_commands
+from tinymodel_jax.commands.frame import run_commands, with_compilation_cache
 from tinymodel_jax.commands.generate import generate
 from tinymodel_jax.commands.importance import importance
 from tinymodel_jax.commands.patch import patch
@@ -33,4 +33,5 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tinymodel`; return its exit status."""
     description = "TinyModel in JAX: generate stories; read, measure, search and change features."
-    return run_commands("tinymodel", description, COMMANDS, argv)
+    commands = {name: with_compilation_cache(command) for name, command in COMMANDS.items()}
+    return run_commands("tinymodel", description, commands, argv)

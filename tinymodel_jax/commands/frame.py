@@ -6,6 +6,7 @@ Modules that take long to load are imported inside commands, so `--help` is fast
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -79,6 +80,19 @@ def run_commands(
             print(f"{program}: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def with_compilation_cache(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, which then keeps the programs that it compiles for the next process."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        from tinymodel_jax.runtime.compilation_cache import use_compilation_cache
+
+        use_compilation_cache()
+        command(*arguments, **options)
+
+    return run
 
 
 def print_json(value: Any) -> None:

@@ -26,13 +26,12 @@ from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.runtime.atomic_files import replace_file
-from tinymodel_jax.runtime.paths import user_path
+from tinymodel_jax.runtime.paths import CACHE_VARIABLE, cache_root
 from tinymodel_jax.text.tokenizer import Tokenizer
 
 REPOSITORY = "noanabeshima/tiny_model"
 MODELS = ("tiny_model", "tiny_model_1_epoch", "tiny_model_2L_1E", "tiny_model_2L_3E")
 TOKENIZER_REPOSITORIES = ("roneneldan/TinyStories", "openai-community/gpt2")
-CACHE_VARIABLE = "TINYMODEL_CACHE"
 
 SHA256 = {
     f"{REPOSITORY}/tiny_model.pt": "dec406b1ad94cb345b2606d7f8cffa7c1114fcb60850e949eb17274cec30a8c3",
@@ -141,10 +140,8 @@ def tokenizer_folder() -> Path:
 
 def cache_folder() -> Path:
     """Return the folder of the conversions, which may not exist yet."""
-    named = os.environ.get(CACHE_VARIABLE)
-    root = user_path(named) if named else Path.home() / ".cache" / "tinymodel_jax"
     # Each format version has its own folder.
-    return root / f"v{artifacts.FORMAT_VERSION}"
+    return cache_root() / f"v{artifacts.FORMAT_VERSION}"
 
 
 def _published_site(tag: str) -> Site:
