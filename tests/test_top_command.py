@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 from conftest import error_line, param_shapes, random_params
+from oracle import error_of
 from runs import write_counting_data
 
 from tinymodel_jax.analysis.concepts.labels import ConceptScores, best_f1_of_all
 from tinymodel_jax.analysis.concepts.recovery import Recovery
-from tinymodel_jax.analysis.search.feature_queries import concept_f1
+from tinymodel_jax.analysis.search.feature_queries import concept_f1, find_features
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.analysis.search.top_activations import TopActivations, load_top_activations, top_activations
 from tinymodel_jax.bundled import storyworld
@@ -19,6 +20,7 @@ from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.inputs import open_rows, unseen_stories
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.padding import pad_right
+from tinymodel_jax.text.prompts_and_stories import story_rows
 
 LIMIT = 12
 
@@ -92,6 +94,28 @@ def test_contains_lists_features_that_peak_on_the_text(records, searched, lm, ro
     assert [one["score"] for one in shown] == sorted((one["score"] for one in shown), reverse=True)
     several = records("--contains", "Once upon a time", "--top", "24")  # a text of several tokens
     assert all(one["score"] > 0 for one in several)
+
+
+def test_features_for_a_word_are_those_whose_top_contexts_peak_on_it(lm):
+    stories = [story.text for story in unseen_stories(lm, LIMIT)]
+    ids, word = story_rows(lm.tokenizer, stories, lm.config.n_ctx), " the"
+    search = top_activations(lm, "M1", ids)
+    shares = {}
+    for feature in range(search.n_features):
+        places = [(r, p) for r, p in zip(search.top.row[feature], search.top.position[feature], strict=True) if r >= 0]
+        hits = [lm.tokenizer.decode(ids[place].item()) == word for place in places]  # " the" is one token
+        if any(hits):
+            shares[feature] = np.mean(hits)
+    found = find_features(lm, "M1", stories, word)
+    assert dict(zip(found.features.tolist(), found.share, strict=True)) == pytest.approx(shares)
+    order = [(-shares[feature], -search.density[feature]) for feature in found.features]
+    assert order == sorted(order)
+    again = find_features(lm, "M1", ids, word, search=found.search)
+    np.testing.assert_array_equal(again.features, found.features)
+    assert "the search is of M1 or of other rows" in error_of(
+        lambda: find_features(lm, "M1", ids[:3], word, search=found.search)
+    )
+    assert "the text is empty" in error_of(lambda: find_features(lm, "M1", ids, ""))
 
 
 def test_json_holds_the_tokens_themselves(records, lm):

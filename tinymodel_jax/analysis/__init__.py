@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     )
     from tinymodel_jax.analysis.effects.logit_lens import logit_lens as logit_lens
     from tinymodel_jax.analysis.search import coactivation as coactivation
+    from tinymodel_jax.analysis.search import feature_queries as feature_queries
     from tinymodel_jax.analysis.search import logit_effects as logit_effects
     from tinymodel_jax.analysis.search import top_activations as top_activations
 
 _HOMES = {
     "coactivation": "search",
+    "feature_queries": "search",
     "logit_effects": "search",
     "top_activations": "search",
     "attribution": "effects",

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.analysis.search.contexts import Contexts
-from tinymodel_jax.analysis.search.feature_queries import concept_f1, context_window, share_on_text, token_texts
+from tinymodel_jax.analysis.search.feature_queries import concept_f1, context_window, find_features
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.bundled.storyworld import CONCEPTS
@@ -46,11 +46,11 @@ def ranked(
         return np.argsort(-score, kind="stable"), score
     if contains is None:
         return np.argsort(-found.density, kind="stable"), None
-    score = share_on_text(found, rows, token_texts(reader.lm), contains)
-    order = np.lexsort((-found.density, -score))
-    order = order[score[order] > 0]
+    order, share, _ = find_features(reader.lm, found.tag, rows, contains, search=found)
     if not len(order):
         raise ValueError(f"--contains {contains!r}: no feature's top contexts peak on it; read more rows (--limit).")
+    score = np.zeros(found.n_features)
+    score[order] = share
     return order, score
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -9,8 +11,12 @@ from jaxtyping import Bool, Float, Int
 from tinymodel_jax.analysis.concepts.labels import CHUNK, best_f1_of_all
 from tinymodel_jax.analysis.search.activation_pass import DictionaryInputs
 from tinymodel_jax.analysis.search.contexts import Contexts
-from tinymodel_jax.analysis.search.top_activations import TopActivations
+from tinymodel_jax.analysis.search.resumable import fingerprint
+from tinymodel_jax.analysis.search.top_activations import TopActivations, top_activations
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.text import rows_of
+from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 ROWS_AT_ONCE = 8
@@ -19,6 +25,55 @@ TOKENS_AT_ONCE = 4096
 """Tokens that are encoded together."""
 ALL_COMPARED = 4096
 """Features that are scored together for `topk`, which encodes all features for every chunk."""
+
+
+class FoundFeatures(NamedTuple):
+    """Features whose top contexts peak on a text, best first."""
+
+    features: Int[np.ndarray, " n"]
+    share: Float[np.ndarray, " n"]
+    """Share of the feature's top contexts that peak on the text."""
+    search: TopActivations
+    """The search that they were found in, to ask about another text."""
+
+
+def find_features(
+    lm: TinyModel,
+    tag: str,
+    rows: Any,
+    text: str,
+    *,
+    search: TopActivations | None = None,
+    track: Track = no_progress,
+) -> FoundFeatures:
+    """Return the features of a dictionary whose top contexts peak on a text, as `tinymodel top --contains` does.
+
+    Features are in order of the share of their top contexts whose peak token overlaps an occurrence of the text, and of
+    density where shares are equal. Features with no such context are left out.
+
+    Args:
+        tag: the dictionary's site, such as M2.
+        rows: stories, or token ids (rows, seq), right-padded with `[PAD]`.
+        text: characters and spaces to match exactly; it may span several tokens or be part of a word.
+        search: result of `top_activations` on these rows, or of an earlier call; None searches the rows.
+        track: wraps the iterator over batches of the search, for example with a progress bar.
+
+    Raises:
+        ValueError: the text is empty, `search` is of another dictionary or of other rows, or as `top_activations`.
+    """
+    if not text:
+        raise ValueError("find_features: the text is empty; give one, such as ' happy'.")
+    rows = as_array(rows_of(lm, rows))
+    if search is None:
+        search = top_activations(lm, tag, rows, track=track)
+    elif (search.tag, search.data) != (Site.whole(tag).tag, fingerprint(rows)):
+        raise ValueError(
+            f"find_features: the search is of {search.tag} or of other rows; leave it out, or search again."
+        )
+    share = share_on_text(search, rows, token_texts(lm), text)
+    order = np.lexsort((-search.density, -share))
+    order = order[share[order] > 0]
+    return FoundFeatures(order, share[order], search)
 
 
 def token_texts(lm: TinyModel) -> list[str]:
