@@ -13,7 +13,8 @@ from oracle import error_of, forward, reconstruct, softmax
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model import interventions
-from tinymodel_jax.model.generate import continue_prompts, keep_likely
+from tinymodel_jax.model.generate import continue_prompts
+from tinymodel_jax.model.sampling import keep_likely
 from tinymodel_jax.params import flatten
 
 GREEDY = [

@@ -61,6 +61,29 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(lm, tok_ids, mask):
     assert_close(lm.loss(tok_ids, given), next_token_loss(logits, tok_ids, weights), F32)
 
 
+@pytest.mark.parametrize("is_function", [False, True])
+def test_the_loss_of_each_token_under_edits_is_minus_its_log_probability(lm, tok_ids, is_function):
+    name = "blocks.0.hook_mlp_out"
+    hooks = {name: lambda value, acts: value * 3} if is_function else interventions.scale(name, 3.0, tok_ids % 2 == 0)
+    logprobs = np.asarray(lm.run_with_hooks(tok_ids, hooks)[0])[:, :-1]
+    expected = -np.take_along_axis(logprobs, tok_ids[:, 1:, None], axis=-1)[..., 0]
+    mask = np.ones(tok_ids.shape)
+    mask[1, 4:] = 0
+    counted = mask[:, 1:] > 0
+    losses = lm.loss(tok_ids, mask, hooks, per_token=True)
+    assert_close(losses, np.where(counted, expected, 0), F32)
+    assert_close(lm.loss(tok_ids, mask, hooks), expected[counted].mean(), F32)
+    assert not np.allclose(losses, lm.loss(tok_ids, mask, per_token=True))
+
+
+def test_the_loss_has_a_gradient_with_respect_to_an_edit(lm, tok_ids):
+    def loss(factor):
+        return lm.loss(tok_ids, hooks=interventions.scale("blocks.0.hook_mlp_out", factor))
+
+    slope = (loss(1.01) - loss(0.99)) / 0.02
+    np.testing.assert_allclose(jax.grad(loss)(1.0), slope, rtol=0.01, atol=1e-4)
+
+
 def test_activations_equal_the_dictionary_s_on_the_site_s_input(lm, tok_ids):
     _, values = forward(flatten(lm.params), lm.config, tok_ids)
     for tag in ("M0", "Rm1"):

@@ -24,7 +24,6 @@ from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.generate import continue_prompts
 from tinymodel_jax.model.interventions import ablate, clamp
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.runtime.progress import with_progress
@@ -192,7 +191,7 @@ def edit_features(lm: TinyModel, prompt: list[int], named: Named, off: int, cons
     }
     runs, probabilities = [], []
     for short, edit in with_progress(list(hooks.items()), "continuing the story"):
-        out = continue_prompts(lm.hooked().with_hooks(edit), row, CONTINUATION_TOKENS, 0.0, lm.config.end_id)
+        out = lm.generate_ids(row, CONTINUATION_TOKENS, 0.0, hooks=edit)
         text = lm.tokenizer.decode([int(i) for i in out[0, row.shape[1] :] if lm.config.is_text(i)])
         runs.append({"short": short, "title": titles[short], "text": text.replace("\n", " ↵ ").strip()})
         probabilities.append(np.exp(np.asarray(lm.run_with_hooks(row, edit)[0])[0, -1]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,17 +29,17 @@ from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
 from tinymodel_jax.lm import generation, text
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
-from tinymodel_jax.model.edits import can_be_padded, pad_edits
-from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss
+from tinymodel_jax.model.edits import can_be_padded, is_array_tree, pad_edits
+from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss, token_losses
 from tinymodel_jax.model.hook_points import (
     Hook,
-    Hooks,
     Names,
     as_names,
     chosen_names,
     hook_names,
     position_axes,
     require_edits,
+    require_hook_names,
 )
 from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, is_traced, pad_to_bucket
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
@@ -140,18 +141,36 @@ class TinyModel(WeightViews):
         name = _residual_name(layer, self.config.n_layers)
         return self._run(tok_ids, "none", (name,), before=Site("Ra", layer))[1][name]
 
-    def loss(self, tok_ids: Any, attn_mask: Any = None) -> Float[Array, ""]:
+    def loss(
+        self, tok_ids: Any, attn_mask: Any = None, hooks: Mapping[str, Hook] | None = None, per_token: bool = False
+    ) -> Float[Array, "*batch_and_targets"]:
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
 
         Args:
             attn_mask: (batch, seq), 1 where the token counts as a target. By default all tokens count but `[END]` and
                 `[PAD]`, as in the tokenizer's mask; to count `[END]`, as `evaluate` does, pass
                 `tok_ids != lm.config.pad_id`.
+            hooks: edits, as `run_with_hooks` takes them.
+            per_token: return (batch, seq - 1), the cross-entropy of each token but the first, instead of the mean; 0
+                at tokens that do not count.
 
         Raises:
-            ValueError: the shapes of mask and ids differ, or no token counts.
+            ValueError: the shapes of mask and ids differ, no token counts, or as `run_with_hooks`.
         """
-        return mean_loss(self.hooked(), *ids_and_targets(self.to_tokens(tok_ids), attn_mask, self.config))
+        hooks, measure = hooks or {}, token_losses if per_token else mean_loss
+        require_edits(hooks)
+        require_hook_names(hooks, self.config)
+        given = self.to_tokens(tok_ids)
+        batch, seq = batch_of(given, self.config).shape
+        pad = not is_traced(given) and can_be_padded(hooks)
+        ids, weights = ids_and_targets(given, attn_mask, self.config, pad)
+        hooks = pad_edits(hooks, self.config, (batch, seq), ids.shape[1]) if pad else hooks
+        model = self.hooked().with_hooks(hooks)
+        if not is_array_tree(hooks):
+            # edits that are functions cannot be compiled
+            measure, ids, weights = inspect.unwrap(measure), jnp.asarray(ids), jnp.asarray(weights)
+        losses = measure(model, ids, weights)
+        return cut(losses, (1,), seq - 1) if per_token else losses
 
     def run_with_cache(
         self, tok_ids: Any, names: Names | None = None, return_logprobs: bool = True
@@ -329,14 +348,10 @@ def _edited_pass(
     model: HookedModel, ids: Array, keep: tuple[str, ...], output: Output
 ) -> tuple[Array | None, dict[str, Array]]:
     """Return log-probabilities or None, and activations; edits that are plain functions cannot be compiled."""
-    if _is_array_tree(model.hooks):
+    if is_array_tree(model.hooks):
         return forward(model, ids, keep=keep, output=output)
     logits, acts = model.run(ids, keep)
     return jax.nn.log_softmax(logits) if output == "logprobs" else None, acts
-
-
-def _is_array_tree(hooks: Hooks) -> bool:
-    return all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in jax.tree.leaves(hooks))
 
 
 def _checked_arrays(params: Mapping[str, Any], config: ModelConfig) -> Any:

@@ -32,7 +32,7 @@ class Padding:
         operand = fitting(operand, self.shape, named)
         return self._pad(operand, [axis - len(self.shape) for axis in self.axes])
 
-    def mask(self, positions: Any) -> np.ndarray:
+    def mask(self, positions: Any) -> np.ndarray | None:
         """Check and pad a mask of positions; return it with the value's batch size, False in the padding."""
         mask = np.ones((1,) * len(self.shape), bool) if positions is None else mask_of(positions, self.shape)
         n_axes = self.axes[0] + 1 if positions is None else max(np.ndim(positions), self.axes[0] + 1)
@@ -47,6 +47,29 @@ class Padding:
             if -len(room) <= axis < len(room) and np.shape(array)[axis] == self.shape[axis]:
                 room[axis] = (0, self.width - self.shape[axis])
         return np.pad(np.asarray(array), room) if any(after for _, after in room) else array
+
+
+class AfterPrompt(Padding):
+    """The value at one token after a prompt, for which arrays over the prompt's positions have no value."""
+
+    def operand(self, operand: Any, named: str = "the value that is edited") -> Any:
+        """Check an array that broadcasts to the value at every position."""
+        given = np.shape(operand)
+        if any(len(given) + axis >= 0 and given[axis] > 1 for axis in (axis - len(self.shape) for axis in self.axes)):
+            raise ValueError(
+                f"the edit's array has shape {given}, with a value for each position of the prompt and none for "
+                "generated tokens; positions='prompt' edits the prompt only."
+            )
+        return super().operand(operand, named)
+
+    def mask(self, positions: Any) -> None:
+        """Return no mask: those of the prompt do not cover later tokens, which are all edited."""
+        given = () if positions is None else boolean_mask(positions).shape
+        if any(size > 1 for axis, size in enumerate(given) if len(given) > 1 and axis not in (0, self.axes[0])):
+            raise ValueError(
+                f"positions has shape {given}, a mask of heads at the positions of the prompt; only "
+                "positions='prompt' of generate takes one."
+            )
 
 
 def boolean_mask(positions: Any) -> Any:
@@ -70,7 +93,9 @@ def fitting(operand: Any, shape: tuple[int, ...], named: str = "the value that i
     given = jnp.shape(operand)
     padded = (1,) * (len(shape) - len(given)) + given
     if len(padded) != len(shape) or any(n not in (1, size) for n, size in zip(padded, shape, strict=True)):
-        raise ValueError(f"the edit's array has shape {given}, {named} {shape}; it must broadcast to that.")
+        rows = given[0] if shape[0] == 1 and len(given) == len(shape) else 1
+        repeat = f" For {rows} rows, repeat the prompt: [prompt] * {rows}." if rows > 1 else ""
+        raise ValueError(f"the edit's array has shape {given}, {named} {shape}; it must broadcast to that.{repeat}")
     return operand
 
 

@@ -4,12 +4,13 @@ The functions of `interventions.py` build them. In a chain of edits, a `Reading`
 its splice and the edits of its features act on the same activations.
 
 `pad_edits` pads the arrays of edits like the ids of a pass, so that edits for other lengths need no other programs.
+`edits_after_prompt` makes the edits of the tokens that are generated after a prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import encode, reconstruct
-from tinymodel_jax.model.edit_arrays import Padding, fitting, where
+from tinymodel_jax.model.edit_arrays import AfterPrompt, Padding, fitting, where
 from tinymodel_jax.model.hook_points import (
     Hook,
     Hooks,
@@ -41,25 +42,46 @@ def pad_edits(hooks: Mapping[str, Any], config: ModelConfig, shape: tuple[int, i
     The number of features in an edit is rounded up as well. Call this outside of a trace.
 
     Args:
-        hooks: edits of this module; see `can_be_padded`.
+        hooks: edits; functions among them are returned as they are.
         shape: (batch, seq) of the ids without padding.
 
     Raises:
         ValueError: an edit does not fit the value without padding.
     """
-    padded = {}
+    return _fitted(hooks, lambda name: Padding(value_shape(name, config, *shape), position_axes(name), width))
+
+
+def edits_after_prompt(hooks: Mapping[str, Any], config: ModelConfig, batch: int) -> Hooks:
+    """Return edits for the tokens after prompts, one per row at a time: without the masks, which cover the prompts.
+
+    Raises:
+        ValueError: an array has a value for each position of the prompt, so none for later tokens, or does not fit.
+    """
+    return _fitted(hooks, lambda name: AfterPrompt(value_shape(name, config, batch, 1), position_axes(name), 1))
+
+
+def _fitted(hooks: Mapping[str, Any], padding_at: Callable[[str], Padding]) -> Hooks:
+    fitted = {}
     for name, edit in hooks.items():
-        padding = Padding(value_shape(name, config, *shape), position_axes(name), width)
         with naming_the_hook(name):
-            padded[name] = edit.padded(padding)
-    return padded
+            fitted[name] = _padded(edit, padding_at(name))
+    return fitted
+
+
+def _padded(edit: Any, padding: Padding) -> Any:
+    """Return the edit for the padded value; a function is returned as it is."""
+    return edit.padded(padding) if isinstance(edit, OwnEdit | Chain) else edit
 
 
 def can_be_padded(hooks: Mapping[str, Hook]) -> bool:
     """Whether all hooks are edits of this module, whose arrays `pad_edits` knows, and none of them is traced."""
-    own = Add | Replace | Scale | EditFeatures | Splice
     edits = [part for edit in hooks.values() for part in (edit.edits if isinstance(edit, Chain) else (edit,))]
-    return not is_traced(hooks) and all(isinstance(edit, own) for edit in edits)
+    return not is_traced(hooks) and all(isinstance(edit, OwnEdit) for edit in edits)
+
+
+def is_array_tree(tree: Any) -> bool:
+    """Whether all leaves of a tree are arrays or numbers, so that compiled functions take it as an argument."""
+    return all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in jax.tree.leaves(tree))
 
 
 @struct.dataclass
@@ -244,7 +266,10 @@ class Chain:
 
     def padded(self, padding: Padding) -> Chain:
         """Return the chain of the padded edits."""
-        return dataclasses.replace(self, edits=tuple(edit.padded(padding) for edit in self.edits))
+        return dataclasses.replace(self, edits=tuple(_padded(edit, padding) for edit in self.edits))
+
+
+OwnEdit = Add | Replace | Scale | EditFeatures | Splice
 
 
 def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:

@@ -130,6 +130,15 @@ def mean_loss(
     return jnp.sum(next_token_losses(logits, tok_ids) * weights) / jnp.sum(weights)
 
 
+@fast_jit
+def token_losses(
+    model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
+) -> Float[Array, "batch targets"]:
+    """Return the cross-entropy (nats) of each token but the first, given those before it; 0 where its weight is 0."""
+    logits, _ = model.run(tok_ids)
+    return jnp.where(weights[:, 1:] != 0, next_token_losses(logits, tok_ids), 0)
+
+
 def next_token_losses(
     logits: Float[Array, "batch seq d_vocab"], tok_ids: Int[Array, "batch seq"]
 ) -> Float[Array, "batch targets"]:

@@ -1,14 +1,15 @@
-"""Generation: one prefill of the prompts, then one compiled loop that decodes one token per row at a time with a cache.
+"""Generation: one prefill of the prompts, then a compiled loop that decodes one token per row at a time with a cache.
 
-Prompts of different lengths run in one batch. Hooks apply in both phases, so spliced models generate through their
-dictionaries. This module handles token ids, not text.
+Prompts of different lengths run in one batch. Spliced models generate through their dictionaries, and edits act on the
+prompt, on the generated tokens, or on both. This module handles token ids, not text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +17,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.model.edits import can_be_padded, edits_after_prompt, is_array_tree, pad_edits
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import apply_with_hooks
-from tinymodel_jax.model.padding import bucket, pad_right
+from tinymodel_jax.model.hook_points import Hook, apply_with_hooks, require_edits, require_hook_names
+from tinymodel_jax.model.padding import bucket, is_traced, pad_right
+from tinymodel_jax.model.sampling import Method, Sampling, check_options, choose, prepare
 from tinymodel_jax.model.transformer import KVCache, LayerCache, Params, Transformer
 from tinymodel_jax.runtime.compilation import fast_jit
 
-Method = Literal["greedy", "sample", "filtered"]
-"""How the next token is chosen: the largest logit, or a draw from all tokens, or a draw after top-k and top-p."""
+EditedPositions = Literal["all", "prompt", "generated"]
+"""Where edits act during generation: on the prompt, on the generated tokens, or on both."""
 
 
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""Smallest and largest normal float32 number. Compiled programs treat smaller numbers as 0."""
+class Continued(NamedTuple):
+    """Rows of ids, continued so far."""
 
-
-class Sampling(NamedTuple):
-    """Sampling options as scalar arrays, so that changing them does not recompile."""
-
-    temperature: Any
-    """Divides the logits; unused by `greedy`."""
-    top_k: Any
-    """Tokens kept, largest logits first; used by `filtered` only."""
-    top_p: Any
-    """Tokens kept until their probabilities reach this sum; used by `filtered` only."""
+    tok_ids: np.ndarray
+    """(batch, seq) ids, right-padded with `[PAD]` to the longest row."""
+    logprobs: np.ndarray | None
+    """(batch, seq) log-probability (nats) of each generated token; NaN at the prompt and at the padding."""
+    done: np.ndarray
+    """(batch,) whether the row gets no more tokens."""
 
 
 class _State(NamedTuple):
@@ -49,9 +48,17 @@ class _State(NamedTuple):
     """Tokens of each row, prompt included."""
     done: Bool[Array, " batch"]
     cache: KVCache
+    logprobs: Float[Array, "batch capacity"] | None
+    """Log-probability of each generated token, NaN elsewhere; None if they are not asked for."""
 
 
-def continue_prompts(
+def continue_prompts(model: HookedModel, prompts: np.ndarray, *options: Any, **more: Any) -> np.ndarray:
+    """Continue rows of ids to the end; return (batch, seq) ids. The options are those of `continue_in_steps`."""
+    (end,) = continue_in_steps(model, prompts, *options, **more)
+    return end.tok_ids
+
+
+def continue_in_steps(
     model: HookedModel,
     prompts: np.ndarray,
     n_toks: int = 50,
@@ -60,8 +67,14 @@ def continue_prompts(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-) -> np.ndarray:
-    """Continue rows of ids, right-padded with `[PAD]`; return them as long as the longest row.
+    *,
+    hooks: Mapping[str, Hook] | None = None,
+    positions: EditedPositions = "all",
+    same_noise: bool = False,
+    return_logprobs: bool = False,
+    every: int | None = None,
+) -> Iterator[Continued]:
+    """Continue rows of ids, right-padded with `[PAD]`; yield them, as long as the longest row.
 
     Args:
         n_toks: maximum number of tokens to add to each row; a row also stops when the context is full.
@@ -70,84 +83,145 @@ def continue_prompts(
         top_k: sample from the k largest logits only; None for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; None for all.
         seed: seed of the draws, 0 to 2**32 - 1; step s of row r draws from `fold_in(fold_in(key(seed), r), s)`.
+        hooks: edits that act besides those of the model. Their masks and their arrays over positions are those of the
+            prompts.
+        positions: where these edits act. At generated tokens they act without their masks. The edits of the model act
+            everywhere.
+        same_noise: every row draws the random numbers of row 0.
+        return_logprobs: also compute the log-probability of each generated token, before temperature, top-k and top-p.
+        every: yield after the first token and then whenever this many tokens were added. None: yield at the end only.
 
     Raises:
-        ValueError: a row has no tokens, or an option is out of range.
+        ValueError: a row has no tokens, an option is out of range, or an edit does not fit the prompts, or has values
+            for the prompt's positions only while `positions` is not "prompt".
     """
     config = model.config
     check_options(n_toks, temperature, top_k, top_p, seed)
     if prompts.size == 0 or (prompts == config.pad_id).all(axis=1).any():
         raise ValueError("generate: a prompt has no tokens; every row needs at least one, usually [BEGIN].")
     lengths = prompts.shape[1] - np.argmax((prompts != config.pad_id)[:, ::-1], axis=1)
-    longest = int(lengths.max())
-    width = bucket(longest, config.n_ctx)
-    capacity = bucket(min(longest + n_toks, config.n_ctx), config.n_ctx)
-    is_greedy = temperature < _SMALLEST
-    method: Method = "greedy" if is_greedy else "sample" if top_k is None and top_p is None else "filtered"
-    sampling = Sampling(
-        np.float32(temperature),
-        np.int32(min(top_k or config.d_vocab, config.d_vocab)),
-        np.float32(1 if top_p is None else top_p),
-    )
-    tokens, new_lengths = _generate(
-        model,
-        pad_right(prompts[:, :longest], max(width, capacity), config.pad_id),
+    n_toks, longest = min(n_toks, config.n_ctx), int(lengths.max())
+    seen = prompts.shape[1] if hooks else longest  # columns of padding count for the shapes of edits
+    width = bucket(seen, config.n_ctx) if can_be_padded(hooks or {}) else seen
+    capacity = max(width, bucket(min(longest + n_toks, config.n_ctx), config.n_ctx))
+    at_prompt, afterwards = _with_edits(model, hooks or {}, positions, prompts.shape, width)
+    method, sampling = prepare(config.d_vocab, temperature, top_k, top_p, seed, same_noise)
+    end = np.int32(-1 if end_id is None else end_id)
+    start, advance = _shared_programs() if is_array_tree((at_prompt, afterwards)) else _programs()
+    at_prompt, afterwards = _with_static_functions(at_prompt), _with_static_functions(afterwards)
+    state = start(
+        at_prompt,
+        pad_right(prompts[:, :seen], capacity, config.pad_id),
         lengths.astype(np.int32),
-        np.int32(min(n_toks, config.n_ctx)),
-        np.int32(-1 if end_id is None else end_id),
+        np.int32(n_toks),
+        end,
         sampling,
-        jax.random.key(seed),
         method=method,
         prompt_width=width,
+        with_logprobs=return_logprobs,
     )
-    return np.asarray(tokens)[:, : int(np.max(new_lengths))]
+    size = every or config.n_ctx
+    for step in range(1, n_toks, size):
+        if every is not None:
+            yield (reached := _read(state))
+            if reached.done.all():
+                return
+        until = np.int32(min(step + size, n_toks))
+        state = advance(afterwards, state, until, end, sampling, method=method)
+    yield _read(state)
 
 
-@partial(fast_jit, static_argnames=("method", "prompt_width"))
-def _generate(
+def strip_padding(row: np.ndarray, pad_id: int) -> np.ndarray:
+    """Return a row of ids without the `[PAD]`s at its end."""
+    return row[: len(row) - int(np.argmax(row[::-1] != pad_id))]
+
+
+def _with_edits(
+    model: HookedModel, hooks: Mapping[str, Hook], positions: EditedPositions, shape: tuple[int, ...], width: int
+) -> tuple[HookedModel, HookedModel]:
+    """Return the model with the edits of the prompts, and with those of the generated tokens."""
+    if positions not in get_args(EditedPositions):
+        raise ValueError(f"generate: positions={positions!r} must be 'all', 'prompt' or 'generated'.")
+    require_edits(hooks)
+    require_hook_names(hooks, model.config)
+    if is_traced(hooks):
+        raise ValueError(
+            "generate runs compiled programs of its own: call it outside of jit, vmap and grad. For several edits in "
+            "one call, give each row of the batch its own value, such as (batch, 1, d_model)."
+        )
+    batch, seq = shape
+    at_prompt = afterwards = model
+    if positions != "generated":
+        at_prompt = model.with_hooks(pad_edits(hooks, model.config, (batch, seq), width))
+    if positions != "prompt":
+        afterwards = model.with_hooks(edits_after_prompt(hooks, model.config, batch))
+    return at_prompt, afterwards
+
+
+def _with_static_functions(model: HookedModel) -> HookedModel:
+    """Make edits that are functions part of the program, since only arrays are arguments of one."""
+
+    def static(leaf: Any) -> Any:
+        return leaf if is_array_tree(leaf) else jax.tree_util.Partial(lambda value, acts: leaf(value, acts))
+
+    return dataclasses.replace(model, hooks=jax.tree.map(static, model.hooks))
+
+
+def _read(state: _State) -> Continued:
+    longest = int(np.max(state.lengths))
+    logprobs = None if state.logprobs is None else np.array(state.logprobs)[:, :longest]
+    return Continued(np.array(state.tokens)[:, :longest], logprobs, np.array(state.done))
+
+
+def _programs() -> tuple[Callable[..., _State], Callable[..., _State]]:
+    """Return `_start` and `_advance`, not compiled yet."""
+    start = fast_jit(functools.partial(_start), static_argnames=("method", "prompt_width", "with_logprobs"))
+    return start, fast_jit(functools.partial(_advance), static_argnames=("method",), donate_argnames=("state",))
+
+
+_shared_programs = functools.cache(_programs)
+"""The programs of all edits that are arrays. A function as an edit is traced in a program of its call."""
+
+
+def _start(
     model: HookedModel,
     tokens: Int[Array, "batch capacity"],
     lengths: Int[Array, " batch"],
     n_toks: Int[Array, ""],
     end_id: Int[Array, ""],
     sampling: Sampling,
-    key: Array,
     *,
     method: Method,
     prompt_width: int,
-) -> tuple[Int[Array, "batch capacity"], Int[Array, " batch"]]:
-    """Continue every row; return the filled rows and their new lengths.
+    with_logprobs: bool,
+) -> _State:
+    """Run the prompts and choose the first token of every row.
 
     Args:
         tokens: prompts, padded with `config.pad_id`; the width limits the prompt plus its continuation.
         lengths: tokens of each prompt, at least 1 and at most `prompt_width`.
-        n_toks: maximum number of tokens to add to each row.
         end_id: token after which a row is finished; -1 for none.
-        key: random key; row r draws from `fold_in(key, r)`.
         prompt_width: leading columns of `tokens` that hold the prompts.
     """
+    rows = jnp.arange(len(tokens))
+    logits, cache = _prefill(model, tokens, lengths, prompt_width)
+    ended = tokens[rows, lengths - 1] == end_id
+    done = ended | (lengths >= model.config.n_ctx) | (n_toks < 1)
+    logprobs = jnp.full(tokens.shape, jnp.nan, jnp.float32) if with_logprobs else None
+    state = _State(jnp.int32(0), tokens, lengths, done, cache, logprobs)
+    return _append(state, logits, sampling.row_keys(len(tokens)), end_id, sampling, method, model.config.n_ctx)
+
+
+def _advance(
+    model: HookedModel, state: _State, until: Int[Array, ""], end_id: Array, sampling: Sampling, *, method: Method
+) -> _State:
+    """Add tokens to every row that is not finished, until `until` tokens have been chosen in all."""
     config, transformer = model.config, Transformer(model.config)
     loop_params = jax.lax.optimization_barrier(_as_matrices(model.params))
-    rows = jnp.arange(tokens.shape[0])
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+    rows = jnp.arange(len(state.tokens))
+    row_keys = sampling.row_keys(len(state.tokens))
 
-    def choose(logits: Array, step: Array) -> Array:
-        if method == "greedy":
-            return _largest(logits).astype(tokens.dtype)
-        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
-        if method == "filtered":
-            logits = keep_likely(logits, sampling.top_k, sampling.top_p)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(tokens.dtype)
-
-    def append(state: _State, logits: Array) -> _State:
-        position = jnp.minimum(state.lengths, tokens.shape[1] - 1)
-        token = jnp.where(state.done, state.tokens[rows, position], choose(logits, state.step))
-        lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
-        done = state.done | (token == end_id) | (lengths >= config.n_ctx)
-        return _State(state.step + 1, state.tokens.at[rows, position].set(token), lengths, done, state.cache)
-
-    def advance(state: _State) -> _State:
+    def add_token(state: _State) -> _State:
         last = state.lengths - 1
         (logits, cache), _ = apply_with_hooks(
             transformer,
@@ -158,84 +232,35 @@ def _generate(
             hooks=model.hooks,
             method="decode",
         )
-        return append(state._replace(cache=cache), logits)
+        return _append(state._replace(cache=cache), logits, row_keys, end_id, sampling, method, config.n_ctx)
 
     def unfinished(state: _State) -> Array:
-        return (state.step < n_toks) & ~jnp.all(state.done)
+        return (state.step < until) & ~jnp.all(state.done)
 
-    logits, cache = _prefill(model, tokens, lengths, prompt_width)
-    ended = tokens[rows, lengths - 1] == end_id
-    done = ended | (lengths >= config.n_ctx) | (n_toks < 1)
-    start = append(_State(jnp.int32(0), tokens, lengths, done, cache), logits)
-    end = jax.lax.while_loop(unfinished, advance, start)
-    return end.tokens, end.lengths
+    return jax.lax.while_loop(unfinished, add_token, state)
 
 
-def strip_padding(row: np.ndarray, pad_id: int) -> np.ndarray:
-    """Return a row of ids without the `[PAD]`s at its end."""
-    return row[: len(row) - int(np.argmax(row[::-1] != pad_id))]
-
-
-def keep_likely(
-    logits: Float[Array, "batch d_vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "batch d_vocab"]:
-    """Set to -inf all but the `top_k` largest logits and, of these, the fewest that reach probability `top_p`.
-
-    Ties with the last kept logit are kept. Source: nucleus sampling, Holtzman et al. 2020, §3.1.
-    """
-    ordered = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(logits.shape[-1])
-    ordered = jnp.where(rank < top_k, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = ((before < top_p) | (top_p >= 1)) & (rank < top_k)  # the sum before a rare token may round to 1
-    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
-
-
-def _largest(logits: Float[Array, "batch d_vocab"]) -> Int[Array, " batch"]:
-    """Return `argmax` over the last axis, as two plain reductions, which XLA vectorizes on a CPU."""
-    last = logits.shape[-1] - 1
-    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_largest, jnp.arange(last + 1), last), axis=-1)
-
-
-def check_options(n_toks: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
-    """Check the options of `continue_prompts`.
-
-    Raises:
-        ValueError: at least one is out of range; all of them are named.
-    """
-    problems = []
-    if not (_is_whole(n_toks) and n_toks >= 0):
-        problems.append(f"n_toks={n_toks!r} must be a whole number, 0 or more")
-    if not _is_number(temperature):
-        problems.append(f"temperature={temperature!r} must be a number")
-    elif not temperature >= 0:  # nor NaN
-        problems.append(f"temperature={temperature!r} must be 0 (greedy) or more")
-    elif temperature > _LARGEST:
-        problems.append(f"temperature={temperature!r} must be at most {_LARGEST:.4g}, the largest float32")
-    if top_k is not None and not (_is_whole(top_k) and top_k >= 1):
-        problems.append(f"top_k={top_k!r} must be a whole number, 1 or more")
-    if top_p is not None and not _is_number(top_p):
-        problems.append(f"top_p={top_p!r} must be a number")
-    elif top_p is not None and not 0 < top_p <= 1:
-        problems.append(f"top_p={top_p!r} must be above 0 and at most 1")
-    elif top_p is not None and top_p < _SMALLEST:
-        problems.append(f"top_p={top_p!r} is 0 in float32; top_k=1 takes the most likely token")
-    if not (_is_whole(seed) and 0 <= seed < 2**32):
-        problems.append(f"seed={seed!r} must be a whole number, 0 to {2**32 - 1}")
-    if problems:
-        raise ValueError(f"generate: {'; '.join(problems)}.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is one real number of Python, NumPy or JAX; `True` and `"0.8"` are not."""
-    return _is_whole(value) or (np.ndim(value) == 0 and jnp.issubdtype(np.asarray(value).dtype, np.floating))
+def _append(
+    state: _State,
+    logits: Float[Array, "batch d_vocab"],
+    row_keys: Array,
+    end_id: Array,
+    sampling: Sampling,
+    method: Method,
+    n_ctx: int,
+) -> _State:
+    """Choose the next token of every row that is not finished."""
+    rows = jnp.arange(len(logits))
+    position = jnp.minimum(state.lengths, state.tokens.shape[1] - 1)
+    chosen = choose(logits, state.step, row_keys, sampling, method).astype(state.tokens.dtype)
+    token = jnp.where(state.done, state.tokens[rows, position], chosen)
+    logprobs = state.logprobs
+    if logprobs is not None:
+        new = logits[rows, token] - jax.nn.logsumexp(logits, axis=-1)
+        logprobs = logprobs.at[rows, position].set(jnp.where(state.done, logprobs[rows, position], new))
+    lengths = jnp.where(state.done, state.lengths, state.lengths + 1)
+    done = state.done | (token == end_id) | (lengths >= n_ctx)
+    return _State(state.step + 1, state.tokens.at[rows, position].set(token), lengths, done, state.cache, logprobs)
 
 
 def _prefill(

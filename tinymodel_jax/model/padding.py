@@ -153,17 +153,18 @@ def pad_to_bucket(tok_ids: Any, config: ModelConfig) -> tuple[Any, int]:
     return (ids if is_traced(ids) else pad_right(ids, bucket(length, config.n_ctx), config.pad_id)), length
 
 
-def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig) -> tuple[Any, Any]:
+def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig, pad: bool = True) -> tuple[Any, Any]:
     """Return token ids and the weight of each as a target of the loss, both (batch, compiled length).
 
     Args:
         attn_mask: (batch, seq), the weights of the tokens, where `[PAD]` always gets 0. None: 1, but 0 at `[END]`.
+        pad: pad to a compiled length; otherwise both keep their length.
 
     Raises:
         ValueError: as `check_tok_ids`, or mask and ids differ in shape, or all weights are 0.
     """
-    ids, length = pad_to_bucket(tok_ids, config)
-    given = ids[:, :length]
+    given = batch_of(tok_ids, config)
+    ids = pad_to_bucket(given, config)[0] if pad else given
     mask = (given != config.end_id) if attn_mask is None else attn_mask
     mask = mask if is_traced(mask) else np.asarray(mask)
     mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
@@ -173,7 +174,7 @@ def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig) -> tuple[
     mask = numpy.where(given != config.pad_id, mask, np.zeros((), mask.dtype))
     if not is_traced(mask) and not np.any(mask[:, 1:]):
         raise ValueError("loss: no token to predict; give at least two tokens per row, and a mask that is not all 0.")
-    return ids, numpy.pad(mask, ((0, 0), (0, ids.shape[1] - length))).astype(np.float32)
+    return ids, numpy.pad(mask, ((0, 0), (0, ids.shape[1] - given.shape[1]))).astype(np.float32)
 
 
 def pad_below(ids: np.ndarray, n_rows: int, pad_id: int) -> np.ndarray:

@@ -18,18 +18,23 @@ import jax
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 
 
-def fast_jit(function: Callable[..., Any], *, static_argnames: Sequence[str] = ()) -> Callable[..., Any]:
+def fast_jit(
+    function: Callable[..., Any], *, static_argnames: Sequence[str] = (), donate_argnames: Sequence[str] = ()
+) -> Callable[..., Any]:
     """Compile `function` like `jax.jit`, with `fast_compiler_options()`.
 
     The result may be called anywhere, also inside another `jit`, `grad` or `vmap`. XLA takes options for a whole
     program only, so inside another program the options of that program apply. A `ValueError` of `function` costs a
     second trace.
     """
-    inner = jax.jit(function, static_argnames=static_argnames)
+    compile_ = functools.partial(
+        jax.jit, function, static_argnames=static_argnames, donate_argnames=tuple(donate_argnames) or None
+    )
+    inner = compile_()
 
     @functools.cache
     def outer() -> Callable[..., Any]:
-        return jax.jit(function, static_argnames=static_argnames, compiler_options=fast_compiler_options())
+        return compile_(compiler_options=fast_compiler_options())
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
