@@ -30,8 +30,11 @@ class Doubler(nn.Module):
         return HookPoint(name="after")(2 * x)
 
 
+IDS = jnp.zeros((1, 3), jnp.int32)
+
+
 def run(hooks, keep=()):
-    return apply_with_hooks(Doubler(), {}, jnp.arange(3.0), hooks=hooks, keep=keep)
+    return apply_with_hooks(Doubler(), {}, jnp.arange(3.0), tok_ids=IDS, hooks=hooks, keep=keep)
 
 
 def test_names_are_those_that_the_forward_pass_meets_in_its_order(config, params, tok_ids):
@@ -88,7 +91,7 @@ def test_an_edit_sees_the_edited_values_before_it_and_none_after_it():
         return value
 
     run({"before": lambda value, acts: value * 10, "after": look})
-    assert list(seen) == ["before"]
+    assert list(seen) == ["tok_ids", "before"]
     np.testing.assert_array_equal(seen["before"], [0, 10, 20])
 
 
@@ -107,7 +110,7 @@ def test_the_interceptor_ends_with_the_call_even_when_an_edit_fails():
 def test_an_edit_keeps_the_number_format():
     x = jnp.arange(3, dtype=jnp.bfloat16)
     out, _ = apply_with_hooks(
-        Doubler(), {}, x, hooks={"before": lambda value, acts: value.astype(jnp.float32) + 1}, keep=()
+        Doubler(), {}, x, tok_ids=IDS, hooks={"before": lambda value, acts: value.astype(jnp.float32) + 1}, keep=()
     )
     assert out.dtype == jnp.bfloat16
 
@@ -137,6 +140,7 @@ def test_a_hook_point_that_the_method_does_not_pass_is_an_error(config, params):
             Transformer(config),
             {"params": params},
             jnp.zeros((1, 1, 16)),
+            tok_ids=IDS[:, :1],
             hooks={},
             keep=("hook_embed",),
             method="unembed",
@@ -177,7 +181,7 @@ def test_edits_and_values_go_through_jit():
     @jax.jit
     def compiled(shift):
         return apply_with_hooks(
-            Doubler(), {}, jnp.arange(3.0), hooks={"before": lambda v, a: v + shift}, keep=("after",)
+            Doubler(), {}, jnp.arange(3.0), tok_ids=IDS, hooks={"before": lambda v, a: v + shift}, keep=("after",)
         )
 
     out, acts = compiled(1.0)

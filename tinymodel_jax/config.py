@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -47,7 +49,7 @@ class _JsonConfig:
             problems = [f"unknown field {name!r}{_closest(name, known)}" for name in unknown]
             problems += [f"missing field {name!r}" for name in missing]
             raise ValueError(f"{cls.__name__}: {'; '.join(problems)}. Known fields: {', '.join(known)}.")
-        return cls(**values)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     @classmethod
     def require(cls, config: Any, taker: str) -> None:
@@ -134,6 +136,22 @@ class ModelConfig(_JsonConfig):
         """Id of `[UNK]`."""
         return self.d_vocab - 1
 
+    def named_tokens(self, tokens: str | int | Iterable[str | int]) -> tuple[int, ...]:
+        """Return the ids of tokens given as ids or as the names `begin`, `end` and `unk`.
+
+        Raises:
+            ValueError: one is neither.
+        """
+        special = {"begin": self.begin_id, "end": self.end_id, "unk": self.unk_id}
+        given = [tokens] if isinstance(tokens, str | int) else list(tokens)
+        wrong = [token for token in given if token not in special and token not in range(self.d_vocab)]
+        if wrong:
+            raise ValueError(
+                f"tokens to exclude: {', '.join(map(repr, wrong))}; give ids, 0..{self.d_vocab - 1}, or "
+                f"{', '.join(map(repr, special))}."
+            )
+        return tuple(special[token] if isinstance(token, str) else int(token) for token in given)
+
     def is_text(self, ids: Any) -> Any:
         """Say whether an id, or each id of an array, is text: any token but `[BEGIN]`, `[END]` and `[PAD]`."""
         return (ids < self.begin_id) | (ids == self.unk_id)
@@ -173,6 +191,9 @@ class DictionaryConfig(_JsonConfig):
     """Whether the prediction includes a linear map of the input, `x @ W_skip` (transcoders only)."""
     subtract_b_dec: bool = False
     """Whether the encoder reads `x - b_dec`, as in some other libraries; the published dictionaries read `x`."""
+    exclude: tuple[int, ...] = ()
+    """Token ids at whose positions the dictionary was not trained and does not act: its features are inactive there, a
+    splice keeps the value, and statistics leave the position out."""
     dtype: str = "float32"
     """Number format of encode and decode; bfloat16 rounding switches features on and off near their threshold."""
     param_dtype: str = "float32"
@@ -189,6 +210,7 @@ class DictionaryConfig(_JsonConfig):
                 f"choose one of {', '.join(ARCHITECTURES)}."
             )
         self._check_k()
+        object.__setattr__(self, "exclude", _token_ids("DictionaryConfig: exclude", self.exclude))
         if not self.is_transcoder and self.d_in != self.d_out:
             raise ValueError(
                 f"DictionaryConfig: an SAE reads and predicts the same hook point {self.hook_in!r}, "
@@ -205,6 +227,11 @@ class DictionaryConfig(_JsonConfig):
     def is_transcoder(self) -> bool:
         """Whether the dictionary predicts a different hook point from the one it reads."""
         return self.hook_in != self.hook_out
+
+    def acts_at(self, tok_ids: Any) -> Any:
+        """Say at which tokens of an array the dictionary acts; None where it acts at all, as most do."""
+        acting = [tok_ids != excluded for excluded in self.exclude]
+        return functools.reduce(operator.and_, acting) if acting else None
 
     def _check_k(self) -> None:
         takes_k = self.architecture in ("topk", "batch_topk")
@@ -245,6 +272,15 @@ def compute_dtype(dtype: Any) -> str:
     if name not in COMPUTE_DTYPES:
         raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
     return name
+
+
+def _token_ids(name: str, given: Any) -> tuple[int, ...]:
+    """Return token ids, which may come from JSON, in order and each once."""
+    items = list(given) if isinstance(given, Iterable) else [given]
+    ids = {item for item in items if isinstance(item, int) and not isinstance(item, bool) and item >= 0}
+    if len(ids) < len(set(map(repr, items))):
+        raise ValueError(f"{name}={given!r:.80}; expected token ids, such as (9996,).")
+    return tuple(sorted(ids))
 
 
 def _require_positive(owner: str, name: str, value: Any) -> None:

@@ -92,13 +92,17 @@ class ModelDictionaries:
                 )
         self.loaded[site.tag] = Dictionary.from_params(config, dictionary.params)
 
-    def spliced(self, sites: Iterable[Site], switches: Mapping[str, bool]) -> ModelDictionaries:
+    def spliced(
+        self, sites: Iterable[Site], switches: Mapping[str, bool], exclude: tuple[int, ...] | None
+    ) -> ModelDictionaries:
         """Return the same dictionaries, with those at the sites spliced into the forward pass as well."""
         other = ModelDictionaries(self.config, self._own)
         splices = dict(self.splices)
         for site in sites:
             dictionary = self.at(site)
-            splices[site.tag] = Splice(dictionary.params, config=dictionary.config, **switches)
+            config = dictionary.config
+            config = config if exclude is None else dataclasses.replace(config, exclude=exclude)
+            splices[site.tag] = Splice(dictionary.params, config=config, **switches)
         other.splices = {tag: splices[tag] for tag in sorted(splices, key=_order)}
         other.loaded = dict(self.loaded)
         return other
@@ -160,6 +164,11 @@ class FeatureReader:
         acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
         acts = cut(acts, (1,), length)
         return acts if n is None else cut(acts, (2,), n)
+
+    def counts(self, tok_ids: Any) -> Any:
+        """Say which tokens count in statistics of the features: text at which the dictionary acts."""
+        text, acting = self.lm.config.is_text(tok_ids), self.dictionary.config.acts_at(tok_ids)
+        return text if acting is None else text & acting
 
 
 def _order(tag: str) -> tuple[int, int, int]:

@@ -278,6 +278,7 @@ class TinyModel(WeightViews):
         include_error: bool = False,
         detach_error: bool = True,
         detach_pred: bool = False,
+        exclude: str | int | Iterable[str | int] | None = None,
     ) -> TinyModel:
         """Return a model whose forward pass runs through the dictionaries at these sites; this one is unchanged.
 
@@ -288,10 +289,18 @@ class TinyModel(WeightViews):
                 dictionary.
             detach_error: stop gradients at the error.
             detach_pred: stop gradients at the prediction.
+            exclude: token ids, "begin" or "end", at whose positions the value stays; None takes those that each
+                dictionary was trained without, () none.
+
+        Raises:
+            ValueError: a tag is not valid or names a feature, a site has no dictionary, or `exclude` holds no tokens.
         """
         switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
         sites = [Site.whole(tag, "splice: ") for tag in as_names(tags)]
-        return self._of(self.config, self.params, self._tokenizer, self._dictionaries.spliced(sites, switches))
+        excluded = None if exclude is None else self.config.named_tokens(exclude)
+        return self._of(
+            self.config, self.params, self._tokenizer, self._dictionaries.spliced(sites, switches, excluded)
+        )
 
     @property
     def spliced(self) -> tuple[str, ...]:

@@ -174,15 +174,16 @@ class EditFeatures:
     """Whether `amount` is a factor of the old activation rather than the new activation."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, Reading(_source(self.config, value, acts)))
+        return self.edit(value, _reading(self.config, value, acts), acts)
 
-    def edit(self, value: Array, reading: Reading) -> Array:
+    def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the edited value, and record the new activations in the reading."""
         features = jnp.atleast_1d(jnp.asarray(self.features))
         old = reading.activations(self, features)
         amount = fitting(self.amount, old.shape, "the activations of its features")
         new = old * amount if self.scale else jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
         new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
+        new = where(self.config.acts_at(acts["tok_ids"]), new, old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
         reading.edited.append((features, new))
         reading.change += change
@@ -215,14 +216,15 @@ class Splice:
     """Stop the gradient through the dictionary."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, Reading(_source(self.config, value, acts)))
+        return self.edit(value, _reading(self.config, value, acts), acts)
 
-    def edit(self, value: Array, reading: Reading) -> Array:
+    def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the prediction plus the changes that edits recorded in the reading."""
         prediction = reconstruct(self.params, self.config, reading.source)
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
         prediction = (prediction + reading.change).astype(value.dtype).reshape(value.shape)
+        prediction = where(self.config.acts_at(acts["tok_ids"]), prediction, value)
         if not self.include_error:
             return prediction
         # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
@@ -253,10 +255,10 @@ class Chain:
                 if reader not in readings:
                     # a second splice predicts what the first one wrote; edits change what the splice decodes
                     here = value if unspliced is None or isinstance(edit, Splice) else unspliced
-                    readings[reader] = Reading(_source(edit.config, here, acts))
+                    readings[reader] = _reading(edit.config, here, acts)
                 if isinstance(edit, Splice) and not edit.config.is_transcoder and unspliced is None:
                     unspliced = value
-                value = edit.edit(value, readings[reader])
+                value = edit.edit(value, readings[reader], acts)
                 continue
             value = edit(value, acts)
             value = jnp.maximum(value, masked_score(value.dtype)) if self.of_scores else value
@@ -272,5 +274,5 @@ class Chain:
 OwnEdit = Add | Replace | Scale | EditFeatures | Splice
 
 
-def _source(config: DictionaryConfig, value: Array, acts: Acts) -> Array:
-    return vectors(acts[config.hook_in] if config.is_transcoder else value)
+def _reading(config: DictionaryConfig, value: Array, acts: Acts) -> Reading:
+    return Reading(vectors(acts[config.hook_in] if config.is_transcoder else value))

@@ -48,13 +48,19 @@ class HookedModel:
         return run_with_hooks(self.params, self.config, tok_ids, self.hooks, keep)
 
     def resume(
-        self, point: str, resid: Float[Array, "batch seq d_model"], before: KVCache = (), keep: Iterable[str] = ()
+        self,
+        point: str,
+        resid: Float[Array, "batch seq d_model"],
+        tok_ids: Int[Array, "batch seq"],
+        before: KVCache = (),
+        keep: Iterable[str] = (),
     ) -> tuple[Float[Array, "batch seq d_model"], dict[str, Array]]:
         """Run the layers above a point; return the final residual stream and the activations to keep.
 
         Args:
             point: a hook point of the stream, or one whose value is added to it; only edits at later hook points act.
             resid: the stream after that point.
+            tok_ids: the tokens at its positions.
             before: keys and values of earlier positions, as `Transformer.resume` takes them.
         """
         layer, at_mlp = resumes_at(point)
@@ -65,13 +71,18 @@ class HookedModel:
             layer,
             at_mlp,
             before,
+            tok_ids=tok_ids,
             hooks=hooks_after(self.hooks, point),
             keep=keep,
             method="resume",
         )
 
     def resume_with_value(
-        self, name: str, value: Float[Array, "..."], stream: Float[Array, "batch seq d_model"]
+        self,
+        name: str,
+        value: Float[Array, "..."],
+        stream: Float[Array, "batch seq d_model"],
+        tok_ids: Int[Array, "batch seq"],
     ) -> Float[Array, "batch seq d_model"]:
         """Return the final residual stream with another value at a block's hook point.
 
@@ -80,8 +91,8 @@ class HookedModel:
         """
         point = stream_before(name)
         if name == point:
-            return self.resume(point, jnp.asarray(value, stream.dtype))[0]
-        return self.with_hooks({name: Replace(value)}).resume(point, stream)[0]
+            return self.resume(point, jnp.asarray(value, stream.dtype), tok_ids)[0]
+        return self.with_hooks({name: Replace(value)}).resume(point, stream, tok_ids)[0]
 
     def unembed(self, resid: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_vocab"]:
         """Return the float32 logits of a final residual stream."""
@@ -117,7 +128,9 @@ def features(
     """Return a dictionary's activations (batch, seq, n); without the last axis for a scalar index."""
     name = dictionary_config.hook_in
     _, acts = model.run(tok_ids, name)
-    return dictionary.encode(dictionary_params, dictionary_config, vectors(acts[name]), indices)
+    found = dictionary.encode(dictionary_params, dictionary_config, vectors(acts[name]), indices)
+    acting = dictionary_config.acts_at(tok_ids)
+    return found if acting is None else jnp.where(acting.reshape(*acting.shape, *[1] * (found.ndim - 2)), found, 0)
 
 
 @fast_jit

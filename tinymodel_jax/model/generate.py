@@ -229,6 +229,7 @@ def _advance(
             state.tokens[rows, last],
             last,
             state.cache,
+            tok_ids=state.tokens[rows, last][:, None],
             hooks=model.hooks,
             method="decode",
         )

@@ -22,7 +22,9 @@ from tinymodel_jax.block_order import BLOCK_HOOKS, comes_after
 from tinymodel_jax.config import ModelConfig
 
 Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
-"""An edit: `(value, values of earlier hook points) -> new value` of the same shape."""
+"""An edit: `(value, acts) -> new value` of the same shape.
+
+`acts` has the values of earlier hook points by name, and the tokens, (batch, seq), as `"tok_ids"`."""
 Hooks = dict[str, Hook]
 """Hook name -> edit."""
 Names = str | Iterable[str] | Callable[[str], Any]
@@ -197,6 +199,7 @@ def apply_with_hooks(
     model: nn.Module,
     variables: Mapping[str, Any],
     *args: Any,
+    tok_ids: jax.Array,
     hooks: Mapping[str, Hook],
     keep: Iterable[str] = (),
     method: str | None = None,
@@ -206,12 +209,15 @@ def apply_with_hooks(
     Kept values are those after the edit. Hooks act only during this call and cannot reach a function that was compiled
     before it, so compile the function that calls this one.
 
+    Args:
+        tok_ids: (batch, seq) tokens at the positions that this call computes, for the hooks.
+
     Raises:
         ValueError: a hook is not an edit, an edit raised a ValueError (the new message names the hook) or changed the
             shape, or `method` does not reach a hook point in `keep`.
     """
     require_edits(hooks)
-    seen: dict[str, jax.Array] = {}
+    seen: dict[str, jax.Array] = {"tok_ids": tok_ids}
 
     def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         value = call(*args, **kwargs)

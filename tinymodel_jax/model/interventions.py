@@ -11,6 +11,8 @@ In a model that is spliced with a dictionary, edits therefore change the activat
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,6 +71,7 @@ def splice(
     include_error: bool = False,
     detach_error: bool = True,
     detach_pred: bool = False,
+    exclude: tuple[int, ...] | None = None,
 ) -> Hooks:
     """Run the model through dictionaries. Those that replace the same value act in the given order.
 
@@ -76,12 +79,14 @@ def splice(
         include_error: add the reconstruction error back: values remain, and gradients flow through the dictionary.
         detach_error: stop the gradient through the error.
         detach_pred: stop the gradient through the prediction.
+        exclude: token ids at whose positions the value stays; None takes those that the dictionary was trained without.
     """
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
     given = [dictionaries] if isinstance(dictionaries, Dictionary | str) else dictionaries
     dictionaries = [_require_dictionary(dictionary) for dictionary in given]
-    edits = ({d.config.hook_out: Splice(d.params, config=d.config, **switches)} for d in dictionaries)
-    return combine(*edits)
+    configs = [d.config if exclude is None else dataclasses.replace(d.config, exclude=exclude) for d in dictionaries]
+    pairs = zip(dictionaries, configs, strict=True)
+    return combine(*({config.hook_out: Splice(d.params, config=config, **switches)} for d, config in pairs))
 
 
 def combine(*hooks: Mapping[str, Hook]) -> Hooks:
@@ -116,7 +121,8 @@ def _same_dictionary(one: Hook, other: Hook) -> bool:
     if not (isinstance(one, Splice | EditFeatures) and isinstance(other, Splice | EditFeatures)):
         return False
     leaves = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=False)
-    return one.config == other.config and all(a is b for a, b in leaves)
+    configs = (dataclasses.replace(edit.config, exclude=()) for edit in (one, other))
+    return operator.eq(*configs) and all(a is b for a, b in leaves)
 
 
 def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:

@@ -239,7 +239,7 @@ def run_with_hooks(
 
     Args:
         hooks: hook name -> edit. An edit is made by `interventions`, or is any function `(value, acts) -> value`, where
-            `acts` contains the values of the hook points so far.
+            `acts` contains the values of the hook points so far, and `tok_ids`.
         keep: the hook points whose values are returned (after their edits): names, patterns such as "*hook_mlp_out",
             or a function of the name.
 
@@ -249,7 +249,7 @@ def run_with_hooks(
     hooks = hooks or {}
     keep = chosen_names(keep, config, hooks)
     check_shape(tok_ids, config)
-    return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, hooks=hooks, keep=keep)
+    return apply_with_hooks(Transformer(config), {"params": params}, tok_ids, tok_ids=tok_ids, hooks=hooks, keep=keep)
 
 
 def _query_key_init(config: ModelConfig) -> nn.initializers.Initializer:

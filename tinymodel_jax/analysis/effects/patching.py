@@ -137,7 +137,7 @@ def _patch_kind(
         def one(place: Array) -> Array:
             chosen = jnp.expand_dims(places == place, [i for i in range(good[name].ndim) if i != axis])
             value = jnp.where(chosen, good[name], bad[name])
-            return measure(model.resume_with_value(name, value, bad[stream_before(name)]))
+            return measure(model.resume_with_value(name, value, bad[stream_before(name)], rows[1]))
 
         places = jnp.arange(good[name].shape[axis])
         return jax.lax.map(one, places, batch_size=min(at_once, len(places)))

@@ -108,7 +108,7 @@ def activations(
     n_features = dictionary.config.n_features
     indices = None if features is None else np.atleast_1d(resolve_indices(features, n_features))
     acts = np.asarray(encode(dictionary.params, dictionary.config, prepared.clean.sources[0], indices), np.float32)
-    acts = np.moveaxis(np.where(prepared.mask[..., None], acts, 0), -1, 0)
+    acts = np.moveaxis(np.where(acting_mask(lm, tag, prepared)[..., None], acts, 0), -1, 0)
     overflown = np.flatnonzero(~np.isfinite(acts).all(axis=(1, 2)))
     if len(overflown):
         first = overflown[0] if indices is None else indices[overflown[0]]
@@ -120,6 +120,12 @@ def activations(
         return indices, acts
     active = np.flatnonzero(acts.any(axis=(1, 2)))
     return active, acts[active]
+
+
+def acting_mask(lm: TinyModel, tag: str, prepared: SweepInput) -> Bool[np.ndarray, "batch seq"]:
+    """Return where the intervention acts and the dictionary does."""
+    acting = lm[tag].dictionary.config.acts_at(prepared.ids)
+    return prepared.mask if acting is None else prepared.mask & acting
 
 
 def decoder_rows(lm: TinyModel, tag: str, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from tinymodel_jax.analysis.effects.sweep_input import (
     SweepInput,
+    acting_mask,
     activations,
     as_vectors,
     decoder_rows,
@@ -111,7 +112,9 @@ def clamp(
     held = finite("value", value, ndim=0)
     prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
     chosen, acts = activations(lm, tag, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), prepared.mask * (held - acts), track)
+    return _sweep(
+        lm, prepared, chosen, decoder_rows(lm, tag, chosen), acting_mask(lm, tag, prepared) * (held - acts), track
+    )
 
 
 def steer(

@@ -40,6 +40,7 @@ it multiplies may be below float32's smallest number, `exp(-87)`, so that the pr
 class Clean(NamedTuple):
     """Values of the pass without changes."""
 
+    tok_ids: Int[Array, "batch seq"]
     entry: Float[Array, "batch seq d_model"]
     joined: Float[Array, "batch seq d_model"]
     linear: tuple[Array, ...]
@@ -110,6 +111,7 @@ def clean_streams(
         return dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name]
 
     return Clean(
+        tok_ids=tok_ids,
         entry=sum((acts[name] for name in entry.terms[1:]), acts[entry.terms[0]]),
         joined=acts[entry.joined],
         linear=tuple(acts[name] for name in linear),
@@ -162,7 +164,9 @@ def effects_of_changes(
         _, values = run(below_readout)
     before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
-    read = jnp.einsum("nbsf,bs->nf", after - before, counted.real.astype(before.dtype))
+    acting = readout_config.acts_at(upper.tok_ids)
+    real = counted.real if acting is None else counted.real * acting
+    read = jnp.einsum("nbsf,bs->nf", after - before, real.astype(before.dtype))
     return effects, final_stream, read
 
 
@@ -193,7 +197,9 @@ def _changed_pass(
     # positions of several changes in one row: what attention makes of them is not used, so it is not computed
     entered = _linear_values(model, clean, changes, entry)
     kept = [*attention, *early, *([entry.joined] if entry.at_mlp else [])]
-    _, single = model.with_hooks(entered).resume(entry.point, alone[None], keep=kept)
+    _, single = model.with_hooks(entered).resume(
+        entry.point, alone[None], clean.tok_ids[row, position][None], keep=kept
+    )
     single = {name: value[0] for name, value in single.items()}
     stream = spread(single.get(entry.joined, alone), clean.joined)
     known = {n: Replace(spread(single[n], value)) for n, value in zip(attention, clean.attention, strict=True)}
@@ -203,7 +209,8 @@ def _changed_pass(
         for keys, values in clean.keys_values
     )
     late = [name for name in keep if name not in early]
-    final, whole = model.with_hooks(known).resume(entry.joined, stream, before, keep=late)
+    tok_ids = jnp.tile(clean.tok_ids[:, start:], (len(changes.directions), 1))
+    final, whole = model.with_hooks(known).resume(entry.joined, stream, tok_ids, before, keep=late)
     return final, [spread(single[name], clean.sources[-1]) if name in early else whole[name] for name in keep]
 
 

@@ -9,7 +9,8 @@ divided at the end; confidence intervals are over rows (`row_sums.py`).
 
 There are two passes over the rows; the first computes the mean of y, which explained variance and mean-ablation need.
 `[PAD]` and rows without a token to predict are excluded. Measures of reconstruction also exclude `[BEGIN]`, which has
-the same vector in every story, by default. Cross-entropy and KL are over the positions that have a next token.
+the same vector in every story, by default, and the tokens that a dictionary excludes, where splices and ablations keep
+the value. Cross-entropy and KL are over the positions that have a next token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,13 @@ from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
 """Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
+
+
+class Ablation(NamedTuple):
+    """Where zeros or means take a value's place: at a hook point, except at excluded tokens."""
+
+    place: str
+    exclude: tuple[int, ...]
 
 
 class DictionaryEvaluation(NamedTuple):
@@ -112,12 +120,11 @@ def evaluate(
             the ids are not valid; or there is no token to predict or to measure.
     """
     resolved = _resolve(lm, dictionaries)
-    places = tuple(dict.fromkeys(d.config.hook_out for d in resolved))
     for dictionary in resolved:
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows_of(lm, rows), lm.config)
     model = lm.hooked()
-    means = _means(model, batches, places, count_begin, track)
+    means = _means(model, batches, {_ablation(d.config) for d in resolved}, count_begin, track)
     sums = [RowSums(_QUANTITIES) for _ in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
@@ -174,51 +181,62 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
             )
 
 
+def _ablation(config: DictionaryConfig) -> Ablation:
+    return Ablation(config.hook_out, config.exclude)
+
+
 def _means(
-    model: HookedModel, batches: list[np.ndarray], places: tuple[str, ...], begin: bool, track: Track
-) -> dict[str, Float[np.ndarray, " d_out"]]:
-    """Return the mean of the value at each hook point over the counted tokens."""
-    sums: dict[str, Any] = dict.fromkeys(places, 0.0)
-    tokens = 0
+    model: HookedModel, batches: list[np.ndarray], ablations: set[Ablation], begin: bool, track: Track
+) -> dict[Ablation, Float[np.ndarray, " d_out"]]:
+    """Return the mean of the value over the tokens that each ablation counts."""
+    sums: dict[Ablation, Any] = dict.fromkeys(sorted(ablations), 0.0)
+    tokens = dict.fromkeys(sums, 0)
+    places = {exclude: tuple(a.place for a in sums if a.exclude == exclude) for exclude in {a.exclude for a in sums}}
     for ids in track(batches, "taking means"):
-        counted = _counted(ids, model.config, begin)
-        found = sum_values(model, ids, counted, places=places)
-        sums = {place: sums[place] + np.asarray(found[place], np.float64) for place in places}
-        tokens += int(counted.sum())
-    if not tokens:
-        raise ValueError("evaluate: the rows hold only [BEGIN], which is not counted; give rows with other tokens.")
-    return {place: (total / tokens).astype(np.float32) for place, total in sums.items()}
+        for exclude, named in places.items():
+            counted = _counted(ids, model.config, begin, exclude)
+            found = sum_values(model, ids, counted, places=named)
+            for ablation in (Ablation(place, exclude) for place in named):
+                sums[ablation] = sums[ablation] + np.asarray(found[ablation.place], np.float64)
+                tokens[ablation] += int(counted.sum())
+    if not all(tokens.values()):
+        raise ValueError(
+            "evaluate: the rows hold only [BEGIN] or other tokens that are not counted; give rows with more tokens."
+        )
+    return {ablation: (total / tokens[ablation]).astype(np.float32) for ablation, total in sums.items()}
 
 
 def _measure_batch(
     model: HookedModel,
     dictionaries: Sequence[Dictionary],
-    means: Mapping[str, np.ndarray],
+    means: Mapping[Ablation, np.ndarray],
     ids: Int[np.ndarray, "batch seq"],
     begin: bool,
 ) -> Iterator[tuple[dict[str, Any], Array]]:
     """Yield, for each dictionary, the rows' totals of each quantity, and on how many tokens each feature is active."""
-    config, counted = model.config, _counted(ids, model.config, begin)
+    config = model.config
     needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
-    keep = tuple(sorted(needed | {stream_before(place) for place in means}))
+    keep = tuple(sorted(needed | {stream_before(ablation.place) for ablation in means}))
     clean = clean_pass(model, ids, keep=keep)
 
-    def with_value(place: str, value: Any) -> Array:
-        stream = clean.acts[stream_before(place)]
-        return losses_with_value(model, ids, stream, value, clean.logprobs, place=place)
+    def with_value(at: Ablation, value: Any) -> Array:
+        """Run the layers above with another value at a place, except at excluded tokens."""
+        clean_value, stream = clean.acts[at.place], clean.acts[stream_before(at.place)]
+        kept = np.isin(ids, at.exclude)
+        return losses_with_value(model, ids, stream, clean_value, value, kept, clean.logprobs, place=at.place)
 
-    def with_vector(place: str, vector: np.ndarray) -> np.ndarray:
+    def with_vector(at: Ablation, vector: np.ndarray) -> np.ndarray:
         shape = (*ids.shape, len(vector))
-        return np.asarray(with_value(place, np.broadcast_to(vector, shape)))[0]
+        return np.asarray(with_value(at, np.broadcast_to(vector, shape)))[0]
 
-    ablated = {place: [with_vector(place, v) for v in (np.zeros_like(mean), mean)] for place, mean in means.items()}
+    ablated = {at: [with_vector(at, v) for v in (np.zeros_like(mean), mean)] for at, mean in means.items()}
     shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
-        place, x = dictionary.config.hook_out, vectors(clean.acts[dictionary.config.hook_in])
-        y, mean = vectors(clean.acts[place]), means[place]
+        at, x = _ablation(dictionary.config), vectors(clean.acts[dictionary.config.hook_in])
+        y, mean, counted = vectors(clean.acts[at.place]), means[at], _counted(ids, config, begin, at.exclude)
         prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
-        spliced, kl = np.asarray(with_value(place, prediction))
-        zeroed, averaged = ablated[place]
+        spliced, kl = np.asarray(with_value(at, prediction))
+        zeroed, averaged = ablated[at]
         found = {**shared, "spliced": spliced, "kl": kl, "zeroed": zeroed, "averaged": averaged}
         yield totals._asdict() | found, active
 
@@ -238,7 +256,10 @@ def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluati
     )
 
 
-def _counted(ids: np.ndarray, config: ModelConfig, begin: bool) -> Bool[np.ndarray, "batch seq"]:
+def _counted(
+    ids: np.ndarray, config: ModelConfig, begin: bool, exclude: tuple[int, ...]
+) -> Bool[np.ndarray, "batch seq"]:
     # rows without a token to predict are excluded, so that all numbers are over the same rows
     real = (ids != config.pad_id) & np.any(ids[:, 1:] != config.pad_id, axis=1, keepdims=True)
-    return real if begin else real & (ids != config.begin_id)
+    excluded = exclude if begin else (*exclude, config.begin_id)
+    return real & ~np.isin(ids, excluded)

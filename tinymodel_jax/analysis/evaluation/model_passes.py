@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import HookedModel, next_token_losses
-from tinymodel_jax.model.hook_points import has_heads, vectors
+from tinymodel_jax.model.hook_points import vectors
 from tinymodel_jax.model.interventions import Replace
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_right
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -99,16 +99,20 @@ def losses_with_value(
     model: HookedModel,
     ids: Int[Array, "batch seq"],
     stream: Float[Array, "batch seq d_model"],
-    value: Float[Array, "batch seq width"],
+    own: Float[Array, "..."],
+    other: Float[Array, "batch seq width"],
+    kept: Bool[Array, "batch seq"],
     clean: Float[Array, "batch seq d_vocab"],
     *,
     place: str,
 ) -> Float[Array, "2 batch"]:
-    """Do `losses_against` with other vectors at `place`; `stream` is the clean value at `stream_before(place)`."""
-    if has_heads(place):
-        value = value.reshape(*value.shape[:2], model.config.n_heads, model.config.d_head)
+    """Do `losses_against` with other vectors at `place`, except where the model's own are kept.
+
+    `stream` is the clean value at `stream_before(place)`, `own` that at `place`.
+    """
+    value = jnp.where(kept[..., None], vectors(own), other).reshape(own.shape)
     if place.startswith("blocks."):
-        return _losses(model.unembed(model.resume_with_value(place, value, stream)), ids, clean, model.config)
+        return _losses(model.unembed(model.resume_with_value(place, value, stream, ids)), ids, clean, model.config)
     return losses_against(model.with_hooks({place: Replace(value)}), ids, clean)
 
 

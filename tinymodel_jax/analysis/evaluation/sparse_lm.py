@@ -175,6 +175,11 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
             f"export_sparse_lm: the dictionary at {tag} cannot be an MLP: {what}. Splice it instead: "
             f"lm.splice([{tag!r}]); or train a relu, jumprelu, batch_topk or gated one without a skip connection."
         )
+    if config.exclude:
+        raise ValueError(
+            f"export_sparse_lm: the dictionary at {tag} does not act at the tokens {config.exclude}, and neurons act "
+            f"everywhere. Splice it instead: lm.splice([{tag!r}])."
+        )
     mlp = {"W_in": params["W_enc"], "W_out": params["W_dec"], "b_out": params["b_dec"]} | _activation(config, params)
     if config.subtract_b_dec:
         mlp["b_in"] = mlp["b_in"] - params["b_dec"] @ mlp["W_in"]

@@ -41,7 +41,7 @@ class DictionaryInputs(BatchedPass):
     """
 
     def __init__(self, reader: FeatureReader, per_device: int):
-        self.config = reader.dictionary.config
+        self.config, self.counts = reader.dictionary.config, reader.counts
         super().__init__(reader.lm.hooked(before=reader.site), (self.config.hook_in,), per_device)
         self.dictionary = jax.device_put(reader.dictionary.params, self.everywhere)
 
@@ -71,7 +71,8 @@ class ActivationPass:
         inputs = self.inputs
         tok_ids = check_tok_ids(self.rows[first : first + inputs.batch], inputs.model.config, first)
         x, n_rows = inputs(tok_ids), len(tok_ids)
-        real = inputs.model.config.is_text(pad_below(tok_ids, inputs.batch, inputs.model.config.pad_id))
+        padded = pad_below(tok_ids, inputs.batch, inputs.model.config.pad_id)
+        real = inputs.counts(padded)
         drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
         counted, drawn = jax.device_put((real, drawn), inputs.spread)
         options = {"config": inputs.config, "every": self.every}

@@ -116,7 +116,7 @@ def concept_f1(
         features: indices of the features to score; None scores all.
         track: wraps the iterator over chunks, for example with a progress bar.
     """
-    config, real = reader.dictionary.config, reader.lm.config.is_text(rows)
+    config, real = reader.dictionary.config, reader.counts(rows)
     x, told = _inputs(reader, rows)[real], truth[real]
     chosen = np.arange(config.n_features) if features is None else features
     together = ALL_COMPARED if config.architecture == "topk" else CHUNK

@@ -32,7 +32,6 @@ from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import BINS, FIRST_EXPONENT
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
-from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
@@ -193,7 +192,7 @@ def top_activations(
     rows = as_array(rows_of(lm, rows))
     reader = lm[Site.whole(tag, "top_activations: ").tag]
     _check(rows, seed, k=k, n_sampled=n_sampled, n_partners=n_partners, batch=batch)
-    n_tokens = _count_tokens(rows, lm.config)
+    n_tokens = _count_tokens(rows, reader)
     if not n_tokens:
         raise ValueError(f"top_activations: {len(rows)} rows hold only special tokens; pass rows of stories.")
     sums, first = Sums.zero(reader.dictionary.config.n_features, k, n_sampled), 0
@@ -261,9 +260,9 @@ def _check(rows: np.ndarray, seed: int, **counts: int) -> None:
         )
 
 
-def _count_tokens(rows: np.ndarray, config: ModelConfig) -> int:
-    """Return the number of text tokens, reading a part of the rows at a time."""
-    return sum(int(np.sum(config.is_text(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
+def _count_tokens(rows: np.ndarray, reader: FeatureReader) -> int:
+    """Return the number of tokens that count, reading a part of the rows at a time."""
+    return sum(int(np.sum(reader.counts(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
 
 
 def run_pass(

@@ -94,7 +94,7 @@ def window_activations(
         pairs = order[bounds[start] : bounds[start + len(numbers)]]
         f, n = feature[pairs], number[pairs]
         in_batch, around = np.searchsorted(numbers, of_row[pairs]), places[f, n]
-        real = (around >= 0) & reader.lm.config.is_text(ids[in_batch[:, None], around])
+        real = (around >= 0) & reader.counts(ids[in_batch[:, None], around])
         acts[f, n] = np.where(real, measure(inputs(ids), f, in_batch, around), 0)
     return acts
 
