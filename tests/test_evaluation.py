@@ -266,11 +266,14 @@ def test_what_is_at_uncounted_positions_does_not_count(tok_ids):
 
 def test_tokens_are_drawn_once_each_never_padding_and_come_again_when_there_are_too_few(tok_ids):
     real = np.flatnonzero(np.asarray(tok_ids).reshape(-1) != PAD)
-    drawn = np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 20, jax.random.key(0)))
+    drawn = np.asarray(draw_tokens(jnp.asarray(tok_ids), (PAD,), 20, jax.random.key(0)))
     assert len(set(drawn.tolist())) == 20
     assert set(drawn.tolist()) <= set(real.tolist())
-    assert drawn.tolist() != np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 20, jax.random.key(1))).tolist()
-    many = np.asarray(draw_tokens(jnp.asarray(tok_ids), PAD, 2 * len(real), jax.random.key(0)))
+    assert drawn.tolist() != np.asarray(draw_tokens(jnp.asarray(tok_ids), (PAD,), 20, jax.random.key(1))).tolist()
+    others = np.asarray(draw_tokens(jnp.asarray(tok_ids), (PAD, int(tok_ids[0, 1])), 20, jax.random.key(0)))
+    assert PAD not in tok_ids.reshape(-1)[others]
+    assert tok_ids[0, 1] not in tok_ids.reshape(-1)[others]
+    many = np.asarray(draw_tokens(jnp.asarray(tok_ids), (PAD,), 2 * len(real), jax.random.key(0)))
     np.testing.assert_array_equal(np.sort(many), np.repeat(real, 2))
 
 
@@ -278,7 +281,7 @@ def test_the_vectors_of_all_sites_are_the_activations_at_the_same_tokens(params,
     sites = [Site("M", 0), Site("A", 1)]
     key = jax.random.key(3)
     found = site_vectors(params, CONFIG, jnp.asarray(tok_ids), sites, 10, key)
-    places = draw_tokens(jnp.asarray(tok_ids), PAD, 10, key)
+    places = draw_tokens(jnp.asarray(tok_ids), (PAD,), 10, key)
     names = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", "blocks.1.hook_attn_out")
     _, acts = run_with_hooks(params, CONFIG, jnp.asarray(tok_ids), keep=names)
     flat = {name: acts[name].reshape(-1, WIDTH)[places] for name in names}

@@ -267,6 +267,17 @@ def test_arrays_are_evaluated_during_the_training_too(tmp_path: Path, capsys: py
     assert "CE" not in shown
 
 
+def test_excluded_tokens_are_recorded_with_the_dictionary(model: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--sites", "M0", "--steps", "2", "--architecture", "topk", "--k", "4", "--exclude", "begin,7"]
+    assert train_here(*arguments(model, data, tmp_path / "out", *options)) == 0
+    (folder,) = folders(tmp_path / "out")
+    dictionary = Dictionary.from_pretrained(folder)
+    assert dictionary.config.exclude == (7, VOCAB - 4)
+    rows = np.fromfile(data / "valid.bin", "<u2").reshape(-1, ROW).astype(np.int32)
+    results = json.loads((folder / "training.json").read_text())["results"]
+    assert results["tokens"] == np.isin(rows, (7, VOCAB - 4, VOCAB - 2), invert=True).sum()
+
+
 @pytest.mark.slow
 def test_activations_of_ones_own_train_sparse_codes_of_planted_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -352,6 +363,8 @@ def test_a_model_whose_activations_are_not_finite_is_one_line(
         (["--sites", "M0", "--data", "{tmp}/none"], "none"),
         (["--sites", "M0", "--data", "{data}", "--stories", "0"], "--stories 0"),
         (["--sites", "M0", "--data", "{data}", "--data-seed", "-1"], "--data-seed -1"),
+        (["--sites", "M0", "--data", "{data}", "--exclude", "start"], "'start'; give ids, 0..63, or 'begin'"),
+        (["--activations", "{tmp}/x.npy", "--exclude", "begin"], "--exclude needs --sites"),
         (["--activations", "{tmp}/x.npy", "--stories", "8"], "--stories needs --sites"),
         (["--activations", "{tmp}/x.npy", "--sites", "M0"], "replaces --sites"),
         (["--activations", "{tmp}/none.npy"], "none.npy"),

@@ -68,6 +68,8 @@ class ActivationOptions:
     """vectors per step"""
     stories: int | None = None
     """stories per step from which the vectors are drawn; by default as many as needed"""
+    exclude: str = ""
+    """tokens at which the dictionaries are not trained and do not act, separated by commas: begin, end, unk, or ids"""
     data_seed: int = 0
     """seed of the order of the stories and of the tokens drawn from them"""
     held_out_stories: int = 512
@@ -84,6 +86,8 @@ class Place:
     hook_out: str
     d_in: int
     d_out: int
+    exclude: tuple[int, ...] = ()
+    """Ids of tokens that are left out."""
 
     @property
     def is_sae(self) -> bool:
@@ -187,7 +191,9 @@ class ModelActivations:
         if data is not None:
             _check_data(config, data)
             row_length, tokens_per_story = data.row_length, data.meta.tokens["train"] / data.meta.rows["train"]
-        self.places: Mapping[str, Place] = {site.tag: _place(site, config) for site in sites}
+        words = [int(word) if word.isdigit() else word for word in options.exclude.split(",") if word]
+        self._exclude = config.named_tokens(words)
+        self.places: Mapping[str, Place] = {site.tag: _place(site, config, self._exclude) for site in sites}
         self.context = params
         self._config, self._sites, self._data = config, list(sites), data
         self._options, self._mesh, self.batch_size = options, mesh, options.batch_size
@@ -210,7 +216,7 @@ class ModelActivations:
         """Return the vectors of every site at the tokens drawn in this step."""
         key = jax.random.fold_in(jax.random.key(self._options.data_seed), step)
         layout = NamedSharding(self._mesh, P("data" if split else None, None))
-        return site_vectors(context, self._config, batch, self._sites, self.batch_size, key, layout)
+        return site_vectors(context, self._config, batch, self._sites, self.batch_size, key, layout, self._exclude)
 
     def evaluate(self, dictionaries: Sequence[Dictionary], quick: bool = False) -> list[Evaluation]:
         """Evaluate dictionaries on the held-out stories, all in one pass, in float32."""
@@ -289,6 +295,10 @@ class ArrayActivations:
 def _open_arrays(options: ActivationOptions, activations: Path, mesh: Mesh) -> tuple[ActivationSource, dict[str, Any]]:
     if options.sites or options.data is not None:
         raise ValueError("--activations replaces --sites and --data; give one or the other.")
+    if options.exclude:
+        raise ValueError(
+            "--exclude needs --sites: the rows of --activations have no tokens; leave rows out of the file."
+        )
     if options.stories is not None:
         raise ValueError("--stories needs --sites: the rows of --activations do not come from stories.")
     names = {"activations": activations.name, "targets": options.targets.name if options.targets else None}
@@ -331,11 +341,11 @@ def _load_model(model: str, dtype: str, mesh: Mesh, only_compiled: bool) -> tupl
     return config, jax.device_put(params, everywhere)
 
 
-def _place(site: Site, config: ModelConfig) -> Place:
+def _place(site: Site, config: ModelConfig, exclude: tuple[int, ...]) -> Place:
     d_in, d_out = vector_width(site.hook_in, config), vector_width(site.hook_out, config)
     assert d_in is not None
     assert d_out is not None
-    return Place(site.hook_in, site.hook_out, d_in, d_out)
+    return Place(site.hook_in, site.hook_out, d_in, d_out, exclude)
 
 
 def _check_data(config: ModelConfig, data: TokenData) -> None:

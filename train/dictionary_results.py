@@ -8,6 +8,7 @@ OUT/pareto.png                  L0 against explained variance and, with a langua
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,8 +116,9 @@ def finished_dictionaries(
     for name, place in source.places.items():
         for index, member in enumerate(sweep.members):
             state = _one_member(states[name], index)
-            finished = finalize(state, member.recipe(sweep.recipes[name]), place.hook_in, place.hook_out)
-            found.append((name, index, Dictionary.from_params(*finished)))
+            config, params = finalize(state, member.recipe(sweep.recipes[name]), place.hook_in, place.hook_out)
+            config = dataclasses.replace(config, exclude=place.exclude)
+            found.append((name, index, Dictionary.from_params(config, params)))
     return found
 
 

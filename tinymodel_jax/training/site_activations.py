@@ -1,8 +1,8 @@
 """Activations to train dictionaries on, from one pass of the language model: all sites at the same tokens.
 
 Pure functions for use inside a compiled step. A step's vectors are those of `n` tokens drawn from a batch of stories,
-never `[PAD]`, so a batch has a static size for stories of any length. `[BEGIN]` is included, because a spliced
-dictionary has to predict it too.
+never `[PAD]`, so a batch has a static size for stories of any length. `[BEGIN]` is included unless it is excluded,
+because a spliced dictionary has to predict it too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Vectors(NamedTuple):
     """Targets; None if they are `x`."""
 
 
-def draw_tokens(tok_ids: Int[Array, "batch seq"], pad_id: int, n: int, key: Array) -> Int[Array, " n"]:
-    """Draw `n` positions of the flattened batch that are not `[PAD]`, each once before any is repeated."""
-    real = tok_ids.reshape(-1) != pad_id
+def draw_tokens(tok_ids: Int[Array, "batch seq"], without: Sequence[int], n: int, key: Array) -> Int[Array, " n"]:
+    """Draw `n` positions of the flattened batch whose ids are not in `without`, each once before any is repeated."""
+    real = ~jnp.isin(tok_ids.reshape(-1), jnp.asarray(without, tok_ids.dtype))
     order = jnp.argsort(jnp.where(real, jax.random.uniform(key, real.shape), 2.0))
     return order[jnp.arange(n) % jnp.maximum(jnp.sum(real), 1)]
 
@@ -43,16 +43,18 @@ def site_vectors(
     n: int,
     key: Array,
     layout: Any = None,
+    exclude: Sequence[int] = (),
 ) -> dict[str, Vectors]:
     """Return each site's vectors (tag -> vectors) at the same `n` tokens.
 
     Args:
         params, config: those of the language model; layers above the highest site are not computed.
         layout: sharding of the vectors; None leaves it to the compiler.
+        exclude: ids of tokens that are not drawn, besides `[PAD]`.
     """
     names = tuple(sorted({hook for site in sites for hook in (site.hook_in, site.hook_out)}))
     _, acts = run_with_hooks(params, config, tok_ids, {}, names)
-    places = draw_tokens(tok_ids, config.pad_id, n, key)
+    places = draw_tokens(tok_ids, (config.pad_id, *exclude), n, key)
     rows = {name: acts[name].reshape(tok_ids.size, -1) for name in names}  # the heads of q, k, v and z concatenated
     drawn = {name: rows[name][places].astype(jnp.float32) for name in names}
     if layout is not None:
