@@ -35,7 +35,7 @@ from train.sweep import SweepOptions, make_sweep
 
 FEATURES, STEPS, WIDTH = 48, 20, 16
 OPTIONS = ["--n-features", str(FEATURES), "--steps", str(STEPS), "--batch-size", "256", "--save-every", "5"]
-OPTIONS += ["--eval-every", "10"]
+OPTIONS += ["--eval-every", "10", "--dead-after", "512"]
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +191,20 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
     assert train_here(*arguments(model, data, tmp_path, *SWEEP)) == 0
     assert f"the prepared rows repeat: step {stopped + 1} is in epoch 2, " in capsys.readouterr().out
     assert_same_bits(tmp_path, sweep)
+
+
+def test_a_run_lengthened_before_its_decay_ends_with_the_bits_of_a_long_one(
+    sweep: Path, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with signal_at(5, signal.SIGINT):
+        assert train_here(*arguments(model, data, tmp_path, *SWEEP), "--steps", "12") == 0
+    assert len(metrics_of(tmp_path)) < 9, "the last fifth of 12 steps decays"
+    capsys.readouterr()
+    assert train_here(*arguments(model, data, tmp_path, *SWEEP)) == 0
+    assert f"lengthened from 12 to {STEPS} steps; the learning rate's schedule now ends" in capsys.readouterr().out
+    assert_same_bits(tmp_path, sweep)
+    assert train_here(*arguments(model, data, tmp_path, *SWEEP), "--steps", "12") == 1
+    assert f"another configuration: steps: {STEPS} -> 12. " in capsys.readouterr().err
 
 
 def test_eight_devices_go_on_with_the_curves_of_one(sweep: Path, model: Path, data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from runs import (
 )
 
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.training.lm_step import LMOptimizer, learning_rate_schedule
 
 STEPS = 12
 
@@ -77,6 +78,45 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", str(stopped)}
     assert train_here(*arguments(data, tmp_path)) == 0
     assert_same_bits(tmp_path, whole)
+
+
+def test_a_run_lengthened_before_its_decay_ends_with_the_bits_of_a_long_one(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with signal_at(4, signal.SIGTERM):
+        assert train_here(*arguments(data, tmp_path, steps=11)) == 0
+    assert len(metrics_of(tmp_path)) < 9, "the last fifth of 11 steps decays"
+    capsys.readouterr()
+    assert train_here(*arguments(data, tmp_path)) == 0
+    assert f"lengthened from 11 to {STEPS} steps; the learning rate's schedule now ends at step {STEPS}: " in (
+        capsys.readouterr().out
+    )
+    assert_same_bits(tmp_path, whole)
+    assert train_here(*arguments(data, tmp_path, steps=11)) == 1
+    assert f"steps: {STEPS} -> 11" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_lengthened_and_learns_on_at_the_rate_of_the_longer_schedule(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "longer"
+    shutil.copytree(whole, out)
+    before = (out / "metrics.jsonl").read_bytes()
+    longer = arguments(data, out, steps=20)
+    assert train_here(*longer, "--batch-size", "16") == 1
+    assert "another configuration: batch_size: 8 -> 16" in capsys.readouterr().err
+    assert train_here(*longer) == 0
+    assert (out / "metrics.jsonl").read_bytes().startswith(before)
+    lines = metrics_of(out)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    rate = learning_rate_schedule(LMOptimizer(learning_rate=3e-3, warmup_steps=10), 20)
+    np.testing.assert_allclose([line["learning_rate"] for line in lines[STEPS:]], [rate(n) for n in range(STEPS, 20)])
+    assert lines[-1]["held_out_loss"] < lines[STEPS - 1]["held_out_loss"]
+    assert "0.00" in capsys.readouterr().out
+    assert train_here(*longer) == 0
+    said = capsys.readouterr().out
+    assert "nothing left to do" in said
+    assert "lengthened" not in said
 
 
 def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ in `dictionaries`; then, in `_train`, one loop that steps, logs and saves.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,13 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
-from tinymodel_jax.training.dictionary_step import settle_thresholds, stack_members, sweep_step, threshold_batches
+from tinymodel_jax.training.dictionary_step import (
+    learning_rate_share,
+    settle_thresholds,
+    stack_members,
+    sweep_step,
+    threshold_batches,
+)
 from tinymodel_jax.training.flops import dictionary_flops_per_vector
 from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, make_mesh, shardings
 from train.activations import ActivationOptions, ActivationSource, Place, open_activations
@@ -30,7 +39,7 @@ from train.compile_for import devices_for, report_step
 from train.dictionary_results import held_out_metrics, write_results
 from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
 from train.run import Run, open_run
-from train.run_folder import recorded_options
+from train.run_folder import has_begun, recorded_options, run_settings
 from train.sweep import Sweep, SweepOptions, init_members, make_sweep
 from train.trackers import NO_TRACKING, Tracking, require_trackers
 
@@ -63,7 +72,7 @@ def dictionaries(
     once, in one compiled step.
 
     Args:
-        steps: training steps.
+        steps: training steps; more than before lengthen a run.
         sweep: dictionaries to train.
         source: activations to train on.
         out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
@@ -81,7 +90,8 @@ def dictionaries(
         raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     devices = make_mesh(mesh, devices_for(compile_for))
     activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
-    trained = make_sweep(sweep, activations.places, steps, source.batch_size)
+    planned = make_sweep(sweep, activations.places, _planned_steps(out, steps), source.batch_size)
+    trained = planned.of_length(steps)
     program = compiled(activations, trained, devices)
     if compile_for is not None:
         arguments = program.abstract, activations.context, activations.abstract_batch
@@ -92,7 +102,7 @@ def dictionaries(
     settings = {
         "kind": "dictionaries",
         **origin,
-        "recipes": {name: shared.to_dict() for name, shared in trained.recipes.items()},
+        "recipes": {name: shared.to_dict() for name, shared in planned.recipes.items()},
         "members": [dict(member.values) for member in trained.members],
         "steps": steps,
         "eval_every": eval_every,
@@ -105,11 +115,29 @@ def dictionaries(
         _train(run, activations, program, trained)
 
 
+def _planned_steps(out: str | None, steps: int) -> int:
+    """Return the number of steps that a run's recipes are planned for: that of its first start.
+
+    A run that is lengthened keeps the step counts of its recipes, such as the warm-up; only its schedules end later.
+    """
+    folder = epath.Path(os.path.expanduser(out or ""))
+    if out is None or not has_begun(folder):
+        return steps
+    recipes = run_settings(folder).get("recipes") or {"": {"steps": steps}}  # of another kind of run: refused later
+    return next(iter(recipes.values()))["steps"]
+
+
 def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -> None:
     say(sweep.describe())
     states = run.restore(program.abstract)
     if states is None:
         states = program.init(first_statistics(source))
+    shared = next(iter(sweep.recipes.values()))
+    run.say_lengthened(
+        lambda length, step: (
+            shared.learning_rate * learning_rate_share(jnp.int32(step), dataclasses.replace(shared, steps=length))
+        )
+    )
     run.say_epochs(source.steps_per_epoch, source.rows_are)
     for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), Description()):
         states, metrics = settled(program.step(states, source.context, batch))

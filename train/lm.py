@@ -101,7 +101,7 @@ def lm(
         data: folder written by `python -m train prepare`.
         out: folder of the run, or gs://…; the finished model is in OUT/model, and TinyModel(OUT) loads it.
         sizes: sizes of the model that differ from the preset's.
-        steps: training steps.
+        steps: training steps; more than before lengthen a run.
         batch_size: rows per step, over all devices.
         micro_batches: parts into which a batch is split, computed one after the other to save memory.
         optimizer: settings that differ from the preset's optimizer.
@@ -190,6 +190,8 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
     state = run.restore(program.abstract)
     if state is None:
         state = program.init(jax.random.key(seed))
+    optimizer = LMOptimizer(**run.settings["optimizer"])
+    run.say_lengthened(lambda length, step: learning_rate_schedule(optimizer, length)(step))
     run.say_epochs(len(data.train) / batch_size, "the prepared rows")
     flops_per_token = training_flops_per_token(config, data.row_length)
     for done, batch in run.steps(make_batch, flops_per_token, lambda line: f"loss {line['loss']:.4f}"):

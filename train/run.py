@@ -62,8 +62,8 @@ def open_run(
     """
     folder = epath.Path(os.path.expanduser(out))
     with stop_requests() as stop_requested, held_folder(folder):
-        open_run_folder(folder, settings, may_change)
-        run = Run(folder, settings, Checkpoints(folder / "checkpoints"), stop_requested, tracking)
+        lengthened_from = open_run_folder(folder, settings, may_change)
+        run = Run(folder, settings, Checkpoints(folder / "checkpoints"), stop_requested, tracking, lengthened_from)
         try:
             yield run
         finally:
@@ -80,16 +80,19 @@ class Run:
         checkpoints: Checkpoints,
         stop_requested: Callable[[], bool],
         tracking: Tracking = NO_TRACKING,
+        lengthened_from: int | None = None,
     ) -> None:
         """Prepare to run `settings["steps"]` steps, with a checkpoint every `settings["save_every"]`.
 
         Args:
             stop_requested: the function that `stop_requests` yields.
+            lengthened_from: result of `open_run_folder`.
         """
         self.folder, self.settings = folder, settings
         self.done = 0
         """Steps done."""
         self._checkpoints, self._stop_requested, self._tracking = checkpoints, stop_requested, tracking
+        self._lengthened_from = lengthened_from
         self._stopping = False
         self._log: MetricsLog | None = None
         self._progress: TrainingProgress | None = None
@@ -130,6 +133,21 @@ class Run:
         self._close_log()
         if not self.is_finished:
             say(f"stopped at step {self.done} of {steps}; the same command resumes there")
+
+    def say_lengthened(self, learning_rate: Callable[[int, int], Any]) -> None:
+        """Say that a run has more steps than at its last start, and what became of its learning rate.
+
+        Args:
+            learning_rate: (length of a run, number of a step from 0) -> the learning rate planned for it.
+        """
+        before, now = self._lengthened_from, self.settings["steps"]
+        if before is None:
+            return
+        last, following = learning_rate(before, max(self.done, 1) - 1), learning_rate(now, self.done)
+        say(
+            f"lengthened from {before} to {now} steps; the learning rate's schedule now ends at step {now}: "
+            f"{float(last):.3g} in step {self.done}, {float(following):.3g} in step {self.done + 1}"
+        )
 
     def say_epochs(self, steps_per_epoch: float, what: str) -> None:
         """Say, once per start, which epoch a run is in or reaches, if it reads its data more than once.

@@ -46,8 +46,11 @@ CHECKPOINTS_KEPT = 3
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> None:
-    """Write the configuration, or check that an interrupted run had the same.
+def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> int | None:
+    """Write the configuration, or check that an earlier start of the run had the same, but for more `steps` now.
+
+    Returns:
+        The number of steps before, if there are more now and the run has begun; None on processes after the first.
 
     Args:
         out: folder, or an address such as `gs://bucket/folder`.
@@ -57,7 +60,9 @@ def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: 
         ValueError: the folder holds a run with another configuration (the differences are listed), or other files.
         OSError: the folder cannot be written.
     """
-    on_first(lambda: _open(epath.Path(out), config, may_change))
+    found: list[int | None] = []
+    on_first(lambda: found.append(_open(epath.Path(out), config, may_change)))
+    return found[0] if found else None
 
 
 def run_settings(out: epath.PathLike) -> dict[str, Any]:
@@ -254,13 +259,18 @@ class Checkpoints:
             return None, words(error)
 
 
-def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> None:
+def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> int | None:
     path = out / "config.json"
     content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
+    lengthened = None
     if path.exists():
         before = _read(path)
-        changed = _differences(before, content, (*may_change, "format_version", "versions"))
-        if changed and _has_begun(out):
+        left_out = [*may_change, "format_version", "versions"]
+        if has_begun(out) and content.get("steps", 0) > before.get("steps", 0):
+            lengthened = before["steps"]
+            left_out.append("steps")
+        changed = _differences(before, content, left_out)
+        if changed and has_begun(out):
             raise ValueError(
                 f"{out} holds a run with another configuration: {'; '.join(changed)}. "
                 "Repeat its options to resume it, or choose another --out."
@@ -269,7 +279,9 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
             if before.get("versions") != versions():
                 then = before.get("versions")
                 warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
-            return
+            if lengthened is None:
+                return None
+            content = {**before, "steps": content["steps"]}
     elif out.exists() and any(found.name != LOCK_FILE for found in out.iterdir()):
         raise ValueError(
             f"{out} holds files that are not a training run (there is no config.json); choose an empty folder."
@@ -277,6 +289,7 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    return lengthened
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -289,7 +302,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def _has_begun(out: epath.Path) -> bool:
+def has_begun(out: epath.Path) -> bool:
     """Whether the run has done a step; before that, another configuration may replace its own."""
     metrics = out / "metrics.jsonl"
     return metrics.exists() and metrics.stat().length > 0

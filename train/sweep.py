@@ -106,6 +106,12 @@ class Sweep(NamedTuple):
     """Place -> recipe that its members share."""
     members: list[Member]
 
+    def of_length(self, steps: int) -> Sweep:
+        """Return the sweep in a run of another length: the same recipes, with a decay that ends later."""
+        return Sweep(
+            {name: dataclasses.replace(shared, steps=steps) for name, shared in self.recipes.items()}, self.members
+        )
+
     def describe(self) -> str:
         """Return what is trained, on one line, with every value that an option can set."""
         shared = next(iter(self.recipes.values()))
@@ -165,9 +171,9 @@ def named_members(values: Sequence[Mapping[str, float]]) -> list[Member]:
 
 
 def recorded_sweep(settings: Mapping[str, Any]) -> Sweep:
-    """Return the sweep of a run's settings."""
+    """Return the sweep of a run's settings, in the run's length."""
     recipes = {name: DictionaryRecipe.from_dict(fields) for name, fields in settings["recipes"].items()}
-    return Sweep(recipes, named_members(settings["members"]))
+    return Sweep(recipes, named_members(settings["members"])).of_length(settings["steps"])
 
 
 def site_recipe(
