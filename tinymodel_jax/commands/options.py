@@ -25,7 +25,7 @@ class ModelOptions:
     """Which language model a command runs."""
 
     name: Annotated[str, tyro.conf.arg(name="model")] = "tiny_model"
-    """published name, `mini`, folder, or file (.pt, .safetensors) with the reference's names."""
+    """published name (downloaded once), `mini` (bundled, no network), folder, or file with the reference's names."""
     n_heads: int | None = None
     """attention heads, for a file whose width is not the published 768."""
 

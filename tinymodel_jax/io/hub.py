@@ -11,6 +11,7 @@ is read there and left in place. Newer versions are not looked for.
 from __future__ import annotations
 
 import datetime
+import difflib
 import hashlib
 import json
 import os
@@ -79,16 +80,21 @@ def model_folder(name: str) -> Path:
         ValueError: the downloaded file has the wrong checksum, or does not hold a model.
     """
     if name not in MODELS:
+        close = difflib.get_close_matches(name, ("mini", *MODELS), n=1)
         raise FileNotFoundError(
-            f"{name!r} is not a folder, a file or a published model. The published models are "
-            f"{', '.join(MODELS)}. A folder written by save_pretrained or a reference .pt file also works."
+            f"{name!r} is not a folder, a file or a published model{f'; did you mean {close[0]!r}?' if close else '.'} "
+            f"The published models are {', '.join(MODELS)}; 'mini' comes with the package. A folder written by "
+            "save_pretrained or a reference .pt file also works."
         )
 
     def build(folder: Path, pt_file: Path) -> None:
         converted = convert_model(load_torch_file(pt_file), PUBLISHED_N_HEADS)
         artifacts.save_model(converted.config, converted.params, folder, dictionaries=converted.dictionaries)
 
-    otherwise = "A local file needs no network: TinyModel('FILE.pt')."
+    otherwise = (
+        "A local file needs no network: TinyModel('FILE.pt'). Nor does the bundled model: TinyModel('mini'), in "
+        "commands --model mini."
+    )
     return _converted(cache_folder() / "models" / name, [_Source(REPOSITORY, (f"{name}.pt",))], build, otherwise)
 
 
