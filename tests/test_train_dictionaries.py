@@ -1,5 +1,6 @@
 """`python -m train dictionaries`, run as a user runs it: its files, sweeps, resuming bit-exactly, errors."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -205,6 +206,28 @@ def test_a_run_lengthened_before_its_decay_ends_with_the_bits_of_a_long_one(
     assert_same_bits(tmp_path, sweep)
     assert train_here(*arguments(model, data, tmp_path, *SWEEP), "--steps", "12") == 1
     assert f"another configuration: steps: {STEPS} -> 12. " in capsys.readouterr().err
+
+
+def test_a_run_starts_from_a_finished_dictionary_of_another_site(
+    sweep: Path, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = sweep / "dictionaries" / "M0_seed=1"
+    options = ["--sites", "Rm1", "--architecture", "topk", "--k", "4,5", "--learning-rate", "1e-20", "--steps", "1"]
+    assert train_here(*arguments(model, data, tmp_path / "a", *options), "--init-from", str(finished)) == 0
+    wanted, x = Dictionary.from_pretrained(finished), jax.random.normal(jax.random.key(0), (50, WIDTH))
+    for k in (4, 5):
+        found = Dictionary.from_pretrained(tmp_path / "a" / "dictionaries" / f"Rm1_k={k}")
+        assert found.config.hook_in != wanted.config.hook_in
+        expected = Dictionary.from_params(dataclasses.replace(wanted.config, k=k), wanted.params)
+        np.testing.assert_allclose(found(x), expected(x), rtol=1e-4, atol=1e-5)
+    assert train_here(*arguments(model, data, tmp_path / "a", *options)) == 1
+    assert "init_from: " in capsys.readouterr().err
+    options[-1:] = ["1", "--n-features", "47"]
+    assert train_here(*arguments(model, data, tmp_path / "b", *options), "--init-from", str(finished)) == 1
+    error = capsys.readouterr().err
+    assert f"--init-from {finished}, Rm1: the dictionary to start from does not fit: n_features is 48 there" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "b").exists()
 
 
 def test_eight_devices_go_on_with_the_curves_of_one(sweep: Path, model: Path, data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tinymodel_jax.analysis.search.resumable import fingerprint
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
@@ -34,6 +37,7 @@ from tinymodel_jax.training.dictionary_step import (
 )
 from tinymodel_jax.training.flops import dictionary_flops_per_vector
 from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, make_mesh, shardings
+from tinymodel_jax.training.warm_start import require_fit, start_from
 from train.activations import ActivationOptions, ActivationSource, Place, open_activations
 from train.compile_for import devices_for, report_step
 from train.dictionary_results import held_out_metrics, write_results
@@ -59,6 +63,7 @@ def dictionaries(
     sweep: tyro.conf.OmitArgPrefixes[SweepOptions],
     source: tyro.conf.OmitArgPrefixes[ActivationOptions] = MODEL_SITES,
     out: str | None = None,
+    init_from: Path | None = None,
     save_every: int = 1000,
     eval_every: int = 1000,
     mesh: str = "",
@@ -76,6 +81,7 @@ def dictionaries(
         sweep: dictionaries to train.
         source: activations to train on.
         out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
+        init_from: folder of a finished dictionary of the same sizes, from which every dictionary starts.
         save_every: steps between checkpoints.
         eval_every: steps between evaluations on held-out data (L0, explained variance, CE recovered).
         mesh: device mesh, such as data=2,model=4 or sweep=8; by default all devices are on data.
@@ -88,10 +94,13 @@ def dictionaries(
     require_trackers(tracking)
     if min(steps, save_every, eval_every) < 1:
         raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
+    start = None if init_from is None else Dictionary.from_pretrained(init_from)
     devices = make_mesh(mesh, devices_for(compile_for))
     activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
     planned = make_sweep(sweep, activations.places, _planned_steps(out, steps), source.batch_size)
     trained = planned.of_length(steps)
+    if start is not None:
+        _require_fit(start, trained, activations.places, init_from)
     program = compiled(activations, trained, devices)
     if compile_for is not None:
         arguments = program.abstract, activations.context, activations.abstract_batch
@@ -104,6 +113,7 @@ def dictionaries(
         **origin,
         "recipes": {name: shared.to_dict() for name, shared in planned.recipes.items()},
         "members": [dict(member.values) for member in trained.members],
+        "init_from": None if start is None else fingerprint(*(array for _, array in sorted(start.params.items()))),
         "steps": steps,
         "eval_every": eval_every,
         "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
@@ -112,7 +122,15 @@ def dictionaries(
     }
     may_change = ("save_every", "mesh", "held_out_stories", "source")
     with open_run(out, settings, may_change, tracking) as run:
-        _train(run, activations, program, trained)
+        _train(run, activations, program, trained, start)
+
+
+def _require_fit(start: Dictionary, sweep: Sweep, places: Mapping[str, Place], init_from: Path | None) -> None:
+    for name, place in places.items():
+        try:
+            require_fit(start.config, sweep.recipes[name], place.d_in, place.d_out)
+        except ValueError as error:
+            raise ValueError(f"--init-from {init_from}, {name}: {error}") from None
 
 
 def _planned_steps(out: str | None, steps: int) -> int:
@@ -127,11 +145,13 @@ def _planned_steps(out: str | None, steps: int) -> int:
     return next(iter(recipes.values()))["steps"]
 
 
-def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep) -> None:
+def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep, start: Dictionary | None = None) -> None:
     say(sweep.describe())
     states = run.restore(program.abstract)
     if states is None:
         states = program.init(first_statistics(source))
+        if start is not None:
+            states = _started_from(start, program, states, sweep)
     shared = next(iter(sweep.recipes.values()))
     run.say_lengthened(
         lambda length, step: (
@@ -234,6 +254,19 @@ def first_statistics(source: ActivationSource) -> dict[str, Any]:
             "choose a language model whose parameters and outputs are finite."
         )
     return statistics
+
+
+def _started_from(start: Dictionary, program: Program, states: States, sweep: Sweep) -> States:
+    """Return the states with the parameters of a dictionary, in every member."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, program.abstract)
+
+    def begin(states: States, start: Dictionary) -> States:
+        return {
+            name: jax.vmap(functools.partial(start_from, recipe=sweep.recipes[name], dictionary=start))(state)
+            for name, state in states.items()
+        }
+
+    return jax.jit(begin, out_shardings=placed)(states, start)
 
 
 def _no_statistics(places: Mapping[str, Place]) -> dict[str, Any]:

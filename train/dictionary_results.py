@@ -137,7 +137,8 @@ def _write_dictionary(
     recipe: DictionaryRecipe,
 ) -> None:
     dictionary.save_pretrained(folder)
-    origin = {key: settings[key] for key in ("model", "arrays", "data", "stories", "data_seed") if key in settings}
+    names = ("model", "arrays", "data", "stories", "data_seed", "init_from")
+    origin = {key: settings[key] for key in names if key in settings}
     content = {
         "format": "tinymodel_jax/dictionary_training",
         "format_version": 1,

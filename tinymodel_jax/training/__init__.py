@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.training.dictionary_step import settle_threshold as settle_threshold
     from tinymodel_jax.training.dictionary_step import threshold_batches as threshold_batches
     from tinymodel_jax.training.dictionary_step import train_step as train_step
+    from tinymodel_jax.training.warm_start import start_from as start_from
 
 _HOMES = {
     "DictionaryRecipe": "dictionary_recipe",
@@ -34,6 +35,7 @@ _HOMES = {
     "array_statistics": "array_training",
     "ActivationStatistics": "dictionary_state",
     "init_state": "dictionary_state",
+    "start_from": "warm_start",
     "train_step": "dictionary_step",
     "settle_threshold": "dictionary_step",
     "threshold_batches": "dictionary_step",

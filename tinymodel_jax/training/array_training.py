@@ -21,6 +21,7 @@ from tinymodel_jax.training.dictionary_forward import ExtraLoss
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, finalize, init_state
 from tinymodel_jax.training.dictionary_step import settle_threshold, threshold_batches, train_step
+from tinymodel_jax.training.warm_start import start_from
 
 STATISTICS_ROWS = 65_536
 """Rows from which the mean and the scale are computed, at most."""
@@ -34,6 +35,7 @@ def train_on_arrays(
     *,
     recipe: DictionaryRecipe,
     seed: int = 0,
+    init_from: Dictionary | None = None,
     track: Track = no_progress,
     extra_loss: ExtraLoss | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -44,6 +46,7 @@ def train_on_arrays(
         x: activations (rows, d_in) of any floating-point type, in memory or memory-mapped.
         y: targets (rows, d_out) of a transcoder; None trains an SAE.
         seed: seed of the initial parameters and of the order of the rows.
+        init_from: a dictionary of the same sizes to start from; None starts at random.
         track: wraps the iterator over steps, for example with a progress bar.
         extra_loss: a function `(x, y, activations, reconstruction)` of the scaled batch, whose scalar is added to the
             loss: scaled inputs and targets, activations times the norms of their decoder rows, and the prediction.
@@ -54,11 +57,13 @@ def train_on_arrays(
 
     Raises:
         ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
-            the training diverges.
+            `init_from` does not fit; the training diverges.
     """
     _check(x, y)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
     state = init_state(jax.random.key(seed), recipe, *statistics, optimizer=optimizer)
+    if init_from is not None:
+        state = start_from(state, recipe, init_from)
     # not fast_jit, which cannot donate: the state's buffers are reused for the next state
     step = jax.jit(
         functools.partial(train_step, recipe=recipe, extra_loss=extra_loss, optimizer=optimizer),

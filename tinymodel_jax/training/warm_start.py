@@ -1,0 +1,89 @@
+"""Start a dictionary's training from a finished dictionary: the inverse of `finalize`.
+
+The state computes what the dictionary computes, for the scales of the new activations. The dictionary can be another
+site's, trained on other data or with another recipe; only its sizes must fit. Moments, counts and schedules start anew.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.training.dictionary_losses import row_norms
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams
+
+SMALLEST_NORM = 1e-3
+"""Smallest initial norm of a decoder row."""
+
+
+def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d_out: int) -> None:
+    """Check that a training with this recipe can start from a dictionary.
+
+    Args:
+        d_in, d_out: widths of the inputs and the targets.
+
+    Raises:
+        ValueError: sizes differ, only one of the two is gated, or the recipe lacks the dictionary's skip connection.
+    """
+    problems = [
+        f"{name} is {there} there and {here} here"
+        for name, there, here in (
+            ("n_features", config.n_features, recipe.n_features),
+            ("the input's width", config.d_in, d_in),
+            ("the target's width", config.d_out, d_out),
+        )
+        if there != here
+    ]
+    if (config.architecture == "gated") != (recipe.architecture == "gated"):
+        problems.append(f"a {recipe.architecture} dictionary cannot start from a {config.architecture} one")
+    if config.skip and not recipe.skip:
+        problems.append("it has a skip connection, and the recipe has none")
+    if problems:
+        raise ValueError(f"the dictionary to start from does not fit: {'; '.join(problems)}.")
+
+
+def start_from(state: DictionaryTrainState, recipe: DictionaryRecipe, dictionary: Dictionary) -> DictionaryTrainState:
+    """Return the state of `init_state` with the parameters of a dictionary.
+
+    How a feature's scale is divided between encoder and decoder does not change the dictionary: both rows get the same
+    norm, as they have at the start of an SAE's training. Thresholds carry over where both architectures have them, and
+    jumprelu's are 0 otherwise. A recipe with a skip connection starts it at 0, if the dictionary has none.
+
+    Raises:
+        ValueError: as `require_fit`.
+    """
+    before, config = state.params, dictionary.config
+    require_fit(config, recipe, before["W_enc_T"].shape[1], before["W_dec"].shape[1])
+    given = {name: jnp.asarray(array, jnp.float32) for name, array in dictionary.params.items()}
+    size = row_norms(given["W_dec"])
+    encoder_rows = given["W_enc"].T
+    norms = jnp.maximum(jnp.sqrt(row_norms(encoder_rows) * size * state.scale_out / state.scale_in), SMALLEST_NORM)
+    gain = size * state.scale_out / norms
+    params = {
+        "W_enc_T": encoder_rows * (gain / state.scale_in)[:, None],
+        "W_dec": given["W_dec"] * (norms / size)[:, None],
+        "b_dec": given["b_dec"] * state.scale_out,
+    }
+    params |= {name: given[name] * gain for name in ("b_enc", "b_gate", "b_mag") if name in given}
+    if "r_mag" in given:
+        params["r_mag"] = jnp.copy(given["r_mag"])  # a step that donates its state must not take the dictionary's array
+    subtracted = int(config.subtract_b_dec) - int(recipe.subtract_b_dec)
+    shift = subtracted * (params["W_enc_T"] @ (given["b_dec"] * state.scale_in)) if subtracted else 0
+    params |= _shifted(params, shift)
+    threshold = jnp.maximum(given.get("threshold", jnp.zeros(())), 0) * size * state.scale_out
+    if recipe.architecture == "jumprelu":
+        params["threshold"] = threshold
+    if recipe.skip:
+        params["W_skip"] = before["W_skip"]
+        if config.skip:
+            params["W_skip"] = given["W_skip"] * (state.scale_out / state.scale_in)
+    return state._replace(params=params, threshold=jnp.mean(threshold))
+
+
+def _shifted(params: TrainParams, shift: Array | int) -> TrainParams:
+    """Return the biases for an encoder whose linear output is larger by `shift`."""
+    found = {name: params[name] - shift for name in ("b_enc", "b_gate") if name in params}
+    return found | ({"b_mag": params["b_mag"] - shift * jnp.exp(params["r_mag"])} if "b_mag" in params else {})
