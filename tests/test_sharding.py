@@ -9,13 +9,22 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.training.lm_step import LMOptimizer, init_state, make_optimizer
-from tinymodel_jax.training.sharding import LM_FSDP_RULES, LM_RULES, checksum, make_mesh, partition_specs, path_name
+from tinymodel_jax.training.sharding import (
+    LM_FSDP_RULES,
+    LM_RULES,
+    STEP_RULES,
+    checksum,
+    make_mesh,
+    partition_specs,
+    path_name,
+    shardings,
+)
 
 
 def test_every_parameter_of_the_published_model_has_the_spec_of_the_table() -> None:
     optimizer = make_optimizer(LMOptimizer(), 10)
     state = jax.eval_shape(lambda key: init_state(key, ModelConfig(), optimizer), jax.random.key(0))
-    specs = partition_specs(state, LM_FSDP_RULES)
+    specs = partition_specs(state, (*LM_FSDP_RULES, *STEP_RULES))
     named = {path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
     in_block = {
         "attn/W_Q": P("model", "data", None),
@@ -35,6 +44,15 @@ def test_every_parameter_of_the_published_model_has_the_spec_of_the_table() -> N
             assert named.pop(f"{where}/{name}") == spec
     assert set(named.values()) == {P()}, "what is left counts steps"
     assert set(named) == {"step", "optimizer/1/count", "optimizer/3/count"}
+
+
+@pytest.mark.parametrize("rules", [LM_RULES, LM_FSDP_RULES])
+def test_the_parameters_of_a_model_are_placed_by_the_same_table(lm, rules) -> None:
+    mesh = make_mesh("", jax.devices()[:1])
+    placed = shardings(lm.params, rules, mesh)
+    on_mesh = lm.with_params(lm.config, jax.device_put(lm.params, placed))
+    assert placed["blocks_1"]["mlp"]["W_in"].spec == (P(None, "model") if rules is LM_RULES else P("data", "model"))
+    np.testing.assert_array_equal(on_mesh.logits(np.arange(5)), lm.logits(np.arange(5)))
 
 
 def test_a_leaf_without_a_rule_and_a_rule_without_a_leaf_are_errors() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import make_dictionary
-from oracle import F32, assert_close
+from oracle import F32, assert_close, error_of
 
 from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.config import ARCHITECTURES
@@ -192,3 +192,18 @@ def test_a_splice_that_lets_no_gradient_through_lets_the_edits_gradient_through(
     slope = 33 * float(dictionary.params["W_dec"][3].sum())  # of 3 rows of 11 positions
     for edit_first in (False, True):
         assert_close(jax.grad(total)(1.0, edit_first), slope, F32)
+
+
+def test_what_a_model_returns_for_a_tag_is_accepted_as_a_dictionary(lm, tok_ids):
+    dictionary, reader = lm.dictionaries["M1"], lm["M1"]
+    for make in (
+        lambda given: interventions.ablate(given, [1, 2]),
+        lambda given: interventions.clamp(given, 3, 2.0),
+        lambda given: interventions.scale_features(given, 3, 0.5),
+        interventions.splice,
+        lambda given: interventions.splice([given, lm["A1"]]),
+    ):
+        of_reader, of_dictionary = (lm.run_with_hooks(tok_ids, make(given))[0] for given in (reader, dictionary))
+        np.testing.assert_array_equal(of_reader, of_dictionary)
+    message = error_of(lambda: interventions.ablate(lm["M1N5"], 5))
+    assert "expected a whole dictionary, got feature 5 of M1; give lm['M1']" in message

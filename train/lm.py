@@ -44,6 +44,7 @@ from tinymodel_jax.training.lm_step import (
 from tinymodel_jax.training.sharding import (
     LM_FSDP_RULES,
     LM_RULES,
+    STEP_RULES,
     abstract_arrays,
     make_mesh,
     rows_on_devices,
@@ -239,14 +240,14 @@ def compiled(
     transformation = make_optimizer(optimizer, steps)
     init = functools.partial(init_state, config=config, optimizer=transformation, initialization=initialization)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    placed = shardings(shapes, LM_FSDP_RULES if fsdp else LM_RULES, mesh)
+    placed = shardings(shapes, (*(LM_FSDP_RULES if fsdp else LM_RULES), *STEP_RULES), mesh)
     step = functools.partial(
         train_step,
         config=config,
         optimizer=transformation,
         schedule=learning_rate_schedule(optimizer, steps),
         micro_batches=micro_batches,
-        computed_on=shardings(shapes, LM_RULES, mesh).params,
+        computed_on=shardings(shapes.params, LM_RULES, mesh),
     )
     return Program(
         step=jax.jit(

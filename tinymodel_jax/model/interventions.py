@@ -2,7 +2,8 @@
 
 Each function returns hooks (hook name -> edit) for `run_with_hooks`; `combine` merges several. An edit is a pytree of
 arrays that is called with `(value, acts)`. N edits stacked with `vmap` are N interventions in one compiled call, and
-gradients flow through an edit's arrays. Only this module and `edits.py` know both the transformer and dictionaries.
+gradients flow through an edit's arrays. `lm["M2"]` is accepted as a dictionary. Only this module and `edits.py` know
+both the transformer and dictionaries.
 
 An edit of features acts on the value that a splice of the dictionary reads: the value before the first splice of an
 SAE at that hook point. It changes the activations that earlier edits left, and adds its change after all splices there.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -25,6 +26,14 @@ from tinymodel_jax.model.edit_arrays import boolean_mask
 from tinymodel_jax.model.edits import Add, Chain, EditFeatures, Replace, Scale, Splice
 from tinymodel_jax.model.hook_points import Hook, Hooks, is_scores, position_axes, require_edits
 from tinymodel_jax.model.padding import is_traced
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What `lm[tag]` returns; it is accepted wherever a dictionary is."""
+
+    @property
+    def dictionary(self) -> Dictionary: ...
 
 
 def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
@@ -51,23 +60,23 @@ def scale(hook_name: str, factor: Any, positions: Any = None) -> Hooks:
     return {hook_name: Scale(factor, _mask_at(hook_name, positions))}
 
 
-def ablate(dictionary: Dictionary, features: Any, positions: Any = None) -> Hooks:
+def ablate(dictionary: Dictionary | Reader, features: Any, positions: Any = None) -> Hooks:
     """Set features of a dictionary to zero. Its error and all other features remain."""
     return scale_features(dictionary, features, 0.0, positions)
 
 
-def scale_features(dictionary: Dictionary, features: Any, factor: Any, positions: Any = None) -> Hooks:
+def scale_features(dictionary: Dictionary | Reader, features: Any, factor: Any, positions: Any = None) -> Hooks:
     """Multiply the activations of features by a factor."""
     return _edit_features(dictionary, features, factor, positions, scale=True)
 
 
-def clamp(dictionary: Dictionary, features: Any, value: Any, positions: Any = None) -> Hooks:
+def clamp(dictionary: Dictionary | Reader, features: Any, value: Any, positions: Any = None) -> Hooks:
     """Set the activations of features to a value, including where they are inactive."""
     return _edit_features(dictionary, features, value, positions, scale=False)
 
 
 def splice(
-    dictionaries: Dictionary | Iterable[Dictionary],
+    dictionaries: Dictionary | Reader | Iterable[Dictionary | Reader],
     include_error: bool = False,
     detach_error: bool = True,
     detach_pred: bool = False,
@@ -82,10 +91,10 @@ def splice(
         exclude: token ids at whose positions the value stays; None takes those that the dictionary was trained without.
     """
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
-    given = [dictionaries] if isinstance(dictionaries, Dictionary | str) else dictionaries
-    dictionaries = [_require_dictionary(dictionary) for dictionary in given]
-    configs = [d.config if exclude is None else dataclasses.replace(d.config, exclude=exclude) for d in dictionaries]
-    pairs = zip(dictionaries, configs, strict=True)
+    given = [dictionaries] if isinstance(dictionaries, Dictionary | Reader | str) else dictionaries
+    found = [_dictionary_of(one) for one in given]
+    configs = [d.config if exclude is None else dataclasses.replace(d.config, exclude=exclude) for d in found]
+    pairs = zip(found, configs, strict=True)
     return combine(*({config.hook_out: Splice(d.params, config=config, **switches)} for d, config in pairs))
 
 
@@ -125,8 +134,9 @@ def _same_dictionary(one: Hook, other: Hook) -> bool:
     return operator.eq(*configs) and all(a is b for a, b in leaves)
 
 
-def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
-    config = _require_dictionary(dictionary).config
+def _edit_features(given: Dictionary | Reader, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
+    dictionary = _dictionary_of(given)
+    config = dictionary.config
     indices = resolve_indices(features, config.n_features)
     if indices is None:
         raise ValueError("features is None; name one feature or more, or slice(None) for all.")
@@ -136,11 +146,19 @@ def _edit_features(dictionary: Dictionary, features: Any, amount: Any, positions
     return {config.hook_out: edit}
 
 
-def _require_dictionary(dictionary: Any) -> Dictionary:
+def _dictionary_of(given: Any) -> Dictionary:
+    """Return a dictionary, or the one of a reader such as `lm["M1"]`, which this layer knows by its attributes only."""
+    dictionary = getattr(given, "dictionary", given)
     if not isinstance(dictionary, Dictionary):
         raise ValueError(
-            f"expected a Dictionary, got {dictionary!r:.80}; lm['M1'].dictionary is the one of a model at M1, and "
+            f"expected a Dictionary, got {given!r:.80}; lm['M1'] is the one of a model at M1, and "
             "Dictionary.from_pretrained(path) loads one."
+        )
+    if getattr(given, "feature", None) is not None:
+        tag = given.site.tag
+        raise ValueError(
+            f"expected a whole dictionary, got feature {given.feature} of {tag}; give lm[{tag!r}], and the features "
+            "beside it."
         )
     require_site(dictionary.config.hook_in, dictionary.config.hook_out)
     return dictionary

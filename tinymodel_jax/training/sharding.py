@@ -34,9 +34,8 @@ LM_RULES: Rules = (
     (r"b_(O|out)$", P(None)),
     (r"W_U$", P(None, "model")),
     (r"b_U$", P("model")),
-    (r"(^|/)(step|count|ns_coeffs)$", P()),
 )
-"""Tensor parallelism for the language model: heads, neurons and vocabulary over `model`."""
+"""Tensor parallelism for a language model's parameters: heads, neurons and vocabulary over `model`."""
 
 LM_FSDP_RULES: Rules = (
     (r"W_(E|pos)$", P(None, "data")),
@@ -48,9 +47,11 @@ LM_FSDP_RULES: Rules = (
     (r"b_(O|out)$", P(None)),
     (r"W_U$", P("data", "model")),
     (r"b_U$", P("model")),
-    (r"(^|/)(step|count|ns_coeffs)$", P()),
 )
 """The same, with every matrix (and its optimizer moments) also split over `data`."""
+
+STEP_RULES: Rules = ((r"(^|/)(step|count|ns_coeffs)$", P()),)
+"""For a training state, beside the rules of its parameters, which also match the optimizer's moments."""
 
 DICTIONARY_RULES: Rules = (
     (r"/(W_enc_T|W_dec)$", P("sweep", "model", None)),
