@@ -61,7 +61,9 @@ def test_the_last_checkpoint_gives_what_the_finished_run_wrote_and_leaves_the_ru
         assert train_here("export", finished, "-o", tmp_path / "out") == 0
         assert files_of(finished) == held
     assert files_of(finished) == before
-    assert "step 8 of 8; writing to" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "step 8 of 8; writing to" in shown.out
+    assert shown.err == ""
     written = results_of(tmp_path / "out")
     assert written == {name: before[name] for name in written}
     files = {f"M0_k={k}/{name}" for k in (3, 4) for name in ("config.json", "training.json", "dictionary.safetensors")}

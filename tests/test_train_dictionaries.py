@@ -32,6 +32,7 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
 from train.activations import Place
 from train.dictionaries import Description
+from train.run import TrainingProgress
 from train.sweep import SweepOptions, make_sweep
 
 FEATURES, STEPS, WIDTH = 48, 20, 16
@@ -131,6 +132,18 @@ def test_the_progress_shows_the_last_held_out_numbers() -> None:
     evaluated = "M0 L0 4.0 EV 0.500 (held out: L0 4.0 EV 0.400 CE recovered 0.900)  (+1)"
     assert describe({"step": 2, "M0": {**of_step, **held_out}}) == evaluated
     assert describe({"step": 3, "M0": of_step}) == evaluated
+
+
+def test_held_out_numbers_are_shown_also_by_the_lines_of_later_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    progress, of_step = TrainingProgress(0, 3, 1.0, Description()), {"l0": [4.0], "explained_variance": [0.5]}
+    for step in (1, 2, 3):  # only the last step has a line
+        held_out = {"held_out_l0": [3.0], "held_out_explained_variance": [0.25]} if step == 2 else {}
+        progress.update(step, {"tokens": 1, "M0": {**of_step, **held_out}})
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[:2] for line in lines[1:]] == [
+        ["step 3/3", "M0 L0 4.0 EV 0.500 (held out: L0 3.0 EV 0.250)"]
+    ]
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ class Run:
         Args:
             make_batch: number of the step, from 0 -> batch on the devices; called ahead of time.
             flops_per_token: floating-point operations per token; the metrics of a step count its `tokens`.
-            describe: a step's metrics -> a few words for the progress bar.
+            describe: a step's metrics -> a few words for the progress; called for every step, in order.
         """
         steps = self.settings["steps"]
         self._started = time.monotonic()
@@ -276,11 +276,12 @@ class TrainingProgress:
             self._started = now
         else:
             self._timed_tokens += metrics["tokens"]
+        described = self._describe(metrics)  # at every step: the words may be about an earlier one, too
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._describe(metrics))
+            self._bar.update(self._task, completed=step, description=described)
         elif self._shown and (now - self._line_at > SECONDS_BETWEEN_LINES or step == self._steps):
             self._line_at = now
-            print(f"step {step}/{self._steps}  {self._describe(metrics)}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._steps}  {described}", file=sys.stderr, flush=True)
 
     def tokens_per_second(self) -> float:
         """Return the mean speed since the first step was done."""

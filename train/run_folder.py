@@ -178,6 +178,8 @@ class Checkpoints:
             enable_async_checkpointing=not read_only,
             async_options=folders_first,
             read_only=read_only,
+            create=not read_only,  # this and the interval are what Orbax sets, with a warning
+            save_interval_steps=0 if read_only else 1,
         )
         self._quiet, self._failed = _QuietLibraries(), False
         with writing(self._folder):
