@@ -1,9 +1,12 @@
 """Meshes and partition rules; training on eight devices gives the one-device loss curve."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import param_shapes
 from eight_devices import on_eight_devices
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +56,12 @@ def test_the_parameters_of_a_model_are_placed_by_the_same_table(lm, rules) -> No
     on_mesh = lm.with_params(lm.config, jax.device_put(lm.params, placed))
     assert placed["blocks_1"]["mlp"]["W_in"].spec == (P(None, "model") if rules is LM_RULES else P("data", "model"))
     np.testing.assert_array_equal(on_mesh.logits(np.arange(5)), lm.logits(np.arange(5)))
+
+
+def test_the_thresholds_of_jumprelu_neurons_are_placed_with_their_biases(config) -> None:
+    sparse = dataclasses.replace(config, mlp_activation="jumprelu")
+    specs = partition_specs(param_shapes(sparse), LM_RULES)
+    assert specs["blocks_0"]["mlp"]["threshold"] == specs["blocks_0"]["mlp"]["b_in"] == P("model")
 
 
 def test_a_leaf_without_a_rule_and_a_rule_without_a_leaf_are_errors() -> None:
