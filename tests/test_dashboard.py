@@ -225,7 +225,7 @@ def test_the_shards_hold_every_feature_once(facts, rows, tmp_path, lm, monkeypat
     monkeypatch.setattr(build, "A_SHARD", 5)
     texts = text_records(lm["M1"], [[19, 4, 5]], silent)
     words, concepts = [f"w{i}" for i in range(23)], {f"c{i}": "what it means" for i in range(5)}
-    write_dashboard(tmp_path, Heading("lm", "M1", "about"), facts, rows, words, lm.config, concepts, texts, silent)
+    write_dashboard(tmp_path, Heading("lm", "M1", "about", ()), facts, rows, words, lm.config, concepts, texts, silent)
     shards = [read_data(tmp_path, f"shard-000{i}") for i in range(3)]
     assert [len(shard) for shard in shards] == [5, 5, 2]
     assert [*shards[0], *shards[1], *shards[2]] == json.loads(json.dumps(shard_records(facts, rows, lm.config, 0, 12)))
@@ -245,7 +245,7 @@ def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
     dictionary = make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=1)
     lm.attach("M1", Dictionary.from_params(dictionary.config, dictionary.params | {"b_enc": jnp.full(1, -1e6)}))
     alone = gather(lm["M1"], rows, top_activations(lm, "M1", rows), [], silent)
-    write_dashboard(tmp_path, Heading("lm", "M1", ""), alone, rows, [""] * 23, lm.config, {}, [], silent)
+    write_dashboard(tmp_path, Heading("lm", "M1", "", ()), alone, rows, [""] * 23, lm.config, {}, [], silent)
     [record] = read_data(tmp_path, "shard-0000")
     assert record["neighbours"] == []
     assert record["partners"] is None

@@ -21,11 +21,14 @@ from tinymodel_jax.analysis.search.logit_effects import LogitEffects
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.lm import TinyModel
 
 pytestmark = needs_browser
 MANY, VOCABULARY, ROWS, SEQ = 25_000, 10_000, 300, 64
 HOSTILE = "<script>document.title = 'broken into'</script>"
 TEXT = "Once upon a time, a fox was sad."
+STRENGTHS = "return [...document.querySelectorAll('.token')].map((t) => Number(t.style.getPropertyValue('--strength')))"
+FIRST_CONTEXT = "return [...document.querySelector('.context').querySelectorAll('.token')].map((t) => t.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(out: Path, facts: Facts, rows: np.ndarray, words: list[str], track: Any = lambda things, _: things) -> None:
-    heading, config = Heading("a model", "M2", "about"), ModelConfig(d_vocab=VOCABULARY)
+    heading, config = Heading("a model", "M2", "about", ()), ModelConfig(d_vocab=VOCABULARY)
     write_dashboard(out, heading, facts, rows, words, config, {}, [], track)
 
 
@@ -247,7 +250,7 @@ def test_a_column_s_numbers_have_the_same_decimals(plain, mini, many, browser):
     for page, columns in ((plain, "density largest effect"), (mini, "density largest F1"), (many, "density largest")):
         open_page(browser, page)
         for name in columns.split():
-            label = "effect (nats)" if name == "effect" else name
+            label = {"effect": "effect (nats)", "largest": "largest activation"}.get(name, name)
             shown = texts(browser, f"#features td[data-label='{label}']")
             numbers = [text.removesuffix(" %") for text in shown if text not in ("≈ 0", "≈ 0 %")]
             assert len(numbers) > 10
@@ -290,7 +293,7 @@ def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser):
 
 def test_a_histogram_of_some_tokens_says_so_and_is_left_out_where_it_counts_none(many, browser):
     open_page(browser, many, "#feature/14")
-    assert "two bins per octave; one token in 9" in texts(browser, ".ends")[0]
+    assert "counting one token in 9" in texts(browser, ".ends")[0]
     go(browser, "#feature/13")
     assert texts(browser, ".histogram") == []
     assert "Strongest contexts" in texts(browser, "main")[0]
@@ -353,6 +356,7 @@ def test_a_feature_page_tells_each_activation(mini, browser, width):
         "Upstream",
         "Downstream",
         "Related features",
+        "In Python",
     ]
     assert texts(browser, "caption")[2:4] == ["M1", "Rm3"]
     token = browser.find_element(By.CSS_SELECTOR, ".context .token[tabindex='0']")
@@ -377,14 +381,11 @@ def test_a_text_page_shows_where_a_feature_is_active(mini, browser):
     assert texts(browser, "a[href^='#text']") == [TEXT]
     open_page(browser, mini, "#text/1")
     assert "".join(texts(browser, ".token")) == TEXT
-    press(browser, Keys.TAB, Keys.TAB, Keys.TAB)  # past the links to the first word
-    press(browser, Keys.ARROW_RIGHT, Keys.ENTER)
+    press(browser, Keys.TAB, Keys.TAB, Keys.TAB, Keys.TAB)  # past the links to the chosen word
+    press(browser, *[Keys.ARROW_LEFT] * len(texts(browser, ".token")), Keys.ARROW_RIGHT, Keys.ENTER)
     assert texts(browser, "#panel p") == [f"“{texts(browser, '.token')[1]}”"]
-    pressed = texts(browser, "#panel [aria-pressed=true]")
-    assert len(pressed) == 1
-    strengths = browser.execute_script(
-        "return [...document.querySelectorAll('.token')].map((t) => Number(t.style.getPropertyValue('--strength')))"
-    )
+    assert len(texts(browser, "#panel [aria-pressed=true]")) == 1
+    strengths = browser.execute_script(STRENGTHS)
     assert max(strengths) == 1
     assert strengths[1] > 0
     press(browser, Keys.ESCAPE)
@@ -398,6 +399,37 @@ def test_a_text_page_shows_where_a_feature_is_active(mini, browser):
     link = browser.execute_script("return document.querySelector('#panel a').getAttribute('href')")
     go(browser, link)
     assert texts(browser, "h1") == [f"M2 {link[1:].replace('/', ' ')}"]
+    assert problems(browser) == []
+
+
+def test_a_text_opens_coloured_by_the_feature_that_is_most_active_in_it(mini, browser):
+    acts = np.asarray(TinyModel("mini")["M2"](TEXT))[0, 1:]
+    place, feature = np.unravel_index(acts.argmax(), acts.shape)
+    open_page(browser, mini, "#text/1")
+    assert texts(browser, "#legend a") == [f"feature {feature}"]
+    np.testing.assert_allclose(browser.execute_script(STRENGTHS), acts[:, feature] / acts.max(), atol=1e-3)
+    assert texts(browser, "#panel p") == [f"“{texts(browser, '.token')[place]}”"]
+    assert texts(browser, "#panel [aria-pressed=true]")[0].startswith(f"feature {feature}")
+    assert texts(browser, ".token[tabindex='0']") == [texts(browser, ".token")[place]]
+    assert problems(browser) == []
+
+
+def test_the_python_of_a_page_computes_what_it_shows(mini, browser):
+    names: dict[str, Any] = {}
+    for address in ("#text/1", "#feature/147"):
+        open_page(browser, mini, address)
+        [code] = texts(browser, ".python")
+        *setup, call = code.splitlines()
+        exec("\n".join(setup), names)
+        acts = np.asarray(eval(call, names))
+        assert acts.shape == (1, acts.size)
+        if address == "#text/1":
+            strengths = browser.execute_script(STRENGTHS)
+            np.testing.assert_allclose(acts[0, 1:] / acts[0, 1:].max(), strengths, atol=1e-3)
+        else:
+            excerpt = call.partition("(")[2].strip('()"').encode().decode("unicode_escape").replace("\n", "↵")
+            assert excerpt == "".join(browser.execute_script(FIRST_CONTEXT))
+            assert call.startswith('lm["M2N147"](')
     assert problems(browser) == []
 
 

@@ -86,7 +86,7 @@ def dashboard(
             "to resume it, or delete that folder to start again."
         ) from error
     records = text_records(reader, texts, clock.track)
-    _write(reader, partial, facts, rows, data, records, clock)
+    _write(reader, model.python(place), partial, facts, rows, data, records, clock)
     publish(partial, out)
     _report(out, reader, clock, json)
 
@@ -157,6 +157,7 @@ def _measure(
 
 def _write(
     reader: FeatureReader,
+    setup: tuple[str, ...],
     partial: Path,
     facts: Facts,
     rows: np.ndarray,
@@ -169,7 +170,7 @@ def _write(
     from tinymodel_jax.bundled.storyworld import CONCEPTS
 
     place, config = reader.site, reader.lm.config
-    heading = Heading(f"{reader.lm!r}", place.tag, place.meaning)
+    heading = Heading(f"{reader.lm!r}", place.tag, place.meaning, setup)
     concepts = CONCEPTS if data == STORY_WORLD else {}
     vocabulary = token_texts(reader.lm)
     write_dashboard(partial, heading, facts, rows, vocabulary, config, concepts, texts, clock.track)

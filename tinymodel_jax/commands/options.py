@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,9 +65,24 @@ class ModelAndDictionaryOptions(ModelOptions):
                 raise ValueError(_with_option(error)) from error
         return lm
 
+    def python(self, site: Site) -> tuple[str, ...]:
+        """Return the lines of Python that do as `load_with_dictionary`, and name the model `lm`."""
+        heads = "" if self.n_heads is None else f", n_heads={self.n_heads}"
+        lines = ("from tinymodel_jax import TinyModel", f"lm = TinyModel({_quoted(self.name)}{heads})")
+        return (
+            lines
+            if self.dictionary is None
+            else (*lines, f"lm.attach({_quoted(site.tag)}, {_quoted(self.dictionary)})")
+        )
+
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
 ModelAndDictionary = Annotated[ModelAndDictionaryOptions, tyro.conf.arg(name="")]
+
+
+def _quoted(text: object) -> str:
+    """Return a text as Python, in double quotes."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _with_option(error: Exception) -> str:

@@ -58,6 +58,8 @@ class Heading(NamedTuple):
     site: str
     about: str
     """The kind of dictionary."""
+    setup: tuple[str, ...]
+    """Lines of Python that make `lm`, the model with its dictionary."""
 
 
 def gather(
@@ -220,6 +222,7 @@ def _index(
     found = facts.found
     return {
         "site": heading.site,
+        "setup": heading.setup,
         "n_features": found.n_features,
         "n_tokens": found.n_tokens,
         "n_rows": found.n_rows,

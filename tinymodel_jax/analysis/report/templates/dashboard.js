@@ -7,9 +7,11 @@ async function route() {
   const [kind, given] = address.slice(1).split("/");
   const page = document.getElementById("page");
   let content;
+  let opened = () => {};
   try {
     await loadIndex();
-    content = kind === "feature" ? await featurePage(Number(given)) : kind === "text" ? await textPage(Number(given)) : indexPage();
+    if (kind === "text") ({ content, opened } = await textPage(Number(given)));
+    else content = kind === "feature" ? await featurePage(Number(given)) : indexPage();
   } catch (error) {
     content = [element("h1", { tabindex: -1 }, "This page cannot be shown"), element("p", { role: "alert" }, error.message), element("p", {}, element("a", { href: "#" }, "all features"))];
   }
@@ -18,6 +20,7 @@ async function route() {
   show();
   keep(null);
   page.replaceChildren(...content);
+  opened();
   page.removeAttribute("aria-busy");
   const title = page.querySelector("h1");
   document.title = `${title.textContent}${shownIndex ? "" : ` · ${document.getElementById("home").textContent}`}`;

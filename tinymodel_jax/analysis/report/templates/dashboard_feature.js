@@ -19,7 +19,15 @@ async function featurePage(feature) {
     linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to this feature's pre-activation.", record.upstream),
     linkSection("Downstream", "Features that read the residual stream after this one writes to it, by direct weight: what one unit of this feature's activation adds to their pre-activation.", record.downstream),
     section("Related features", element("div", { class: "columns" }, relatedTable("Decoder rows that point the same way", "cosine", record.neighbours), relatedTable("Active at the same tokens", "correlation", record.partners))),
+    pythonSection(feature, record),
   ];
+}
+
+function pythonSection(feature, record) {
+  const context = record.contexts[0];
+  const text = context ? context[2].map((id) => vocabulary[id]).join("") : "Once upon a time";
+  const about = `Activation at each token of a text, shape (1, positions), [BEGIN] first.${context ? " The text here is the strongest context alone; the activations above are those in its whole row." : ""}`;
+  return section("In Python", element("p", { class: "about" }, about), python(`${index.site}N${feature}`, text));
 }
 
 function numbers(feature, record) {
@@ -27,7 +35,7 @@ function numbers(feature, record) {
   const entries = [
     ["density", `${share(active[feature])}: ${active[feature].toLocaleString("en")} of ${counted(index.n_tokens, "token")}`],
     ["activation", `mean ${number(record.mean)} where active, largest ${number(largest[feature])}`],
-    ["quantiles", index.quantiles.map((q, i) => `${100 * q} %: ${number(record.quantiles[i])}`).join(", ")],
+    ["quantiles", `activation where active: ${index.quantiles.map((q, i) => `${number(record.quantiles[i])} at ${100 * q} %`).join(", ")}`],
   ];
   if (!active[feature]) entries.splice(1, 2);
   if (record.concepts && active[feature]) entries.push(["concepts", record.concepts.filter(([, f1]) => f1 > 0).map(([c, f1]) => `${index.concepts[c][0]} (${index.concepts[c][1]}), F1 ${f1.toFixed(2)}`).join("; ")]);
@@ -50,7 +58,7 @@ function histogram(counts) {
   const [from, to] = [number(index.edges[first]), number(index.edges[last + 1])];
   const bars = shown.map((n, i) => element("span", { style: `height: ${(100 * n) / most}%`, title: `${number(index.edges[first + i])} to ${number(index.edges[first + i + 1])}: ${counted(n, "token")}` }));
   const label = `Histogram of activations, ${from} to ${to}; most, ${counted(most, "token")}, from ${number(index.edges[first + shown.indexOf(most)])}`;
-  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins per octave${index.histogram_every > 1 ? `; one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
+  return element("div", {}, element("div", { class: "histogram", role: "img", "aria-label": label }, ...bars), element("p", { class: "ends" }, element("span", {}, from), element("span", {}, `activation, two bins per octave; tallest ${counted(most, "token")}${index.histogram_every > 1 ? `, counting one token in ${index.histogram_every}` : ""}`), element("span", {}, to)));
 }
 
 function contextSection(feature, record) {
@@ -61,17 +69,18 @@ function contextSection(feature, record) {
     return lines.length ? [element("h3", {}, `Quantile ${from} to ${to} of the rows' peaks`), ...lines] : [];
   });
   const top = record.contexts.filter(Boolean).map((context) => contextLine(context, largest));
-  return element("div", {}, section("Strongest contexts", ...top), section("Contexts at all levels", element("p", { class: "about" }, "From a sample of all rows at which it is active."), ...bands));
+  return element("div", {}, section("Strongest contexts", element("p", { class: "about" }, "In front of each context, the activation at its peak, which is bold. Contexts come from different rows."), ...top), section("Contexts at all levels", element("p", { class: "about" }, "From a sample of all rows at which it is active."), ...bands));
 }
 
 function contextLine([row, peak, ids, acts], largest) {
   const say = (place) => `“${vocabulary[ids[place]]}”: activation ${number(acts[place])}`;
   const choose = (place) => show(element("p", {}, say(place)), element("p", { class: "hint" }, `row ${row}; the largest activation of this feature is ${number(largest)}`));
-  const [line] = tokenLine({ "aria-label": `row ${row}, peak ${number(acts[peak])}` }, ids, acts.map((a) => a / largest), peak, say, choose);
-  return element("div", { class: "context" }, element("span", { class: "peak" }, number(acts[peak])), line);
+  const [line, tokens] = tokenLine({ "aria-label": `row ${row}, peak ${number(acts[peak])}` }, ids, acts.map((a) => a / largest), peak, say, choose);
+  tokens[peak].classList.add("summit");
+  return element("div", { class: "context" }, element("span", { class: "peak" }, fixed(acts[peak], decimalsOf([largest]))), line);
 }
 
-const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit", null]], aligned(pairs).map(([id, effect]) => [word(id), effect]));
+const tokenTable = (caption, pairs) => table(caption, [["token", "words"], ["logit per unit", null]], aligned(pairs).map(([id, effect]) => [word(id), effect]));
 
 // Pairs (and any further values) with their numbers as text, all with the same number of decimals.
 function aligned(pairs) {
@@ -87,7 +96,7 @@ function relatedTable(caption, measure, pairs) {
 
 function linkSection(title, about, dictionaries) {
   const tables = Object.entries(dictionaries).map(([tag, links]) =>
-    table(tag, [["feature", null], ["weight", null], ["promotes", "words"]], aligned(links).map(([f, weight, ids]) => [String(f), weight, ids.map(word)])),
+    table(tag, [["feature", null], ["weight per unit", null], ["promotes", "words"]], aligned(links).map(([f, weight, ids]) => [String(f), weight, ids.map(word)])),
   );
   return tables.length ? section(title, element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables)) : "";
 }

@@ -5,9 +5,9 @@ let lastFeature = null; // opened last; has the keyboard focus after going back
 
 const COLUMNS = {
   feature: { cell: (f) => featureLink(f), key: (f) => f },
-  density: { cell: (f) => share(index.columns.active[f]), key: (f) => index.columns.active[f] },
-  largest: { cell: (f) => fixed(index.columns.largest[f], largestDecimals()), key: (f) => index.columns.largest[f] },
-  effect: { needs: "effect", label: "effect (nats)", title: "KL divergence when it is turned off, nats per position, over all rows; [BEGIN] and [END] count here", cell: (f) => fixed(index.columns.effect[f], 6), key: (f) => index.columns.effect[f] },
+  density: { title: "share of the tokens at which it is active", cell: (f) => share(index.columns.active[f]), key: (f) => index.columns.active[f] },
+  largest: { label: "largest activation", cell: (f) => fixed(index.columns.largest[f], largestDecimals()), key: (f) => index.columns.largest[f] },
+  effect: { needs: "effect", label: "effect (nats)", title: "KL divergence of the predictions when it is turned off, nats per position, over all rows; [BEGIN] and [END] count here", cell: (f) => fixed(index.columns.effect[f], 6), key: (f) => index.columns.effect[f] },
   concept: { needs: "concept", kind: "words", cell: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "–"), key: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "") },
   F1: { needs: "f1", title: "F1 of its activity for the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
   "peaks on": { kind: "words", cell: (f) => index.columns.peaks[f].map(word), key: (f) => firstWord(index.columns.peaks[f]) },

@@ -30,6 +30,12 @@ function table(caption, headings, rows) {
   return element("table", {}, element("caption", {}, caption), element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
 }
 
+// Python that computes activations of `tag` on a text; a click selects all of it.
+function python(tag, text) {
+  const call = `lm[${JSON.stringify(tag)}](${JSON.stringify(text.replaceAll("↵", "\n"))})`;
+  return element("pre", { class: "python" }, [...index.setup, call].join("\n"));
+}
+
 function section(title, ...children) {
   return element("section", {}, element("h2", {}, title), ...children);
 }
