@@ -183,7 +183,7 @@ class EditFeatures:
         amount = fitting(self.amount, old.shape, "the activations of its features")
         new = old * amount if self.scale else jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
         new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
-        new = where(self.config.acts_at(acts["tok_ids"]), new, old)
+        new = where(_acting(self.config, acts), new, old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
         reading.edited.append((features, new))
         reading.change += change
@@ -224,7 +224,7 @@ class Splice:
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
         prediction = (prediction + reading.change).astype(value.dtype).reshape(value.shape)
-        prediction = where(self.config.acts_at(acts["tok_ids"]), prediction, value)
+        prediction = where(_acting(self.config, acts), prediction, value)
         if not self.include_error:
             return prediction
         # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
@@ -272,6 +272,11 @@ class Chain:
 
 
 OwnEdit = Add | Replace | Scale | EditFeatures | Splice
+
+
+def _acting(config: DictionaryConfig, acts: Acts) -> Array | None:
+    """Return where the dictionary acts; None if it acts at all tokens, which edits called by hand need not give."""
+    return config.acts_at(acts["tok_ids"]) if config.exclude else None
 
 
 def _reading(config: DictionaryConfig, value: Array, acts: Acts) -> Reading:
