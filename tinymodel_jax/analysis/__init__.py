@@ -2,7 +2,8 @@
 
     from tinymodel_jax.analysis import attribution, patching, sweeps
 
-The modules that analyses are made of can be imported from here by name; each loads when it is first used.
+The modules that analyses are made of, and the functions `logit_lens` and `direct_logit_attribution`, can be imported
+from here by name; each loads when it is first used.
 """
 
 import importlib
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from tinymodel_jax.analysis.effects import importance as importance
     from tinymodel_jax.analysis.effects import patching as patching
     from tinymodel_jax.analysis.effects import sweeps as sweeps
+    from tinymodel_jax.analysis.effects.direct_logit_attribution import (
+        direct_logit_attribution as direct_logit_attribution,
+    )
+    from tinymodel_jax.analysis.effects.logit_lens import logit_lens as logit_lens
     from tinymodel_jax.analysis.search import coactivation as coactivation
     from tinymodel_jax.analysis.search import feature_queries as feature_queries
     from tinymodel_jax.analysis.search import logit_effects as logit_effects
@@ -26,18 +31,24 @@ _HOMES = {
     "logit_effects": "search",
     "top_activations": "search",
     "attribution": "effects",
+    "direct_logit_attribution": "effects",
     "importance": "effects",
+    "logit_lens": "effects",
     "patching": "effects",
     "sweeps": "effects",
     "labels": "concepts",
     "recovery": "concepts",
 }
 
+_FUNCTIONS = ("direct_logit_attribution", "logit_lens")
+"""Names of functions, each in a module of the same name; the others are modules."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tinymodel_jax.analysis' has no attribute {name!r}")
-    return importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{name}")
+    module = importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{name}")
+    return getattr(module, name) if name in _FUNCTIONS else module
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
+from jaxtyping import Int32
 
 from tinymodel_jax.text.prompts_and_stories import prompt_rows, story_rows
 
@@ -71,6 +72,21 @@ def to_single_token(lm: TinyModel, text: str) -> int:
         pieces = ", ".join(repr(lm.tokenizer.decode([i])) for i in ids)
         raise ValueError(f"{text!r} is {len(ids)} tokens ({pieces}); name one, as ' dog' with its space.")
     return ids[0]
+
+
+def token_ids(lm: TinyModel, tokens: Any) -> Int32[np.ndarray, " tokens"]:
+    """Return the ids of tokens that are named by their id or their text, alone or in a list.
+
+    Raises:
+        ValueError: there is none, a text is not one token, or an id is not in the vocabulary.
+    """
+    given = [tokens] if isinstance(tokens, str) or np.ndim(tokens) == 0 else list(tokens)
+    found = np.array([to_single_token(lm, token) if isinstance(token, str) else token for token in given])
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any() or (found >= lm.config.d_vocab).any():
+        raise ValueError(
+            f"tokens={tokens!r:.80}; expected one or more ids, 0..{lm.config.d_vocab - 1}, or texts of one token."
+        )
+    return found.astype(np.int32)
 
 
 def rows_of(lm: TinyModel, rows: Any) -> Any:

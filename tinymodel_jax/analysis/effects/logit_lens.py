@@ -1,0 +1,69 @@
+"""The logit lens: what the model would predict from the residual stream in front of each layer.
+
+    log-probabilities = log_softmax(residual stream @ W_U + b_U)
+
+There is no layer norm, so the unembedding applies to every layer's stream as it is. Source: nostalgebraist (2020),
+interpreting GPT: the logit lens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm.text import token_ids
+from tinymodel_jax.model.forward import HookedModel
+from tinymodel_jax.model.padding import pad_to_bucket
+from tinymodel_jax.runtime.compilation import fast_jit
+
+
+class LogitLens(NamedTuple):
+    """The predictions from the residual stream before each layer, and after the last one."""
+
+    names: tuple[str, ...]
+    """Hook point of each stream."""
+    logprobs: Float[np.ndarray, "streams batch seq tokens"]
+    """Log-probabilities of the next token; the last stream's are the model's own."""
+
+
+def logit_lens(lm: TinyModel, tok_ids: Any, tokens: Any = None) -> LogitLens:
+    """Return the log-probabilities of the next token that each layer's residual stream gives.
+
+    In a model with splices, the streams are those of the spliced pass, after any splice of the stream itself.
+
+    Args:
+        tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
+        tokens: ids or texts of one token whose log-probabilities to return, which keeps the result small; None returns
+            those of all ids.
+
+    Raises:
+        ValueError: `tok_ids` are not valid for the model, or an entry of `tokens` is not one token.
+    """
+    n_layers = lm.config.n_layers
+    names = (*(f"blocks.{i}.hook_resid_pre" for i in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post")
+    chosen = None if tokens is None else token_ids(lm, tokens)
+    ids, length = pad_to_bucket(lm.to_tokens(tok_ids), lm.config)
+    return LogitLens(names, np.asarray(_lens(lm.hooked(), ids, chosen, names=names))[:, :, :length])
+
+
+@partial(fast_jit, static_argnames=("names",))
+def _lens(
+    model: HookedModel,
+    tok_ids: Int[Array, "batch seq"],
+    tokens: Int[Array, " tokens"] | None,
+    *,
+    names: tuple[str, ...],
+) -> Float[Array, "streams batch seq tokens"]:
+    _, acts = model.run(tok_ids, names)
+
+    def of_stream(resid: Array) -> Array:
+        logprobs = jax.nn.log_softmax(model.unembed(resid))
+        return logprobs if tokens is None else logprobs[..., tokens]
+
+    return jax.lax.map(of_stream, jnp.stack([acts[name] for name in names]))  # one stream's logits at a time
