@@ -1,6 +1,7 @@
 """`python -m train export`: what a run has trained so far, without touching the run."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -98,6 +99,36 @@ def test_a_run_that_was_stopped_gives_its_model_and_resumes(
     capsys.readouterr()
 
 
+def test_another_run_is_never_written_to(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished, tmp_path / "other")
+    before = files_of(tmp_path / "other")
+    for other in (tmp_path / "other", tmp_path / "other" / "dictionaries" / "M0_k=3"):
+        assert train_here("export", finished, "-o", other) == 1
+        error = capsys.readouterr().err
+        assert f"--out {other} holds a run, a model or a dictionary" in error
+        assert error.count("\n") == 1
+    assert files_of(tmp_path / "other") == before
+
+
+def test_a_run_of_an_earlier_version_resumes_with_other_evaluations_and_moved_data(
+    finished: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, run)
+    shutil.copytree(data, moved)
+    settings = json.loads((run / "config.json").read_text())
+    del settings["eval_every"], settings["places"]["M0"]["exclude"]
+    settings["source"]["data"] = "/gone"
+    (run / "config.json").write_text(json.dumps(settings))
+    again = (*DICTIONARIES, *NUMBERS, "--model", model, "--data", moved, "--eval-every", "3", "--out", run)
+    assert train_here(*again) == 0
+    settings = json.loads((run / "config.json").read_text())
+    assert (settings["eval_every"], settings["source"]["data"]) == (3, str(moved))
+    assert train_here("export", run) == 0
+    before, now = (files_of(folder) for folder in (finished, run / "export" / "8"))
+    assert now["sweep.json"] == before["sweep.json"]
+
+
 def test_what_cannot_be_exported_is_one_line(
     finished: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +136,7 @@ def test_what_cannot_be_exported_is_one_line(
     for arguments, says in (
         ((tmp_path / "empty",), "is not the folder of a training run"),
         ((finished, "--step", "1"), "has no checkpoint of step 1; it has 4, 6, 8"),
-        ((finished, "-o", finished), "is the run's own folder"),
+        ((finished, "-o", finished), "holds a run"),
     ):
         assert train_here("export", *arguments) == 1
         error = capsys.readouterr().err

@@ -120,7 +120,7 @@ def dictionaries(
         "save_every": save_every,
         "source": recorded_options(source),
     }
-    may_change = ("save_every", "mesh", "held_out_stories", "source")
+    may_change = ("save_every", "eval_every", "mesh", "held_out_stories", "source")
     with open_run(out, settings, may_change, tracking) as run:
         _train(run, activations, program, trained, start)
 

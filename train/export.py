@@ -2,7 +2,7 @@
 
 It reads a checkpoint of a run that is still going on, was stopped, or has finished, and writes what the run would write
 if it finished at that step: dictionaries with their measurements, or a language model. It takes no lock, and changes
-nothing in RUN; it only adds the folder RUN/export, unless `-o` names another.
+nothing in RUN; it only adds the folder RUN/export, unless `-o` names another. The folder of a run is refused.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def export(
     Args:
         run: folder of a run of `train lm` or `train dictionaries`, or its address.
         step: step whose checkpoint to read; by default the newest. A run keeps its last three checkpoints.
-        out: folder to write to, or gs://….
+        out: folder to write to, or gs://…; not that of a run.
     """
     folder = epath.Path(os.path.expanduser(run))
     place = None if out is None else epath.Path(os.path.expanduser(out))
-    if place == folder:
-        raise ValueError(f"--out {out} is the run's own folder, where it writes when it finishes; choose another.")
     settings = run_settings(folder)
+    if place is not None and (place / "config.json").exists():
+        raise ValueError(f"--out {out} holds a run, a model or a dictionary (there is a config.json); choose another.")
     if "source" not in settings:
         raise ValueError(f"{folder} was started by an earlier version, which did not record where its data is.")
     write = {"lm": _export_lm, "dictionaries": _export_dictionaries}[settings["kind"]]

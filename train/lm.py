@@ -156,7 +156,8 @@ def lm(
         "save_every": save_every,
         "source": {"data": whole_path(data)},
     }
-    with open_run(out, settings, may_change=("save_every", "mesh", "fsdp", "source"), tracking=tracking) as run:
+    may_change = ("save_every", "eval_every", "mesh", "fsdp", "source")
+    with open_run(out, settings, may_change, tracking) as run:
         say(chosen.describe())
         _train(run, config, program, token_data, devices)
 

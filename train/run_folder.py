@@ -1,6 +1,6 @@
 """A training run's folder: its configuration, metrics and checkpoints, always in a state that the run can resume from.
 
-    OUT/config.json     settings of the run, and the package versions that it ran with
+    OUT/config.json     settings of the run at its last start, and the package versions of its first
     OUT/metrics.jsonl   one line per step, the same bytes whether or not the run was interrupted
     OUT/time.json       seconds of training up to the last checkpoint
     OUT/checkpoints/    Orbax checkpoints; written in the background, the last three are kept
@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,15 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def open_run_folder(out: epath.PathLike, config: Mapping[str, Any], may_change: Iterable[str] = ()) -> int | None:
-    """Write the configuration, or check that an earlier start of the run had the same, but for more `steps` now.
+    """Write the configuration; check that it resumes that of an earlier start, which may have had fewer `steps`.
 
     Returns:
         The number of steps before, if there are more now and the run has begun; None on processes after the first.
 
     Args:
         out: folder, or an address such as `gs://bucket/folder`.
-        may_change: names of settings that do not affect the results and may differ when the run is resumed.
+        may_change: names of settings that do not affect the results and may differ when the run is resumed, or be
+            missing from a run of an earlier version.
 
     Raises:
         ValueError: the folder holds a run with another configuration (the differences are listed), or other files.
@@ -262,28 +263,16 @@ class Checkpoints:
 
 
 def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> int | None:
-    path = out / "config.json"
+    path, lengthened = out / "config.json", None
     content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
-    lengthened = None
+    content = json.loads(json.dumps(content))
     if path.exists():
         before = _read(path)
-        left_out = [*may_change, "format_version", "versions"]
-        if has_begun(out) and content.get("steps", 0) > before.get("steps", 0):
-            lengthened = before["steps"]
-            left_out.append("steps")
-        changed = _differences(before, content, left_out)
-        if changed and has_begun(out):
-            raise ValueError(
-                f"{out} holds a run with another configuration: {'; '.join(changed)}. "
-                "Repeat its options to resume it, or choose another --out."
-            )
-        if not changed:
-            if before.get("versions") != versions():
-                then = before.get("versions")
-                warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
-            if lengthened is None:
-                return None
-            content = {**before, "steps": content["steps"]}
+        if has_begun(out):
+            lengthened = _resumed(out, before, content, may_change)
+            content["versions"] = before.get("versions")
+        if content == before:
+            return None
     elif out.exists() and any(found.name != LOCK_FILE for found in out.iterdir()):
         raise ValueError(
             f"{out} holds files that are not a training run (there is no config.json); choose an empty folder."
@@ -291,6 +280,24 @@ def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str])
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    return lengthened
+
+
+def _resumed(
+    out: epath.Path, before: Mapping[str, Any], now: Mapping[str, Any], may_change: Iterable[str]
+) -> int | None:
+    """Check that a run may be resumed with the settings of now; return its number of steps before if there are more."""
+    lengthened = before["steps"] if now.get("steps", 0) > before.get("steps", 0) else None
+    left_out = {*may_change, "format_version", "versions"} | (set() if lengthened is None else {"steps"})
+    changed = _differences(before, now, left_out)
+    if changed:
+        raise ValueError(
+            f"{out} holds a run with another configuration: {'; '.join(changed)}. "
+            "Repeat its options to resume it, or choose another --out."
+        )
+    if before.get("versions") != now["versions"]:
+        then = before.get("versions")
+        warn(f"{out} was started with other versions ({then}); the numbers may differ in their last bits.")
     return lengthened
 
 
@@ -310,11 +317,13 @@ def has_begun(out: epath.Path) -> bool:
     return metrics.exists() and metrics.stat().length > 0
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], left_out: Sequence[str]) -> list[str]:
-    """Return `name: old -> new` for every setting that differs; names of nested settings are joined by dots."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], left_out: Collection[str]) -> list[str]:
+    """Return `name: old -> new` for every setting that differs; names of nested settings are joined by dots.
+
+    An empty list equals a setting that an earlier version did not record.
+    """
     was, new = (
-        _settings({name: value for name, value in one.items() if name not in left_out})
-        for one in (before, json.loads(json.dumps(now)))
+        _settings({name: value for name, value in one.items() if name not in left_out}) for one in (before, now)
     )
     names = dict.fromkeys((*was, *new))
     return [f"{name}: {was.get(name)!r} -> {new.get(name)!r}" for name in names if was.get(name) != new.get(name)]
@@ -323,7 +332,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], left_out: Se
 def _settings(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {name: value}
-    parts = (_settings(inside, f"{name}.{key}" if name else str(key)) for key, inside in value.items())
+    given = ((key, inside) for key, inside in value.items() if inside != [])
+    parts = (_settings(inside, f"{name}.{key}" if name else str(key)) for key, inside in given)
     return {key: inside for part in parts for key, inside in part.items()}
 
 
