@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from browsers import chromium, needs_browser, problems
 from command_lines import command_lines
@@ -17,12 +18,22 @@ from command_lines import run as run_command
 from conftest import as_users_run_it
 from rich.console import Console
 
+from tinymodel_jax.analysis.report.charts import training_curve
 from tinymodel_jax.analysis.report.page import write_page
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.commands import cli, quickstart, quickstart_page
-from tinymodel_jax.commands.quickstart_steps import Amounts
+from tinymodel_jax.commands import cli, quickstart, quickstart_page, quickstart_steps
+from tinymodel_jax.commands.quickstart_steps import Amounts, Named
+from tinymodel_jax.lm import TinyModel
 
-SMALL = Amounts(labelled=24, held_out=16, trained_stories=200, steps=4, batch=256, stories_per_step=8)
+SMALL = Amounts(
+    labelled=8,
+    held_out=8,
+    trained_stories=32,
+    steps=4,
+    batch=256,
+    stories_per_step=4,
+    scored=(quickstart_steps.TRAINED,),
+)
 
 
 class Run(NamedTuple):
@@ -33,6 +44,16 @@ class Run(NamedTuple):
     """What was printed."""
     content: dict[str, Any]
     """What the page was made from."""
+
+
+def already_trained(lm: TinyModel, *rest: Any) -> dict[str, Any]:
+    """Return what `train_transcoder` returns, with the bundled dictionary as the one just trained."""
+    del rest
+    numbers = {"l0": 21.0, "explained_variance": 0.9, "ce_recovered": 0.8, "dead_fraction": 0.294}
+    rows = [{"name": name, **numbers} for name in (quickstart_steps.JUST_NOW, "bundled")]
+    dictionary = lm[quickstart_steps.TRAINED].dictionary
+    chart = training_curve([1, 2], [0.1, 0.9], [28.0, 28.0])
+    return {"sentence": "No step was taken.", "chart": chart, "rows": rows, "dictionary": dictionary}
 
 
 def run_small(out: Path, train: bool) -> Run:
@@ -52,12 +73,14 @@ def run_small(out: Path, train: bool) -> Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_small(tmp_path_factory.mktemp("quickstart"), train=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart_steps, "train_transcoder", already_trained)  # a slow test trains
+        return run_small(tmp_path_factory.mktemp("quickstart"), train=True)
 
 
 def test_every_step_shows_something_and_the_last_line_is_what_to_run_next(run):
     text = run.text
-    for step in range(1, 7):
+    for step in (1, 2, 3, 4, 6):
         assert f"{step} · " in text
     assert str(run.page) in text.replace("\n", "")
     assert "Once upon a time" in text
@@ -135,11 +158,50 @@ def test_text_is_shown_as_text(tmp_path, run):
     assert "&lt;script&gt;alert(1)" in (tmp_path / "page.html").read_text("utf-8")
 
 
-def test_without_training_the_rest_is_there(tmp_path):
-    without = run_small(tmp_path, train=False)
+def test_a_page_without_training_has_the_other_parts(tmp_path, run):
+    write_page(tmp_path / "page.html", "quickstart.html.jinja", run.content | {"training": None})
+    html = (tmp_path / "page.html").read_text("utf-8")
+    assert "A transcoder trained from scratch" not in html
+    assert "Which concepts were found" in html
+
+
+@pytest.mark.slow
+def test_a_run_trains_a_transcoder_unless_it_is_told_not_to(tmp_path):
+    whole, without = (run_small(tmp_path, train) for train in (True, False))
+    assert "5 · A transcoder from scratch" in whole.text
+    assert re.search(r"trained just now: L0 28.*, explained variance ", whole.text)
     assert "5 · " not in without.text
-    assert "A transcoder trained from scratch" not in without.page.read_text("utf-8")
-    assert "Which concepts were found" in without.page.read_text("utf-8")
+    assert without.content["training"] is None
+
+
+def test_each_feature_is_a_closed_row_with_its_histogram_and_the_tokens_it_promotes(run):
+    features = run.content["features"]
+    html = run.page.read_text("utf-8")
+    assert html.count('<details class="card"') == len(features)
+    assert '<details class="card" open' not in html
+    lm = TinyModel("mini")
+    effects = lm["Rm2"].dictionary.params["W_dec"] @ lm.params["W_U"]
+    effects = np.asarray(effects - effects.mean(axis=1, keepdims=True))
+    for one in features:
+        assert sum(one["histogram"]) == one["active"] > 0
+        best = np.sort(effects[one["id"]])[::-1][:3]
+        assert [logits for _, logits in one["promoted"]] == pytest.approx(best.tolist(), rel=1e-3)
+
+
+def named(f1: list[float]) -> Named:
+    nothing = np.zeros((1, 1))
+    return Named(nothing, nothing, nothing, ["word.the"] * len(f1), np.array(f1), np.ones(len(f1)))
+
+
+def test_the_page_opens_with_the_named_feature_that_colours_most_of_at_most_a_third_of_the_story():
+    acts = np.array([[9, 2, 0, 1, 0], [9, 4, 1, 0, 0], [9, 0, 3, 0, 0], [0] * 5, [0] * 5, [0] * 5, [0] * 5], float)
+    tokens = [[(f, a) for f, a in enumerate(row) if a > 0] for row in acts.tolist()]
+    assert quickstart_page.opening(named([0.9, 0.8, 0.7, 0.9, 0.9]), tokens, acts) == (1, 1)  # 0 colours too much
+    assert quickstart_page.opening(named([0.9, 0.4, 0.7, 0.4, 0.9]), tokens, acts) == (2, 2)
+    assert quickstart_page.opening(named([0.9, 0.4, 0.4, 0.4, 0.9]), tokens, acts) == (0, 0)
+    assert quickstart_page.opening(named([0.4] * 5), tokens, acts) is None
+    unlisted = [[(0, 9.0)], *([] for _ in acts[1:])]
+    assert quickstart_page.opening(named([0.5, 0.9, 0.9, 0.9, 0.9]), unlisted, acts) == (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +224,17 @@ def test_the_page_works_in_a_browser(run, browser, width):
     assert len(browser.find_elements(By.CSS_SELECTOR, "svg.chart")) == 3
     tokens, panel = browser.find_elements(By.CSS_SELECTOR, ".token"), browser.find_element(By.ID, "panel")
 
+    token, feature = run.content["data"]["opening"]  # the story is coloured before anything is chosen
+    assert float(browser.execute_script("return arguments[0].style.getPropertyValue('--strength')", tokens[token])) == 1
+    assert f"coloured by the activation of feature {feature}: " in panel.text
+    assert panel.find_element(By.CSS_SELECTOR, "[aria-pressed=true]").get_attribute("data-feature") == str(feature)
+    wrapped = """return [...document.querySelectorAll("td")].filter((cell) => {
+      const text = document.createRange();
+      text.selectNodeContents(cell);
+      return new Set([...text.getClientRects()].map((box) => box.top)).size > 1;
+    }).length"""
+    assert browser.execute_script(wrapped) == 0
+
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[5])
     ActionChains(browser).move_to_element(tokens[5]).perform()  # hover
     assert tokens[5].text.strip() in panel.text
@@ -172,8 +245,10 @@ def test_the_page_works_in_a_browser(run, browser, width):
     assert browser.switch_to.active_element == tokens[3]
     assert tokens[3].get_attribute("aria-selected") == "true"
 
-    ActionChains(browser).send_keys(Keys.ENTER).perform()  # the strongest feature colours the story
-    assert panel.find_element(By.CSS_SELECTOR, ".feature").get_attribute("aria-pressed") == "true"
+    strongest = panel.find_element(By.CSS_SELECTOR, ".feature")
+    if strongest.get_attribute("aria-pressed") == "false":
+        ActionChains(browser).send_keys(Keys.ENTER).perform()  # the strongest feature colours the story
+    assert strongest.get_attribute("aria-pressed") == "true"
     strength = browser.execute_script("return arguments[0].style.getPropertyValue('--strength')", tokens[3])
     assert float(strength) > 0
 
@@ -202,7 +277,7 @@ def test_the_pointer_reaches_the_features_of_a_word_over_other_words(run, browse
     number = next(i for i, features in enumerate(run.content["data"]["tokens"]) if i > 3 and len(features) > 1)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", tokens[number])
     tokens[number].click()
-    heading, button = panel.text.splitlines()[0], panel.find_elements(By.CSS_SELECTOR, ".feature")[1]
+    heading, button = panel.text.splitlines()[1], panel.find_elements(By.CSS_SELECTOR, ".feature")[1]
 
     (x, y), (to_x, to_y) = centre(browser, tokens[number]), centre(browser, button)
     crossed = [[round(a + (b - a) * part / 20) for a, b in ((x, to_x), (y, to_y))] for part in range(21)]
@@ -212,7 +287,8 @@ def test_the_pointer_reaches_the_features_of_a_word_over_other_words(run, browse
     for (x, y), (next_x, next_y) in itertools.pairwise(crossed):
         path.move_by_offset(next_x - x, next_y - y)
     path.click().perform()
-    assert panel.text.splitlines()[0] == heading
+    assert heading.startswith("Features at ")
+    assert panel.text.splitlines()[1] == heading
     assert button.get_attribute("aria-pressed") == "true"
 
     ActionChains(browser).send_keys(Keys.ESCAPE).move_to_element(tokens[number - 1]).perform()

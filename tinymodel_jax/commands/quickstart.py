@@ -70,7 +70,7 @@ def run_quickstart(
     swept = steps.sweep(lm, prompt, named, console)
     edited = steps.edit_features(lm, prompt, named, int(swept["strongest"]), console)
     training = steps.train_transcoder(lm, amounts, seed, console) if train else None
-    concepts = steps.count_concepts(lm, labelled, training, console)
+    concepts = steps.count_concepts(lm, amounts.scored, labelled, training, console)
     commands = next_commands()
     found = {
         "options": options,

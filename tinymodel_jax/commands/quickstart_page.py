@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 from tinymodel_jax.analysis.report.page import token_text, write_page
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.quickstart_steps import NAMED_FROM, PROMPT, SITE, Named
 from tinymodel_jax.lm import TinyModel
+
+BARS = 24
+"""Bars of a feature's histogram."""
+PROMOTED = 3
+"""Next tokens that a card shows as promoted."""
+COLOURED = 1 / 3
+"""Largest share of the story's words that the feature with which the page opens colours, if there is such a feature."""
 
 
 def write_quickstart_page(
@@ -37,9 +45,9 @@ def write_quickstart_page(
         "site_words": f"a sparse autoencoder of {named.acts.shape[2]} features of the residual stream in layer 2",
         "prompt": PROMPT,
         "named_from": NAMED_FROM,
-        "tokens": [token_text(lm.tokenizer.decode([i])) for i in story],
+        "tokens": [_text(lm, i) for i in story],
         "n_concepts": len(storyworld.CONCEPTS),
-        "features": [describe_feature(lm, named, feature) for feature in interesting_features(named, strongest)],
+        "features": describe_features(lm, named, interesting_features(named, strongest)),
         "data": script_data(named, strongest, acts),
         **found,
     }
@@ -55,37 +63,72 @@ def interesting_features(named: Named, tokens: list[list[tuple[int, float]]], co
     return [*chosen, *(f for f in ordered if f not in chosen)][:count]
 
 
-def describe_feature(lm: TinyModel, named: Named, feature: int) -> dict[str, Any]:
-    """Return a feature's card: its concept, the tokens it is most active on, and its top contexts."""
+def opening(named: Named, tokens: list[list[tuple[int, float]]], acts: np.ndarray) -> tuple[int, int] | None:
+    """Return the token and the feature with which the page opens, or None if no feature fits.
+
+    The feature has a name and is listed at its strongest token, which is the token returned. Of these features, it is
+    the one that colours most, weighted by its F1; those that colour more than `COLOURED` of the story come last.
+    """
+    strongest = acts.argmax(axis=0)
+    listed = {feature for i, found in enumerate(tokens) for feature, _ in found if strongest[feature] == i}
+
+    def quality(feature: int) -> tuple[bool, float]:
+        row = acts[:, feature]
+        return bool((row > 0).mean() <= COLOURED), float(named.f1[feature] * row.sum() / row.max())
+
+    best = max((f for f in sorted(listed) if named.f1[f] >= NAMED_FROM), key=quality, default=None)
+    return None if best is None else (int(strongest[best]), best)
+
+
+def describe_features(lm: TinyModel, named: Named, features: list[int]) -> list[dict[str, Any]]:
+    """Return the cards of features: concept, activations, promoted tokens, most active tokens and top contexts."""
+    effects = logit_effects(lm, SITE, PROMOTED, features)
+    return [
+        {
+            "id": feature,
+            "concept": named.concept[feature],
+            "f1": float(named.f1[feature]),
+            "density": float(named.density[feature]),
+            "about": storyworld.CONCEPTS[named.concept[feature]],
+            "promoted": [(_text(lm, i), float(effect)) for i, effect in zip(tok_ids, logits, strict=True)],
+            **_activity(lm, named, feature),
+        }
+        for feature, tok_ids, logits in zip(features, effects.promoted, effects.promoted_effect, strict=True)
+    ]
+
+
+def _activity(lm: TinyModel, named: Named, feature: int) -> dict[str, Any]:
+    """Return what a card says about the activations of its feature on the labelled stories."""
     acts = np.where(named.real, named.acts[..., feature], 0)
-    top, where = [], np.argsort(-acts.max(axis=1), kind="stable")[:4]
-    largest = max(float(acts.max()), 1e-9)
-    for row in where:
-        peak = int(acts[row].argmax())
-        window = [i for i in range(max(1, peak - 14), min(acts.shape[1], peak + 9)) if named.real[row, i]]
-        top.append(
-            [
-                {
-                    "text": token_text(lm.tokenizer.decode([int(named.tok_ids[row, i])])),
-                    "strength": float(acts[row, i]) / largest,
-                }
-                for i in window
-            ]
-        )
+    above = acts[acts > 0]
     totals = np.bincount(named.tok_ids.ravel(), acts.ravel(), minlength=lm.config.d_vocab)
-    strongest = [repr(token_text(lm.tokenizer.decode([int(i)]))) for i in np.argsort(-totals)[:6] if totals[i] > 0]
+    where = np.argsort(-acts.max(axis=1), kind="stable")[:4]
     return {
-        "id": feature,
-        "concept": named.concept[feature],
-        "f1": float(named.f1[feature]),
-        "density": float(named.density[feature]),
-        "description": f"{storyworld.CONCEPTS[named.concept[feature]]}. Most activity on: {', '.join(strongest)}",
-        "contexts": top,
+        "histogram": np.histogram(above, BARS, (0, above.max(initial=1e-9)))[0].tolist(),
+        "active": len(above),
+        "largest": float(above.max(initial=0)),
+        "peaks": [_text(lm, i) for i in np.argsort(-totals)[:6] if totals[i] > 0],
+        "contexts": [_context(lm, named, acts, row) for row in where],
     }
 
 
+def _context(lm: TinyModel, named: Named, acts: np.ndarray, row: int) -> list[dict[str, Any]]:
+    """Return the words around the largest activation in a story, with their activations as shares of the largest."""
+    peak, largest = int(acts[row].argmax()), max(float(acts.max()), 1e-9)
+    window = [i for i in range(max(1, peak - 14), min(acts.shape[1], peak + 9)) if named.real[row, i]]
+    return [{"text": _text(lm, named.tok_ids[row, i]), "strength": float(acts[row, i]) / largest} for i in window]
+
+
+def _text(lm: TinyModel, tok_id: int) -> str:
+    return token_text(lm.tokenizer.decode([int(tok_id)]))
+
+
 def script_data(named: Named, tokens: list[list[tuple[int, float]]], acts: np.ndarray) -> dict[str, Any]:
-    """Return the data for the page's script: each token's features, and where each of those is active in the story."""
+    """Return the data for the page's script.
+
+    It holds the features of each token, where each of those is active in the story, and the token and feature with
+    which the page opens.
+    """
     present = sorted({feature for found in tokens for feature, _ in found})
     features = {
         feature: {
@@ -96,4 +139,5 @@ def script_data(named: Named, tokens: list[list[tuple[int, float]]], acts: np.nd
         for feature in present
     }
     strongest = [[(f, round(a, 3)) for f, a in found] for found in tokens]
-    return {"tokens": strongest, "features": features, "named_from": NAMED_FROM}
+    first = opening(named, tokens, acts)
+    return {"tokens": strongest, "features": features, "named_from": NAMED_FROM, "opening": first}

@@ -48,8 +48,6 @@ TRAINED = "M2"
 """Site at which the transcoder is trained."""
 JUST_NOW = "trained just now"
 """Name of the trained transcoder, next to the bundled one."""
-SCORED = ("Rm0", "Rm1", "Rm3", "M2")
-"""Other dictionaries in which concepts are looked for."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ class Amounts:
     """Tokens per step."""
     stories_per_step: int = 22
     """Stories from which these tokens are drawn."""
+    scored: tuple[str, ...] = ("Rm0", "Rm1", "Rm3", TRAINED)
+    """Dictionaries in which concepts are looked for, besides that of `SITE`; `TRAINED` is one of them."""
 
 
 @dataclass
@@ -241,7 +241,7 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     trained = Dictionary.from_params(*finalize(state, recipe, site.hook_in, site.hook_out))
     sentence = (
         f"{amounts.steps} steps of {amounts.batch:,} tokens took {seconds:.0f} s: a batch_topk transcoder of "
-        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, with the recipe `house`."
+        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, with the recipe house."
     )
     console.print(sentence)
     held_out = full_rows(
@@ -256,11 +256,15 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
 
 
 def count_concepts(
-    lm: TinyModel, labelled: Sequence[storyworld.Story], training: dict[str, Any] | None, console: Console
+    lm: TinyModel,
+    scored: Sequence[str],
+    labelled: Sequence[storyworld.Story],
+    training: dict[str, Any] | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Count the concepts that dictionaries, neurons and random directions found."""
     console.rule("6 · How many of the known concepts were found")
-    others = {tag: lm[tag].dictionary for tag in SCORED}
+    others = {tag: lm[tag].dictionary for tag in scored}
     if training is not None:
         others[JUST_NOW] = training["dictionary"]
     found = [

@@ -137,9 +137,13 @@ def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
 def concept_table(
     recoveries: Sequence[Recovery],
 ) -> tuple[Float[np.ndarray, "concepts recoveries"], list[str], list[str]]:
-    """Return the F1 of every concept in every recovery, best concepts first, and the names of both."""
+    """Return the F1 of every concept in every recovery, best concepts first, and the names of both.
+
+    Concepts that hold nowhere in the scored stories have no F1 and are left out.
+    """
     table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
     order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
+    order = order[~np.isnan(table[order]).all(axis=1)]
     names = list(storyworld.CONCEPTS)
     return table[order], [names[row] for row in order], [recovery.name for recovery in recoveries]
 

@@ -18,6 +18,7 @@ from tinymodel_jax.runtime.atomic_files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis
     from matplotlib.figure import Figure
 
 INK, ACCENT, SECOND = "#2b2b33", "#3b6fb6", "#c2571a"
@@ -26,10 +27,12 @@ SHOWN = 20
 
 
 def training_curve(steps: Sequence[int], explained: Sequence[float], l0: Sequence[float]) -> str:
-    """Draw explained variance and L0 over the training steps of a dictionary."""
+    """Draw explained variance over the training steps of a dictionary, and L0 if it changes."""
     figure, axes = _figure(6.4, 2.8)
     axes.plot(steps, explained, color=ACCENT)
     axes.set(xlabel="step", ylabel="explained variance", ylim=(0, 1.02))
+    if min(l0) == max(l0):
+        return _svg(figure, "Explained variance during training of the transcoder")
     axes.yaxis.label.set_color(ACCENT)
     other = axes.twinx()
     other.plot(steps, l0, color=SECOND)
@@ -98,8 +101,6 @@ def draw_pareto(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, labe
         records: mappings with `site` and `results` (number by name, None where undefined), as in `sweep.json` and in
             the output of `tinymodel eval`.
     """
-    from matplotlib.ticker import LogFormatter
-
     for site in dict.fromkeys(record["site"] for record in records):
         found = [record["results"] for record in records if record["site"] == site]
         points = sorted((r["l0"], r[key]) for r in found if r["l0"] and r[key] is not None)
@@ -109,10 +110,9 @@ def draw_pareto(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, labe
     axes.set_ylabel(label)
     if axes.lines:
         axes.set_xscale("log")
+        _label_plainly(axes.xaxis)
         axes.legend(fontsize="small", ncols=1 + len(axes.lines) // 9)
-    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        ticks(LogFormatter(minor_thresholds=(1.5, 0.5)))  # plain numbers; few of them on a long axis
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
 
 
 def draw_densities(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
@@ -187,6 +187,17 @@ def save_figure(figure: Figure, path: Path, dpi: int, kind: str = "png") -> None
     """
     with replaced(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format=kind)
+
+
+def _label_plainly(axis: XAxis) -> None:
+    """Label a logarithmic axis with a few plain numbers: of the form 1, 2, 5, or powers of ten, or even steps."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    short = MaxNLocator(5, steps=(1, 2, 5, 10))
+    axis.set_major_locator(short if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

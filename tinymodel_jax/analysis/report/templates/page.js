@@ -4,12 +4,19 @@ const tokens = [...document.querySelectorAll(".token")];
 const panel = document.getElementById("panel");
 let shown = null; // the feature whose activity colours the story
 let kept = null; // the token whose features stay in the panel, whatever the pointer passes over
+const legend = document.createElement("p"); // which feature colours the story
+
+function name(feature) {
+  const about = data.features[feature];
+  return `feature ${feature}: ${about.concept} (F1 ${about.f1.toFixed(2)})`;
+}
 
 function colour(feature) {
   shown = shown === feature ? null : feature;
   const row = shown === null ? {} : data.features[shown].activity;
   const most = Math.max(...Object.values(row), 1e-9);
   tokens.forEach((token, index) => token.style.setProperty("--strength", (row[index] || 0) / most));
+  legend.textContent = shown === null ? "" : `The story is coloured by the activation of ${name(shown)}.`;
   panel.querySelectorAll(".feature").forEach((button) => {
     button.setAttribute("aria-pressed", String(Number(button.dataset.feature) === shown));
   });
@@ -28,23 +35,25 @@ function choose(index) {
     token.tabIndex = i === index ? 0 : -1;
   });
   const heading = document.createElement("p");
-  heading.textContent = `“${tokens[index].textContent}”`;
+  const word = document.createElement("code");
+  word.className = "word";
+  word.textContent = tokens[index].textContent;
+  heading.append("Features at ", word);
   const most = Math.max(...data.tokens[index].map((entry) => entry[1]), 1e-9);
   const buttons = data.tokens[index].map(([feature, amount]) => {
-    const about = data.features[feature];
     const button = document.createElement("button");
-    button.className = about.f1 < data.named_from ? "feature weak" : "feature";
+    button.className = data.features[feature].f1 < data.named_from ? "feature weak" : "feature";
     button.type = "button";
     button.dataset.feature = feature;
     button.setAttribute("aria-pressed", String(feature === shown));
     const bar = document.createElement("span");
     bar.className = "bar";
     bar.style.width = `${(5 * amount) / most}rem`;
-    button.append(bar, `feature ${feature}: ${about.concept} (F1 ${about.f1.toFixed(2)}), activation ${amount.toFixed(2)}`);
+    button.append(bar, `${name(feature)}, activation ${amount.toFixed(2)}`);
     button.addEventListener("click", () => colour(feature));
     return button;
   });
-  panel.replaceChildren(heading, ...buttons);
+  panel.replaceChildren(legend, heading, ...buttons);
   if (!buttons.length) panel.append("No feature is active here.");
 }
 
@@ -61,3 +70,8 @@ tokens.forEach((token, index) => {
   });
 });
 document.addEventListener("keydown", (event) => event.key === "Escape" && keep(null));
+if (data.opening) {
+  const [token, feature] = data.opening;
+  choose(token);
+  colour(feature);
+}
