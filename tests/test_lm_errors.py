@@ -208,7 +208,8 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         ),
         (lambda lm: lm.run_with_cache(IDS, "*rseid*"), "unknown hook points in a 2-layer model: '*rseid*'"),
         (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "names: got a int; expected a name or several"),
-        (lambda lm: sweeps.ablate(lm, lm["M0"], IDS), "feature=None) is not a dictionary tag"),
+        (lambda lm: sweeps.ablate(lm, lm["M0N3"], IDS), "'M0N3' names a feature; name the site, 'M0'"),
+        (lambda lm: sweeps.ablate(lm, untyped(3), IDS), "got a int as dictionary; give a tag such as 'M2', lm['M2']"),
         (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is not a dictionary tag"),
         (
             lambda lm: patching.patch(lm, [1, 2], [1, 3], answer=untyped([3])),

@@ -2,8 +2,8 @@
 
     from tinymodel_jax.analysis import attribution, patching, sweeps
 
-The modules that analyses are made of, and the functions `logit_lens` and `direct_logit_attribution`, can be imported
-from here by name; each loads when it is first used.
+The modules that analyses are made of, and the functions `logit_lens`, `direct_logit_attribution` and
+`logit_difference`, can be imported from here by name; each loads when it is first used.
 """
 
 import importlib
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         direct_logit_attribution as direct_logit_attribution,
     )
     from tinymodel_jax.analysis.effects.logit_lens import logit_lens as logit_lens
+    from tinymodel_jax.analysis.effects.metrics import logit_difference as logit_difference
     from tinymodel_jax.analysis.search import coactivation as coactivation
     from tinymodel_jax.analysis.search import feature_queries as feature_queries
     from tinymodel_jax.analysis.search import logit_effects as logit_effects
@@ -33,6 +34,7 @@ _HOMES = {
     "attribution": "effects",
     "direct_logit_attribution": "effects",
     "importance": "effects",
+    "logit_difference": "effects",
     "logit_lens": "effects",
     "patching": "effects",
     "sweeps": "effects",
@@ -40,14 +42,18 @@ _HOMES = {
     "recovery": "concepts",
 }
 
-_FUNCTIONS = ("direct_logit_attribution", "logit_lens")
-"""Names of functions, each in a module of the same name; the others are modules."""
+_FUNCTIONS = {
+    "direct_logit_attribution": "direct_logit_attribution",
+    "logit_difference": "metrics",
+    "logit_lens": "logit_lens",
+}
+"""Names of functions, each with its module; the others are modules."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tinymodel_jax.analysis' has no attribute {name!r}")
-    module = importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{name}")
+    module = importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{_FUNCTIONS.get(name, name)}")
     return getattr(module, name) if name in _FUNCTIONS else module
 
 

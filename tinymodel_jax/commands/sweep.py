@@ -128,7 +128,7 @@ def _report(
         from tinymodel_jax.analysis.effects.attribution import attribute, rank_correlation
 
         for measure in ("loss", "next_logprob"):
-            estimate = attribute(lm, site, [row], effects.features, measure=measure, next_ids=[token])
+            estimate = attribute(lm, site, [row], effects.features, metric=measure, next_ids=[token])
             correlation = rank_correlation(estimate.change, getattr(effects, measure))
             report[f"{measure}_rank_correlation"] = round(correlation, 4) if np.isfinite(correlation) else None
     return report

@@ -129,13 +129,31 @@ class FeatureReader:
     """The one feature that the tag names; None for all."""
 
     @classmethod
-    def of(cls, lm: TinyModel, dictionary: Dictionary) -> FeatureReader:
-        """Return the reader of a dictionary at the site in its configuration, instead of the model's dictionary there.
+    def of(cls, lm: TinyModel, given: str | FeatureReader | Dictionary, asker: str = "") -> FeatureReader:
+        """Return the reader of a whole dictionary in a model.
+
+        Args:
+            given: a tag, what a model returns for a tag, or a dictionary. The last two are used in place of the model's
+                dictionary at their site; `lm` is unchanged.
+            asker: start of the error message, as in `Site.whole`.
 
         Raises:
-            ValueError: it does not fit the model.
+            ValueError: it names a feature, does not fit the model, or is nothing of the kind.
         """
-        tag = Site.at(dictionary.config.hook_in, dictionary.config.hook_out).tag
+        if isinstance(given, str):
+            return lm[Site.whole(given, asker).tag]
+        if isinstance(given, FeatureReader):
+            if given.feature is not None:
+                Site.whole(f"{given.site.tag}N{given.feature}", asker)
+            if given.lm is lm:
+                return given
+            tag, dictionary = given.site.tag, given.dictionary
+        elif isinstance(given, Dictionary):
+            tag, dictionary = Site.at(given.config.hook_in, given.config.hook_out).tag, given
+        else:
+            raise ValueError(
+                f"{asker}got a {type(given).__name__} as dictionary; give a tag such as 'M2', lm['M2'] or a Dictionary."
+            )
         holder = lm.splice([])  # so that attaching, which checks layer and width, leaves `lm` unchanged
         holder.attach(tag, dictionary)
         return holder[tag]

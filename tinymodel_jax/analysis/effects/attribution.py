@@ -1,8 +1,8 @@
 """Attribution: the effect of ablating each feature, estimated for all features by one backward pass.
 
-    estimate of feature f = - sum over positions of  activation_f x (d measure / d value at hook_out) . W_dec[f]
+    estimate of feature f = - sum over positions of  activation_f x (d metric / d value at hook_out) . W_dec[f]
 
-This is activation x gradient: the first-order change of the measure when the feature is ablated. It is exact if the
+This is activation x gradient: the first-order change of the metric when the feature is ablated. It is exact if the
 layers above are linear. `sweeps.ablate` measures the change itself.
 """
 
@@ -10,25 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.analysis.effects.sweep_input import activations, prepare
-from tinymodel_jax.analysis.effects.upper_layers import Weights
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.analysis.effects.metrics import Kind, Metric, Weights, value_from_logits
+from tinymodel_jax.analysis.effects.sweep_input import activations, decoder_rows, prepare
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.interventions import Add
 from tinymodel_jax.runtime.compilation import fast_jit
 
-Measure = Literal["loss", "next_logprob"]
-
 
 class Attribution(NamedTuple):
-    """The estimated change of the measure when each feature is ablated, in nats."""
+    """The estimated change of the metric when each feature is ablated, in the metric's unit."""
 
     features: Int[np.ndarray, " n"]
     change: Float[np.ndarray, " n"]
@@ -36,33 +35,36 @@ class Attribution(NamedTuple):
 
 def attribute(
     lm: TinyModel,
-    tag: str,
+    tag: str | FeatureReader | Dictionary,
     tok_ids: Any,
     features: Any = None,
     *,
-    measure: Measure = "loss",
+    metric: Metric = "loss",
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
 ) -> Attribution:
-    """Estimate the effect of ablating each feature on the loss or on the log-probability of `next_ids`.
+    """Estimate the effect of ablating each feature on a metric.
 
-    The estimates are of `loss` or `next_logprob` of `sweeps.ablate`, whose arguments these are.
+    The estimates are of `metric` of `sweeps.ablate`, whose arguments these are. A function must be differentiable by
+    JAX.
 
     Raises:
-        ValueError: as for `sweeps.ablate`, or `measure` is neither of the two.
+        ValueError: as for `sweeps.ablate`.
     """
-    if measure not in ("loss", "next_logprob"):
-        raise ValueError(f"attribute: measure={measure!r}; it is 'loss' or 'next_logprob'.")
-    prepared = prepare(lm, tag, tok_ids, positions, next_ids)
-    chosen, acts = activations(lm, tag, prepared, features)
+    reader = FeatureReader.of(lm, tag)
+    prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, metric=metric)
+    assert prepared.metric is not None
+    chosen, acts = activations(reader, prepared, features)
     gradient = _gradient(
         lm.hooked(),
         jnp.asarray(prepared.ids),
         prepared.weights,
+        prepared.metric.tokens,
+        None if prepared.function is None else prepared.function.gradient(),
         hook_name=prepared.entry.edited,
-        measure=measure,
+        kind=prepared.metric.kind,
     )
-    along = np.asarray(gradient, np.float32) @ np.asarray(lm[tag].dictionary.params["W_dec"], np.float32)[chosen].T
+    along = np.asarray(gradient, np.float32) @ decoder_rows(reader, chosen).T
     return Attribution(chosen, -np.einsum("nbs,bsn->n", acts, along))
 
 
@@ -74,23 +76,26 @@ def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"
     return float(centred[0] @ centred[1] / norm) if norm else float("nan")
 
 
-@partial(fast_jit, static_argnames=("hook_name", "measure"))
+@partial(fast_jit, static_argnames=("hook_name", "kind"))
 def _gradient(
     model: HookedModel,
     tok_ids: Int[Array, "batch seq"],
     weights: Weights,
+    tokens: Int[Array, "batch 2"] | None,
+    of_logits: Float[Array, "batch seq d_vocab"] | None,
     *,
     hook_name: str,
-    measure: Measure,
+    kind: Kind,
 ) -> Float[Array, "batch seq d_model"]:
-    """Return the gradient of the measure with respect to the value at a hook point."""
+    """Return the gradient of a metric with respect to the value at a hook point.
+
+    Args:
+        of_logits: the gradient with respect to the logits, for a metric that is a function.
+    """
 
     def value(added: Array) -> Array:
         logits, _ = model.with_hooks({hook_name: Add(added)}).run(tok_ids)
-        logprobs = jax.nn.log_softmax(logits)
-        ids = weights.targets if measure == "loss" else jnp.broadcast_to(weights.next_ids, tok_ids.shape)
-        chosen = jnp.take_along_axis(logprobs, ids[..., None], axis=-1)[..., 0]
-        return -jnp.sum(chosen * weights.loss) if measure == "loss" else jnp.sum(chosen * weights.last)
+        return value_from_logits(kind, logits, weights, tokens) if of_logits is None else jnp.sum(logits * of_logits)
 
     return jax.grad(value)(jnp.zeros((*tok_ids.shape, model.config.d_model), model.config.dtype))
 

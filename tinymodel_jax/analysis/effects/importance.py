@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from tinymodel_jax.analysis.effects.sweeps import ablate
 from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import bucket, check_tok_ids
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -61,7 +62,7 @@ class CausalImportance(NamedTuple):
 
 def causal_importance(
     lm: TinyModel,
-    tag: str,
+    tag: str | FeatureReader | Dictionary,
     rows: Any,
     *,
     work_file: Path | None = None,
@@ -70,6 +71,7 @@ def causal_importance(
     """Ablate every feature on every row.
 
     Args:
+        tag: the dictionary's tag, such as M2, or `lm["M2"]`, or a `Dictionary`.
         rows: stories, or token ids (rows, seq), right-padded with `[PAD]`, which is not counted. Rows without a token
             to predict are left out.
         work_file: file that stores the sums so far; a call with the same arguments resumes from it. Delete it once you
@@ -84,13 +86,13 @@ def causal_importance(
     ids = ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]
     if not ids.size:
         raise ValueError("causal_importance: no row holds a token to predict; give at least one of two tokens or more.")
-    dictionary = lm[tag].dictionary
-    progress = None if work_file is None else Progress(work_file, _key(lm, tag, ids))
+    reader = FeatureReader.of(lm, tag, "causal_importance: ")
+    progress = None if work_file is None else Progress(work_file, _key(lm, reader, ids))
     saved = None if progress is None else progress.load()
-    sums = _zeros(dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
+    sums = _zeros(reader.dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
     written = time.monotonic()
     for row in track(range(0 if saved is None else saved.done, len(ids)), "effects"):
-        _add_row(sums, lm, tag, ids[row])
+        _add_row(sums, lm, reader, ids[row])
         if progress is not None and time.monotonic() - written > SAVE_SECONDS:
             progress.save(sums, row + 1)
             written = time.monotonic()
@@ -105,10 +107,10 @@ def _zeros(n_features: int, d_model: int) -> dict[str, np.ndarray]:
     return {"active_rows": np.zeros(n_features, np.int64), "final_stream_sum": stream, **sums}
 
 
-def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, tag: str, row: np.ndarray) -> None:
+def _add_row(sums: dict[str, np.ndarray], lm: TinyModel, reader: FeatureReader, row: np.ndarray) -> None:
     real = np.flatnonzero(row != lm.config.pad_id)
     width = bucket(int(real[-1]) + 1, lm.config.n_ctx)
-    effects = ablate(lm, tag, row[None, :width])
+    effects = ablate(lm, reader, row[None, :width])
     sums["active_rows"][effects.features] += 1
     sums["final_stream_sum"][effects.features] += effects.final_stream
     for name in _MEASURES:
@@ -136,6 +138,7 @@ def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffe
         return MeanEffect(mean, np.where(count > 1, NORMAL_95 * np.sqrt(variance / count), np.nan))
 
 
-def _key(lm: TinyModel, tag: str, ids: np.ndarray) -> dict[str, Any]:
+def _key(lm: TinyModel, reader: FeatureReader, ids: np.ndarray) -> dict[str, Any]:
     sums = sorted(_zeros(0, 0))  # a work file of a version that sums other things does not fit
-    return {"site": tag, "rows": fingerprint(ids), "sums": sums, **fingerprints(lm[tag], lm.hooked())}
+    found = fingerprints(reader, lm.hooked())
+    return {"site": reader.site.tag, "rows": fingerprint(ids), "sums": sums, **found}

@@ -13,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from tinymodel_jax.analysis.effects.metrics import (
+    FunctionValue,
+    Measured,
+    Metric,
+    Weights,
+    check_metric,
+    last_positions,
+    weights_of,
+)
 from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
-from tinymodel_jax.analysis.effects.upper_layers import Clean, Weights, clean_streams
+from tinymodel_jax.analysis.effects.upper_layers import Clean, clean_streams
 from tinymodel_jax.block_order import comes_after
-from tinymodel_jax.dictionaries.dictionary import resolve_indices
+from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.model.forward import encode
@@ -33,22 +42,25 @@ class SweepInput(NamedTuple):
     entry: Entry
     weights: Weights
     readout: FeatureReader | None
+    metric: Measured | None
+    function: FunctionValue | None
+    """If the metric is a function, its value in the clean pass."""
 
 
 def prepare(
     lm: TinyModel,
-    tag: str,
+    site: Site,
     tok_ids: Any,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: str | None = None,
+    readout: str | FeatureReader | Dictionary | None = None,
+    metric: Metric | None = None,
 ) -> SweepInput:
     """Check the arguments of a sweep at a site, and run the clean pass.
 
     Raises:
-        ValueError: a tag names a feature or no dictionary, or an argument does not fit the rows.
+        ValueError: the layer does not exist, or an argument does not fit the rows.
     """
-    site = Site.whole(tag)
     require_layer(site, lm.config)
     given = check_tok_ids(lm.to_tokens(tok_ids), lm.config)
     ids = pad_right(given, bucket(given.shape[1], lm.config.n_ctx), lm.config.pad_id)
@@ -56,11 +68,12 @@ def prepare(
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.hook_out)
-    reader = None if readout is None else lm[Site.whole(readout, "readout ").tag]
+    measured = None if metric is None else check_metric(lm, metric, len(ids))
+    reader = None if readout is None else FeatureReader.of(lm, readout, "readout ")
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited):
         raise ValueError(
-            f"readout {readout!r} reads {reader.dictionary.config.hook_in}, and {tag} writes to {entry.edited}: a "
-            "readout must come later in the forward pass; name a later site."
+            f"readout {reader.site.tag!r} reads {reader.dictionary.config.hook_in}, and {site.tag} writes to "
+            f"{entry.edited}: a readout must come later in the forward pass; name a later site."
         )
     read_by = (site,) if reader is None else (site, reader.site)
     clean = clean_streams(
@@ -76,44 +89,32 @@ def prepare(
             "compare with; look for NaN and infinity in lm.params, or take another checkpoint."
         )
     mask = real & np.pad(_mask(positions, given.shape), ((0, 0), (0, ids.shape[1] - given.shape[1])))
-    weights = _weights(ids, real, clean, next_ids)
-    return SweepInput(ids, mask, clean, entry, weights, reader)
-
-
-def _weights(ids: np.ndarray, real: np.ndarray, clean: Clean, next_ids: Sequence[int] | None) -> Weights:
-    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)
-    rows = np.arange(len(ids))
-    chosen = np.asarray(np.asarray(clean.logprobs)[rows, last].argmax(axis=-1) if next_ids is None else next_ids)
-    vocabulary = clean.logprobs.shape[-1]
-    if chosen.shape != (len(ids),):
-        raise ValueError(f"next_ids has shape {chosen.shape}; expected one token for each of {len(ids)} rows.")
-    if chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= vocabulary).any():
-        raise ValueError(f"next_ids={chosen.tolist()!r:.80} must be token ids, 0..{vocabulary - 1}.")
-    targets, predicted = np.roll(ids, -1, axis=1), np.roll(real, -1, axis=1)
-    predicted[:, -1] = False
-    at_last = np.arange(ids.shape[1]) == last[:, None]
-    shares = [mask.astype(np.float32) / max(1, mask.sum()) for mask in (real, predicted, at_last)]
-    return Weights(*map(jnp.asarray, (*shares, targets, chosen.astype(np.int32)[:, None])))
+    if next_ids is None:
+        next_ids = np.asarray(clean.logprobs)[np.arange(len(ids)), last_positions(real)].argmax(axis=-1)
+    weights = weights_of(ids, real, next_ids, lm.config.d_vocab)
+    function = None if measured is None else measured.function
+    value = None if function is None else FunctionValue.of(function, given, lm.hooked().unembed(clean.final))
+    return SweepInput(ids, mask, clean, entry, weights, reader, measured, value)
 
 
 def activations(
-    lm: TinyModel, tag: str, prepared: SweepInput, features: Any
+    reader: FeatureReader, prepared: SweepInput, features: Any
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n batch seq"]]:
     """Return the chosen features and their activations where the intervention acts.
 
     Raises:
-        ValueError: a feature is out of range, the tag has no dictionary, or an activation is not finite.
+        ValueError: a feature is out of range, or an activation is not finite.
     """
-    dictionary = lm[tag].dictionary
+    dictionary = reader.dictionary
     n_features = dictionary.config.n_features
     indices = None if features is None else np.atleast_1d(resolve_indices(features, n_features))
     acts = np.asarray(encode(dictionary.params, dictionary.config, prepared.clean.sources[0], indices), np.float32)
-    acts = np.moveaxis(np.where(acting_mask(lm, tag, prepared)[..., None], acts, 0), -1, 0)
+    acts = np.moveaxis(np.where(acting_mask(reader, prepared)[..., None], acts, 0), -1, 0)
     overflown = np.flatnonzero(~np.isfinite(acts).all(axis=(1, 2)))
     if len(overflown):
         first = overflown[0] if indices is None else indices[overflown[0]]
         raise ValueError(
-            f"the activation of feature {first} of {tag} is too large for float32 ({len(overflown)} such "
+            f"the activation of feature {first} of {reader.site.tag} is too large for float32 ({len(overflown)} such "
             "features); name other features, or a dictionary with smaller weights."
         )
     if indices is not None:
@@ -122,15 +123,15 @@ def activations(
     return active, acts[active]
 
 
-def acting_mask(lm: TinyModel, tag: str, prepared: SweepInput) -> Bool[np.ndarray, "batch seq"]:
+def acting_mask(reader: FeatureReader, prepared: SweepInput) -> Bool[np.ndarray, "batch seq"]:
     """Return where the intervention acts and the dictionary does."""
-    acting = lm[tag].dictionary.config.acts_at(prepared.ids)
+    acting = reader.dictionary.config.acts_at(prepared.ids)
     return prepared.mask if acting is None else prepared.mask & acting
 
 
-def decoder_rows(lm: TinyModel, tag: str, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:
+def decoder_rows(reader: FeatureReader, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:
     """Return the directions that features write."""
-    return np.asarray(lm[tag].dictionary.params["W_dec"], np.float32)[features]
+    return np.asarray(reader.dictionary.params["W_dec"], np.float32)[features]
 
 
 def _mask(positions: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from tinymodel_jax.analysis.effects.metrics import Metric
 from tinymodel_jax.analysis.effects.sweep_input import (
     SweepInput,
     acting_mask,
@@ -28,8 +29,10 @@ from tinymodel_jax.analysis.effects.sweep_input import (
     finite,
     prepare,
 )
-from tinymodel_jax.analysis.effects.upper_layers import Changes, effects_of_changes
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.analysis.effects.upper_layers import ChangeEffects, Changes, effects_of_changes
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 MEMORY, SMALL = 2**28, 2**24
@@ -41,6 +44,8 @@ LENGTHS = 8
 """Maximum number of programs per row length, each for another number of last positions."""
 READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
+Source = str | FeatureReader | Dictionary
+"""A dictionary: its tag, what a model returns for the tag, or the dictionary itself."""
 
 
 class FeatureEffects(NamedTuple):
@@ -63,63 +68,70 @@ class FeatureEffects(NamedTuple):
     """Features of the readout dictionary that change most, the most changed first."""
     readout_changes: Float[np.ndarray, "n *strengths top"] | None = None
     """Change of their activation, averaged over positions."""
+    metric: Float[np.ndarray, "n *strengths"] | None = None
+    """Change of the requested metric, averaged over rows (`"loss"`: over all predicted tokens)."""
 
 
 def ablate(
     lm: TinyModel,
-    tag: str,
+    tag: Source,
     tok_ids: Any,
     features: Any = None,
     *,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: str | None = None,
+    readout: Source | None = None,
+    metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
     """Set each feature of a dictionary to zero, one at a time.
 
     Args:
-        tag: the dictionary's site, such as M2, as in `lm[tag]`.
+        tag: the dictionary's tag, such as M2, or `lm["M2"]`, or a `Dictionary`.
         tok_ids: integers (batch, seq), right-padded.
         features: indices; None is every feature that is active at the selected positions.
         positions: boolean mask, (seq,) or (batch, seq), of where to intervene; None is all positions.
         next_ids: one token per row, whose log-probability is measured; None is the model's most likely token.
-        readout: site of a later dictionary; report which of its features change most.
+        readout: a later dictionary, named in the same ways; report which of its features change most.
+        metric: also report the change of `"loss"`, `"next_logprob"`, a `logit_difference(a, b)`, or a function
+            `(logits, tok_ids) -> (batch,)`, which is called for every intervention (see `metrics`).
         track: wraps the iterator over chunks of features, for example with a progress bar.
 
     Raises:
         ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
             effect is not finite.
     """
-    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
-    chosen, acts = activations(lm, tag, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(lm, tag, chosen), -acts, track)
+    reader = FeatureReader.of(lm, tag)
+    prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
+    chosen, acts = activations(reader, prepared, features)
+    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), -acts, track)
 
 
 def clamp(
     lm: TinyModel,
-    tag: str,
+    tag: Source,
     tok_ids: Any,
     value: float,
     features: Any = None,
     *,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: str | None = None,
+    readout: Source | None = None,
+    metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
     """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`."""
     held = finite("value", value, ndim=0)
-    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
-    chosen, acts = activations(lm, tag, prepared, features)
-    return _sweep(
-        lm, prepared, chosen, decoder_rows(lm, tag, chosen), acting_mask(lm, tag, prepared) * (held - acts), track
-    )
+    reader = FeatureReader.of(lm, tag)
+    prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
+    chosen, acts = activations(reader, prepared, features)
+    amounts = acting_mask(reader, prepared) * (held - acts)
+    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), amounts, track)
 
 
 def steer(
     lm: TinyModel,
-    tag: str,
+    tag: Source,
     tok_ids: Any,
     strengths: float | Sequence[float],
     features: Any = None,
@@ -127,7 +139,8 @@ def steer(
     vectors: Any = None,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: str | None = None,
+    readout: Source | None = None,
+    metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
     """Add `strength x decoder direction` of each feature, or `strength x vector`, at the dictionary's `hook_out`.
@@ -139,10 +152,13 @@ def steer(
     Other arguments as for `ablate`.
     """
     amounts = finite("strengths", strengths, ndim=1)
-    prepared = prepare(lm, tag, tok_ids, positions, next_ids, readout)
+    reader = None if vectors is not None and isinstance(tag, str) else FeatureReader.of(lm, tag)
+    site = Site.whole(str(tag)) if reader is None else reader.site
+    prepared = prepare(lm, site, tok_ids, positions, next_ids, readout, metric)
     if vectors is None:
-        chosen, _ = activations(lm, tag, prepared, features)
-        directions = decoder_rows(lm, tag, chosen)
+        assert reader is not None
+        chosen, _ = activations(reader, prepared, features)
+        directions = decoder_rows(reader, chosen)
     else:
         directions = as_vectors(vectors, features, lm.config.d_model)
         chosen = np.arange(len(directions))
@@ -164,28 +180,32 @@ def _sweep(
     shape = amounts.shape[:-2]
     flat = amounts.reshape(-1, *amounts.shape[-2:])
     of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
-    found = np.zeros((3, len(flat)), np.float32)
+    found, of_metric = np.zeros((3, len(flat)), np.float32), np.zeros(len(flat), np.float32)
     streams = np.zeros((len(flat), lm.config.d_model), np.float32)
     n_read = 0 if prepared.readout is None else prepared.readout.dictionary.config.n_features
     top, widest = min(READOUT_TOP, n_read), max(lm.config.d_vocab, n_read)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
     for items, size, length in track(list(_chunks(flat, widest)), "sweeping"):
         changes = _changes(directions[of_item[items]], flat[items], size, length)
-        effects, final_stream, moved = _run(lm, prepared, changes, length)
-        found[:, items] = np.asarray(effects)[:, : len(items)]
-        streams[items] = np.asarray(final_stream)[: len(items)]
-        overflown = items[~np.isfinite(found[:, items]).all(axis=0)]
+        one = _run(lm, prepared, changes, length)
+        found[:, items] = np.asarray(one.effects)[:, : len(items)]
+        streams[items] = np.asarray(one.final_stream)[: len(items)]
+        of_metric[items] = _metric_changes(prepared, one, len(items))
+        overflown = items[~np.isfinite([*found[:, items], of_metric[items]]).all(axis=0)]
         if len(overflown):
             raise ValueError(
                 f"sweep: the change by feature {features[of_item[overflown[0]]]} is too large for float32: "
                 "an effect is not finite; take smaller values, or leave the feature out."
             )
-        if moved is not None:
-            order = np.argsort(-np.abs(moved[: len(items)]), axis=-1, kind="stable")[:, :top]
-            changed[items], by[items] = order, np.take_along_axis(moved[: len(items)], order, axis=-1)
-    read = () if prepared.readout is None else (changed.reshape(*shape, top), by.reshape(*shape, top))
+        if one.read is not None:
+            moved = np.asarray(one.read)[: len(items)]
+            order = np.argsort(-np.abs(moved), axis=-1, kind="stable")[:, :top]
+            changed[items], by[items] = order, np.take_along_axis(moved, order, axis=-1)
+    read = (None, None) if prepared.readout is None else (changed.reshape(*shape, top), by.reshape(*shape, top))
     kl, loss, next_logprob = found.reshape(3, *shape)
-    return FeatureEffects(features, kl, loss, next_logprob, streams.reshape(*shape, lm.config.d_model), *read)
+    metric = None if prepared.metric is None else of_metric.reshape(shape)
+    streams = streams.reshape(*shape, lm.config.d_model)
+    return FeatureEffects(features, kl, loss, next_logprob, streams, *read, metric)
 
 
 def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[tuple[np.ndarray, int, int]]:
@@ -232,22 +252,34 @@ def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], 
     return Changes(*map(jnp.asarray, (rows, filled, values)))
 
 
-def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> tuple[Any, Any, np.ndarray | None]:
-    reader = prepared.readout
+def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> ChangeEffects:
+    reader, metric = prepared.readout, prepared.metric
     dictionary = None if reader is None else reader.dictionary
-    effects, final_stream, moved = effects_of_changes(
+    return effects_of_changes(
         lm.hooked(),
         prepared.clean,
         prepared.weights,
         changes,
         None if dictionary is None else dictionary.params,
         {} if reader is None else lm.hooked(before=reader.site).hooks,
+        None if metric is None else metric.tokens,
+        None if prepared.function is None else prepared.function.logits,
         entry=prepared.entry,
         length=length,
         readout_config=None if dictionary is None else dictionary.config,
         sharding=_over_devices(),
     )
-    return effects, final_stream, None if moved is None else np.asarray(moved)
+
+
+def _metric_changes(prepared: SweepInput, found: ChangeEffects, n: int) -> Float[np.ndarray, " n"] | float:
+    """Return the changes of the requested metric by the first `n` changes of a chunk; 0 if none is requested."""
+    if prepared.metric is None:
+        return 0.0
+    if prepared.function is not None:
+        assert found.logits is not None
+        return prepared.function.changes(found.logits[:n])
+    named = {"loss": found.effects[1], "next_logprob": found.effects[2], "logit_difference": found.difference}
+    return np.asarray(named[prepared.metric.kind])[:n]
 
 
 def _over_devices() -> NamedSharding | None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.analysis.effects.metrics import Weights
 from tinymodel_jax.analysis.effects.stream_entry import Entry
 from tinymodel_jax.block_order import comes_after
 from tinymodel_jax.config import DictionaryConfig
@@ -57,19 +58,6 @@ class Clean(NamedTuple):
     """Inputs of the requested dictionaries."""
 
 
-class Weights(NamedTuple):
-    """Weights of the positions, and the tokens whose log-probabilities are measured."""
-
-    real: Float[Array, "batch seq"]
-    """Equal weights of all positions except `[PAD]`; sums to 1."""
-    loss: Float[Array, "batch seq"]
-    """Weights of the predictions made at the positions; sums to 1."""
-    last: Float[Array, "batch seq"]
-    """Equal weights of the last position of each row; sums to 1."""
-    targets: Int[Array, "batch seq"]
-    next_ids: Int[Array, "batch 1"]
-
-
 class Changes(NamedTuple):
     """Changes, stored as the positions where they are not zero."""
 
@@ -77,6 +65,21 @@ class Changes(NamedTuple):
     places: Int[Array, "3 places"]
     """Change, row and position of each entry; entries with a change of n or more are padding."""
     amounts: Float[Array, " places"]
+
+
+class ChangeEffects(NamedTuple):
+    """The effects of changes, one entry of the first axis (of `effects`, the second) for each."""
+
+    effects: Float[Array, "3 n"]
+    """KL, change of the loss, and change of the log-probability of `next_ids`."""
+    final_stream: Float[Array, "n d_model"]
+    """Change of the final stream, averaged over positions."""
+    difference: Float[Array, " n"] | None = None
+    """Change of a logit difference."""
+    logits: Float[Array, "n batch seq d_vocab"] | None = None
+    """The logits after the change."""
+    read: Float[Array, "n n_read"] | None = None
+    """Change of a dictionary's activations, averaged over positions."""
 
 
 @partial(fast_jit, static_argnames=("entry", "sources"))
@@ -132,19 +135,22 @@ def effects_of_changes(
     changes: Changes,
     readout: DictionaryParams | None,
     below_readout: Hooks,
+    tokens: Int[Array, "batch 2"] | None = None,
+    clean_logits: Float[Array, "batch seq d_vocab"] | None = None,
     *,
     entry: Entry,
     length: int,
     readout_config: DictionaryConfig | None = None,
     sharding: NamedSharding | None = None,
-) -> tuple[Float[Array, "3 n"], Float[Array, "n d_model"], Float[Array, "n n_read"] | None]:
-    """Return KL, change of the loss and of the log-probability of `next_ids`; and the mean change over positions of the
-    final stream, and of a dictionary's activations.
+) -> ChangeEffects:
+    """Return the effects of changes.
 
     Args:
         length: positions at the end of the rows that the changes may reach.
         readout: dictionary whose activations are compared; its input is the last of the clean pass's `sources`.
         below_readout: the hooks that act before it reads.
+        tokens: for each row, two tokens whose logits are compared; None computes nothing for them.
+        clean_logits: logits of the clean pass; with them, the logits after each change are returned.
         sharding: spreads the changes over devices.
     """
     keep = () if readout_config is None else (readout_config.hook_in,)
@@ -154,11 +160,19 @@ def effects_of_changes(
 
     final, values = run(model.hooks)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
-    effects, final_stream = _compare(
+    effects, moved, by_logit = _compare(
         _unembedding(model), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
     )
+    found = ChangeEffects(effects, jnp.einsum("nbsd,bs->nd", moved, counted.real))
+    if tokens is not None:
+        columns = _unembedding(model).T[tokens]
+        difference = jnp.einsum("nbsd,bd,bs->n", moved, columns[:, 0] - columns[:, 1], counted.last)
+        found = found._replace(difference=difference)
+    if clean_logits is not None:
+        whole = jnp.broadcast_to(clean_logits, (len(moved), *clean_logits.shape))
+        found = found._replace(logits=whole.at[:, :, -length:].add(by_logit))
     if readout_config is None:
-        return effects, final_stream, None
+        return found
     assert readout is not None
     if readout_config.hook_in in model.hooks:  # spliced there itself, as in `clean_streams`
         _, values = run(below_readout)
@@ -167,7 +181,7 @@ def effects_of_changes(
     acting = readout_config.acts_at(upper.tok_ids)
     real = counted.real if acting is None else counted.real * acting
     read = jnp.einsum("nbsf,bs->nf", after - before, real.astype(before.dtype))
-    return effects, final_stream, read
+    return found._replace(read=read)
 
 
 def _changed_pass(
@@ -243,14 +257,15 @@ def _compare(
     clean: Clean,
     weights: Weights,
     final: Float[Array, "n batch length d_model"],
-) -> tuple[Float[Array, "3 n"], Float[Array, "n d_model"]]:
-    """Return the three effects, and the mean change of the final stream, over the last `length` positions."""
+) -> tuple[Float[Array, "3 n"], Float[Array, "n batch length d_model"], Float[Array, "n batch length d_vocab"]]:
+    """Return the three effects, and the changes of the final stream and of the logits at the last positions."""
     moved = final - clean.final
     rows = moved.reshape(-1, moved.shape[-1])
     logits = jnp.matmul(rows, W_U.astype(rows.dtype), preferred_element_type=jnp.float32)
+    logits = logits.reshape(*moved.shape[:-1], -1)
     moved = moved.astype(jnp.float32)
     mean = jnp.einsum("nbsd,bsd->nbs", moved, clean.expected)
-    kl = kl_of_changes(logits.reshape(*moved.shape[:-1], -1) - mean[..., None], clean.logprobs)
+    kl = kl_of_changes(logits - mean[..., None], clean.logprobs)
 
     def token_change(ids: Int[Array, "batch positions"]) -> Array:
         columns = jnp.broadcast_to(W_U.T[ids], moved.shape[1:])
@@ -262,7 +277,7 @@ def _compare(
         (token_change(weights.next_ids), weights.last),
     )
     effects = jnp.stack([jnp.einsum("nbs,bs->n", value, weight) for value, weight in measured])
-    return effects, jnp.einsum("nbsd,bs->nd", moved, weights.real)
+    return effects, moved, logits
 
 
 def kl_of_changes(
