@@ -18,6 +18,7 @@ from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.concepts import _print_table as print_concepts
 from tinymodel_jax.commands.inputs import open_rows, unseen_stories
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.padding import pad_right
 from tinymodel_jax.text.prompts_and_stories import story_rows
@@ -112,9 +113,22 @@ def test_features_for_a_word_are_those_whose_top_contexts_peak_on_it(lm):
     assert order == sorted(order)
     again = find_features(lm, "M1", ids, word, search=found.search)
     np.testing.assert_array_equal(again.features, found.features)
-    assert "the search is of M1 or of other rows" in error_of(
-        lambda: find_features(lm, "M1", ids[:3], word, search=found.search)
+    other = lm.splice([])
+    dictionary = lm["M1"].dictionary
+    other.attach(
+        "M1", Dictionary.from_params(dictionary.config, {**dictionary.params, "b_dec": 1 + dictionary.params["b_dec"]})
     )
+    for model, tag, asked, differs in (
+        (lm, "M1", ids[:3], "of other rows;"),
+        (lm, "M0", ids, "of another site and another dictionary;"),
+        (other, "M1", ids, "of another dictionary;"),
+        (lm.splice("M0"), "M1", ids, "of another model;"),
+    ):
+        error = error_of(
+            lambda model=model, tag=tag, asked=asked: find_features(model, tag, asked, word, search=found.search)
+        )
+        assert differs in error
+        assert "\n" not in error
     assert "the text is empty" in error_of(lambda: find_features(lm, "M1", ids, ""))
 
 

@@ -11,9 +11,7 @@ from jaxtyping import Bool, Float, Int
 from tinymodel_jax.analysis.concepts.labels import CHUNK, best_f1_of_all
 from tinymodel_jax.analysis.search.activation_pass import DictionaryInputs
 from tinymodel_jax.analysis.search.contexts import Contexts
-from tinymodel_jax.analysis.search.resumable import fingerprint
-from tinymodel_jax.analysis.search.top_activations import TopActivations, top_activations
-from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.analysis.search.top_activations import TopActivations, search_fingerprints, top_activations
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import as_array
@@ -55,21 +53,20 @@ def find_features(
         tag: the dictionary's site, such as M2.
         rows: stories, or token ids (rows, seq), right-padded with `[PAD]`.
         text: characters and spaces to match exactly; it may span several tokens or be part of a word.
-        search: result of `top_activations` on these rows, or of an earlier call; None searches the rows.
+        search: result of `top_activations` with this model and these rows, or of an earlier call; None searches the
+            rows.
         track: wraps the iterator over batches of the search, for example with a progress bar.
 
     Raises:
-        ValueError: the text is empty, `search` is of another dictionary or of other rows, or as `top_activations`.
+        ValueError: the text is empty, `search` is of another model, dictionary or rows, or as `top_activations`.
     """
     if not text:
         raise ValueError("find_features: the text is empty; give one, such as ' happy'.")
     rows = as_array(rows_of(lm, rows))
     if search is None:
         search = top_activations(lm, tag, rows, track=track)
-    elif (search.tag, search.data) != (Site.whole(tag).tag, fingerprint(rows)):
-        raise ValueError(
-            f"find_features: the search is of {search.tag} or of other rows; leave it out, or search again."
-        )
+    else:
+        _require_same(search, lm[tag], rows)
     share = share_on_text(search, rows, token_texts(lm), text)
     order = np.lexsort((-search.density, -share))
     order = order[share[order] > 0]
@@ -154,6 +151,18 @@ def _encoded(reader: FeatureReader, x: np.ndarray, features: np.ndarray) -> np.n
     return np.concatenate(
         [np.asarray(encode(jnp.asarray(x[start : start + TOKENS_AT_ONCE]), features), np.float32) for start in starts]
     )
+
+
+def _require_same(search: TopActivations, reader: FeatureReader, rows: np.ndarray) -> None:
+    """Check that a search is of this dictionary, of this model below it, and of these rows."""
+    now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
+    names = {"tag": "another site", "data": "other rows", "model": "another model", "dictionary": "another dictionary"}
+    other = [names[name] for name, value in now.items() if getattr(search, name) != value]
+    if other:
+        raise ValueError(
+            f"find_features: `search` is of {' and '.join(other)}; leave it out to search {reader.site.tag} of "
+            "this model on these rows."
+        )
 
 
 def _tokens_on(text: str, tokens: list[str]) -> np.ndarray:
