@@ -89,12 +89,32 @@ def test_causal_importance_is_written(run, tmp_path: Path):
     stories.write_text(f"{PROMPT}\n{OTHER}\n")
     shown = run("importance", "--site", "M1", "--data", str(stories), "-o", str(out), "--top", "3")
     table = json.loads(out.read_text())
-    assert (table["rows"], table["site"]) == (2, "M1")
+    assert (table["rows"], table["site"], table["limit"], table["data"]) == (2, "M1", 64, str(stories))
+    assert Path(table["model"]).is_dir()
     kl = [entry["kl_all"][0] for entry in table["features"]]
     assert kl == sorted(kl, reverse=True)
     assert "95 % intervals" in " ".join(shown.split())
     assert {path.name for path in out.parent.iterdir()} == {"importance.json", "importance.png"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_another_run_is_never_replaced_and_the_same_run_is_read(run, failure, tmp_path: Path, monkeypatch):
+    stories, out = tmp_path / "stories.txt", tmp_path / "importance.json"
+    stories.write_text(f"{PROMPT}\n{OTHER}\n")
+    options = ("importance", "--site", "M1", "--data", str(stories), "-o", str(out))
+    run(*options, "--limit", "1")
+    before = out.read_bytes()
+    monkeypatch.setattr("tinymodel_jax.analysis.effects.importance.ablate", None)  # nothing is measured again
+    assert json.loads(run(*options, "--limit", "1", "--json")) == json.loads(before)
+    with monkeypatch.context() as patch:
+        patch.setattr("tinymodel_jax.lm.TinyModel", None)  # refused before a model is loaded
+        assert "holds a run with limit 1, not 2" in failure(*options, "--limit", "2")
+    stories.write_text(f"{OTHER}\n")
+    assert "holds a measurement with another rows; name another file" in failure(*options, "--limit", "1")
+    assert out.read_bytes() == before
+    out.write_text("{}")
+    assert "is not a file of this version of `tinymodel importance`" in failure(*options)
+    assert out.read_text() == "{}"
 
 
 def test_importance_that_cannot_be_written_is_not_lost(run, failure, tmp_path: Path, monkeypatch):
@@ -180,6 +200,7 @@ def test_what_does_not_fit_is_one_line(failure, tmp_path: Path):
     for command in (sweep, importance):
         assert "--site 'M1N5' names a feature; name the site, 'M1'" in failure(*command, "M1N5")
         assert "--top 0 must be 1 or more" in failure(*command, "M1", "--top", "0")
+    assert "--limit 0 must be 1 or more" in failure(*importance, "M1", "--limit", "0")
     assert "name of a .json file" in failure(*importance, "M1", "-o", str(tmp_path / "x"))
     assert "is a folder; name a file" in failure(*importance, "M1", "-o", str(tmp_path))
     assert "17 and 15 tokens" in failure("patch", PROMPT, "Once upon a time, there was a girl. One day,")

@@ -38,26 +38,44 @@ def importance(
 ) -> None:
     """Measure the causal importance of every feature of a dictionary: turn it off on every row of a data set.
 
-    To resume a run that was stopped, give the same command with the same --out.
+    To resume a run that was stopped, give the same command with the same --out. A finished file is read instead of
+    measuring again.
 
     Args:
         site: tag of the dictionary, such as M2.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         limit: largest number of rows to measure on.
         top: number of features in the table, the most important ones; --json and --out have all.
-        out: JSON file to write; the plots are written beside it, as a PNG of the same name.
+        out: JSON file to write; the plots are written beside it, as a PNG of the same name. A file of another run is
+            never replaced.
         json: print the JSON instead of a table.
     """
     place = Site.whole(site, "--site ")
-    require_positive("--top", top)
+    for option, number in (("--top", top), ("--limit", limit)):
+        require_positive(option, number)
     prepare_json_output("--out", out)
-    from tinymodel_jax.analysis.effects.importance import causal_importance
+    asked = {
+        "format": "tinymodel_jax/importance",
+        "format_version": 1,
+        "model": model.name,
+        "dictionary": None if model.dictionary is None else str(model.dictionary),
+        "site": place.tag,
+        "data": data,
+        "limit": limit,
+    }
+    table = _finished(out, asked)
+    from tinymodel_jax.analysis.effects.importance import causal_importance, importance_key
 
     lm = model.load_with_dictionary(place)
     rows = open_rows(lm, data, limit)
+    key = importance_key(lm, place.tag, rows)
     work = work_file(out)
-    found = causal_importance(lm, site, rows, work_file=work, track=with_progress)
-    table = {"site": site, "data": data, "rows": found.n_rows, "features": _entries(lm, found)}
+    if table is None:
+        found = causal_importance(lm, place.tag, rows, work_file=work, track=with_progress)
+        table = {**asked, "rows": found.n_rows, "key": key, "features": _entries(lm, found)}
+    elif table["key"] != key:
+        changed = ", ".join(name for name in key if table["key"].get(name) != key[name])
+        raise ValueError(f"--out {out} holds a measurement with another {changed}; name another file, or delete it.")
     if out is not None:
         _write(table, out)
     if work is not None:
@@ -66,6 +84,31 @@ def importance(
         print_json(table)
     else:
         _print_importance(table, top)
+
+
+def _finished(out: Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the table that `out` holds, or None if there is no file.
+
+    Raises:
+        ValueError: the file is of another run, or not of this command.
+    """
+    if out is None or not out.exists():
+        return None
+    try:
+        held = json_format.loads(out.read_bytes())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict) or held.get("format") != asked["format"] or "key" not in held:
+        raise ValueError(
+            f"--out {out} exists and is not a file of this version of `tinymodel importance`; name another file, or "
+            "delete it."
+        )
+    changed = [
+        f"{name} {held.get(name)!r:.60}, not {value!r:.60}" for name, value in asked.items() if held.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"--out {out} holds a run with {'; '.join(changed)}. Name another file, or delete it.")
+    return held
 
 
 def _entries(lm: TinyModel, found: CausalImportance) -> list[dict[str, Any]]:

@@ -82,12 +82,11 @@ def causal_importance(
         ValueError: no row has a token to predict, the rows do not fit the model, the tag has no dictionary, or
             `work_file` belongs to another measurement.
     """
-    ids = check_tok_ids(rows_of(lm, rows), lm.config)
-    ids = ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]
+    ids = _rows_with_targets(lm, rows)
     if not ids.size:
         raise ValueError("causal_importance: no row holds a token to predict; give at least one of two tokens or more.")
     reader = FeatureReader.of(lm, tag, "causal_importance: ")
-    progress = None if work_file is None else Progress(work_file, _key(lm, reader, ids))
+    progress = None if work_file is None else Progress(work_file, importance_key(lm, reader, ids))
     saved = None if progress is None else progress.load()
     sums = _zeros(reader.dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
     written = time.monotonic()
@@ -99,6 +98,19 @@ def causal_importance(
     if progress is not None:
         progress.save(sums, len(ids))
     return _finish(sums, len(ids))
+
+
+def importance_key(lm: TinyModel, tag: str | FeatureReader | Dictionary, rows: Any) -> dict[str, Any]:
+    """Return what the numbers depend on, as JSON values: the site, and fingerprints of rows, model and dictionary."""
+    reader = FeatureReader.of(lm, tag, "causal_importance: ")
+    sums = sorted(_zeros(0, 0))  # a work file of a version that sums other things does not fit
+    found = fingerprints(reader, lm.hooked())
+    return {"site": reader.site.tag, "rows": fingerprint(_rows_with_targets(lm, rows)), "sums": sums, **found}
+
+
+def _rows_with_targets(lm: TinyModel, rows: Any) -> Int[np.ndarray, "rows seq"]:
+    ids = check_tok_ids(rows_of(lm, rows), lm.config)
+    return ids[np.any(ids[:, 1:] != lm.config.pad_id, axis=1)]
 
 
 def _zeros(n_features: int, d_model: int) -> dict[str, np.ndarray]:
@@ -136,9 +148,3 @@ def _mean(total: np.ndarray, squares: np.ndarray, count: np.ndarray) -> MeanEffe
         mean = total / count
         variance = np.maximum(squares - count * mean**2, 0) / (count - 1)
         return MeanEffect(mean, np.where(count > 1, NORMAL_95 * np.sqrt(variance / count), np.nan))
-
-
-def _key(lm: TinyModel, reader: FeatureReader, ids: np.ndarray) -> dict[str, Any]:
-    sums = sorted(_zeros(0, 0))  # a work file of a version that sums other things does not fit
-    found = fingerprints(reader, lm.hooked())
-    return {"site": reader.site.tag, "rows": fingerprint(ids), "sums": sums, **found}
