@@ -212,8 +212,8 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: sweeps.ablate(lm, untyped(3), IDS), "got a int as dictionary; give a tag such as 'M2', lm['M2']"),
         (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is not a dictionary tag"),
         (
-            lambda lm: patching.patch(lm, [1, 2], [1, 3], answer=untyped([3])),
-            "answer [3], wrong None; they are token ids",
+            lambda lm: patching.patch(lm, [1, 2], [1, 3], metric=untyped([3])),
+            "metric=[3]; expected 'loss', 'next_logprob', logit_difference(a, b)",
         ),
         (lambda lm: lm.attach("M0", 5), "give the path or published name of a dictionary, got 5"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),

@@ -35,7 +35,7 @@ def spread_of_logits(logits, tok_ids):
 
 def numpy_rank(logits, tok_ids):
     """Return how far token 7 is from the top after the last position, which no gradient can follow."""
-    at_end = np.asarray(logits)[ROWS, np.asarray(tok_ids != 22).sum(axis=1) - 1]
+    at_end = np.asarray(logits)[ROWS, ENDS - 1]
     return np.sort(at_end, axis=-1)[:, -1] - at_end[:, 7]
 
 

@@ -136,8 +136,9 @@ def test_importance_that_cannot_be_written_is_not_lost(run, failure, tmp_path: P
 
 def test_prompts_with_one_answer_are_compared_by_its_log_probability(run, failure):
     alike = ("patch", "Once upon a time, there was a dog", "Once upon a time, there was a cat")
-    hooks = ("--hooks", "hook_mlp_out", "--answer", " named")
-    assert "--wrong ' named' is the answer itself" in failure(*alike, *hooks, "--wrong", " named")
+    assert "--answer ' named' is the token of --metric next_logprob" in failure(*alike, "--answer", " named")
+    assert "cannot be combined" in failure(*alike, "--logit-difference", " Tim", " Lily", "--metric", "loss")
+    assert "--hooks hook_zz: expected hook points of a block" in failure(*alike, "--hooks", "hook_zz")
     answer = json.loads(run(*alike, "--hooks", "hook_mlp_out", "--json"))["answer"]
     found = json.loads(run(*alike, "--hooks", "hook_mlp_out", "--json"))
     assert (found["answer"], found["wrong"]) == (answer, None)
@@ -148,7 +149,7 @@ def test_prompts_with_one_answer_are_compared_by_its_log_probability(run, failur
 def test_patching_compares_two_answers_and_draws_it(story_model, no_type_checks, capsys, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tinymodel_jax.runtime.progress.SECONDS_OF_SILENCE", 0.0)
     picture = tmp_path / "new" / "patching.png"
-    tokens = ("--answer", " Lily", "--wrong", " Tim", "--model", str(story_model))
+    tokens = ("--logit-difference", " Lily", " Tim", "--model", str(story_model))
     options = ("--hooks", "hook_resid_pre", "attn.hook_z", "-o", str(picture), "--json")
     assert main(["patch", PROMPT, OTHER, *tokens, *options]) == 0
     shown = capsys.readouterr()
@@ -171,9 +172,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_effects_printed(
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     options = (
-        "--answer",
+        "--logit-difference",
         " Lily",
-        "--wrong",
         " Tim",
         "--hooks",
         "hook_resid_pre",

@@ -208,7 +208,7 @@ def test_prompts_of_similar_lengths_share_their_programs(lm, row, compilations):
     def measure(ids: np.ndarray) -> None:
         sweeps.clamp(lm, "M1", ids, 1.0)
         attribution.attribute(lm, "M1", ids)
-        patching.patch(lm, ids, (ids + 1) % 19, "hook_resid_pre", answer=3)
+        patching.patch(lm, ids, (ids + 1) % 19, "hook_resid_pre", metric="next_logprob", next_ids=[3])
 
     measure(row[:, :9])
     with compilations() as count:

@@ -9,6 +9,7 @@ import pytest
 from oracle import error_of
 
 from tinymodel_jax.analysis.effects import attribution, importance, patching, sweeps
+from tinymodel_jax.analysis.effects.metrics import logit_difference
 from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
 from tinymodel_jax.analysis.search.top_activations import top_activations
@@ -99,7 +100,7 @@ def test_an_analysis_of_rows_takes_stories_which_have_an_end(story_lm, call):
 def test_prompts_to_patch_are_texts_as_well(story_lm):
     other = "Mia saw a cat."
     tables = [
-        patching.patch(story_lm, clean, corrupted, "hook_resid_pre", answer=3, wrong=5).tables
+        patching.patch(story_lm, clean, corrupted, "hook_resid_pre", metric=logit_difference(3, 5)).tables
         for clean, corrupted in ((SHORT, other), (ids_of(story_lm, SHORT), ids_of(story_lm, other)))
     ]
     np.testing.assert_array_equal(tables[0][0].effects, tables[1][0].effects)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from tinymodel_jax.analysis.effects import PATCHED_HOOKS
+from tinymodel_jax.block_order import BLOCK_HOOKS
 from tinymodel_jax.commands.frame import print_json, print_table
 from tinymodel_jax.commands.inputs import shown, token_id, token_rows
 from tinymodel_jax.commands.options import Model, ModelOptions, OutFile, prepare_output
@@ -22,8 +23,9 @@ def patch(
     clean: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLEAN")],
     corrupted: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORRUPTED")],
     *,
+    metric: Literal["loss", "next_logprob"] | None = None,
+    logit_difference: tuple[str, str] | None = None,
     answer: str | None = None,
-    wrong: str | None = None,
     hooks: tuple[str, ...] = PATCHED_HOOKS,
     model: Model = ModelOptions(),
     out: OutFile = None,
@@ -31,20 +33,31 @@ def patch(
 ) -> None:
     """Patch activations of a clean prompt into a corrupted one, and show which restore the clean answer.
 
-    The effect is 0 where patching changes nothing and 1 where it restores the clean run. It is measured by the logit
-    difference of the two answers, or by the log-probability of the answer if both prompts have the same one.
+    The effect is 0 where patching changes nothing and 1 where it restores the clean run. By default it is measured by
+    the logit difference of the most likely next tokens of both prompts, or by the log-probability of the token if both
+    have the same one.
 
     Args:
         clean: text that leads to the answer.
         corrupted: text of the same number of tokens that does not.
-        answer: next token after the clean text; by default the model's most likely one.
-        wrong: next token to compare with; by default the most likely one after the corrupted text.
+        metric: measure the loss of the clean text's tokens, or the log-probability of --answer.
+        logit_difference: two next tokens, such as " Lily" " Tim"; measure the logit of the first minus the second.
+        answer: next token for --metric next_logprob; by default the model's most likely one after the clean text.
         hooks: hook points of a block to patch, by position, or by head where there are heads.
         out: .png or .svg file for heat maps of the effects.
         json: print a JSON object.
     """
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
+    if logit_difference is not None and (metric is not None or answer is not None):
+        raise ValueError("--logit-difference cannot be combined with --metric or --answer; give one of them.")
+    if answer is not None and metric != "next_logprob":
+        raise ValueError(
+            f"--answer {answer!r} is the token of --metric next_logprob; give both, or --logit-difference."
+        )
+    unknown = [hook for hook in hooks if hook not in BLOCK_HOOKS]
+    if unknown:
+        raise ValueError(f"--hooks {' '.join(unknown)}: expected hook points of a block: {', '.join(BLOCK_HOOKS)}.")
     prepare_output("--out", out)
     lm = model.load()
     rows = token_rows(lm, [clean, corrupted])
@@ -53,25 +66,26 @@ def patch(
             f"the prompts have {len(rows[0])} and {len(rows[1])} tokens; they need the same number, so that positions "
             "correspond."
         )
-    from tinymodel_jax.analysis.effects import patching
+    from tinymodel_jax.analysis.effects import metrics, patching
 
-    tokens = [token_id(lm, text, row) for text, row in zip((answer, wrong), rows, strict=True)]
-    if tokens[0] == tokens[1]:
-        if wrong is not None:
-            raise ValueError(f"--wrong {wrong!r} is the answer itself; name another token, or leave it out.")
-        tokens = tokens[:1]
+    if logit_difference is not None:
+        tokens = [lm.to_single_token(text) for text in logit_difference]
+    else:
+        tokens = [token_id(lm, answer, rows[0])] if metric != "loss" else []
+        tokens += [token_id(lm, None, rows[1])] if metric is None else []
+        tokens = list(dict.fromkeys(tokens))
     found = patching.patch(
         lm,
         rows[0],
         rows[1],
         hooks,
-        answer=tokens[0],
-        wrong=tokens[1] if tokens[1:] else None,
+        metric=metrics.logit_difference(*tokens) if len(tokens) == 2 else metric or "next_logprob",
+        next_ids=tokens if len(tokens) == 1 else None,
         track=with_progress,
     )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
-    title = f"{measured}: clean {found.clean:+.2f}, corrupted {found.corrupted:+.2f}"
+    title = f"{measured}: clean {_signed(found.clean)}, corrupted {_signed(found.corrupted)}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
     if json:
         print_json(_as_json(lm, found, labels, tokens))
@@ -82,8 +96,14 @@ def patch(
         _draw(found, labels, title, out)
 
 
+def _signed(number: float) -> str:
+    return f"{round(number, 2) + 0.0:+.2f}"  # not -0.00
+
+
 def _metric_title(words: list[str]) -> str:
-    if len(words) == 1:  # both prompts have the same answer
+    if not words:
+        return "loss of the clean text's tokens"
+    if len(words) == 1:
         return f"log-probability of {words[0]!r}"
     return f"logit of {words[0]!r} minus {words[1]!r}"
 
@@ -99,7 +119,7 @@ def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], token
         {"hook": t.kind, "axis": t.axis, "labels": labels[t.kind], "effects": t.effects.round(6).tolist()}
         for t in found.tables
     ]
-    answer, wrong = (*(shown(lm, [token], False) for token in tokens), None)[:2]
+    answer, wrong = (*(shown(lm, [token], False) for token in tokens), None, None)[:2]
     return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
 
 
@@ -115,6 +135,6 @@ def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int =
     for one in found.tables:
         order = (-abs(one.effects)).ravel().argsort(kind="stable")[:count]
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
-        texts = [f"layer {layer}, {labels[one.kind][n]}: {one.effects[layer, n]:+.2f}" for layer, n in places]
+        texts = [f"layer {layer}, {labels[one.kind][n]}: {_signed(one.effects[layer, n])}" for layer, n in places]
         rows.append([one.kind, "\n".join(texts)])
     print_table(["hook point", "largest effects"], rows)
