@@ -74,13 +74,30 @@ def test_statistics_scale_the_mean_norm_to_the_root_of_the_width():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_starts_at_the_mean_with_a_tied_encoder(architecture):
-    recipe = small_recipe(architecture)
+    recipe = small_recipe(architecture, encoder_norm=0.7, decoder_norm=0.2)
     state = start(recipe, batch())
-    np.testing.assert_array_equal(state.params["W_enc_T"], state.params["W_dec"])
-    np.testing.assert_allclose(jnp.linalg.norm(state.params["W_dec"], axis=1), 0.1, rtol=F32)
+    np.testing.assert_allclose(state.params["W_enc_T"], 3.5 * state.params["W_dec"], rtol=F32)
+    np.testing.assert_allclose(jnp.linalg.norm(state.params["W_dec"], axis=1), 0.2, rtol=F32)
     bias = state.params["b_gate" if architecture == "gated" else "b_enc"]
     np.testing.assert_allclose(state.params["W_enc_T"] @ state.mean_in + bias, 0, atol=F32)
     np.testing.assert_allclose(state.params["b_dec"], state.mean_in, atol=F32)
+
+
+def test_a_transcoder_starts_with_independent_directions_of_the_norms_of_the_recipe():
+    x, y = batch(), batch(1)
+    params = start(small_recipe("topk", encoder_norm=0.7, decoder_norm=0.2), x, y).params
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_enc_T"], axis=1), 0.7, rtol=F32)
+    np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 0.2, rtol=F32)
+    assert jnp.abs(jnp.sum(params["W_enc_T"] * params["W_dec"], axis=1)).mean() < 0.5 * 0.7 * 0.2
+
+
+def test_a_recipe_stored_without_norms_starts_as_it_did():
+    stored = small_recipe("topk").to_dict()
+    del stored["encoder_norm"], stored["decoder_norm"]
+    recipe = DictionaryRecipe.from_dict(stored)
+    assert (recipe.encoder_norm, recipe.decoder_norm) == (0.1, 0.1)
+    params = start(recipe, batch()).params
+    np.testing.assert_array_equal(params["W_enc_T"], params["W_dec"])
 
 
 @pytest.mark.parametrize("scale_inputs", [True, False])
@@ -90,9 +107,10 @@ def test_a_state_that_a_step_may_overwrite_holds_no_array_twice(scale_inputs):
     assert int(after.step) == 1
 
 
-def test_a_jumprelu_dictionary_starts_near_its_target():
+@pytest.mark.parametrize("norms", [{}, {"encoder_norm": 0.3, "decoder_norm": 2.0}])
+def test_a_jumprelu_dictionary_starts_near_its_target(norms):
     x = jax.random.normal(jax.random.key(0), (2000, 64))
-    recipe = recipe_preset("house", "jumprelu", 1000, 10, target_l0=30.0)
+    recipe = recipe_preset("house", "jumprelu", 1000, 10, target_l0=30.0, **norms)
     state = start(recipe, x)
     scaled = x * state.scale_in
     outcome, _ = compiled(loss_and_gradient, recipe)(state.params, hyper=recipe.hyper(), x=scaled, y=scaled)
@@ -116,6 +134,19 @@ def test_the_step_is_adam_on_the_clipped_gradient_with_the_scheduled_rate():
         assert metrics["learning_rate"] == pytest.approx(rate)
     assert_trees_close(state.params, wanted.params, F32)
     assert state.step == 6
+
+
+def test_thresholds_move_at_their_own_multiple_of_the_learning_rate():
+    x = batch()
+    one, four = (small_recipe("jumprelu", threshold_rate=rate) for rate in (1.0, 4.0))
+    before = start(one, x)
+    before = before._replace(params=before.params | {"threshold": jnp.full(FEATURES, 0.3)})
+    slow, fast = (compiled(train_step, recipe)(before, recipe.hyper(), x)[0].params for recipe in (one, four))
+    moved = slow["threshold"] - before.params["threshold"]
+    assert jnp.abs(moved).max() > 1e-5
+    np.testing.assert_allclose(fast["threshold"] - before.params["threshold"], 4 * moved, atol=1e-6)
+    for name in ("W_enc_T", "W_dec", "b_enc", "b_dec"):
+        np.testing.assert_array_equal(fast[name], slow[name])
 
 
 def test_the_learning_rate_warms_up_stays_and_decays():

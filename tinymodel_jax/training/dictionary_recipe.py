@@ -26,7 +26,15 @@ from tinymodel_jax.config import ARCHITECTURES, Architecture, _JsonConfig
 Penalty = Literal["l1", "log"]
 PRESETS = ("house", "reference")
 NOT_NEGATIVE = ("sparsity", "warmup_steps", "sparsity_warmup_steps", "aux_coefficient", "controller_rate")
-POSITIVE = ("learning_rate", "bandwidth", "clip_norm", "target_l0")
+POSITIVE = (
+    "encoder_norm",
+    "decoder_norm",
+    "learning_rate",
+    "threshold_rate",
+    "bandwidth",
+    "clip_norm",
+    "target_l0",
+)
 SHARES = ("decay_fraction", "final_learning_rate")
 
 
@@ -57,6 +65,10 @@ class DictionaryRecipe(_JsonConfig):
     """Activation vectors per step."""
     k: int | None = None
     """Active features per input of topk and batch_topk, the largest in a sweep; None for other architectures."""
+    encoder_norm: float = 0.1
+    """Norm of every encoder row before the first step."""
+    decoder_norm: float = 0.1
+    """Norm of every decoder row before the first step."""
     penalty: Penalty = "l1"
     """Sparsity penalty of relu and gated on weighted activations z: `l1` is sum(z), `log` is sum(log(1 + z))."""
     sparsity: float = 0.0
@@ -89,6 +101,8 @@ class DictionaryRecipe(_JsonConfig):
     """Whether a linear map from input to prediction is trained beside the features (transcoders only)."""
     bandwidth: float = 0.1
     """Width of the window around jumprelu's threshold that passes gradient, in units of weighted activations."""
+    threshold_rate: float = 1.0
+    """Learning rate of jumprelu's thresholds, as a multiple of the learning rate."""
     dead_after: int = 10_000_000
     """Number of inputs without activation after which a feature counts as dead."""
     aux_coefficient: float = 0.0
@@ -220,12 +234,14 @@ def recipe_preset(
     """Return the recipe of a preset with some fields changed.
 
     `house` is this package's recipe, tuned on activations of small TinyStories models (docs/training_dictionaries.md).
-    Its learning rate falls with the square root of the dictionary's size, from 2e-3 at 1,024 features, and a feature is
-    dead after 10 million silent inputs, or a tenth of a shorter training. `reference` follows the configurations of the
-    published dictionaries: log penalty, Adam with betas 0.5 and 0.9375, a constant learning rate of 2^-10 with a decay
-    at the end, and dead features re-initialised every 800 steps from 5,000 high-error inputs. Those configurations do
-    not specify the penalty's form and units, the length of the decay and when a feature counts as dead, which are
-    chosen here.
+    Encoder rows start at norm 1, because features with smaller rows are shut out by the first that grow; decoder rows
+    start at norm 0.1. The learning rate falls with the square root of the dictionary's size, from 4e-3 at 1,024
+    features. A feature is dead after 10 million silent inputs, or a tenth of a shorter training.
+
+    `reference` follows the configurations of the published dictionaries: log penalty, Adam with betas 0.5 and 0.9375, a
+    constant learning rate of 2^-10 with a decay at the end, and dead features re-initialised every 800 steps from 5,000
+    high-error inputs. Those configurations do not specify the penalty's form and units, the length of the decay and
+    when a feature counts as dead, which are chosen here.
 
     The L1 coefficient of both, 5, suits widths near 768. The loss of scaled inputs grows with their width and the
     penalty with its square root, so scale the coefficient with the square root of the width for other activations.
@@ -240,14 +256,18 @@ def recipe_preset(
         fields |= {"k": min(32, n_features)}
     elif architecture == "jumprelu":
         fields |= {"sparsity": 1.0, "target_l0": min(32.0, n_features / 2), "sparsity_warmup_steps": steps // 20}
+        fields |= {"threshold_rate": 4.0}
     else:
         fields |= {"sparsity": 5.0, "sparsity_warmup_steps": steps // 20}
     if name == "house":
         inputs = steps * changes.get("batch_size", DictionaryRecipe.batch_size)
-        rate = min(2e-3, 5e-4 / (n_features / 16384) ** 0.5)
-        fields |= {"learning_rate": rate, "dead_after": max(1, min(10**7, inputs // 10))}
-        revived = {"reinit_every": max(100, min(1000, steps // 20))}
-        fields |= revived if architecture in ("relu", "gated") else {"aux_coefficient": 1 / 32}
+        rate = min(4e-3, 1e-3 / (n_features / 16384) ** 0.5)
+        fields |= {"encoder_norm": 1.0, "learning_rate": rate, "dead_after": max(1, min(10**7, inputs // 10))}
+        if architecture in ("relu", "gated"):
+            fields |= {"reinit_every": max(100, min(1000, steps // 20))}
+            fields |= {"controller_rate": max(0.01, min(0.03, 10 / steps))}
+        else:
+            fields |= {"aux_coefficient": 1 / 32}
     else:
         fields |= {"learning_rate": 2**-10, "beta1": 0.5, "beta2": 0.9375, "final_learning_rate": 0.1}
         fields |= {"penalty": "log", "reinit_every": 800, "reservoir_size": 5_000, "dead_after": 1_000_000}

@@ -21,9 +21,6 @@ from tinymodel_jax.dictionaries.dictionary import DictionaryParams
 from tinymodel_jax.training.dictionary_losses import TINY, row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 
-INITIAL_NORM = 0.1
-"""Initial norm of every encoder and decoder row."""
-
 TrainParams = dict[str, Array]
 
 
@@ -110,9 +107,9 @@ def init_state(
 ) -> DictionaryTrainState:
     """Return the state before the first step.
 
-    Decoder rows are random directions of norm 0.1. An SAE's encoder is the decoder's transpose; a transcoder's encoder
-    has independent random directions. Encoder biases make every pre-activation 0 at the mean input, and `b_dec` is the
-    mean target.
+    Encoder and decoder rows are random directions of the recipe's norms. A feature of an SAE has the same direction in
+    both; a transcoder's directions are independent. Encoder biases make every pre-activation 0 at the mean input, and
+    `b_dec` is the mean target.
 
     Args:
         statistics_out: statistics of a transcoder's targets; None makes an SAE.
@@ -198,10 +195,9 @@ def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoi
 
 
 def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out: Array, is_sae: bool) -> TrainParams:
-    features = recipe.n_features
-    W_dec = _directions(jax.random.fold_in(key, 0), features, mean_out.size)
-    # a copy, because donated buffers may not occur twice in a state
-    W_enc_T = jnp.copy(W_dec) if is_sae else _directions(jax.random.fold_in(key, 1), features, mean_in.size)
+    features, written, read = recipe.n_features, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    W_dec = _directions(written, features, mean_out.size, recipe.decoder_norm)
+    W_enc_T = _directions(written if is_sae else read, features, mean_in.size, recipe.encoder_norm)
     params = {"W_enc_T": W_enc_T, "W_dec": W_dec, "b_dec": mean_out}
     bias = jnp.zeros(features) if recipe.subtract_b_dec else -W_enc_T @ mean_in
     if recipe.architecture == "gated":
@@ -218,13 +214,14 @@ def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out:
 def _first_threshold(recipe: DictionaryRecipe) -> Array:
     """Return the threshold that the target number of features would exceed if pre-activations were normal.
 
-    Scaled inputs have about unit variance in every direction, so weighted pre-activations have the standard deviation
-    INITIAL_NORM^2. At a threshold of 0, half of all features would start active and the target-L0 loss would dominate.
+    Scaled inputs have about unit variance in every direction, so the standard deviation of weighted pre-activations is
+    the product of the rows' norms. At a threshold of 0, half of all features would start active and the target-L0 loss
+    would dominate.
     """
     share = min(0.5, (recipe.target_l0 or recipe.n_features / 20) / recipe.n_features)
-    return INITIAL_NORM**2 * jax.scipy.special.ndtri(jnp.float32(1 - share))
+    return recipe.encoder_norm * recipe.decoder_norm * jax.scipy.special.ndtri(jnp.float32(1 - share))
 
 
-def _directions(key: Array, rows: int, width: int) -> Array:
+def _directions(key: Array, rows: int, width: int, norm: float) -> Array:
     normal = jax.random.normal(key, (rows, width))
-    return INITIAL_NORM * normal / jnp.sqrt(jnp.sum(normal * normal, axis=-1, keepdims=True) + TINY)
+    return norm * normal / jnp.sqrt(jnp.sum(normal * normal, axis=-1, keepdims=True) + TINY)
