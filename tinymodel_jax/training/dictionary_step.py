@@ -239,9 +239,8 @@ def _adam(
         gradient = jax.tree.map(lambda g: g * shrink, gradient)
     adam = optax.scale_by_adam(recipe.beta1, recipe.beta2)
     updates, moments = adam.update(gradient, state.moments)  # type: ignore[arg-type]
-    if "threshold" in updates:
-        updates["threshold"] *= recipe.threshold_rate
-    return jax.tree.map(lambda p, u: p - rate * u, state.params, updates), moments
+    rates = {name: rate * (recipe.threshold_rate if name == "threshold" else 1) for name in state.params}
+    return jax.tree.map(lambda p, u, r: p - r * u, state.params, updates, rates), moments
 
 
 def _update(
