@@ -217,3 +217,21 @@ def test_neighbours_that_do_not_exist_are_refused():
     dictionary = make_dictionary("a", "b")
     assert "n=12 is outside 1..11" in error_of(lambda: dictionary.neighbours(0, 12))
     assert "feature 12 is out of range" in error_of(lambda: dictionary.neighbours(12))
+
+
+def test_directions_are_read_and_written_by_features_of_their_own(lm, tok_ids):
+    hook = "blocks.1.mlp.hook_post"
+    lm.attach(hook, Dictionary.from_directions(hook, np.eye(32)))
+    post = np.asarray(lm.run_with_cache(tok_ids, hook)[1][hook])
+    assert_close(np.asarray(lm[hook](tok_ids)), post, F32)
+    directions = np.random.default_rng(0).normal(size=(5, 16))
+    dictionary, x = Dictionary.from_directions("blocks.0.hook_resid_mid", directions), np.asarray(inputs(), np.float64)
+    acts = np.maximum(x @ directions.T, 0)
+    assert_close(np.asarray(dictionary.encode(inputs())), acts, F32)
+    assert_close(np.asarray(dictionary(inputs())), acts @ directions, F32)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(4), np.zeros((0, 4)), np.full((2, 4), np.nan), np.array([["a", "b"]])])
+def test_what_is_not_a_table_of_directions_is_refused(wrong):
+    message = error_of(lambda: Dictionary.from_directions("blocks.0.hook_resid_mid", wrong))
+    assert f"values of shape {wrong.shape}; pass finite numbers (n, width)" in message

@@ -177,6 +177,29 @@ class Dictionary:
         return cls(config, {name: own_array(params[name], config.param_dtype) for name in expected})
 
     @classmethod
+    def from_directions(cls, hook_name: str, directions: Any) -> Dictionary:
+        """Build a `relu` SAE without biases whose encoder columns and decoder rows are the given directions.
+
+        A feature's activation is `max(0, direction @ x)`. With `np.eye(width)` the features are the coordinates there:
+        at `blocks.1.mlp.hook_post`, the neurons of layer 1.
+
+        Args:
+            hook_name: hook point of a block, such as `blocks.1.mlp.hook_post`; heads are concatenated.
+            directions: numbers (n, width).
+
+        Raises:
+            ValueError: the directions are not a table of finite numbers with at least one row.
+        """
+        rows = np.asarray(directions)
+        if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiu" or not np.isfinite(rows).all():
+            raise ValueError(
+                f"from_directions: got {rows.dtype} values of shape {rows.shape}; pass finite numbers (n, width)."
+            )
+        config = DictionaryConfig(hook_name, hook_name, rows.shape[1], rows.shape[1], len(rows))
+        zeros = {"b_enc": np.zeros(len(rows)), "b_dec": np.zeros(rows.shape[1])}
+        return cls.from_params(config, {"W_enc": rows.T, "W_dec": rows, **zeros})
+
+    @classmethod
     def from_pretrained(cls, path_or_name: str | os.PathLike[str], site: str | None = None) -> Dictionary:
         """Load a dictionary.
 
