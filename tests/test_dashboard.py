@@ -1,12 +1,9 @@
 """The numbers of a dashboard equal NumPy's, and its folder appears whole or not at all."""
 
-import base64
 import dataclasses
-import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +12,22 @@ from conftest import as_users_run_it, make_dictionary
 from oracle import F32, assert_close, encode, forward
 
 from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
-from tinymodel_jax.analysis.report.dashboard import build, windows
-from tinymodel_jax.analysis.report.dashboard.build import Heading, gather, text_records, write_dashboard, write_data
-from tinymodel_jax.analysis.report.dashboard.records import Facts, rounded, shard_records, text_record
-from tinymodel_jax.analysis.report.dashboard.weights_graph import neighbours, strongest_products, weights_graph
+from tinymodel_jax.analysis.report.dashboard import build, folders, windows
+from tinymodel_jax.analysis.report.dashboard.build import (
+    Heading,
+    LinkedTokens,
+    gather,
+    gather_links,
+    promoted_tokens,
+    read_data,
+    text_records,
+    write_data,
+    write_front,
+    write_links,
+    write_measured,
+)
+from tinymodel_jax.analysis.report.dashboard.records import Facts, link_records, rounded, shard_records, text_record
+from tinymodel_jax.analysis.report.dashboard.weights_graph import strongest_products, weights_graph
 from tinymodel_jax.analysis.report.dashboard.windows import BEFORE, TOP, window_activations
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.top_activations import top_activations
@@ -26,16 +35,11 @@ from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.hook_points import vector_width
 from tinymodel_jax.params import flatten
 
 SPECIAL, UNK = (19, 20, 21), 22
 MINI = ["dashboard", "--site", "M2", "--model", "mini", "--limit", "6"]
-
-
-def read_data(folder: Path, name: str) -> Any:
-    """Return what `write_data` wrote."""
-    text = (folder / "data" / f"{name}.js").read_text("utf-8")
-    return json.loads(gzip.decompress(base64.b64decode(text.split('"')[3])))
 
 
 def silent(things, what):
@@ -61,8 +65,14 @@ def facts(shared_lm: TinyModel, rows: np.ndarray) -> Facts:
     f1, stream = rng.random((12, 5)), rng.normal(size=(12, 16)).astype(np.float32)
     kl, loss, kl_all, loss_all = (MeanEffect(*rng.normal(size=(2, 12))) for _ in range(4))
     importance = CausalImportance(3, rng.integers(0, 4, 12), kl, loss, kl_all, loss_all, stream)
-    measured = gather(shared_lm["M1"], rows, found, shared_lm.dictionary_tags[:-1], silent)
+    measured = gather(shared_lm["M1"], rows, found, silent)
     return dataclasses.replace(measured, f1=f1, importance=importance)
+
+
+@pytest.fixture(scope="module")
+def links(shared_lm: TinyModel) -> LinkedTokens:
+    others = shared_lm.dictionary_tags[:-1]
+    return gather_links(shared_lm, "M1", others, lambda tag: promoted_tokens(shared_lm, tag), silent)
 
 
 @pytest.mark.parametrize(
@@ -89,32 +99,40 @@ def test_the_forward_pass_decides_who_can_speak_to_whom(lm, tag, upstream, downs
         np.testing.assert_allclose(links.values, np.take_along_axis(weights, order, axis=1), rtol=1e-5)
 
 
-def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids):
-    """With everything in between held fixed, steering a feature of M0 moves M1's pre-activations by the weights."""
-    links = weights_graph(lm, "M1", ["M0"], top=12).upstream["M0"]
-    read, between = "blocks.1.hook_mlp_in", "blocks.1.hook_attn_out"
-    direction = np.asarray(lm["M0"].dictionary.params["W_dec"][5])
+@pytest.mark.parametrize(
+    ("source", "target", "fixed"),
+    [
+        ("M0", "M1", ["blocks.1.hook_attn_out"]),
+        ("blocks.0.mlp.hook_post", "blocks.1.attn.hook_k", []),
+        ("blocks.0.attn.hook_z", "blocks.1.mlp.hook_pre", ["blocks.0.hook_mlp_out", "blocks.1.hook_attn_out"]),
+    ],
+)
+def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids, source, target, fixed):
+    """With everything in between held fixed, steering a feature moves the target's pre-activations by the weights."""
+    for name in (source, target):
+        if name not in lm.dictionary_tags:
+            width = vector_width(name, lm.config)
+            lm.attach(name, make_dictionary(name, name, d_in=width, d_out=width))
+    links = weights_graph(lm, target, [source], top=12).upstream[source]
+    weights = weights_graph(lm, source, [target], top=12).downstream[target]
+    written, read = lm[source].dictionary.config.hook_out, lm[target].dictionary.config.hook_in
+    direction, W_enc = (
+        np.asarray(lm[tag].dictionary.params[name]) for tag, name in ((source, "W_dec"), (target, "W_enc"))
+    )
     _, clean = forward(flatten(lm.params), lm.config, tok_ids)
-    edits = {"blocks.0.hook_mlp_out": lambda x, seen: x + 0.5 * direction, between: lambda x, seen: clean[between]}
+    edits = {name: lambda x, seen, name=name: clean[name] for name in fixed}
+    edits[written] = lambda x, seen: x + 0.5 * direction[5].reshape(x.shape[2:])
     _, steered = forward(flatten(lm.params), lm.config, tok_ids, edits)
-    moved = np.asarray((steered[read] - clean[read]) @ lm["M1"].dictionary.params["W_enc"])
-    weight = links.values[links.features == 5]
-    np.testing.assert_allclose(moved, np.broadcast_to(0.5 * weight, moved.shape), atol=1e-5)
+    moved = (steered[read] - clean[read]).reshape(*tok_ids.shape, -1) @ W_enc
+    expected = np.broadcast_to(0.5 * links.values[links.features == 5], moved.shape)
+    np.testing.assert_allclose(moved, expected, atol=1e-5)
+    in_order = weights.values[5][np.argsort(weights.features[5])]
+    np.testing.assert_allclose(moved[0, 0], 0.5 * in_order, atol=1e-5)
 
 
-def test_neighbours_are_the_largest_cosines_whatever_the_chunks(monkeypatch):
+def test_the_strongest_products_are_the_same_whatever_the_chunks(monkeypatch):
     monkeypatch.setattr("tinymodel_jax.analysis.report.dashboard.weights_graph.TOGETHER", 5)
-    rng = np.random.default_rng(0)
-    W = rng.normal(size=(13, 6)).astype(np.float32)
-    W[4] = 2 * W[9]
-    W[7] = 0
-    units = W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-9)
-    cosine = units @ units.T
-    np.fill_diagonal(cosine, -2)
-    found = neighbours(jnp.asarray(W), 4)
-    assert found.features[4, 0] == 9
-    np.testing.assert_allclose(found.values, -np.sort(-cosine, axis=1)[:, :4], atol=1e-6)
-    assert np.all(found.features != np.arange(13)[:, None])
+    W = np.random.default_rng(0).normal(size=(13, 6)).astype(np.float32)
     products = strongest_products(jnp.asarray(W), jnp.asarray(W[:7]), 7)
     np.testing.assert_allclose(np.take_along_axis(W @ W[:7].T, products.features, axis=1), products.values, atol=1e-5)
 
@@ -180,7 +198,7 @@ def test_a_record_says_what_was_found(facts, rows, lm):
         assert record["mean"] == pytest.approx(found.mean[feature], rel=1e-3)
         assert [f for f, _ in record["partners"] or []] == [f for f in found.partners[feature] if f >= 0]
         assert [token for token, _ in record["promoted"]] == facts.logits.promoted[feature].tolist()
-        assert [f for f, _, _ in record["upstream"]["M0"]] == facts.graph.upstream["M0"].features[feature].tolist()
+        assert [f for f, _ in record["neighbours"]] == lm["M1"].dictionary.neighbours(feature, 8).features.tolist()
         assert record["concepts"][0] == [facts.f1[feature].argmax(), pytest.approx(facts.f1[feature].max(), rel=1e-3)]
         assert record["effects"]["kl_all"][0] == pytest.approx(facts.importance.kl_all.mean[feature], rel=1e-3)
         shown = [context for context in record["contexts"] if context]
@@ -192,6 +210,17 @@ def test_a_record_says_what_was_found(facts, rows, lm):
             assert ids[peak] == rows[row, position]
             assert acts[peak] == pytest.approx(value, rel=1e-3)
             assert len(acts) == len(ids)
+
+
+def test_a_record_lists_the_links_of_its_feature(links):
+    for feature, record in enumerate(link_records(*links, 3, 9), 3):
+        for tag, listed in record["upstream"].items():
+            found = links.graph.upstream[tag]
+            assert [f for f, _, _ in listed] == found.features[feature].tolist()
+            assert [weight for _, weight, _ in listed] == pytest.approx(found.values[feature], rel=1e-3)
+            assert [words for _, _, words in listed] == [links.promoted[tag][f].tolist() for f, _, _ in listed]
+        assert list(record["upstream"]) == ["M0", "A1"]
+        assert record["downstream"] == {}
 
 
 def test_a_text_lists_the_strongest_features_of_each_token():
@@ -221,11 +250,13 @@ def test_what_is_written_is_read_and_is_never_code(tmp_path):
         write_data(tmp_path, "index", [float("nan")])
 
 
-def test_the_shards_hold_every_feature_once(facts, rows, tmp_path, lm, monkeypatch):
+def test_the_shards_hold_every_feature_once(facts, links, rows, tmp_path, lm, monkeypatch):
     monkeypatch.setattr(build, "A_SHARD", 5)
     texts = text_records(lm["M1"], [[19, 4, 5]], silent)
     words, concepts = [f"w{i}" for i in range(23)], {f"c{i}": "what it means" for i in range(5)}
-    write_dashboard(tmp_path, Heading("lm", "M1", "about", ()), facts, rows, words, lm.config, concepts, texts, silent)
+    write_measured(tmp_path, Heading("lm", "M1", "about", ()), facts, rows, words, lm.config, concepts, texts, silent)
+    write_links(tmp_path, links, 12, silent)
+    assert [len(read_data(tmp_path, f"links-000{i}")) for i in range(3)] == [5, 5, 2]
     shards = [read_data(tmp_path, f"shard-000{i}") for i in range(3)]
     assert [len(shard) for shard in shards] == [5, 5, 2]
     assert [*shards[0], *shards[1], *shards[2]] == json.loads(json.dumps(shard_records(facts, rows, lm.config, 0, 12)))
@@ -244,8 +275,9 @@ def test_the_shards_hold_every_feature_once(facts, rows, tmp_path, lm, monkeypat
 def test_one_feature_that_is_never_active_makes_pages_too(lm, rows, tmp_path):
     dictionary = make_dictionary("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out", n_features=1)
     lm.attach("M1", Dictionary.from_params(dictionary.config, dictionary.params | {"b_enc": jnp.full(1, -1e6)}))
-    alone = gather(lm["M1"], rows, top_activations(lm, "M1", rows), [], silent)
-    write_dashboard(tmp_path, Heading("lm", "M1", "", ()), alone, rows, [""] * 23, lm.config, {}, [], silent)
+    alone, heading = gather(lm["M1"], rows, top_activations(lm, "M1", rows), silent), Heading("lm", "M1", "", ())
+    write_measured(tmp_path, heading, alone, rows, [""] * 23, lm.config, {}, [], silent)
+    write_front(tmp_path, heading)
     [record] = read_data(tmp_path, "shard-0000")
     assert record["neighbours"] == []
     assert record["partners"] is None
@@ -284,7 +316,7 @@ def test_a_stopped_dashboard_leaves_no_pages_and_goes_on_from_its_search(tmp_pat
 def pages_of(folder: Path, name: str) -> Path:
     """Make a folder like a dashboard's, with `name` on its page."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    (folder / "index.html").write_text(f"{build.GENERATOR} {name}")
+    (folder / "index.html").write_text(f"{folders.GENERATOR} {name}")
     return folder
 
 
@@ -297,11 +329,11 @@ def test_a_run_that_is_stopped_while_it_takes_its_place_leaves_nothing_to_the_ne
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build.shutil if stopped_at == "rmtree" else build.os, stopped_at, stop)
+        patch.setattr(folders.shutil if stopped_at == "rmtree" else folders.os, stopped_at, stop)
         with pytest.raises(KeyboardInterrupt):
-            build.publish(partial, out)
-    assert build.open_partial(out) == partial
-    build.publish(pages_of(partial, "third"), out)
+            folders.publish(partial, out)
+    assert folders.open_partial(out) == partial
+    folders.publish(pages_of(partial, "third"), out)
     assert (out / "index.html").read_text().endswith("third")
     assert (kept / "index.html").read_text().endswith("kept")
     assert {path.name for path in tmp_path.iterdir()} == {"pages", "pages.old"}
@@ -319,28 +351,28 @@ def test_the_older_pages_survive_a_replacement_that_fails(tmp_path, monkeypatch,
         move(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build.os, "replace", fail)
+        patch.setattr(folders.os, "replace", fail)
         with pytest.raises(type(error)):
-            build.publish(partial, out)
+            folders.publish(partial, out)
     assert (out / "index.html").read_text().endswith("first")
     assert (out / "data/index.js").read_text() == "first"
-    assert build.open_partial(out) == partial
+    assert folders.open_partial(out) == partial
 
 
 def test_the_older_pages_come_back_from_a_run_that_was_killed_while_it_replaced_them(tmp_path):
     out, partial = tmp_path / "pages", pages_of(tmp_path / "pages.partial", "second")
-    pages_of(partial / build.REPLACED, "first")
-    assert build.open_partial(out) == partial
+    pages_of(partial / folders.REPLACED, "first")
+    assert folders.open_partial(out) == partial
     assert (out / "index.html").read_text().endswith("first")
     assert not list(partial.iterdir())
 
 
 def test_a_file_that_appeared_among_the_older_pages_is_kept_with_them(tmp_path):
     out, partial = pages_of(tmp_path / "pages", "first"), tmp_path / "pages.partial"
-    build.open_partial(out)
+    folders.open_partial(out)
     (out / "notes").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not a dashboard"):
-        build.publish(pages_of(partial, "second"), out)
+        folders.publish(pages_of(partial, "second"), out)
     assert (out / "notes").read_text() == "mine"
     assert (out / "index.html").read_text().endswith("first")
     assert (out / "data").is_dir()
@@ -349,10 +381,10 @@ def test_a_file_that_appeared_among_the_older_pages_is_kept_with_them(tmp_path):
 def test_an_older_dashboard_is_replaced(tmp_path):
     older, partial = pages_of(tmp_path / "pages", "first"), pages_of(tmp_path / "pages.partial", "second")
     (older / "data/shard-0999.js").touch()
-    for name in build.WORK:
+    for name in folders.WORK:
         (partial / name).touch()
-    assert build.open_partial(older) == partial
-    build.publish(pages_of(partial, "third"), older)
+    assert folders.open_partial(older) == partial
+    folders.publish(pages_of(partial, "third"), older)
     assert {path.name for path in older.iterdir()} == {"index.html", "data"}
     assert not list((older / "data").iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
@@ -365,7 +397,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
     (mixed / "notes").touch()
     for folder in (other, mixed):
         with pytest.raises(ValueError, match="exists and is not a dashboard; name another folder"):
-            build.open_partial(folder)
+            folders.open_partial(folder)
     with as_users_run_it():
         assert cli.main([*MINI, "-o", str(mixed)]) == 1
     error = capsys.readouterr().err

@@ -12,7 +12,15 @@ from browsers import chromium, needs_browser, problems
 from conftest import as_users_run_it
 
 from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
-from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GENERATOR, Heading, write_dashboard
+from tinymodel_jax.analysis.report.dashboard.build import (
+    A_SHARD,
+    Heading,
+    LinkedTokens,
+    write_front,
+    write_links,
+    write_measured,
+)
+from tinymodel_jax.analysis.report.dashboard.folders import GENERATOR
 from tinymodel_jax.analysis.report.dashboard.records import Facts
 from tinymodel_jax.analysis.report.dashboard.weights_graph import Links, WeightsGraph
 from tinymodel_jax.analysis.report.dashboard.windows import AFTER, BEFORE, shown_contexts
@@ -21,6 +29,7 @@ from tinymodel_jax.analysis.search.logit_effects import LogitEffects
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.commands import cli
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionaries.neighbours import Neighbours
 from tinymodel_jax.lm import TinyModel
 
 pytestmark = needs_browser
@@ -66,6 +75,36 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two stories."""
+    file = tmp_path_factory.mktemp("stories") / "stories.txt"
+    file.write_text("Once upon a time, a cat was happy.\nThe dog ran home.\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def pair(story_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of dashboards of two dictionaries of a small model."""
+    out = tmp_path_factory.mktemp("pair") / "pages"
+    options = ["--site", "M0,M1", "--model", str(story_model), "--data", str(stories), "--with", "A1"]
+    with as_users_run_it():
+        assert cli.main(["dashboard", *options, "--text", TEXT, "-o", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def queries(story_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dashboard of random directions of queries, which have no logit effects."""
+    folder = tmp_path_factory.mktemp("queries")
+    np.save(folder / "rows.npy", np.random.default_rng(0).normal(size=(5, 16)))
+    options = ["--site", "blocks.1.attn.hook_q", "--directions", str(folder / "rows.npy")]
+    with as_users_run_it():
+        given = [*options, "--model", str(story_model), "--data", str(stories), "-o", str(folder / "pages")]
+        assert cli.main(["dashboard", *given]) == 0
+    return folder / "pages"
+
+
+@pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dashboard of 25,000 invented features of a vocabulary of 10,000, one token of which is hostile.
 
@@ -77,7 +116,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     opened = {feature // A_SHARD for feature in (7, 64, 12345)}
 
     def track(things: Sequence[Any], what: str) -> Sequence[Any]:
-        return [shard for shard in things if shard in opened] if what == "pages" else things
+        return [shard for shard in things if shard[0] in opened] if what == "pages" else things
 
     write(out, facts, rows, words, track)
     return out
@@ -85,7 +124,13 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(out: Path, facts: Facts, rows: np.ndarray, words: list[str], track: Any = lambda things, _: things) -> None:
     heading, config = Heading("a model", "M2", "about", ()), ModelConfig(d_vocab=VOCABULARY)
-    write_dashboard(out, heading, facts, rows, words, config, {}, [], track)
+    write_measured(out, heading, facts, rows, words, config, {}, [], track)
+    write_front(out, heading)
+    n = facts.found.n_features
+    listed = Links(facts.found.partners, facts.found.correlation)
+    graph = WeightsGraph({"M0": listed}, {"M3": listed})
+    words_of = facts.logits.promoted[:, :3] if facts.logits else np.zeros((n, 0), np.int32)
+    write_links(out, LinkedTokens(graph, {"M0": words_of, "M3": words_of}), n, track)
 
 
 def invented(n: int) -> tuple[Facts, np.ndarray]:
@@ -123,10 +168,8 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
         partners=partners,
         correlation=phi,
     )
-    links = Links(partners, phi)
     tokens = rng.integers(0, VOCABULARY, (n, 5)).astype(np.int32)
     logits = LogitEffects(np.arange(n), tokens, phi, tokens, -phi)
-    graph = WeightsGraph(links, {"M0": links}, {"M3": links})
     contexts = shown_contexts(found)
     acts = np.zeros((*contexts.row.shape, BEFORE + 1 + AFTER), np.float32)
     acts[..., BEFORE] = contexts.value
@@ -134,9 +177,7 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
     importance = CausalImportance(
         8, np.where(np.arange(n) == 7, 2, 0), effect, effect, effect, effect, np.zeros((n, 1), np.float32)
     )
-    words = tokens[:, :3]
-    promoted = {"M0": words, "M1": words, "M3": words}
-    return Facts(found, contexts, acts, logits, graph, promoted, importance=importance), rows
+    return Facts(found, contexts, acts, logits, Neighbours(partners, phi), importance=importance), rows
 
 
 def open_page(browser: Any, page: Path, address: str = "") -> None:
@@ -197,11 +238,16 @@ def test_25_000_features_are_painted_sorted_and_searched_in_two_seconds(many, br
     assert problems(browser) == []
 
 
-def test_a_link_to_a_feature_loads_its_shard_alone(many, browser):
+def test_a_link_to_a_feature_loads_its_files_alone(many, browser):
     open_page(browser, many, "#feature/12345")
     assert texts(browser, "h1") == ["M2 feature 12345"]
     loaded = "return [...document.querySelectorAll('script[src]')].map((s) => s.getAttribute('src'))"
-    assert sorted(browser.execute_script(loaded)) == ["data/index.js", "data/shard-0192.js", "data/vocabulary.js"]
+    assert sorted(browser.execute_script(loaded)) == [
+        "data/index.js",
+        "data/links-0192.js",
+        "data/shard-0192.js",
+        "data/vocabulary.js",
+    ]
     assert browser.execute_script("return performance.now()") < 2000
     assert problems(browser) == []
 
@@ -267,21 +313,23 @@ def test_small_and_large_numbers_are_written_alike(mini, browser):
     assert shown == ["0", "0.000143", "0.001284", "0.02", "-1.235", "12.35", "1235", "≈ 0"]
 
 
-def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, browser):
+def test_on_a_phone_nothing_of_the_table_is_cut(plain, mini, many, pair, queries, browser):
     size = {"width": 360, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        for page in (plain, mini, many):
-            for address in ("", "#?find=word0", "#feature/12"):
-                open_page(browser, page, address)
-                assert fits(browser)
-                outside = """
-                  const width = document.documentElement.clientWidth;
-                  const parts = document.querySelectorAll("td, th, .word, input, select");
-                  const isOutside = (e) => e.getBoundingClientRect().right > width + 0.5;
-                  return [...parts].filter(isOutside).map((e) => e.textContent);
-                """
-                assert browser.execute_script(outside) == []
+        browser.get((pair / "index.html").as_uri())
+        assert fits(browser)
+        own = [(page, address) for page in (plain, mini, many) for address in ("", "#?find=word0", "#feature/12")]
+        for page, address in [*own, (pair / "M1", ""), (pair / "M1", "#feature/3"), (queries, "#feature/3")]:
+            open_page(browser, page, address)
+            assert fits(browser)
+            outside = """
+              const width = document.documentElement.clientWidth;
+              const parts = document.querySelectorAll("td, th, .word, input, select");
+              const isOutside = (e) => e.getBoundingClientRect().right > width + 0.5;
+              return [...parts].filter(isOutside).map((e) => e.textContent);
+            """
+            assert browser.execute_script(outside) == []
         open_page(browser, mini)
         assert texts(browser, "#features tbody tr:first-child td")[0].isdecimal()
         browser.execute_script("document.querySelector('th[data-column=\"F1\"] button').click()")
@@ -430,6 +478,54 @@ def test_the_python_of_a_page_computes_what_it_shows(mini, browser):
             excerpt = call.partition("(")[2].strip('()"').encode().decode("unicode_escape").replace("\n", "↵")
             assert excerpt == "".join(browser.execute_script(FIRST_CONTEXT))
             assert call.startswith('lm["M2N147"](')
+    assert problems(browser) == []
+
+
+def test_the_dictionaries_of_a_set_lead_to_each_other(pair, browser):
+    def follow(selector: str) -> None:
+        before = browser.current_url
+        browser.execute_script("document.querySelector(arguments[0]).click()", selector)
+        wait(browser, f"location.href !== {before!r} && document.readyState === 'complete'")
+        wait(browser, "!document.querySelector('main').hasAttribute('aria-busy')")
+
+    open_page(browser, pair / "M1", "#feature/3")
+    assert texts(browser, "#set a") == ["all dictionaries", "M0", "M1"]
+    assert texts(browser, "#set [aria-current=page]") == ["M1"]
+    count = "(t) => [t.caption.textContent, t.querySelectorAll('td a').length]"
+    counts = dict(browser.execute_script(f"return [...document.querySelectorAll('table')].map({count})"))
+    assert (counts["M0"], counts["A1"]) == (8, 0)  # A1 has no pages in this set
+    upstream = browser.execute_script("return document.querySelector('a[href^=\"../M0\"][href*=feature]').textContent")
+    follow("a[href^='../M0'][href*=feature]")
+    assert texts(browser, "h1") == [f"M0 feature {upstream}"]
+    follow("a[href^='../M1'][href*=feature]")
+    assert texts(browser, "h1")[0].startswith("M1 feature ")
+    follow("#set a")
+    assert texts(browser, "h1") == ["2 dictionaries"]
+    follow("a[href='M0/index.html#text/1']")
+    assert "".join(texts(browser, ".token")) == TEXT
+    follow("#set [data-site=M1]")  # the same text
+    assert texts(browser, "h1, #set [aria-current=page]") == ["M1", "Text 1"]
+    follow("#home")
+    follow("#set [data-site=M0]")
+    assert texts(browser, "h1") == ["24 features of M0"]
+    assert problems(browser) == []
+
+
+def test_pages_without_logit_effects_say_why(queries, browser):
+    reason = "Logit effects and downstream features are left out"
+    open_page(browser, queries)
+    assert texts(browser, "#features thead th") == ["feature", "density", "largest activation", "peaks on"]
+    assert texts(browser, ".left-out")[0].startswith(reason)
+    feature = texts(browser, "#features tbody td")[0]
+    word = texts(browser, "#features tbody .word")[0]
+    type_it = "const find = document.getElementById('find'); find.value = arguments[0];"
+    browser.execute_script(f"{type_it} find.dispatchEvent(new Event('input'))", word)
+    assert feature in texts(browser, "#features tbody td:first-child")
+    open_page(browser, queries, f"#feature/{feature}")
+    assert "What it promotes and suppresses" not in texts(browser, "h2")
+    assert "Upstream" in texts(browser, "h2")
+    assert texts(browser, ".left-out")[0].startswith(reason)
+    assert f'lm["blocks.1.attn.hook_qN{feature}"](' in texts(browser, ".python")[0]
     assert problems(browser) == []
 
 

@@ -1,10 +1,9 @@
-"""`tinymodel dashboard`: static pages about all features of a dictionary."""
+"""`tinymodel dashboard`: static pages about all features of a dictionary, or of several that link to each other."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,22 +11,21 @@ import tyro
 
 from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import open_rows, storyworld_truth, token_rows
+from tinymodel_jax.commands.inputs import open_rows, token_rows
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
     make_output_folder,
     parse_sites,
+    quoted,
 )
-from tinymodel_jax.commands.top import search
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinymodel_jax.analysis.report.dashboard.records import Facts
-    from tinymodel_jax.lm import FeatureReader, TinyModel
+    from tinymodel_jax.commands.dashboard_steps import Clock, Place
+    from tinymodel_jax.lm import TinyModel
 
 
 def dashboard(
@@ -35,6 +33,7 @@ def dashboard(
     site: str,
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     model: ModelAndDictionary = ModelAndDictionaryOptions("mini"),
+    directions: Path | None = None,
     data: str = STORY_WORLD,
     limit: int = 200,
     others: Annotated[str, tyro.conf.arg(name="with")] = "",
@@ -42,73 +41,155 @@ def dashboard(
     effects: int = 0,
     json: bool = False,
 ) -> None:
-    """Write pages about all features of a dictionary; open index.html in the folder, no server needed.
+    """Write pages about all features of dictionaries; open index.html in the folder, no server needed.
 
     If the command is stopped, run it again: it resumes the search and the measurement of effects.
 
     Args:
-        site: tag of the dictionary, such as M2.
-        out: folder for the pages; an older dashboard there is replaced.
+        site: tag of the dictionary, such as M2. Several, such as M0,M1,M2, make a set of pages that link to each other;
+            --dictionary is then a folder that holds each dictionary in a folder named by its tag.
+        out: folder for the pages; an older dashboard there is replaced, but a set keeps what was measured on the same
+            input.
+        directions: .npy file of directions (n, width) at the hook point that --site names, in place of a dictionary.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         limit: largest number of rows to read.
-        others: dictionaries to search for upstream and downstream features, such as M0,M1; by default all.
+        others: dictionaries to search for upstream and downstream features, such as M0,M1; by default all, and for a
+            set its own.
         text: text to make a page about; can be given several times.
         effects: number of rows on which every feature is turned off to measure its effect; 0 leaves effects out.
         json: print a JSON object about the pages instead of a sentence.
     """
-    place = Site.whole(site, "--site ")
+    sites = _sites(site, model.dictionary, directions)
     if effects < 0:
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
     make_output_folder("--out", out.absolute().parent)
-    from tinymodel_jax.analysis.report.dashboard.build import open_partial, publish, text_records
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
+    from tinymodel_jax.commands.dashboard_steps import Clock, Work, build_one, build_set
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
-    lm = model.load_with_dictionary(place)
-    reader = lm[place.tag]
-    tags = _other_tags(lm, place, others)
+    lm, places = _load(model, sites, directions)
+    linked = _linked_tags(lm, sites, others)
     rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
+    measured = _effect_rows(lm, rows, effects)
+    clock = Clock()
+    work = Work(lm, rows, limit if data == STORY_WORLD else None, measured, texts, linked, clock)
+    try:
+        pages = build_one(work, places[0], out) if len(places) == 1 else build_set(work, places, out)
+    except OtherWorkError as error:
+        raise ValueError(
+            f"--out {out}: {out.absolute()}.partial holds unfinished work on a dashboard with other options; give "
+            "those options to resume it, or delete that folder to start again."
+        ) from error
+    _report(out, pages, clock, json)
+
+
+def _sites(given: str, dictionary: Path | None, directions: Path | None) -> list[Site]:
+    """Return the sites of `--site`, each once, in the order of the forward pass.
+
+    Raises:
+        ValueError: one is not a tag, names a feature, or does not go with the other options.
+    """
+    sites = sorted({Site.whole(tag) for tag in parse_sites("--site", given) or [given]}, key=lambda site: site.order)
+    if directions is None:
+        return sites
+    if len(sites) > 1:
+        raise ValueError(f"--directions {directions} belongs to one --site, not to {given}.")
+    if dictionary:
+        raise ValueError("--directions and --dictionary cannot be combined; give one of them.")
+    if sites[0].hook_in != sites[0].hook_out:
+        raise ValueError(
+            f"--directions: {given} reads {sites[0].hook_in} and predicts {sites[0].hook_out}; name one hook point, "
+            f"such as --site {sites[0].hook_out}."
+        )
+    return sites
+
+
+def _load(
+    model: ModelAndDictionaryOptions, sites: Sequence[Site], directions: Path | None
+) -> tuple[TinyModel, list[Place]]:
+    """Load the model and its dictionaries, and say how the pages name them."""
+    from tinymodel_jax.commands.dashboard_steps import Place
+
+    if directions is not None:
+        return _load_directions(model, sites[0], directions)
+    own = [model] * len(sites)
+    if len(sites) > 1 and (folder := model.dictionary) is not None:
+        own = [dataclasses.replace(model, dictionary=folder / site.tag) for site in sites]
+        missing = [str(one.dictionary) for one in own if one.dictionary and not one.dictionary.exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"--dictionary {folder}: {', '.join(missing)} does not exist; for several sites, give a folder that "
+                "holds each dictionary in a folder named by its tag."
+            )
+    lm = own[0].load_with_dictionary(sites[0])
+    for one, site in zip(own[1:], sites[1:], strict=True):
+        if one.dictionary is not None:
+            lm.attach(site.tag, one.dictionary)
+    return lm, [Place(lm[site.tag], site.meaning, one.python(site)) for one, site in zip(own, sites, strict=True)]
+
+
+def _load_directions(model: ModelAndDictionaryOptions, site: Site, path: Path) -> tuple[TinyModel, list[Place]]:
+    """Load the model, with directions of a file at a hook point.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it holds no directions of the width at the site, or the model has no such site.
+    """
+    import numpy as np
+
+    from tinymodel_jax.commands.dashboard_steps import Place
+    from tinymodel_jax.dictionaries.dictionary import Dictionary
+    from tinymodel_jax.dictionaries.sites import require_layer
+    from tinymodel_jax.model.hook_points import vector_width
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--directions {path} is not a file; write one: numpy.save({quoted(path)}, array).")
+    try:
+        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--directions {path} is not a .npy file of numbers ({error}).") from error
+    lm = model.load()
+    require_layer(site, lm.config, "--site ")
+    width = vector_width(site.hook_in, lm.config)
+    if array.ndim != 2 or array.shape[1] != width:
+        raise ValueError(
+            f"--directions {path} has shape {array.shape}; directions at {site.hook_in} have shape (n, {width})."
+        )
+    lm.attach(site.tag, Dictionary.from_directions(site.hook_in, array))
+    setup = (
+        "import numpy as np",
+        "from tinymodel_jax import Dictionary, TinyModel",
+        *model.python(site)[1:],
+        f"directions = Dictionary.from_directions({quoted(site.hook_in)}, np.load({quoted(path)}))",
+        f"lm.attach({quoted(site.tag)}, directions)",
+    )
+    about = f"directions of {path.name} at {site.hook_in}, activation max(0, direction · value)"
+    return lm, [Place(lm[site.tag], about, setup)]
+
+
+def _linked_tags(lm: TinyModel, sites: Sequence[Site], others: str) -> list[str]:
+    """Return the tags of the dictionaries to look for links in, checked and loaded."""
+    own = [site.tag for site in sites]
+    given = [lm[tag].site.tag for tag in parse_sites("--with", others)]
+    if len(own) > 1:
+        return list(dict.fromkeys([*own, *given]))
+    return given or [lm[tag].site.tag for tag in lm.dictionary_tags]
+
+
+def _effect_rows(lm: TinyModel, rows: np.ndarray, effects: int) -> np.ndarray:
+    """Return the rows on which every feature is turned off.
+
+    Raises:
+        ValueError: there are not as many.
+    """
     measured = rows[(rows[:, 1:] != lm.config.pad_id).any(axis=1)][:effects]
     if len(measured) < effects:
         raise ValueError(
             f"--effects {effects}: {len(measured)} of the rows read have a token to predict; give at most that many, "
             "or a larger --limit."
         )
-    clock = Clock()
-    partial = open_partial(out)
-    n_stories = limit if data == STORY_WORLD else None
-    try:
-        facts = _measure(reader, rows, tags, partial, n_stories, measured, clock)
-    except OtherWorkError as error:
-        raise ValueError(
-            f"--out {out}: {partial} holds unfinished work on a dashboard with other options; give those options "
-            "to resume it, or delete that folder to start again."
-        ) from error
-    records = text_records(reader, texts, clock.track)
-    _write(reader, model.python(place), partial, facts, rows, data, records, clock)
-    publish(partial, out)
-    _report(out, reader, clock, json)
-
-
-class Clock:
-    """Measures how long each kind of work takes, in seconds, and shows its progress."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    def track(self, things: Sequence[Any], what: str) -> Iterator[Any]:
-        """Yield things, and add the time until the last is done to the work `what`."""
-        started = time.monotonic()
-        yield from with_progress(things, what)
-        self.seconds[what] = self.seconds.get(what, 0) + time.monotonic() - started
-
-
-def _other_tags(lm: TinyModel, place: Site, others: str) -> list[str]:
-    """Return the tags of the other dictionaries, checked and loaded."""
-    tags = parse_sites("--with", others) or lm.dictionary_tags
-    return [lm[tag].site.tag for tag in tags if tag != place.tag]
+    return measured
 
 
 def _encoded(lm: TinyModel, text: str) -> list[int]:
@@ -118,81 +199,19 @@ def _encoded(lm: TinyModel, text: str) -> list[int]:
     return ids
 
 
-def _measure(
-    reader: FeatureReader,
-    rows: np.ndarray,
-    tags: Sequence[str],
-    partial: Path,
-    n_stories: int | None,
-    measured: np.ndarray,
-    clock: Clock,
-) -> Facts:
-    """Return what the pages show.
+def _report(out: Path, pages: dict[str, int], clock: Clock, json: bool) -> None:
+    """Print what was written.
 
     Args:
-        n_stories: number of stories of the story world that the rows hold; None for other data.
-        measured: rows on which every feature is turned off; without rows, effects are left out.
+        pages: number of features by the dictionary's tag.
     """
-    from tinymodel_jax.analysis.effects.importance import causal_importance
-    from tinymodel_jax.analysis.report.dashboard.build import EFFECTS, SEARCH, gather
-    from tinymodel_jax.analysis.search.feature_queries import concept_f1
-
-    found = search(reader, rows, partial / SEARCH, track=clock.track)
-    facts = gather(reader, rows, found, tags, clock.track)
-    if n_stories is not None:
-        truth = storyworld_truth(reader.lm, rows, n_stories)
-        f1 = concept_f1(reader, rows, truth, track=clock.track)
-        facts = dataclasses.replace(facts, f1=f1)
-    if len(measured):
-        importance = causal_importance(
-            reader.lm,
-            reader.site.tag,
-            measured,
-            work_file=partial / EFFECTS,
-            track=clock.track,
-        )
-        facts = dataclasses.replace(facts, importance=importance)
-    return facts
-
-
-def _write(
-    reader: FeatureReader,
-    setup: tuple[str, ...],
-    partial: Path,
-    facts: Facts,
-    rows: np.ndarray,
-    data: str,
-    texts: list[dict[str, Any]],
-    clock: Clock,
-) -> None:
-    from tinymodel_jax.analysis.report.dashboard.build import Heading, write_dashboard
-    from tinymodel_jax.analysis.search.feature_queries import token_texts
-    from tinymodel_jax.bundled.storyworld import CONCEPTS
-
-    place, config = reader.site, reader.lm.config
-    heading = Heading(f"{reader.lm!r}", place.tag, place.meaning, setup)
-    concepts = CONCEPTS if data == STORY_WORLD else {}
-    vocabulary = token_texts(reader.lm)
-    write_dashboard(partial, heading, facts, rows, vocabulary, config, concepts, texts, clock.track)
-
-
-def _report(out: Path, reader: FeatureReader, clock: Clock, json: bool) -> None:
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    record = {
-        "page": str(out / "index.html"),
-        "site": reader.site.tag,
-        "n_features": reader.dictionary.config.n_features,
-        "bytes": size,
-        "seconds": {
-            "all": round(time.monotonic() - clock.started, 1),
-            **{name: round(value, 1) for name, value in clock.seconds.items()},
-        },
-    }
+    page, n_features, seconds = str(out / "index.html"), sum(pages.values()), clock.rounded()
     if json:
-        print_json(record)
+        place: dict[str, Any] = {"site": next(iter(pages))} if len(pages) == 1 else {"sites": list(pages)}
+        print_json({"page": page, **place, "n_features": n_features, "bytes": size, "seconds": seconds})
         return
-    steps = ", ".join(f"{name} {value:.1f}" for name, value in clock.seconds.items())
+    steps = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "all")
     print(
-        f"{record['page']}: {record['n_features']:,} features of {record['site']}, {size / 1e6:.1f} MB, in "
-        f"{record['seconds']['all']} s ({steps})"
+        f"{page}: {n_features:,} features of {', '.join(pages)}, {size / 1e6:.1f} MB, in {seconds['all']} s ({steps})"
     )

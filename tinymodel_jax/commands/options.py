@@ -68,11 +68,9 @@ class ModelAndDictionaryOptions(ModelOptions):
     def python(self, site: Site) -> tuple[str, ...]:
         """Return the lines of Python that do as `load_with_dictionary`, and name the model `lm`."""
         heads = "" if self.n_heads is None else f", n_heads={self.n_heads}"
-        lines = ("from tinymodel_jax import TinyModel", f"lm = TinyModel({_quoted(self.name)}{heads})")
+        lines = ("from tinymodel_jax import TinyModel", f"lm = TinyModel({quoted(self.name)}{heads})")
         return (
-            lines
-            if self.dictionary is None
-            else (*lines, f"lm.attach({_quoted(site.tag)}, {_quoted(self.dictionary)})")
+            lines if self.dictionary is None else (*lines, f"lm.attach({quoted(site.tag)}, {quoted(self.dictionary)})")
         )
 
 
@@ -80,7 +78,7 @@ Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
 ModelAndDictionary = Annotated[ModelAndDictionaryOptions, tyro.conf.arg(name="")]
 
 
-def _quoted(text: object) -> str:
+def quoted(text: object) -> str:
     """Return a text as Python, in double quotes."""
     return json.dumps(str(text), ensure_ascii=False)
 

@@ -40,6 +40,11 @@ class Entry(NamedTuple):
         return tuple(f"blocks.{self.first_block}.attn.hook_{kind}" for kind in "qkv") if left else ()
 
 
+def has_entry(hook_name: str) -> bool:
+    """Whether the value at a hook point is the stream or is added to it, so that `entry_of` knows where it enters."""
+    return block_and_hook(hook_name)[1] in STREAM + WRITERS
+
+
 def entry_of(hook_name: str) -> Entry:
     """Return where changes at a site's hook point, such as `blocks.1.hook_mlp_out`, enter the stream.
 
@@ -47,7 +52,7 @@ def entry_of(hook_name: str) -> Entry:
         ValueError: the value there is neither the stream nor added to it.
     """
     layer, hook = block_and_hook(hook_name)
-    if hook not in STREAM + WRITERS:
+    if not has_entry(hook_name):
         raise ValueError(
             f"{hook_name} is neither the residual stream nor added to it, so a change there enters through weights; "
             f"sweeps take dictionaries at {', '.join(STREAM + WRITERS)}. Edit one feature at a time instead: "

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.block_order import STREAM, WRITERS, block_and_hook
+from tinymodel_jax.analysis.search.stream_directions import WRITTEN, is_written, written
 from tinymodel_jax.dictionaries.dictionary import Indices, resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
@@ -56,28 +56,12 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
         raise ValueError(f"logit_effects: top={top} is outside 1..{lm.config.d_vocab}, the vocabulary.")
     wanted = slice(None) if features is None else features
     chosen = np.atleast_1d(resolve_indices(wanted, dictionary.config.n_features))
-    directions = _in_stream(lm, dictionary.config.hook_out, dictionary.params["W_dec"][chosen])
-    return LogitEffects(chosen, *strongest_tokens(lm, directions, top))
-
-
-def _in_stream(lm: TinyModel, hook_out: str, directions: Float[Array, "n width"]) -> Float[Array, "n d_model"]:
-    """Return what directions at a hook point add to the residual stream.
-
-    Raises:
-        ValueError: the value there does not reach the stream through one matrix.
-    """
-    layer, hook = block_and_hook(hook_out)
-    block = lm.params[f"blocks_{layer}"]
-    if hook == "attn.hook_z":
-        return directions @ block["attn"]["W_O"].reshape(-1, lm.config.d_model)
-    if hook == "mlp.hook_post":
-        return directions @ block["mlp"]["W_out"]
-    if hook not in STREAM + WRITERS:
+    if not is_written(hook_out := dictionary.config.hook_out):
         raise ValueError(
-            f"logit_effects: {hook_out} has no direct effect on the logits; it is defined at "
-            f"{', '.join((*STREAM, *WRITERS, 'attn.hook_z', 'mlp.hook_post'))}."
+            f"logit_effects: {hook_out} has no direct effect on the logits; it is defined at {', '.join(WRITTEN)}."
         )
-    return directions
+    directions = written(lm, hook_out, dictionary.params["W_dec"][chosen])
+    return LogitEffects(chosen, *strongest_tokens(lm, directions, top))
 
 
 def strongest_tokens(

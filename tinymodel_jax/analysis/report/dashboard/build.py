@@ -1,7 +1,7 @@
-"""Builds a dashboard: measures what its pages show, then writes the pages, which appear complete.
+"""Measures what the pages of a dashboard show, and writes them.
 
-`gather` measures, and `write_dashboard` writes without needing the model. Memory grows with the number of features and
-contexts, not with the number of rows.
+`gather` measures what rows of tokens show, and `gather_links` what the weights show. The functions that write do not
+need the model. Memory grows with the number of features and contexts, not with the number of rows.
 """
 
 from __future__ import annotations
@@ -9,46 +9,42 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int, Integer
 
+from tinymodel_jax.analysis.report.dashboard.folders import FOLDER, INDEX
 from tinymodel_jax.analysis.report.dashboard.records import (
     Facts,
     fixed_facts,
     index_columns,
+    link_records,
     shard_records,
     text_record,
 )
-from tinymodel_jax.analysis.report.dashboard.weights_graph import weights_graph
+from tinymodel_jax.analysis.report.dashboard.weights_graph import WeightsGraph, weights_graph
 from tinymodel_jax.analysis.report.dashboard.windows import shown_contexts, window_activations
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
+from tinymodel_jax.analysis.search.stream_directions import is_read, is_written
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.lm import FeatureReader
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.neighbours import Neighbours
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.runtime.progress import Track
 
 A_SHARD = 64
 """Features per data file; opening a feature loads one file."""
 LOGITS, OTHERS_LOGITS = 10, 3
 """Promoted and suppressed tokens that a page lists, for the feature and for one of another dictionary."""
+NEIGHBOURS = 8
+"""Features with the nearest decoder directions that a page lists."""
 TEXT_START = 12
 """Tokens of a text that the index shows; its data holds one more, to tell whether the text continues."""
-SEARCH, EFFECTS = "search.safetensors", "effects.work"
-WORK = (SEARCH, f"{SEARCH}.work", EFFECTS)
-"""Work files, from which a stopped run resumes the search and the measurement of effects."""
-REPLACED = "replaced"
-"""The folder in which an older dashboard is kept while a new one takes its place."""
-INDEX, FOLDER = "index.html", "data"
-"""The parts of a dashboard: the page, and the folder of its data files."""
-GENERATOR = '<meta name="generator" content="tinymodel dashboard">'
-"""Marks the `index.html` of a dashboard."""
 
 
 class Heading(NamedTuple):
@@ -62,32 +58,65 @@ class Heading(NamedTuple):
     """Lines of Python that make `lm`, the model with its dictionary."""
 
 
-def gather(
-    reader: FeatureReader,
-    rows: Integer[np.ndarray, "rows seq"],
-    found: TopActivations,
-    others: Sequence[str],
-    track: Track,
-) -> Facts:
+class LinkedTokens(NamedTuple):
+    """The links of all features to those of other dictionaries."""
+
+    graph: WeightsGraph
+    promoted: Mapping[str, Int[np.ndarray, "n_features n"]]
+    """The tokens that each feature of another dictionary promotes most, by the dictionary's tag."""
+
+
+def gather(reader: FeatureReader, rows: Integer[np.ndarray, "rows seq"], found: TopActivations, track: Track) -> Facts:
     """Measure what the pages show in addition to the result of the search; leaves `f1` and `importance` unset.
 
     Args:
         reader: `lm[tag]`, where the tag names no feature.
         rows: the rows that were searched.
+    """
+    lm, tag, config = reader.lm, reader.site.tag, reader.dictionary.config
+    contexts = shown_contexts(found)
+    acts = window_activations(reader, rows, contexts, track=track)
+    top, left_out = min(LOGITS, lm.config.d_vocab), []
+    logits = logit_effects(lm, tag, top) if is_written(config.hook_out) else None
+    if logits is None:
+        left_out.append(
+            f"Logit effects and downstream features are left out: a direction at {config.hook_out} does not reach the "
+            "residual stream through one matrix."
+        )
+    if not is_read(config.hook_in):
+        left_out.append(
+            f"Upstream features are left out: the value at {config.hook_in} is not a linear map of the residual stream."
+        )
+    return Facts(found, contexts, acts, logits, _neighbours(reader.dictionary), left_out=tuple(left_out))
+
+
+def promoted_tokens(lm: TinyModel, tag: str) -> Int[np.ndarray, "n_features n"]:
+    """Return the tokens that each feature of a dictionary promotes most; none where it has no logit effects."""
+    config = lm[tag].dictionary.config
+    if not is_written(config.hook_out):
+        return np.zeros((config.n_features, 0), np.int32)
+    return logit_effects(lm, tag, min(OTHERS_LOGITS, lm.config.d_vocab)).promoted
+
+
+def gather_links(
+    lm: TinyModel,
+    tag: str,
+    others: Sequence[str],
+    promoted: Callable[[str], Int[np.ndarray, "n_features n"]],
+    track: Track,
+) -> LinkedTokens:
+    """Measure the links of all features of `lm[tag]` to those of other dictionaries.
+
+    Args:
         others: tags of dictionaries to look for upstream and downstream features in.
+        promoted: `promoted_tokens` of a tag; a caller with several dictionaries may keep its results.
 
     Raises:
         ValueError: a site has no dictionary.
     """
-    lm, tag = reader.lm, reader.site.tag
-    contexts = shown_contexts(found)
-    acts = window_activations(reader, rows, contexts, track=track)
     graph = weights_graph(lm, tag, others, track=track)
     linked = sorted({*graph.upstream, *graph.downstream})
-    top = min(OTHERS_LOGITS, lm.config.d_vocab)
-    promoted = {other: logit_effects(lm, other, top).promoted for other in track(linked, "logits")}
-    logits = logit_effects(lm, tag, min(LOGITS, lm.config.d_vocab))
-    return Facts(found, contexts, acts, logits, graph, promoted)
+    return LinkedTokens(graph, {other: promoted(other) for other in track(linked, "logits")})
 
 
 def text_records(reader: FeatureReader, texts: Sequence[Sequence[int]], track: Track) -> list[dict[str, Any]]:
@@ -96,7 +125,7 @@ def text_records(reader: FeatureReader, texts: Sequence[Sequence[int]], track: T
     return [text_record(np.asarray(ids), np.asarray(reader([ids]))[0], config) for ids in track(texts, "texts")]
 
 
-def write_dashboard(
+def write_measured(
     folder: Path,
     heading: Heading,
     facts: Facts,
@@ -107,7 +136,7 @@ def write_dashboard(
     texts: Sequence[dict[str, Any]],
     track: Track,
 ) -> None:
-    """Write the pages into a folder without pages, `index.html` last.
+    """Write the data files of all that was measured into a folder without data files.
 
     Args:
         vocabulary: text of every token id.
@@ -118,18 +147,47 @@ def write_dashboard(
     Raises:
         OSError: a file cannot be written.
     """
-    (folder / FOLDER).mkdir()
-    n = facts.found.n_features
+    (folder / FOLDER).mkdir(parents=True)
     write_data(folder, "vocabulary", [token_text(word) for word in vocabulary])
-    for number in track(range(-(-n // A_SHARD)), "pages"):
-        first = number * A_SHARD
-        records = shard_records(facts, rows, config, first, min(first + A_SHARD, n))
-        write_data(folder, f"shard-{number:04d}", records)
+    for number, first, last in track(_shards(facts.found.n_features), "pages"):
+        write_data(folder, f"shard-{number:04d}", shard_records(facts, rows, config, first, last))
     for number, record in enumerate(texts, 1):
         write_data(folder, f"text-{number}", record)
     write_data(folder, "index", _index(heading, facts, rows, concepts, texts))
-    content = {"heading": heading, "found": facts.found, "n_texts": len(texts)}
-    write_page(folder / INDEX, "dashboard.html.jinja", content)
+
+
+def write_links(folder: Path, links: LinkedTokens, n_features: int, track: Track) -> None:
+    """Write the data files of the links, in place of older ones.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for number, first, last in track(_shards(n_features), "pages"):
+        write_data(folder, f"links-{number:04d}", link_records(*links, first, last))
+
+
+def write_front(folder: Path, heading: Heading, tags: Sequence[str] = ()) -> None:
+    """Write the page that shows the data files of a folder.
+
+    Args:
+        tags: all dictionaries of the set that the folder belongs to; none if it is alone.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    index = read_data(folder, "index")
+    counts = {name: index[name] for name in ("n_features", "n_tokens", "n_rows")}
+    write_page(folder / INDEX, "dashboard.html.jinja", {"heading": heading, "tags": tags, **counts})
+
+
+def read_data(folder: Path, name: str) -> Any:
+    """Return what `write_data` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    text = (folder / FOLDER / f"{name}.js").read_text("utf-8")
+    return json.loads(gzip.decompress(base64.b64decode(text.split('"')[3])))
 
 
 def write_data(folder: Path, name: str, value: Any) -> None:
@@ -145,71 +203,6 @@ def write_data(folder: Path, name: str, value: Any) -> None:
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     packed = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
     (folder / FOLDER / f"{name}.js").write_text(f'dashboard.receive("{name}","{packed}");\n', "utf-8")
-
-
-def open_partial(out: Path) -> Path:
-    """Return the folder `OUT.partial`, in which a dashboard is built; create it if needed.
-
-    Pages that a stopped run left there are removed. Its work files stay, so that the run resumes. An older dashboard
-    that a killed run left there goes back to `out`.
-
-    Raises:
-        ValueError: `out` or the partial folder holds other files.
-        OSError: the folder cannot be created.
-    """
-    _require_free(out)
-    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    strange = sorted({path.name for path in partial.iterdir()} - {INDEX, FOLDER, REPLACED, *WORK})
-    if strange:
-        raise ValueError(f"{partial} is where the dashboard is built, but holds {strange[0]}; move that elsewhere.")
-    if (partial / REPLACED).exists() and not out.exists():
-        os.replace(partial / REPLACED, out)
-    (partial / INDEX).unlink(missing_ok=True)
-    for name in (FOLDER, REPLACED):
-        shutil.rmtree(partial / name, ignore_errors=True)
-    return partial
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Move a finished dashboard to `out`, in place of an older one, and remove the work files.
-
-    The older one is removed when the new one is in place; if that fails, the older one is put back. If it is
-    interrupted, `open_partial` accepts what is left.
-
-    Raises:
-        ValueError: `out` holds other files by now.
-        OSError: a file cannot be moved or removed.
-    """
-    _require_free(out)
-    replaced = partial / REPLACED
-    if out.exists():
-        os.replace(out, replaced)
-    try:
-        os.replace(partial, out)
-    except BaseException:
-        if replaced.exists():
-            os.replace(replaced, out)
-        raise
-    if (out / REPLACED).exists():
-        shutil.rmtree(out / REPLACED)
-    for name in WORK:
-        (out / name).unlink(missing_ok=True)
-
-
-def _require_free(out: Path) -> None:
-    """Refuse a folder that holds anything but a dashboard."""
-    if out.exists() and not _is_dashboard(out):
-        raise ValueError(f"{out} exists and is not a dashboard; name another folder, or remove it.")
-
-
-def _is_dashboard(folder: Path) -> bool:
-    """Return whether a folder is empty or holds only what `publish` puts there."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    expected = INDEX in names and names <= {INDEX, FOLDER, REPLACED, *WORK}
-    return not names or (expected and GENERATOR in (folder / INDEX).read_text("utf-8"))
 
 
 def _index(
@@ -232,6 +225,20 @@ def _index(
         "concepts": [[name, meaning] for name, meaning in concepts.items()],
         "texts": [record["tokens"][: TEXT_START + 1] for record in texts],
         "text_start": TEXT_START,
+        "left_out": facts.left_out,
         "columns": index_columns(facts, rows),
         **fixed_facts(),
     }
+
+
+def _shards(n_features: int) -> list[tuple[int, int, int]]:
+    """Return the number of each data file of features, and its first feature and the one after its last."""
+    starts = range(0, n_features, A_SHARD)
+    return [(number, first, min(first + A_SHARD, n_features)) for number, first in enumerate(starts)]
+
+
+def _neighbours(dictionary: Dictionary) -> Neighbours:
+    n = dictionary.config.n_features
+    if n == 1:
+        return Neighbours(np.zeros((1, 0), np.int32), np.zeros((1, 0), np.float32))
+    return dictionary.neighbours(slice(None), min(NEIGHBOURS, n - 1))

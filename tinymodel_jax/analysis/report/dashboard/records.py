@@ -1,4 +1,4 @@
-"""The content of a dashboard's data files: the columns of the index, and the records of features and of texts.
+"""The content of a dashboard's data files: columns of the index, and records of features, their links, and texts.
 
 All values are JSON values. Tokens are ids of the vocabulary; numbers have four significant digits, and effects in the
 index six. Features that are never active have records like all others. The script of the pages
@@ -21,6 +21,7 @@ from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.logit_effects import LogitEffects
 from tinymodel_jax.analysis.search.top_activations import EDGES, QUANTILES, TopActivations
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionaries.neighbours import Neighbours
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.effects.importance import CausalImportance
@@ -35,22 +36,23 @@ STRONGEST = 8
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Everything that the pages show about the features of one dictionary."""
+    """Everything that the pages show about the features of one dictionary, except their links to other dictionaries."""
 
     found: TopActivations
     contexts: Contexts
     """`windows.shown_contexts`."""
     acts: Float[np.ndarray, "n_features contexts window"]
     """`windows.window_activations`."""
-    logits: LogitEffects
-    """Logit effects of all features, in order."""
-    graph: WeightsGraph
-    promoted: Mapping[str, Int[np.ndarray, "n_features n"]]
-    """The tokens that each feature of another dictionary promotes most, by the dictionary's tag."""
+    logits: LogitEffects | None
+    """Logit effects of all features, in order; None where the dictionary has none."""
+    neighbours: Neighbours
+    """The nearest features of each feature."""
     f1: Float[np.ndarray, "n_features concepts"] | None = None
     """F1 of each feature for each concept; None if the concepts of the tokens are not known."""
     importance: CausalImportance | None = None
     """Effects of turning each feature off; None if they were not measured."""
+    left_out: tuple[str, ...] = ()
+    """Sentences about what cannot be computed at the dictionary's place."""
 
 
 def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[str, list[Any]]:
@@ -60,8 +62,9 @@ def index_columns(facts: Facts, rows: Integer[np.ndarray, "rows seq"]) -> dict[s
         "active": found.active.tolist(),
         "largest": rounded(found.largest),
         "peaks": _peak_tokens(found, rows),
-        "promoted": facts.logits.promoted[:, :PROMOTED].tolist(),
     }
+    if facts.logits is not None:
+        columns["promoted"] = facts.logits.promoted[:, :PROMOTED].tolist()
     if facts.f1 is not None:
         columns["concept"] = facts.f1.argmax(axis=1).tolist()
         columns["f1"] = rounded(facts.f1.max(axis=1), 3)
@@ -89,23 +92,34 @@ def shard_records(
         "histogram": found.histogram.tolist(),
         "contexts": [of_one[:TOP] for of_one in shown],
         "bands": [[of_one[i : i + OF_A_BAND] for i in range(TOP, len(of_one), OF_A_BAND)] for of_one in shown],
-        "promoted": _pairs(facts.logits.promoted[part], facts.logits.promoted_effect[part]),
-        "suppressed": _pairs(facts.logits.suppressed[part], facts.logits.suppressed_effect[part]),
         "partners": _partners(found),
-        "neighbours": _pairs(facts.graph.neighbours.features[part], facts.graph.neighbours.values[part]),
+        "neighbours": _pairs(facts.neighbours.features[part], facts.neighbours.cosine[part]),
     }
+    if (logits := facts.logits) is not None:
+        columns["promoted"] = _pairs(logits.promoted[part], logits.promoted_effect[part])
+        columns["suppressed"] = _pairs(logits.suppressed[part], logits.suppressed_effect[part])
     if facts.f1 is not None:
         best = np.argsort(-facts.f1[part], axis=1, kind="stable")[:, :CONCEPTS]
         columns["concepts"] = _pairs(best, np.take_along_axis(facts.f1[part], best, axis=1))
     if facts.importance is not None:
         columns["effects"] = _effects(facts.importance, part)
-    records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def link_records(
+    graph: WeightsGraph, promoted: Mapping[str, Int[np.ndarray, "n_features n"]], first: int, last: int
+) -> list[dict[str, Any]]:
+    """Return the links of features `first` to `last - 1` to each dictionary upstream and downstream.
+
+    Args:
+        promoted: the tokens that each feature of another dictionary promotes most, by the dictionary's tag.
+    """
+    records: list[dict[str, Any]] = [{"upstream": {}, "downstream": {}} for _ in range(first, last)]
     for direction in ("upstream", "downstream"):
-        links = {
-            tag: _links(of_tag, facts.promoted[tag], part) for tag, of_tag in getattr(facts.graph, direction).items()
-        }
-        for number, record in enumerate(records):
-            record[direction] = {tag: of_tag[number] for tag, of_tag in links.items()}
+        for tag, links in getattr(graph, direction).items():
+            of_tag = _links(links, promoted[tag], slice(first, last))
+            for record, listed in zip(records, of_tag, strict=True):
+                record[direction][tag] = listed
     return records
 
 

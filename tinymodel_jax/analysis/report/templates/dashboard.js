@@ -20,6 +20,8 @@ async function route() {
   show();
   keep(null);
   page.replaceChildren(...content);
+  // a text has the same number in each dictionary of a set
+  for (const [site, to] of pages) if (site !== index?.site) document.querySelector(`#set [data-site="${site}"]`).href = kind === "text" ? `${to}${address}` : to;
   opened();
   page.removeAttribute("aria-busy");
   const title = page.querySelector("h1");

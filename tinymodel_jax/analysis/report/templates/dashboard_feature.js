@@ -2,7 +2,8 @@
 async function featurePage(feature) {
   if (!(feature in index.columns.active)) throw new Error(`There is no feature ${feature}; features are numbered 0 to ${index.n_features - 1}.`);
   const shard = String(Math.floor(feature / index.a_shard)).padStart(4, "0");
-  const record = (await dashboard.load(`shard-${shard}`))[feature % index.a_shard];
+  const parts = await Promise.all(["shard", "links"].map((kind) => dashboard.load(`${kind}-${shard}`)));
+  const record = Object.assign({}, ...parts.map((records) => records[feature % index.a_shard]));
   lastFeature = feature;
   const step = (to, text) => (to in index.columns.active ? [element("a", { href: `#feature/${to}` }, text)] : []);
   const links = element("nav", { "aria-label": "features" }, element("a", { href: indexAddress }, "all features"), ...step(feature - 1, "← previous"), ...step(feature + 1, "next →"));
@@ -11,16 +12,19 @@ async function featurePage(feature) {
     element("h1", { tabindex: -1 }, element("code", {}, index.site), ` feature ${feature}`),
     numbers(feature, record),
     ...(index.columns.active[feature] ? [contextSection(feature, record)] : []),
-    section(
-      "What it promotes and suppresses",
-      element("p", { class: "about" }, "Direct effect of one unit of activation on the logits of the next token, skipping all later layers, minus the mean over the vocabulary."),
-      element("div", { class: "columns" }, tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)),
-    ),
+    ...(record.promoted ? [logitSection(record)] : []),
     linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to this feature's pre-activation.", record.upstream),
     linkSection("Downstream", "Features that read the residual stream after this one writes to it, by direct weight: what one unit of this feature's activation adds to their pre-activation.", record.downstream),
     section("Related features", element("div", { class: "columns" }, relatedTable("Decoder rows that point the same way", "cosine", record.neighbours), relatedTable("Active at the same tokens", "correlation", record.partners))),
+    ...leftOut(),
     pythonSection(feature, record),
   ];
+}
+
+function logitSection(record) {
+  const about = "Direct effect of one unit of activation on the logits of the next token, skipping all later layers, minus the mean over the vocabulary.";
+  const tables = [tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)];
+  return section("What it promotes and suppresses", element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables));
 }
 
 function pythonSection(feature, record) {
@@ -95,8 +99,10 @@ function relatedTable(caption, measure, pairs) {
 }
 
 function linkSection(title, about, dictionaries) {
-  const tables = Object.entries(dictionaries).map(([tag, links]) =>
-    table(tag, [["feature", null], ["weight per unit", null], ["promotes", "words"]], aligned(links).map(([f, weight, ids]) => [String(f), weight, ids.map(word)])),
-  );
+  const tables = Object.entries(dictionaries).map(([tag, links]) => {
+    const said = links.some(([, , ids]) => ids.length) ? [["promotes", "words"]] : []; // not every dictionary has logit effects
+    const rows = aligned(links).map(([f, weight, ids]) => [featureLink(f, tag), weight, ...said.map(() => ids.map(word))]);
+    return table(tag, [["feature", null], ["weight per unit", null], ...said], rows);
+  });
   return tables.length ? section(title, element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables)) : "";
 }

@@ -11,7 +11,7 @@ const COLUMNS = {
   concept: { needs: "concept", kind: "words", cell: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "–"), key: (f) => (index.columns.f1[f] ? index.concepts[index.columns.concept[f]][0] : "") },
   F1: { needs: "f1", title: "F1 of its activity for the concept, at the best threshold", cell: (f) => index.columns.f1[f].toFixed(2), key: (f) => index.columns.f1[f] },
   "peaks on": { kind: "words", cell: (f) => index.columns.peaks[f].map(word), key: (f) => firstWord(index.columns.peaks[f]) },
-  promotes: { kind: "words", cell: (f) => index.columns.promoted[f].map(word), key: (f) => firstWord(index.columns.promoted[f]) },
+  promotes: { needs: "promoted", kind: "words", cell: (f) => index.columns.promoted[f].map(word), key: (f) => firstWord(index.columns.promoted[f]) },
 };
 const largestDecimals = () => (index.largest_decimals ??= decimalsOf(index.columns.largest));
 const firstWord = (ids) => (ids.length ? vocabulary[ids[0]] : "");
@@ -39,7 +39,7 @@ function finder(find) {
   const named = index.concepts.map(([name]) => name.toLowerCase().includes(wanted.trim()));
   const { peaks, promoted, concept, f1 } = index.columns;
   return (f) =>
-    (id && Number(id[1]) === f) || (concept && f1[f] > 0 && named[concept[f]]) || peaks[f].some((i) => hit[i]) || promoted[f].some((i) => hit[i]);
+    (id && Number(id[1]) === f) || (concept && f1[f] > 0 && named[concept[f]]) || peaks[f].some((i) => hit[i]) || (promoted && promoted[f].some((i) => hit[i]));
 }
 
 function chosenFeatures({ find, show, sort }) {
@@ -107,9 +107,9 @@ function indexPage() {
   const texts = index.texts.map((ids, i) => element("a", { href: `#text/${i + 1}` }, textName(ids)));
   const form = element("form", { role: "search", submit: (event) => openFirst(event, body) }, find, kind);
   const caption = element("caption", {}, "Click a heading to sort, or a number to open the feature's page.");
-  const wide = element("table", { id: "features" }, caption, element("thead", {}, element("tr", {}, ...heads)), body);
+  const wide = element("table", { id: "features", class: "blocks" }, caption, element("thead", {}, element("tr", {}, ...heads)), body);
   const title = element("h1", { tabindex: -1 }, `${counted(index.n_features, "feature")} of `, element("code", {}, index.site));
-  return [title, ...(texts.length ? [element("nav", { "aria-label": "texts" }, "Texts:", ...texts)] : []), form, count, wide, pager];
+  return [title, ...leftOut(), ...(texts.length ? [element("nav", { "aria-label": "texts" }, "Texts:", ...texts)] : []), form, count, wide, pager];
 }
 
 const textName = (ids) => ids.slice(0, index.text_start).map((id) => vocabulary[id]).join("") + (ids.length > index.text_start ? "…" : "");

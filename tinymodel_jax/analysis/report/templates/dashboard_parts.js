@@ -22,7 +22,14 @@ const signed = (value) => sign(value, number(value));
 const share = (active) => `${fixed((100 * active) / index.n_tokens, Math.min(6, Math.max(0, Math.ceil(Math.log10(index.n_tokens / 100)))))} %`;
 const plusMinus = ([mean, half]) => signed(mean) + (half === null ? "" : ` ± ${number(half)}`);
 const counted = (n, thing) => `${n.toLocaleString("en")} ${thing}${n === 1 ? "" : "s"}`;
-const featureLink = (feature) => element("a", { href: `#feature/${feature}` }, String(feature));
+const pages = new Map([...document.querySelectorAll("#set [data-site]")].map((link) => [link.dataset.site, link.getAttribute("href")])); // of a set's dictionaries
+const leftOut = () => index.left_out.map((reason) => element("p", { class: "about left-out" }, reason));
+
+// A link to a feature's page; the number alone for a dictionary without pages.
+function featureLink(feature, site = index.site) {
+  if (site === index.site) return element("a", { href: `#feature/${feature}` }, String(feature));
+  return pages.has(site) ? element("a", { href: `${pages.get(site)}#feature/${feature}` }, String(feature)) : String(feature);
+}
 
 function table(caption, headings, rows) {
   const heads = headings.map(([text, kind]) => element("th", { scope: "col", class: kind }, text));
