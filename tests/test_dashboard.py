@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids, source, 
         np.asarray(lm[tag].dictionary.params[name]) for tag, name in ((source, "W_dec"), (target, "W_enc"))
     )
     _, clean = forward(flatten(lm.params), lm.config, tok_ids)
-    edits = {name: lambda x, seen, name=name: clean[name] for name in fixed}
+    edits: dict[str, Any] = {name: lambda x, seen, name=name: clean[name] for name in fixed}
     edits[written] = lambda x, seen: x + 0.5 * direction[5].reshape(x.shape[2:])
     _, steered = forward(flatten(lm.params), lm.config, tok_ids, edits)
     moved = (steered[read] - clean[read]).reshape(*tok_ids.shape, -1) @ W_enc
@@ -213,7 +214,7 @@ def test_a_record_says_what_was_found(facts, rows, lm):
 
 
 def test_a_record_lists_the_links_of_its_feature(links):
-    for feature, record in enumerate(link_records(*links, 3, 9), 3):
+    for feature, record in enumerate(link_records(links.graph, links.promoted, 3, 9), 3):
         for tag, listed in record["upstream"].items():
             found = links.graph.upstream[tag]
             assert [f for f, _, _ in listed] == found.features[feature].tolist()

@@ -163,7 +163,7 @@ def write_links(folder: Path, links: LinkedTokens, n_features: int, track: Track
         OSError: a file cannot be written.
     """
     for number, first, last in track(_shards(n_features), "pages"):
-        write_data(folder, f"links-{number:04d}", link_records(*links, first, last))
+        write_data(folder, f"links-{number:04d}", link_records(links.graph, links.promoted, first, last))
 
 
 def write_front(folder: Path, heading: Heading, tags: Sequence[str] = ()) -> None:
