@@ -240,6 +240,10 @@ def test_a_run_starts_from_a_finished_dictionary_of_another_site(
     error = capsys.readouterr().err
     assert f"--init-from {finished}, Rm1: the dictionary to start from does not fit: n_features is 48 there" in error
     assert error.count("\n") == 1
+    assert train_here(*arguments(model, data, tmp_path / "b", *options), "--init-from", str(sweep)) == 1
+    error = capsys.readouterr().err
+    assert f"--init-from {sweep} is a folder of a run; name one of its dictionaries, such as {sweep}/dict" in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "b").exists()
 
 

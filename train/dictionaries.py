@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.search.resumable import fingerprint
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.io.artifacts import DICTIONARY_FILE
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
@@ -81,7 +82,7 @@ def dictionaries(
         sweep: dictionaries to train.
         source: activations to train on.
         out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
-        init_from: folder of a finished dictionary of the same sizes, from which every dictionary starts.
+        init_from: folder of a finished dictionary (not of a run) of the same sizes, from which every dictionary starts.
         save_every: steps between checkpoints.
         eval_every: steps between evaluations on held-out data (L0, explained variance, CE recovered).
         mesh: device mesh, such as data=2,model=4 or sweep=8; by default all devices are on data.
@@ -94,7 +95,7 @@ def dictionaries(
     require_trackers(tracking)
     if min(steps, save_every, eval_every) < 1:
         raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
-    start = None if init_from is None else Dictionary.from_pretrained(init_from)
+    start = None if init_from is None else _finished(init_from)
     devices = make_mesh(mesh, devices_for(compile_for))
     activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
     planned = make_sweep(sweep, activations.places, _planned_steps(out, steps), source.batch_size)
@@ -123,6 +124,20 @@ def dictionaries(
     may_change = ("save_every", "eval_every", "mesh", "held_out_stories", "source")
     with open_run(out, settings, may_change, tracking) as run:
         _train(run, activations, program, trained, start)
+
+
+def _finished(init_from: Path) -> Dictionary:
+    """Load the dictionary that `--init-from` names.
+
+    Raises:
+        ValueError: the folder is a run.
+        FileNotFoundError, ValueError: as `Dictionary.from_pretrained`.
+    """
+    if has_begun(epath.Path(init_from)):
+        found = sorted(path.parent for path in init_from.glob(f"dictionaries/*/{DICTIONARY_FILE}"))
+        instead = f"name one of its dictionaries, such as {found[0]}" if found else "finish it first"
+        raise ValueError(f"--init-from {init_from} is a folder of a run; {instead}.")
+    return Dictionary.from_pretrained(init_from)
 
 
 def _require_fit(start: Dictionary, sweep: Sweep, places: Mapping[str, Place], init_from: Path | None) -> None:
@@ -159,7 +174,7 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep, s
         )
     )
     run.say_epochs(source.steps_per_epoch, source.rows_are)
-    for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), Description()):
+    for done, batch in run.steps(source.make_batch, _flops_per_vector(source, sweep), Description(), "vectors"):
         states, metrics = settled(program.step(states, source.context, batch))
         if done % run.settings["eval_every"] == 0:
             held_out = held_out_metrics(source, states, sweep)
@@ -169,7 +184,7 @@ def _train(run: Run, source: ActivationSource, program: Program, sweep: Sweep, s
             run.save(done, states)
     if not run.is_finished:
         return
-    say(f"{run.folder}: {run.done} steps done, {run.speed('vectors')}")
+    say(f"{run.folder}: {run.done} steps done, {run.speed()}")
     states = settle(program, source, states, sweep, run.done)
     write_results(run.folder, run.settings, source, states, sweep)
 

@@ -208,7 +208,7 @@ def _train(run: Run, config: ModelConfig, program: Program, data: TokenData, dev
         return
     params, model = gather(state.params), run.folder / "model"
     on_first(lambda: publish(config, params, data.folder, model))
-    say(f"{run.folder}: {steps} steps done, {run.speed('tokens')}; the model is in {model}")
+    say(f"{run.folder}: {steps} steps done, {run.speed()}; the model is in {model}")
 
 
 class Program(NamedTuple):

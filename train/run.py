@@ -114,6 +114,7 @@ class Run:
         make_batch: Callable[[int], Any],
         flops_per_token: float,
         describe: Callable[[Mapping[str, Any]], str],
+        unit: str = "tokens",
     ) -> Iterator[tuple[int, Any]]:
         """Yield (steps done after this one, batch) for every remaining step.
 
@@ -121,11 +122,12 @@ class Run:
             make_batch: number of the step, from 0 -> batch on the devices; called ahead of time.
             flops_per_token: floating-point operations per token; the metrics of a step count its `tokens`.
             describe: a step's metrics -> a few words for the progress; called for every step, in order.
+            unit: what the speed counts.
         """
         steps = self.settings["steps"]
         self._started = time.monotonic()
         self._seconds_before = trained_seconds(self.folder) if self.done else 0.0
-        self._progress = TrainingProgress(self.done, steps, flops_per_token, describe)
+        self._progress = TrainingProgress(self.done, steps, flops_per_token, describe, unit)
         for number, batch in prefetch(make_batch, self.done, steps):
             yield number + 1, batch
             if self._stopping:
@@ -198,11 +200,11 @@ class Run:
         """Whether all steps are done."""
         return self.done == self.settings["steps"]
 
-    def speed(self, unit: str) -> str:
-        """Return the mean speed in `unit`s per second as text, for the last line that a program prints."""
+    def speed(self) -> str:
+        """Return the mean speed as text, for the last line that a program prints."""
         if self._progress is None or not self._progress.seen:
             return "nothing left to do"
-        return f"{self._progress.tokens_per_second():,.0f} {unit}/s"
+        return self._progress.speed()
 
     def close(self) -> None:
         """Close the metrics and wait until the last checkpoint is written."""
@@ -248,10 +250,15 @@ class TrainingProgress:
     """A progress bar on a terminal, or a line every 20 s elsewhere: metrics, speed, share of the devices' peak."""
 
     def __init__(
-        self, first_step: int, steps: int, flops_per_token: float, describe: Callable[[Mapping[str, Any]], str]
+        self,
+        first_step: int,
+        steps: int,
+        flops_per_token: float,
+        describe: Callable[[Mapping[str, Any]], str],
+        unit: str = "tokens",
     ) -> None:
         """Show the bar; the arguments are those of `Run.steps`."""
-        self._steps, self._flops_per_token, self._words = steps, flops_per_token, describe
+        self._steps, self._flops_per_token, self._words, self._unit = steps, flops_per_token, describe, unit
         peak = peak_flops(jax.devices()[0])
         self._peak = None if peak is None else peak * jax.device_count()
         self._started = self._updated = self._line_at = time.monotonic()
@@ -287,6 +294,10 @@ class TrainingProgress:
         """Return the mean speed since the first step was done."""
         return self._timed_tokens / max(self._updated - self._started, 1e-9)
 
+    def speed(self) -> str:
+        """Return that speed with its unit."""
+        return f"{self.tokens_per_second():,.0f} {self._unit}/s"
+
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
@@ -295,7 +306,7 @@ class TrainingProgress:
     def _describe(self, metrics: Mapping[str, Any]) -> str:
         speed = self.tokens_per_second()
         share = f"  {speed * self._flops_per_token / self._peak:.0%} of peak" if self._peak else ""
-        return f"{self._words(metrics)}  {speed:,.0f} tokens/s{share}"
+        return f"{self._words(metrics)}  {self.speed()}{share}"
 
 
 def _require_finite(line: Mapping[str, Any], step: int) -> None:
