@@ -72,6 +72,15 @@ def test_the_table_of_a_training_run_shows_any_folder(capsys):
     assert "│ M1[topk]:dog: │" in shown
 
 
+def test_a_table_that_is_piped_is_whole(capsys):
+    columns = [f"column {number}" for number in range(30)]
+    frame.print_table(columns, [["a value of its own"] * 30], title="title")
+    shown = capsys.readouterr().out
+    assert all(column in shown for column in columns)
+    assert shown.count("a value of its own") == 30
+    assert "…" not in shown
+
+
 def test_a_list_of_sites_may_have_spaces_and_repeat():
     assert parse_sites("--sites", "M1, A0,M1,") == ["M1", "A0"]
     assert parse_sites("--sites", "") == []

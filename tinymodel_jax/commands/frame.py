@@ -25,6 +25,8 @@ from tinymodel_jax.runtime.paths import user_path
 if TYPE_CHECKING:
     from rich.text import Text
 
+WIDEST = 10_000
+"""Columns of the widest table."""
 USER_PATHS = tyro.constructors.ConstructorRegistry()
 """Expands `~` in every option that is a `Path`: shells leave it in `--out=~/x`, and other programs call without one."""
 
@@ -117,6 +119,8 @@ def print_table(
 ) -> None:
     """Print a table, in which brackets and `:words:` of prompts and names are shown as they are.
 
+    On a terminal it fits the window; elsewhere it is as wide as its content.
+
     Args:
         rows: a cell for each column; a `rich.text.Text` where parts have a style.
         right: columns that are aligned on the right, such as numbers.
@@ -130,7 +134,10 @@ def print_table(
         table.add_column(Text(column), justify="right" if column in right else "left")
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.measure(table, options=console.options.update(width=WIDEST)).maximum, 1)
+    console.print(table)
 
 
 def finite_or_none(number: int | float) -> int | float | None:
