@@ -122,6 +122,15 @@ def test_a_model_whose_output_overflows_has_a_dash_for_its_cross_entropy(tmp_pat
     assert "'M0': this model has no dictionary there (it has: A0)" in error_line(capsys)
 
 
+@pytest.mark.parametrize("command", ["eval", "importance", "top", "dashboard"])
+def test_a_limit_of_no_rows_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, capsys, command):
+    monkeypatch.setattr("tinymodel_jax.lm.TinyModel.__init__", lambda *_, **__: pytest.fail("a model is loaded"))
+    sites = ["--sites", "M0"] if command == "eval" else ["--site", "M0"]
+    out = ["--out", str(tmp_path / "pages")] if command == "dashboard" else []
+    assert cli.main([command, *sites, "--data", "storyworld", "--limit", "0", *out]) == 1
+    assert "--limit 0 must be 1 or more" in error_line(capsys)
+
+
 def test_densities_count_every_feature_once():
     features, dead = density_histogram(np.array([0, 0, 1e-9, 0.02, 0.5, 1.0]))
     assert (sum(features), dead) == (4, 2)

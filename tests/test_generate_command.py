@@ -40,6 +40,7 @@ def test_features_are_steered_and_held_as_by_hand(story_model, capsys):
         (["--steer", "M2=1"], "--steer M2=1: M2 is a whole dictionary; name a feature, such as M2N123"),
         (["--ablate", "Q1N1"], "--ablate Q1N1: 'Q1N1' is not a dictionary tag"),
         (["--ablate", "M0N1", "--clamp", "M0N1=1"], "M0N1 is named twice"),
+        (["--ablate", "M2N5=1"], "takes no number; give --ablate M2N5, or --clamp M2N5=1."),
     ],
 )
 def test_an_edit_in_another_form_is_one_line_before_a_model_is_loaded(monkeypatch, capsys, options, says):

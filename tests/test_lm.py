@@ -199,6 +199,12 @@ def test_kept_activations_come_in_the_order_asked_for(lm, tok_ids):
     assert list(lm.run_with_hooks(tok_ids, {}, names)[1]) == names
 
 
+def test_no_hooks_may_be_none(lm, tok_ids):
+    logprobs, acts = lm.run_with_hooks(tok_ids, None, keep="hook_embed")
+    np.testing.assert_array_equal(logprobs, lm(tok_ids))
+    assert list(acts) == ["hook_embed"]
+
+
 def test_hooks_and_splices_act_together_splices_first(lm, tok_ids):
     name, dictionary = "blocks.1.hook_mlp_out", lm.dictionaries["Mo1"]
     expected, _ = forward(

@@ -67,7 +67,7 @@ CALLS = {
     "negative residual": (lambda lm: lm.residual(IDS, -1), "layer -1 is outside 0..2"),
     "feature": (lambda lm: lm["M0N12"], "feature 12 is out of range; the dictionary has features 0..11"),
     "index": (lambda lm: lm["M0"](IDS, indices=[3, 12]), "feature 12 is out of range"),
-    "tag": (lambda lm: lm["M"], "'M' is not a dictionary tag. A tag is a kind"),
+    "tag": (lambda lm: lm["M"], "'M' is not a dictionary tag, such as 'M1' or 'Ra0N12'. Closest: M0, "),
     "no dictionary": (lambda lm: lm["A0"], "'A0': this model has no dictionary there (it has: M0, Ra1"),
     "attach feature": (lambda lm: lm.attach("M0N1", lm.dictionaries["M0"]), "name the site, 'M0'"),
     "attach layer": (lambda lm: lm.attach("M5", lm.dictionaries["M0"]), "layer 5 does not exist"),
@@ -175,6 +175,14 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
     ("call", "says"),
     [
         (lambda lm: lm[3], "3 is not a dictionary tag"),
+        (lambda lm: lm["m1"], "'m1' is not a dictionary tag, such as 'M1' or 'Ra0N12'. Closest: M1, "),
+        (lambda lm: lm["blocks.1.hook_mlp_ot"], "Closest: blocks.1.hook_mlp_out, "),
+        (lambda lm: interventions.ablate(untyped("M0"), 5), "expected a dictionary, got 'M0'; lm['M0'] is the one"),
+        (
+            lambda lm: interventions.steer("hook_embed", 1.0, positions="prompt"),
+            "positions='prompt': an edit takes a boolean mask of shape (seq,) or (batch, seq); lm.generate(",
+        ),
+        (lambda lm: interventions.clamp(lm["M0"], 5, 1.0, positions="all"), "positions='all': an edit takes a boolean"),
         (lambda lm: lm.residual(IDS, 1.0), "layer 1.0 is outside 0..2"),
         (lambda lm: lm("Once"), "this model has no tokenizer"),
         (lambda lm: lm(["Once", 3]), "got text where ids are expected; lm.to_tokens(texts) turns a text"),
@@ -210,7 +218,7 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
         (lambda lm: lm.run_with_hooks(IDS, {}, keep=3), "names: got a int; expected a name or several"),
         (lambda lm: sweeps.ablate(lm, lm["M0N3"], IDS), "'M0N3' names a feature; name the site, 'M0'"),
         (lambda lm: sweeps.ablate(lm, untyped(3), IDS), "got a int as dictionary; give a tag such as 'M2', lm['M2']"),
-        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "relu, 12 features) is not a dictionary tag"),
+        (lambda lm: lm.splice([lm.dictionaries["M0"]]), "is not a dictionary tag, such as 'M1' or 'Ra0N12'. All"),
         (
             lambda lm: patching.patch(lm, [1, 2], [1, 3], metric=untyped([3])),
             "metric=[3]; expected 'loss', 'next_logprob', logit_difference(a, b)",

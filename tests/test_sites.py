@@ -48,7 +48,7 @@ def test_a_tag_means_what_it_means_in_the_reference(text):
         assert expected == "AssertionError"
         assert Site.parse(text) == RAISES_THERE_BUT_PARSES_HERE[text]
     elif not expected or text in PARSES_THERE_BUT_NOT_HERE:
-        assert "A tag is a kind" in error_of(lambda: Site.parse(text))
+        assert "is not a dictionary tag, such as" in error_of(lambda: Site.parse(text))
     else:
         file, kind, layer, feature = expected
         site, found = Site.parse(text)
@@ -91,7 +91,7 @@ def test_junk_is_a_tag_or_a_one_line_value_error(junk):
         try:
             site, feature = Site.parse(junk)
         except ValueError:
-            assert repr(junk) in error_of(lambda: Site.parse(junk))
+            assert repr(junk)[:80] in error_of(lambda: Site.parse(junk))
         else:
             assert feature is None or feature >= 0
             assert Site.parse(site.tag) == (site, None)
@@ -115,7 +115,7 @@ def test_a_hook_point_is_a_site_by_its_name():
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.hook_pattern", "blocks.1.attn.hook_attn_scores", "hook_embed"])
 def test_a_hook_point_without_a_width_or_a_block_is_not_a_site(name):
-    assert "(blocks' hook points: hook_resid_pre, " in error_of(lambda: Site.parse(name))
+    assert "Closest: " in error_of(lambda: Site.parse(name))
 
 
 def test_only_transcoders_read_another_hook_point_than_they_predict():

@@ -90,11 +90,12 @@ def test_contains_lists_features_that_peak_on_the_text(records, searched, lm, ro
     for one in shown:
         kept = found.top.row[one["feature"]] >= 0
         peaks = rows[found.top.row[one["feature"]][kept], found.top.position[one["feature"]][kept]]
-        assert one["score"] >= round(float(np.mean(["a" in pieces[token] for token in peaks])), 4)
+        assert one["share_of_contexts"] >= round(float(np.mean(["a" in pieces[token] for token in peaks])), 4)
         assert {one["top_token"], *one["promoted"]} <= set(pieces)
-    assert [one["score"] for one in shown] == sorted((one["score"] for one in shown), reverse=True)
+    shares = [one["share_of_contexts"] for one in shown]
+    assert shares == sorted(shares, reverse=True)
     several = records("--contains", "Once upon a time", "--top", "24")  # a text of several tokens
-    assert all(one["score"] > 0 for one in several)
+    assert all(one["share_of_contexts"] > 0 for one in several)
 
 
 def test_features_for_a_word_are_those_whose_top_contexts_peak_on_it(lm):
@@ -144,7 +145,7 @@ def test_a_concept_lists_features_by_their_best_f1(records, lm, rows):
     truth = storyworld.labels(unseen_stories(lm, LIMIT), lm.tokenizer, width=rows.shape[1], max_length=rows.shape[1])
     f1 = concept_f1(lm["M1"], rows, truth)[:, list(storyworld.CONCEPTS).index("word.the")]
     assert shown[0]["feature"] == int(f1.argmax())
-    assert shown[0]["score"] == pytest.approx(f1.max(), abs=1e-4)
+    assert shown[0]["concept_f1"] == pytest.approx(f1.max(), abs=1e-4)
 
 
 def test_the_best_f1_takes_a_threshold_where_a_dense_unit_needs_one():
@@ -158,10 +159,17 @@ def test_the_best_f1_takes_a_threshold_where_a_dense_unit_needs_one():
 def test_people_get_a_table_and_a_page(capsys, top, searched):
     assert cli.main([*top, "-o", str(searched), "--site", "M1", "--top", "3"]) == 0
     assert "promotes" in capsys.readouterr().out
+    for ranked, heading in (
+        (["--contains", " the"], "top contexts on ' the'"),
+        (["--concept", "dialogue"], "F1 for dialogue"),
+    ):
+        assert cli.main([*top, "-o", str(searched), "--site", "M1", "--top", "3", *ranked]) == 0
+        assert heading in capsys.readouterr().out
     assert cli.main([*top, "-o", str(searched), "--site", "M1N5", "--top", "2"]) == 0
     page = capsys.readouterr().out
     assert page.startswith("M1N5, ")
-    parts = ("quantiles: 10%", "top contexts:", "from quantile 0.8 to 1.0", "«", "promoted next tokens", "together")
+    parts = ("of its activations above 0, 10% are below ", "top contexts:", "sampled contexts, strongest 20%:")
+    parts += ("sampled contexts, next 20%, to 40%:", "«", "promoted next tokens", "together")
     assert [part for part in parts if part not in page] == []
 
 
@@ -175,8 +183,10 @@ def test_people_get_a_table_and_a_page(capsys, top, searched):
         (["--site", "M1", "--top", "0"], "--top 0 must be 1 or more"),
         (["--site", "M1", "--limit", "0"], "--limit 0 must be 1 or more"),
         (["--site", "M1", "--contains", "a", "--feature", "1"], "cannot be combined"),
+        (["--site", "M1N5", "--concept", "dialogue"], "give --site M1N5, or --site M1 --concept dialogue."),
+        (["--site", "M1N5", "--contains", " a"], "give --site M1N5, or --site M1 --contains ' a'."),
         (["--site", "M1", "--contains", ""], "give a text"),
-        (["--site", "M1", "--contains", "qqqq"], "no feature's top contexts peak on it"),
+        (["--site", "M1", "--contains", "qqqq"], "no top context of a feature of M1 peaks on 'qqqq' in "),
         (["--site", "M1", "--concept", "feeling.badd"], "Closest: feeling.bad"),
         (["--site", "M1", "--concept", "feeling.bad", "--data", "x.txt"], "leave --data out"),
         (["--site", "M1", "--data", "nothing.txt"], "nothing.txt"),
@@ -214,7 +224,11 @@ def test_short_stories_are_searched_at_the_width_that_they_need(lm, tmp_path):
 
 def test_the_file_of_another_search_is_refused(top, searched, capsys):
     assert cli.main([*top, "--site", "M1", "--limit", "5", "-o", str(searched)]) == 1
-    assert "holds a search with another data; name another file" in error_line(capsys)
+    same = f"holds a search of {LIMIT} rows instead of 5; give --limit {LIMIT}, name another file, or delete it."
+    assert same in error_line(capsys)
+    assert cli.main([*top, "--site", "M0", "--limit", "5", "-o", str(searched)]) == 1
+    said = f"holds a search of site M1, of {LIMIT} rows instead of 5, of another dictionary; name another file"
+    assert said in error_line(capsys)
 
 
 def test_a_feature_shows_as_many_contexts_as_asked_for(story_model, searched, top, capsys):

@@ -18,6 +18,7 @@ from tinymodel_jax.commands.options import (
     make_output_folder,
     parse_sites,
     quoted,
+    require_positive,
 )
 from tinymodel_jax.dictionaries.sites import Site
 
@@ -59,6 +60,7 @@ def dashboard(
         effects: number of rows on which every feature is turned off to measure its effect; 0 leaves effects out.
         json: print a JSON object about the pages instead of a sentence.
     """
+    require_positive("--limit", limit)
     sites = _sites(site, model.dictionary, directions)
     if effects < 0:
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")

@@ -17,6 +17,7 @@ from tinymodel_jax.commands.options import (
     named_dictionaries,
     parse_sites,
     prepare_json_output,
+    require_positive,
 )
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -64,6 +65,7 @@ def evaluate(
     tags = parse_sites("--sites", sites)
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
+    require_positive("--limit", limit)
     prepare_json_output("--out", out)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = model.load()

@@ -68,6 +68,12 @@ def generate(
     """
     texts, from_file = read_prompts(prompts, stories, limit, ids)
     require_positive("--prompt-toks", prompt_toks)
+    for given in ablate:
+        if "=" in given:
+            raise ValueError(
+                f"--ablate {given}: an ablation sets the activation to 0 and takes no number; give "
+                f"--ablate {given.partition('=')[0]}, or --clamp {given}."
+            )
     added = _parse("--steer", steer)
     held = _parse("--ablate", [f"{tag}=0" for tag in ablate], _parse("--clamp", clamp))
     from tinymodel_jax.model.generate import continue_in_steps, strip_padding  # JAX loads here, not for --help

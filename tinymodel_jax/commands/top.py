@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +50,8 @@ def top(
         site: tag of the dictionary, such as M2; M2N123 means --site M2 --feature 123.
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         limit: largest number of rows to read.
-        feature: show this feature: contexts, quantiles, histogram, logit effects, and the features active with it.
+        feature: show this feature: contexts, typical and large activations, histogram, logit effects, and the features
+            active with it.
         contains: list features whose top contexts peak on this text, those with the largest share first.
         concept: list features by how well they detect this concept of the story world (F1 at the best threshold).
         top: number of features to list, or of contexts of the one feature to show.
@@ -59,7 +62,7 @@ def top(
     if of_tag is not None and feature is not None:
         raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
-    _check_options(top, (chosen, contains, concept), data, concept)
+    _check_options(site, top, limit, (chosen, contains, concept), data, concept)
     prepare_output("--out", out)
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionaries.dictionary import resolve_indices
@@ -74,9 +77,9 @@ def top(
     found = search(reader, rows, out, 1 if chosen is None else top)
     truth = storyworld_truth(lm, rows, limit) if data == STORY_WORLD else None
     if chosen is None:
-        order, why = views.ranked(reader, found, rows, truth, contains, concept)
-        records = views.feature_records(reader, found, rows, truth, order[:top], why)
-        show: Any = views.print_features
+        order, rank = views.ranked(reader, found, rows, truth, contains, concept)
+        records = views.feature_records(reader, found, rows, truth, order[:top], rank)
+        show: Any = functools.partial(views.print_features, rank=rank)
     else:
         records = [views.feature_record(reader, found, rows, truth, chosen, top)]
         show = views.print_feature
@@ -112,10 +115,9 @@ def search(
     if out is not None and out.exists():
         found = load_top_activations(out)
         now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
-        changed = [name for name, value in now.items() if getattr(found, name) != value]
+        changed = {name for name, value in now.items() if getattr(found, name) != value}
         if changed:
-            what = ", ".join(changed)
-            raise OtherWorkError(f"--out {out} holds a search with another {what}; name another file, or delete it.")
+            raise OtherWorkError(_other_search(out, found, changed, len(rows)))
         if (held := found.top.row.shape[1]) < needed:
             raise ValueError(
                 f"--out {out} holds {held} contexts per feature, not {needed}; name another file, or delete it."
@@ -136,8 +138,31 @@ def search(
     return found
 
 
-def _check_options(top: int, questions: tuple[Any, ...], data: str, concept: str | None) -> None:
+def _other_search(out: Path, found: TopActivations, changed: set[str], n_rows: int) -> str:
+    """Return what differs between the search in a file and the one that is asked for, and what to do."""
+    differences = {
+        "tag": f"of site {found.tag}",
+        "data": f"of {found.n_rows:,} rows instead of {n_rows:,}" if found.n_rows != n_rows else "of other rows",
+        "model": "of another model",
+        "dictionary": "of another dictionary",
+    }
+    names = [name for name in differences if name in changed]
+    what = ", ".join(differences[name] for name in names)
+    same = f"give --limit {found.n_rows}, " if names == ["data"] and found.n_rows != n_rows else ""
+    return f"--out {out} holds a search {what}; {same}name another file, or delete it."
+
+
+def _check_options(site: str, top: int, limit: int, questions: tuple[Any, ...], data: str, concept: str | None) -> None:
     require_positive("--top", top)
+    require_positive("--limit", limit)
+    place, of_tag = Site.parse(site)
+    ranking = next((name for name, text in zip(("contains", "concept"), questions[1:], strict=True) if text), None)
+    if of_tag is not None and ranking is not None:
+        asked = f"--{ranking} {shlex.quote(questions[1] or questions[2])}"
+        raise ValueError(
+            f"--site {site} shows one feature, and {asked} ranks them all; give --site {site}, or "
+            f"--site {place.tag} {asked}."
+        )
     if sum(question is not None for question in questions) > 1:
         raise ValueError("--feature, --contains and --concept cannot be combined; give one of them.")
     if questions[1] == "":

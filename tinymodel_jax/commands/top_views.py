@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +26,17 @@ BAR = 40
 """Characters of the longest bar."""
 
 
+class Rank(NamedTuple):
+    """What features are ranked by."""
+
+    field: str
+    """Name in the JSON."""
+    heading: str
+    """Name in the table, with its unit."""
+    values: np.ndarray
+    """(features)."""
+
+
 def ranked(
     reader: FeatureReader,
     found: TopActivations,
@@ -33,8 +44,8 @@ def ranked(
     truth: np.ndarray | None,
     contains: str | None,
     concept: str | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return features in the order that the options ask for, and their scores; by density without scores by default.
+) -> tuple[np.ndarray, Rank | None]:
+    """Return features in the order that the options ask for, and what they are ranked by; by default the density.
 
     Args:
         truth: result of `storyworld_truth`, for rows of the story world.
@@ -43,15 +54,13 @@ def ranked(
         assert truth is not None
         one = list(CONCEPTS).index(concept)
         score = concept_f1(reader, rows, truth[..., [one]], track=with_progress)[:, 0]
-        return np.argsort(-score, kind="stable"), score
+        return np.argsort(-score, kind="stable"), Rank("concept_f1", f"F1 for {concept}", score)
     if contains is None:
         return np.argsort(-found.density, kind="stable"), None
     order, share, _ = find_features(reader.lm, found.tag, rows, contains, search=found)
-    if not len(order):
-        raise ValueError(f"--contains {contains!r}: no feature's top contexts peak on it; read more rows (--limit).")
     score = np.zeros(found.n_features)
     score[order] = share
-    return order, score
+    return order, Rank("share_of_contexts", f"top contexts on {contains!r}", score)
 
 
 def feature_records(
@@ -60,7 +69,7 @@ def feature_records(
     rows: np.ndarray,
     truth: np.ndarray | None,
     features: np.ndarray,
-    score: np.ndarray | None,
+    rank: Rank | None,
 ) -> list[dict[str, Any]]:
     """Return a short record of each feature."""
     lm, known = reader.lm, _known(reader, rows, truth, features)
@@ -68,8 +77,8 @@ def feature_records(
     records = []
     for place, feature in enumerate(features):
         record = _numbers(found, int(feature)) | known[place]
-        if score is not None:
-            record["score"] = round(float(score[feature]), 4)
+        if rank is not None:
+            record[rank.field] = round(float(rank.values[feature]), 4)
         record["top_token"] = _usual_token(lm, found, rows, int(feature))
         record["promoted"] = [lm.tokenizer.decode([token]) for token in effects.promoted[place].tolist()]
         records.append(record)
@@ -110,19 +119,19 @@ def feature_record(
     }
 
 
-def print_features(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
+def print_features(found: TopActivations, records: Sequence[dict[str, Any]], rank: Rank | None) -> None:
     """Print a table of features."""
     title = f"{found.tag}, {found.n_tokens:,} tokens of {found.n_rows:,} rows"
-    with_score, with_concept = "score" in records[0], "concept" in records[0]
-    names = ["feature", *(["score"] if with_score else []), "density", "largest", "top token"]
+    with_concept, headings = "concept" in records[0], [] if rank is None else [rank.heading]
+    names = ["feature", *headings, "density", "largest activation", "top token"]
     names += [*(["concept (F1)"] if with_concept else []), "promotes"]
     rows = []
     for record in records:
-        cells = [str(record["feature"]), *([f"{record['score']:.2f}"] if with_score else [])]
+        cells = [str(record["feature"]), *([] if rank is None else [_ranked_by(rank, record)])]
         cells += [f"{record['density']:.3%}", f"{record['largest']:.2f}", _word(record["top_token"])]
         cells += [f"{record['concept']} ({record['f1']:.2f})"] if with_concept else []
         rows.append([*cells, " ".join(map(_word, record["promoted"][:3]))])
-    print_table(names, rows, title=title, right=("feature", "score", "density", "largest"))
+    print_table(names, rows, title=title, right=("feature", *headings, "density", "largest activation"))
 
 
 def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> None:
@@ -133,7 +142,8 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
         f"[bold]{found.tag}N{record['feature']}[/bold]{concept}: active on {record['density']:.3%} of "
         f"{found.n_tokens:,} tokens, mean {record['mean']:.3f}, largest {record['largest']:.3f}"
     )
-    console.print("quantiles: " + ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in record["quantiles"].items()))
+    below = ", ".join(f"{float(share):.0%} are below {value:.3f}" for share, value in record["quantiles"].items())
+    console.print(f"of its activations above 0, {below}")
     if found.histogram_every > 1:
         console.print(f"one token in {found.histogram_every}:")
     most = max((one["tokens"] for one in record["histogram"]), default=1)
@@ -141,12 +151,18 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
         console.print(f"  from {one['from']:8.4f} {'█' * -(-BAR * one['tokens'] // most)} {one['tokens']:,}")
     _print_contexts(console, "top contexts", record["contexts"])
     for number, band in enumerate(record["bands"]):
-        high, low = 1 - number / BANDS, 1 - (number + 1) / BANDS
-        _print_contexts(console, f"contexts from quantile {low:.1f} to {high:.1f}", band)
+        first, last = number / BANDS, (number + 1) / BANDS
+        which = f"strongest {last:.0%}" if not number else f"next {last - first:.0%}, to {last:.0%}"
+        _print_contexts(console, f"sampled contexts, {which}", band)
     for kind in ("promoted", "suppressed"):
         words = "  ".join(f"{escape(_word(one['token']))} {one['effect']:+.3f}" for one in record[kind])
         console.print(f"{kind} next tokens: {words}")
     console.print(f"active together with: {_partners(record['partners'])}")
+
+
+def _ranked_by(rank: Rank, record: dict[str, Any]) -> str:
+    value = record[rank.field]
+    return f"{value:.0%}" if rank.field == "share_of_contexts" else f"{value:.2f}"
 
 
 def _partners(partners: Sequence[dict[str, Any]] | None) -> str:

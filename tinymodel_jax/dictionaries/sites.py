@@ -8,6 +8,7 @@ with `require_layer`.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
 from dataclasses import dataclass
@@ -80,14 +81,13 @@ class Site:
         `Ra1`.
 
         Raises:
-            ValueError: the text is not a tag; the message shows the grammar.
+            ValueError: the text is not a tag; the message names the closest ones.
         """
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
+            close = f" Closest: {', '.join(_closest(tag))}." if isinstance(tag, str) else ""
             raise ValueError(
-                f"{tag!r} is not a dictionary tag. A tag is a kind ({', '.join(KINDS)}) and a layer, optionally a "
-                "file's suffix, optionally a feature: 'M1', 'Ra0N12', 'A2_S-3_R1_P0', 'A2_S-3_R1_P0N12'; or a hook "
-                f"point: 'blocks.1.attn.hook_z', 'blocks.1.attn.hook_zN12' (blocks' hook points: {', '.join(HOOKS)})."
+                f"{tag!r:.80} is not a dictionary tag, such as 'M1' or 'Ra0N12'.{close} All: docs/dictionaries.md."
             )
         feature = match["feature"]
         if match["hook"] is None:
@@ -166,6 +166,15 @@ class Site:
             return tuple(f"{folder}/{letter}{self.layer}{self.suffix}" for folder in KINDS[self.kind].folders)
         files = _DEFAULT_FILES.get(self.kind, ())
         return files[self.layer : self.layer + 1]
+
+
+def _closest(text: str) -> list[str]:
+    """Return tags that are like a text, in its layer if it holds a number."""
+    layer = (re.findall("[0-9]+", text[:80]) or ["0"])[0]
+    tags = [f"{kind}{layer}" for kind in KINDS] + [f"blocks.{layer}.{hook}" for hook in HOOKS]
+    of_lower = {tag.lower(): tag for tag in tags}
+    close = difflib.get_close_matches(text[:80].lower(), of_lower, cutoff=0.3)
+    return [of_lower[tag] for tag in close] or tags[:3]
 
 
 def require_site(hook_in: str, hook_out: str) -> None:

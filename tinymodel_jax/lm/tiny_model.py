@@ -190,14 +190,14 @@ class TinyModel(WeightViews):
         return self._run(tok_ids, "logprobs" if return_logprobs else "none", keep)
 
     def run_with_hooks(
-        self, tok_ids: Any, hooks: Mapping[str, Hook], keep: Names = (), return_logprobs: bool = True
+        self, tok_ids: Any, hooks: Mapping[str, Hook] | None, keep: Names = (), return_logprobs: bool = True
     ) -> tuple[Any, dict[str, Array]]:
         """Run the model with edits; return log-probabilities (batch, seq, d_vocab) and the activations to keep.
 
         Args:
-            hooks: hook name -> edit. Edits of `tinymodel_jax.interventions` are padded with the ids to one of a few
-                lengths, and compiled once per kind of edit. Plain functions `(value, acts) -> value` see the exact
-                length and are called on every pass, which then runs operation by operation.
+            hooks: hook name -> edit; None is no edit. Edits of `tinymodel_jax.interventions` are padded with the ids to
+                one of a few lengths, and compiled once per kind of edit. Plain functions `(value, acts) -> value` see
+                the exact length and are called on every pass, which then runs operation by operation.
             keep: the hook points whose values are returned as they are after their edits; as `names` of
                 `run_with_cache`.
             return_logprobs: with False, the first result is None, and compiled passes compute only what is kept.
@@ -205,6 +205,7 @@ class TinyModel(WeightViews):
         Raises:
             ValueError: a name is not a hook point, a hook is not an edit, or an edit does not fit the value there.
         """
+        hooks = {} if hooks is None else hooks
         require_edits(hooks)
         keep = chosen_names(keep, self.config, hooks)
         output: Output = "logprobs" if return_logprobs else "none"

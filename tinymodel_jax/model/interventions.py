@@ -142,6 +142,7 @@ def _edit_features(given: Dictionary | Reader, features: Any, amount: Any, posit
         raise ValueError("features is None; name one feature or more, or slice(None) for all.")
     if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
         raise ValueError("features: one is named twice, and would be edited twice; name each once.")
+    _refuse_words(positions)
     edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, scale=scale)
     return {config.hook_out: edit}
 
@@ -150,8 +151,9 @@ def _dictionary_of(given: Any) -> Dictionary:
     """Return a dictionary, or the one of a reader such as `lm["M1"]`, which this layer knows by its attributes only."""
     dictionary = getattr(given, "dictionary", given)
     if not isinstance(dictionary, Dictionary):
+        tag = repr(given) if isinstance(given, str) else "'M1'"
         raise ValueError(
-            f"expected a Dictionary, got {given!r:.80}; lm['M1'] is the one of a model at M1, and "
+            f"expected a dictionary, got {given!r:.80}; lm[{tag}] is the one of a model, and "
             "Dictionary.from_pretrained(path) loads one."
         )
     if getattr(given, "feature", None) is not None:
@@ -164,8 +166,18 @@ def _dictionary_of(given: Any) -> Dictionary:
     return dictionary
 
 
+def _refuse_words(positions: Any) -> None:
+    """Refuse the values that `positions` of `lm.generate` takes, before a pass does."""
+    if isinstance(positions, str):
+        raise ValueError(
+            f"positions={positions!r}: an edit takes a boolean mask of shape (seq,) or (batch, seq); "
+            f"lm.generate(…, hooks=…, positions={positions!r}) takes 'all', 'prompt' or 'generated'."
+        )
+
+
 def _mask_at(hook_name: str, positions: Any) -> Any:
     """Add a head axis to the mask if the value has heads before positions."""
+    _refuse_words(positions)
     if positions is None or position_axes(hook_name) == (1,):
         return positions
     mask = boolean_mask(positions)

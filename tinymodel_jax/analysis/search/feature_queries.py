@@ -58,7 +58,8 @@ def find_features(
         track: wraps the iterator over batches of the search, for example with a progress bar.
 
     Raises:
-        ValueError: the text is empty, `search` is of another model, dictionary or rows, or as `top_activations`.
+        ValueError: the text is empty, no top context peaks on it, `search` is of another model, dictionary or rows, or
+            as `top_activations`.
     """
     if not text:
         raise ValueError("find_features: the text is empty; give one, such as ' happy'.")
@@ -70,6 +71,11 @@ def find_features(
     share = share_on_text(search, rows, token_texts(lm), text)
     order = np.lexsort((-search.density, -share))
     order = order[share[order] > 0]
+    if not len(order):
+        raise ValueError(
+            f"find_features: no top context of a feature of {search.tag} peaks on {text!r} in {len(rows):,} rows; "
+            "read more rows, or try a part of the text."
+        )
     return FoundFeatures(order, share[order], search)
 
 
