@@ -139,9 +139,9 @@ def test_an_array_that_does_not_fit_is_an_error_that_names_the_place_and_both_sh
     ],
 )
 def test_a_tag_in_place_of_a_dictionary_is_an_error_that_says_where_they_are(call):
-    message = error_of(lambda: call("M1"))
-    assert "expected a Dictionary, got 'M1'" in message
-    assert "lm['M1'] is the one of a model at M1" in message
+    message = error_of(lambda: call("M3"))
+    assert "expected a dictionary, got 'M3'; lm['M3'] is the one of a model" in message
+    assert "Dictionary.from_pretrained(path) loads one" in message
 
 
 def changed(dictionary, features, new):
