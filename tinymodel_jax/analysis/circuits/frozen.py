@@ -35,6 +35,7 @@ NEURONS = "neurons"
 """In place of dictionaries: the features are the MLPs' neurons, and there are no errors."""
 Part = Literal["attn", "mlp"]
 Precision = Literal["float32", "float64"]
+Numbers = np.ndarray | Array
 
 
 @struct.dataclass
@@ -50,21 +51,21 @@ class FrozenDictionary:
     """Whose output it predicts."""
     neurons: bool = struct.field(pytree_node=False)
     """Whether it is an MLP itself, which has no error."""
-    features: Int[np.ndarray | Array, " u"]
+    features: Int[Numbers, " u"]
     """Numbers of the features in the dictionary; -1 in the padding."""
-    W_enc: Float[Array, "u d"]
-    b_enc: Float[Array, " u"]
+    W_enc: Float[Numbers, "u d"]
+    b_enc: Float[Numbers, " u"]
     """The pre-activation of a zero input."""
-    W_dec: Float[Array, "u d"]
-    b_dec: Float[Array, " d"]
-    W_skip: Float[Array, "d d"] | None
-    where: Int[Array, "s n"]
+    W_dec: Float[Numbers, "u d"]
+    b_dec: Float[Numbers, " d"]
+    W_skip: Float[Numbers, "d d"] | None
+    where: Int[Numbers, "s n"]
     """The active features of each position, as indices into `features`."""
-    active: Bool[Array, "s n"]
+    active: Bool[Numbers, "s n"]
     """Which entries of `where` are not padding."""
-    acts: Float[Array, "s n"]
+    acts: Float[Numbers, "s n"]
     """Their activations, which equal their pre-activations; 0 in the padding."""
-    error: Float[Array, "s d"]
+    error: Float[Numbers, "s d"]
     """The model's value less the prediction; 0 where that is only the rounding of the model's own pass."""
 
 
@@ -73,18 +74,18 @@ class FrozenPass:
     """The frozen pass of one prompt. Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d`, `k` d_head."""
 
     config: ModelConfig = struct.field(pytree_node=False)
-    length: Int[np.ndarray | Array, ""]
+    length: Int[Numbers, ""]
     """Tokens of the prompt; everything that is written at the other positions is 0."""
-    tok_ids: Int[np.ndarray | Array, " s"]
-    embed: Float[Array, "s d"]
-    pos_embed: Float[Array, "s d"]
-    patterns: Float[Array, "l h s t"]
-    W_V: Float[Array, "l h d k"]
-    W_O: Float[Array, "l h k d"]
-    b_O: Float[Array, "l d"]
+    tok_ids: Int[Numbers, " s"]
+    embed: Float[Numbers, "s d"]
+    pos_embed: Float[Numbers, "s d"]
+    patterns: Float[Numbers, "l h s t"]
+    W_V: Float[Numbers, "l h d k"]
+    W_O: Float[Numbers, "l h k d"]
+    b_O: Float[Numbers, "l d"]
     dictionaries: tuple[FrozenDictionary, ...]
     """In the order of the forward pass: one of each layer's MLP, and those of attention outputs."""
-    final: Float[Array, "s d"]
+    final: Float[Numbers, "s d"]
     """The final residual stream."""
 
     def of_layer(self, layer: int) -> tuple[FrozenDictionary, ...]:
@@ -93,7 +94,7 @@ class FrozenPass:
 
     def everywhere(self, bias: Float[Array, " d"]) -> Float[Array, "s d"]:
         """Return a bias at each of the prompt's positions."""
-        return jnp.where(jnp.arange(self.embed.shape[0])[:, None] < self.length, bias, jnp.zeros_like(bias))
+        return jnp.where(jnp.arange(len(self.embed))[:, None] < self.length, bias, 0)
 
     def at(self, part: Part, layer: int) -> FrozenDictionary | None:
         """Return the dictionary of the output of a layer's attention or MLP."""
@@ -182,7 +183,7 @@ def _active(
     if neurons:
         W_enc, b_enc, W_dec, b_dec, W_skip = _neurons(lm.params[f"blocks_{layer}"]["mlp"], used)
     else:
-        W_enc, b_enc, W_dec, b_dec, W_skip = _linear_parts(lm[tag].dictionary, used)
+        W_enc, b_enc, W_dec, b_dec, W_skip = linear_parts(lm[tag].dictionary, used)
     where = np.zeros((len(found), n_active), np.int32)
     order = np.argsort(~active[:, used], axis=1, kind="stable")[:, :n_active]
     where[:, : order.shape[1]] = order
@@ -212,7 +213,7 @@ def _neurons(mlp: Any, used: np.ndarray) -> tuple[Any, ...]:
     return mlp["W_in"][:, used].T, mlp["b_in"][used], mlp["W_out"][used], mlp["b_out"], None
 
 
-def _linear_parts(dictionary: Dictionary, used: np.ndarray) -> tuple[Any, ...]:
+def linear_parts(dictionary: Dictionary, used: np.ndarray) -> tuple[Any, ...]:
     """Return W_enc, b_enc, W_dec, b_dec and W_skip of features that are active: their activations are linear."""
     params, config = dictionary.params, dictionary.config
     W_enc = np.asarray(params["W_enc"][:, used], np.float64).T

@@ -32,7 +32,7 @@ class Place(NamedTuple):
     layer: int
     """n_layers for the final residual stream, which is before the attention of a layer that does not exist."""
     at: str
-    """"before_attn", "attn", "before_mlp" or "mlp"."""
+    """"before_attn", "heads" (outputs of all heads, before W_O), "attn", "before_mlp" or "mlp"."""
 
 
 def encoder_place(dictionary: FrozenDictionary) -> Place:
@@ -51,11 +51,11 @@ def source_table(frozen: FrozenPass) -> np.ndarray:
     for layer in range(frozen.config.n_layers):
         tables.append(_rows(1, "bias", f"blocks.{layer}.attn.b_O", layer, np.full(1, -1), np.full(1, -1)))
         for dictionary in frozen.of_layer(layer):
-            tables.extend(_of_dictionary(dictionary, positions))
+            tables.extend(_dictionary_sources(dictionary, positions))
     return np.concatenate(tables)
 
 
-def _of_dictionary(dictionary: FrozenDictionary, positions: np.ndarray) -> Iterator[np.ndarray]:
+def _dictionary_sources(dictionary: FrozenDictionary, positions: np.ndarray) -> Iterator[np.ndarray]:
     tag, layer = dictionary.tag, dictionary.layer
     active, where = np.asarray(dictionary.active), np.asarray(dictionary.where)
     features = np.asarray(dictionary.features)[where]
@@ -77,66 +77,94 @@ def _rows(n: int, kind: str, site: str, layer: int, positions: np.ndarray, featu
     return table
 
 
-@partial(fast_jit, static_argnames=("place",))
+@partial(fast_jit, static_argnames=("place", "responding"))
 def contributions(
-    frozen: FrozenPass, directions: Float[Array, "b d"], positions: Int[Array, " b"], *, place: Place
+    frozen: FrozenPass,
+    directions: Float[Array, "b width"],
+    positions: Int[Array, " b"],
+    *,
+    place: Place,
+    responding: bool = False,
 ) -> Float[Array, "b sources"]:
-    """Return what each source adds to the readings of directions at positions. Their sum is the reading.
+    """Return what each source adds to the readings of directions at positions.
 
     The columns are the first ones of `source_table`; sources after `place` have none.
+
+    Args:
+        responding: False gives direct effects: the features in between keep their activations, and the sum over sources
+            is the reading. True gives total effects: active features respond linearly to what they read, so the sum
+            over all sources except features, plus that of the encoders' biases, is the reading.
     """
-    at = positions[:, None] == jnp.arange(frozen.embed.shape[0])
-    return _divided(frozen, jnp.where(at[..., None], directions[:, None], 0), place)
-
-
-def _divided(frozen: FrozenPass, g: Float[Array, "b s d"], place: Place) -> Float[Array, "b sources"]:
-    """Divide the product of `g` with the values at a place among the sources, going backwards."""
-    layer, columns = place.layer, []  # last sources first
+    at = positions[:, None] == jnp.arange(frozen.embed.shape[0], dtype=positions.dtype)
+    g = jnp.where(at[..., None], directions[:, None], 0)
+    layer, columns = place.layer, []  # the last sources first
     if place.at == "mlp":
-        columns, g = _before_mlp(frozen, layer, g, jnp.zeros_like(g))
+        columns, g = _before_mlp(frozen, layer, g, jnp.zeros_like(g), responding)
     elif place.at == "attn":
-        columns, g = [_biases(g, frozen.b_O[layer], frozen)], unattended(frozen, layer, g)
+        columns, g = [_of_bias(frozen, frozen.b_O[layer], g)], unattended(frozen, layer, g)
+    elif place.at == "heads":
+        columns, g = [jnp.zeros_like(g[:, :1, 0])], _unmixed(frozen, layer, _per_head(frozen, g))
     if place.at in ("mlp", "before_mlp"):
-        more, g = _before_attention(frozen, layer, g)
+        more, g = _before_attention(frozen, layer, g, responding)
         columns += more
     for below in reversed(range(layer)):
-        more, g = _before_mlp(frozen, below, g, g)
+        more, g = _before_mlp(frozen, below, g, g, responding)
         columns += more
-        more, g = _before_attention(frozen, below, g)
+        more, g = _before_attention(frozen, below, g, responding)
         columns += more
     columns += [jnp.einsum("bsd,sd->bs", g, embedding) for embedding in (frozen.pos_embed, frozen.embed)]
     return jnp.concatenate(columns[::-1], axis=1)
 
 
-def _before_mlp(frozen: FrozenPass, layer: int, g: Array, around: Array) -> tuple[list[Array], Array]:
-    """Return the columns of an MLP's sources, and `g` before the MLP: `around` it, and through a skip connection."""
+def _before_mlp(frozen: FrozenPass, layer: int, g: Array, around: Array, responding: bool) -> tuple[list[Array], Array]:
+    """Return the columns of an MLP's sources, and the gradient before the MLP: `around` it, and through it."""
     transcoder = frozen.at("mlp", layer)
     assert transcoder is not None
-    through = around if transcoder.W_skip is None else around + g @ transcoder.W_skip.T
-    return _of_sources(frozen, transcoder, g), through
+    if responding:
+        around = around + _through_features(transcoder, g)
+    if transcoder.W_skip is not None:
+        around = around + g @ transcoder.W_skip.T
+    return _of_dictionary(frozen, transcoder, g), around
 
 
-def _before_attention(frozen: FrozenPass, layer: int, g: Array) -> tuple[list[Array], Array]:
-    """Return the columns of what attention writes, and `g` before the attention."""
+def _before_attention(frozen: FrozenPass, layer: int, g: Array, responding: bool) -> tuple[list[Array], Array]:
+    """Return the columns of what attention writes, and the gradient before the attention."""
     sae = frozen.at("attn", layer)
-    if sae is not None:  # its features write, and what they read is not part of the stream
-        return [*_of_sources(frozen, sae, g), jnp.zeros_like(g[:, :1, 0])], g
-    return [_biases(g, frozen.b_O[layer], frozen)], g + unattended(frozen, layer, g)
+    if sae is None:
+        return [_of_bias(frozen, frozen.b_O[layer], g)], g + unattended(frozen, layer, g)
+    columns = _of_dictionary(frozen, sae, g)
+    if not responding:  # its features, b_dec and error are all that is written
+        return [*columns, jnp.zeros_like(g[:, :1, 0])], g
+    read = _through_features(sae, g)
+    return [*columns, _of_bias(frozen, frozen.b_O[layer], read)], g + unattended(frozen, layer, read)
 
 
-def _of_sources(frozen: FrozenPass, dictionary: FrozenDictionary, g: Array) -> list[Array]:
+def _of_dictionary(frozen: FrozenPass, dictionary: FrozenDictionary, g: Array) -> list[Array]:
     """Return the columns of b_dec, the errors and the features."""
     features = jnp.einsum("bsd,snd->bsn", g, dictionary.W_dec[dictionary.where]) * dictionary.acts
     errors = jnp.einsum("bsd,sd->bs", g, dictionary.error)
-    return [_biases(g, dictionary.b_dec, frozen), errors, features.reshape(len(g), -1)]
+    return [_of_bias(frozen, dictionary.b_dec, g), errors, features.reshape(len(g), -1)]
 
 
-def _biases(g: Array, bias: Array, frozen: FrozenPass) -> Array:
+def _of_bias(frozen: FrozenPass, bias: Array, g: Array) -> Array:
     return jnp.einsum("bsd,sd->b", g, frozen.everywhere(bias))[:, None]
+
+
+def _through_features(dictionary: FrozenDictionary, g: Array) -> Array:
+    """Return the gradient of a dictionary's prediction, through its active features."""
+    of_acts = jnp.where(dictionary.active, jnp.einsum("bsd,snd->bsn", g, dictionary.W_dec[dictionary.where]), 0)
+    return jnp.einsum("bsn,snd->bsd", of_acts, dictionary.W_enc[dictionary.where])
 
 
 def unattended(frozen: FrozenPass, layer: int, g: Float[Array, "b s d"]) -> Float[Array, "b t d"]:
     """Return the gradient of `attended`: `g` times the heads' output matrices, patterns and value matrices."""
-    values = jnp.einsum("bsd,hkd->bhsk", g, frozen.W_O[layer])
-    values = jnp.einsum("hst,bhsk->bhtk", frozen.patterns[layer], values)
+    return _unmixed(frozen, layer, jnp.einsum("bsd,hkd->bhsk", g, frozen.W_O[layer]))
+
+
+def _unmixed(frozen: FrozenPass, layer: int, z: Float[Array, "b h s k"]) -> Float[Array, "b t d"]:
+    values = jnp.einsum("hst,bhsk->bhtk", frozen.patterns[layer], z)
     return jnp.einsum("bhtk,hdk->btd", values, frozen.W_V[layer])
+
+
+def _per_head(frozen: FrozenPass, g: Float[Array, "b s width"]) -> Float[Array, "b h s k"]:
+    return jnp.swapaxes(g.reshape(*g.shape[:2], frozen.config.n_heads, -1), 1, 2)

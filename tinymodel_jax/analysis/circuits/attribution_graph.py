@@ -1,0 +1,213 @@
+"""`attribution_graph`: build the graph of a prompt, from its targets backwards.
+
+Each expansion divides a node's value among everything that is written before it, exactly. The nodes with the most
+influence on the targets are expanded, until the most influential `max_nodes` sources are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tinymodel_jax.analysis.circuits.frozen import FrozenPass, Precision, exact, frozen_pass
+from tinymodel_jax.analysis.circuits.graph import EDGE, NODE, AttributionGraph, label_of, token_texts
+from tinymodel_jax.analysis.circuits.sources import Place, contributions, encoder_place, source_table
+from tinymodel_jax.analysis.circuits.targets import Target, resolve
+from tinymodel_jax.lm import TinyModel
+
+TOGETHER = 64
+"""Nodes that one compiled call expands."""
+AT_ONCE = 256
+"""Nodes that are expanded before influence is computed again."""
+DEEPEST = 2**20
+"""`Block.depth` of targets, which nothing reads."""
+TINY = 1e-300
+"""In place of 0 where a row has no sources."""
+
+
+def attribution_graph(
+    lm: TinyModel,
+    prompt: Any,
+    targets: Any = None,
+    max_nodes: int = 1000,
+    *,
+    dictionaries: str | Iterable[str] | None = None,
+    influence_share: float = 1.0,
+    dtype: Precision = "float32",
+) -> AttributionGraph:
+    """Return the graph of direct effects behind a prompt's predictions.
+
+    Attention patterns are those of the prompt. Everything else between sources and targets is linear, so each target's
+    incoming edges and its bias add up to its value.
+
+    Args:
+        prompt: a text, or token ids (seq,) or (1, seq).
+        targets: what to explain: None for the most likely next tokens (0.95 of the probability, at most 10), or one
+            or a list of: a token's id or text, `logit_difference(a, b)`, `circuits.feature(tag, position)`,
+            `circuits.direction(hook, vector, position)`.
+        max_nodes: nodes of the graph at most, with targets, biases and the rest.
+        dictionaries: as for `frozen_pass`.
+        influence_share: stop when the nodes have this share of the influence on the targets.
+        dtype: number format, "float32" or "float64".
+
+    Raises:
+        ValueError: as `frozen_pass`, a target does not exist, or `max_nodes` is too small for the targets and biases.
+    """
+    if not 0 < influence_share <= 1:
+        raise ValueError(f"attribution_graph: influence_share={influence_share}; it is above 0 and at most 1.")
+    frozen = frozen_pass(lm, prompt, dictionaries, dtype)
+    found, table = resolve(lm, frozen, targets), source_table(frozen)
+    n_fixed = len(found) + int((table["kind"] == "bias").sum()) + 1
+    if max_nodes <= n_fixed:
+        raise ValueError(
+            f"attribution_graph: max_nodes={max_nodes}; {len(found)} targets, the biases and the rest are {n_fixed} "
+            f"nodes, so give at least {n_fixed + 1}."
+        )
+    with exact(dtype):
+        expansion = Expansion(frozen, table, found)
+        chosen = expansion.most_influential(max_nodes - n_fixed, influence_share)
+        unexplained = _unexplained(frozen, table, found)
+    return _graph(expansion, chosen, token_texts(lm, frozen), unexplained)
+
+
+class Block(NamedTuple):
+    """Nodes that were expanded together."""
+
+    depth: int
+    """Sort key of the place that they read in the forward pass."""
+    ids: Int[np.ndarray, " n"]
+    """Columns of the features in the table of sources; -1 - number of the target for targets."""
+    rows: Float[np.ndarray, "n sources"]
+    """What each of the first sources adds."""
+    sizes: Float[np.ndarray, " n"]
+    """Sums of the absolute values of the rows."""
+
+
+class Expansion:
+    """What every source adds to the targets and to the features expanded so far."""
+
+    def __init__(self, frozen: FrozenPass, table: np.ndarray, targets: list[Target]) -> None:
+        self.frozen, self.table, self.targets = frozen, table, targets
+        self.is_feature = table["kind"] == "feature"
+        self.expanded = np.zeros(len(table), bool)
+        self.blocks: list[Block] = []
+        tags = [dictionary.tag for dictionary in frozen.dictionaries]
+        self._dictionary = np.array(
+            [tags.index(s) if f else -1 for s, f in zip(table["site"], self.is_feature, strict=True)]
+        )
+        self._index = np.full(len(table), -1)
+        for number, dictionary in enumerate(frozen.dictionaries):
+            active = np.asarray(dictionary.active)
+            self._index[self._dictionary == number] = np.asarray(dictionary.where)[active]
+        for number, target in enumerate(targets):
+            ids, positions = np.array([-1 - number]), np.array([target.position])
+            self._add(DEEPEST, ids, target.place, jnp.asarray(target.direction, frozen.final.dtype)[None], positions)
+
+    def most_influential(self, n: int, share: float) -> Int[np.ndarray, " chosen"]:
+        """Return the columns of the most influential sources, at most n; of biases, all, beside these.
+
+        Features among them are expanded. An expansion may change which are the most influential ones.
+        """
+        bias = self.table["kind"] == "bias"
+        while True:
+            influence = np.where(bias, 0, self._influence())
+            order = np.argsort(-influence, kind="stable")
+            enough = int(np.searchsorted(np.cumsum(influence[order]), share * influence.sum())) + 1
+            chosen = order[: min(n, enough, int((influence > 0).sum()))]
+            pending = chosen[self.is_feature[chosen] & ~self.expanded[chosen]][:AT_ONCE]
+            if not len(pending):
+                return np.sort(np.r_[chosen, np.flatnonzero(bias)])
+            self._expand(pending)
+
+    def _expand(self, columns: Int[np.ndarray, " n"]) -> None:
+        for number in np.unique(self._dictionary[columns]):
+            dictionary = self.frozen.dictionaries[number]
+            place = encoder_place(dictionary)
+            depth = 2 * dictionary.layer + (dictionary.part == "mlp")
+            of_one = columns[self._dictionary[columns] == number]
+            for start in range(0, len(of_one), TOGETHER):
+                ids = of_one[start : start + TOGETHER]
+                self._add(depth, ids, place, dictionary.W_enc[self._index[ids]], self.table["position"][ids])
+        self.expanded[columns] = True
+
+    def _add(self, depth: int, ids: np.ndarray, place: Place, directions: Array, positions: np.ndarray) -> None:
+        missing = TOGETHER - len(ids)
+        directions = jnp.pad(directions, ((0, missing), (0, 0)))
+        positions = np.pad(positions, (0, missing)).astype(np.int32)
+        rows = np.asarray(contributions(self.frozen, directions, positions, place=place))[: len(ids)]
+        self.blocks.append(Block(depth, ids, rows, np.abs(rows).sum(axis=1)))
+
+    def _influence(self) -> Float[np.ndarray, " sources"]:
+        """Return how much each source influences the targets, as `AttributionGraph.influence` defines it."""
+        found = np.zeros(len(self.table))
+        for block in sorted(self.blocks, key=lambda block: -block.depth):
+            if block.depth == DEEPEST:
+                started = np.array([self.targets[-1 - i].weight for i in block.ids])
+            else:
+                started = found[block.ids]
+            found[: block.rows.shape[1]] += (started / np.maximum(block.sizes, TINY)) @ np.abs(block.rows)
+        return found
+
+
+def _unexplained(frozen: FrozenPass, table: np.ndarray, targets: list[Target]) -> float:
+    """Return the share of errors in the total effects of everything that is not a feature's activation."""
+    shares = []
+    for target in targets:
+        direction = jnp.asarray(target.direction, frozen.final.dtype)[None]
+        position = np.array([target.position], np.int32)
+        row = np.array(contributions(frozen, direction, position, place=target.place, responding=True)[0])
+        sources = table[: len(row)]
+        feature = sources["kind"] == "feature"
+        active = feature & (sources["value"] != 0)
+        row[active] *= (
+            sources["bias"][active] / sources["value"][active]
+        )  # of a feature, only its encoder's bias is given
+        shares.append(np.abs(row[sources["kind"] == "error"]).sum() / np.abs(row).sum())
+    return float(np.dot([target.weight for target in targets], shares) / sum(target.weight for target in targets))
+
+
+def _graph(
+    expansion: Expansion, chosen: Int[np.ndarray, " n"], tokens: tuple[str, ...], unexplained: float
+) -> AttributionGraph:
+    table, targets = expansion.table[chosen], expansion.targets
+    n, number = len(chosen), np.full(len(expansion.table), -1)
+    number[chosen] = np.arange(n)
+    nodes = np.zeros(n + 1 + len(targets), NODE)
+    for name in table.dtype.names or ():
+        nodes[name][:n] = table[name]
+    nodes["pre"][:n] = np.where(table["kind"] == "feature", table["value"], 0)
+    nodes["expanded"][:n] = expansion.expanded[chosen]
+    nodes[n] = ("rest", "rest", -1, -1, -1, 1, 0, 0, False)
+    edges = []
+    for block in expansion.blocks:
+        for node, row in zip(block.ids, block.rows, strict=True):
+            at = int(n - node if node < 0 else number[node])  # targets follow the rest
+            if node < 0:
+                target = targets[-1 - node]
+                pre = row.sum(dtype=np.float64) + target.bias
+                value = max(pre, 0) if target.kind == "feature" else pre
+                place = target.kind, target.site, target.layer, target.position, target.feature
+                nodes[at] = (*place, value, pre, target.bias, True)
+            elif at < 0:
+                continue
+            edges.append(_edges(row, at, chosen, n))
+    weights = np.r_[np.zeros(n + 1), [target.weight for target in targets]]
+    joined = np.concatenate(edges)
+    joined = joined[np.argsort(joined["target"], kind="stable")]
+    labels = tuple(label_of(node, tokens) for node in nodes)
+    return AttributionGraph(nodes, joined, tokens, weights, unexplained, labels)
+
+
+def _edges(row: np.ndarray, target: int, chosen: np.ndarray, rest: int) -> np.ndarray:
+    """Return the edges of one row: those from chosen sources, and from the rest what is missing to the sum."""
+    within = chosen[chosen < len(row)]
+    weights = row[within].astype(np.float64)
+    sources = np.flatnonzero(weights)
+    found = np.zeros(len(sources) + 1, EDGE)
+    found["source"], found["target"] = np.r_[sources, rest], target
+    found["weight"] = np.r_[weights[sources], row.sum(dtype=np.float64) - weights.sum()]
+    return found

@@ -1,0 +1,107 @@
+"""QK attribution: an attention score, divided among pairs of sources.
+
+Queries and keys have no biases and the stream no layer norm, so a score is bilinear in what is written to the stream:
+
+    score = sum over sources i, j of (what i adds to the query) . (what j adds to the key) / sqrt(d_head)
+
+With the patterns of lower layers fixed, the sum is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from tinymodel_jax.analysis.circuits.frozen import Precision, exact, frozen_pass
+from tinymodel_jax.analysis.circuits.graph import label_of, token_texts
+from tinymodel_jax.analysis.circuits.sources import Place, contributions, source_table
+from tinymodel_jax.lm import TinyModel
+
+
+class Pair(NamedTuple):
+    """One term of a score."""
+
+    query: str
+    key: str
+    value: float
+
+
+class QKAttribution(NamedTuple):
+    """What each pair of sources adds to one attention score. The sum of `matrix` is the score."""
+
+    score: float
+    """Attention score before the softmax."""
+    query_sources: np.ndarray
+    """The sources that the query is made of; fields as those of a graph's nodes."""
+    key_sources: np.ndarray
+    query_labels: tuple[str, ...]
+    key_labels: tuple[str, ...]
+    query_parts: Float[np.ndarray, "query_sources d_head"]
+    """What each source adds to the query, divided by sqrt(d_head)."""
+    key_parts: Float[np.ndarray, "key_sources d_head"]
+
+    @property
+    def matrix(self) -> Float[np.ndarray, "query_sources key_sources"]:
+        """What each pair of sources adds to the score."""
+        return self.query_parts @ self.key_parts.T
+
+    def strongest(self, n: int = 10) -> list[Pair]:
+        """Return the n pairs that add or take most."""
+        matrix = self.matrix
+        order = np.argsort(-np.abs(matrix), axis=None, kind="stable")[:n]
+        found = zip(*np.unravel_index(order, matrix.shape), strict=True)
+        return [Pair(self.query_labels[i], self.key_labels[j], float(matrix[i, j])) for i, j in found]
+
+
+def qk_attribution(
+    lm: TinyModel,
+    prompt: Any,
+    layer: int,
+    head: int,
+    query: int,
+    key: int,
+    *,
+    dictionaries: str | Iterable[str] | None = None,
+    dtype: Precision = "float64",
+) -> QKAttribution:
+    """Divide the score with which a head's query attends to a key among pairs of sources.
+
+    Args:
+        prompt: a text, or token ids (seq,) or (1, seq).
+        query, key: positions; negative ones count from the end. The key is not after the query.
+        dictionaries: as for `frozen_pass`.
+
+    Raises:
+        ValueError: as `frozen_pass`; the layer, the head or a position does not exist; or the key is after the query.
+    """
+    for name, number, count in (("layer", layer, lm.config.n_layers), ("head", head, lm.config.n_heads)):
+        if number not in range(count):
+            raise ValueError(f"qk_attribution: {name} {number} does not exist; the model has 0..{count - 1}.")
+    frozen = frozen_pass(lm, prompt, dictionaries, dtype)
+    length = int(frozen.length)
+    for name, position in (("query", query), ("key", key)):
+        if position not in range(-length, length):
+            raise ValueError(f"qk_attribution: {name} {position} is outside the prompt; it has 0..{length - 1}.")
+    query, key = query % length, key % length
+    if key > query:
+        raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
+    attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
+    tokens = token_texts(lm, frozen)
+    found = []
+    with exact(dtype):
+        for name, position in (("W_Q", query), ("W_K", key)):
+            directions = jnp.asarray(np.asarray(attn[name][head]).T, frozen.final.dtype)
+            positions = np.full(len(directions), position, np.int32)
+            parts = np.asarray(contributions(frozen, directions, positions, place=Place(layer, "before_attn"))).T
+            used = parts.any(axis=1)
+            sources = table[: len(parts)][used]
+            found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))
+    (query_sources, query_labels, query_parts), (key_sources, key_labels, key_parts) = found
+    query_parts = query_parts / math.sqrt(lm.config.d_head)
+    score = float(query_parts.sum(axis=0) @ key_parts.sum(axis=0))
+    return QKAttribution(score, query_sources, key_sources, query_labels, key_labels, query_parts, key_parts)
