@@ -128,16 +128,14 @@ def test_the_edges_to_every_node_and_its_bias_add_up_to_what_the_model_computes(
     assert graph.imbalance < ROUNDING
     expanded = graph.nodes[graph.nodes["expanded"]]
     assert {"feature", "logit"} <= set(expanded["kind"])
-    logits = np.asarray(golden_lm.logits(ids))[0, -1]
-    for node in expanded:
-        place = node["position"], node["feature"]
-        if node["kind"] == "logit":
-            assert_close(node["pre"], logits[node["feature"]], F32)
-        elif dictionaries == "neurons":
-            hook = f"blocks.{node['layer']}.mlp.hook_post"
-            assert_close(node["value"], golden_lm.run_with_cache(ids, [hook])[1][hook][0][place], F32)
-        else:
-            assert_close(node["value"], np.asarray(golden_lm[node["site"].item()](ids))[0][place], F32)
+    values = {"logits": golden_lm.logits(ids)}
+    for layer in range(4):
+        hook = f"blocks.{layer}.mlp.hook_post"
+        values[f"L{layer} MLP"] = golden_lm.run_with_cache(ids, [hook], return_logprobs=False)[1][hook]
+        values |= {tag: golden_lm[tag](ids) for tag in (f"M{layer}", f"A{layer}")}
+    values = {site: np.asarray(value)[0] for site, value in values.items()}
+    computed = [values[node["site"].item()][node["position"], node["feature"]] for node in expanded]
+    assert_close(expanded["value"], computed, F32)
 
 
 def test_float32_sums_close_to_a_ten_thousandth(mini):

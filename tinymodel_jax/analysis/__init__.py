@@ -58,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "evaluation"])
+    return sorted([*_HOMES, "circuits", "evaluation"])

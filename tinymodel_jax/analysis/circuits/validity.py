@@ -60,7 +60,7 @@ def validity_radius(
     frozen = frozen_pass(lm, prompt, dictionaries, "float64")
     with exact("float64"):
         written, place = _write(frozen, source)
-        reads = _moved(frozen, written, place=place)
+        reads = [tuple(map(np.asarray, read)) for read in _moved(frozen, written, place=place)]
     none = [(np.inf, "")]
     moving = list(zip(frozen.dictionaries, reads, strict=True))
     above, below = (
@@ -126,12 +126,11 @@ def _responded(frozen: FrozenPass, dictionary: FrozenDictionary, read: Array, ch
 
 
 def _first_switch(
-    lm: TinyModel, frozen: FrozenPass, dictionary: FrozenDictionary, read: Array, change: Array
+    lm: TinyModel, frozen: FrozenPass, dictionary: FrozenDictionary, read: np.ndarray, change: np.ndarray
 ) -> tuple[float, str]:
     """Return the smallest positive delta at which a feature switches, and that feature; inf if none does."""
     length = int(frozen.length)
-    x, dx = (np.asarray(value, np.float64)[:length] for value in (read, change))
-    margins = _margins(lm, dictionary, x, dx)
+    margins = _margins(lm, dictionary, read[:length], change[:length])
     if len(margins) == 1 and _takes_top_k(lm, dictionary):
         at = _until_ranks_change(*margins[0], lm[dictionary.tag].dictionary.config.k or 0)
     else:
