@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import networkx
 import numpy as np
 import pytest
 from conftest import make_dictionary
 from oracle import F32, assert_close, error_of
 
 from tinymodel_jax.analysis import circuits
+from tinymodel_jax.analysis.effects.metrics import logit_difference
 from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm
 from tinymodel_jax.lm import TinyModel
 
@@ -272,8 +274,10 @@ def test_directions_at_hook_points_are_read_as_the_model_computes_them(lm):
     vectors |= {f"blocks.1.attn.hook_{letter}": rng.normal(size=(2, 8)) for letter in "qkvz"}
     vectors["blocks.1.mlp.hook_pre"] = rng.normal(size=32)
     targets = [circuits.direction(hook, vector, 3) for hook, vector in vectors.items()]
-    graph = circuits.attribution_graph(lm, PROMPT, targets, 300, dtype="float64")
+    graph = circuits.attribution_graph(lm, PROMPT, [logit_difference(4, 9), *targets], 300, dtype="float64")
     assert graph.imbalance < ROUNDING
+    logits = np.asarray(lm.logits(PROMPT))[0, -1]
+    assert_close(graph.nodes["pre"][-1 - len(targets)], logits[4] - logits[9], F32)
     _, acts = lm.run_with_cache(PROMPT, list(vectors))
     for node in graph.nodes[-len(targets) :]:
         hook = node["site"].item()
@@ -300,7 +304,6 @@ def test_pairs_of_sources_add_up_to_the_attention_score(mini):
 
 
 def test_graphs_are_saved_and_loaded_and_given_to_networkx(lm, tmp_path):
-    networkx = pytest.importorskip("networkx")
     graph = circuits.attribution_graph(with_transcoders(lm), PROMPT, [4, 5], 60, dtype="float64")
     graph.save(tmp_path / "graph")
     again = circuits.AttributionGraph.load(tmp_path / "graph")

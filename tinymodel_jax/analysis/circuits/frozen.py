@@ -35,7 +35,6 @@ NEURONS = "neurons"
 """In place of dictionaries: the features are the MLPs' neurons, and there are no errors."""
 Part = Literal["attn", "mlp"]
 Precision = Literal["float32", "float64"]
-Numbers = np.ndarray | Array
 
 
 @struct.dataclass
@@ -51,21 +50,21 @@ class FrozenDictionary:
     """Whose output it predicts."""
     neurons: bool = struct.field(pytree_node=False)
     """Whether it is an MLP itself, which has no error."""
-    features: Int[Numbers, " u"]
+    features: Int[Array, " u"]
     """Numbers of the features in the dictionary; -1 in the padding."""
-    W_enc: Float[Numbers, "u d"]
-    b_enc: Float[Numbers, " u"]
+    W_enc: Float[Array, "u d"]
+    b_enc: Float[Array, " u"]
     """The pre-activation of a zero input."""
-    W_dec: Float[Numbers, "u d"]
-    b_dec: Float[Numbers, " d"]
-    W_skip: Float[Numbers, "d d"] | None
-    where: Int[Numbers, "s n"]
+    W_dec: Float[Array, "u d"]
+    b_dec: Float[Array, " d"]
+    W_skip: Float[Array, "d d"] | None
+    where: Int[Array, "s n"]
     """The active features of each position, as indices into `features`."""
-    active: Bool[Numbers, "s n"]
+    active: Bool[Array, "s n"]
     """Which entries of `where` are not padding."""
-    acts: Float[Numbers, "s n"]
+    acts: Float[Array, "s n"]
     """Their activations, which equal their pre-activations; 0 in the padding."""
-    error: Float[Numbers, "s d"]
+    error: Float[Array, "s d"]
     """The model's value less the prediction; 0 where that is only the rounding of the model's own pass."""
 
 
@@ -74,18 +73,18 @@ class FrozenPass:
     """The frozen pass of one prompt. Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d`, `k` d_head."""
 
     config: ModelConfig = struct.field(pytree_node=False)
-    length: Int[Numbers, ""]
+    length: Int[Array, ""]
     """Tokens of the prompt; everything that is written at the other positions is 0."""
-    tok_ids: Int[Numbers, " s"]
-    embed: Float[Numbers, "s d"]
-    pos_embed: Float[Numbers, "s d"]
-    patterns: Float[Numbers, "l h s t"]
-    W_V: Float[Numbers, "l h d k"]
-    W_O: Float[Numbers, "l h k d"]
-    b_O: Float[Numbers, "l d"]
+    tok_ids: Int[Array, " s"]
+    embed: Float[Array, "s d"]
+    pos_embed: Float[Array, "s d"]
+    patterns: Float[Array, "l h s t"]
+    W_V: Float[Array, "l h d k"]
+    W_O: Float[Array, "l h k d"]
+    b_O: Float[Array, "l d"]
     dictionaries: tuple[FrozenDictionary, ...]
     """In the order of the forward pass: one of each layer's MLP, and those of attention outputs."""
-    final: Float[Numbers, "s d"]
+    final: Float[Array, "s d"]
     """The final residual stream."""
 
     def of_layer(self, layer: int) -> tuple[FrozenDictionary, ...]:
@@ -136,9 +135,8 @@ def frozen_pass(
     _, kept = forward(lm.hooked(), padded, keep=keep, output="none")
     acts = {name: np.asarray(value[0], np.float32) for name, value in kept.items()}
     with exact(dtype):
-        found = [_active(lm, padded, length, acts, *site) for site in sites]
-        as_given = _unvalued(lm, np.asarray(padded[0]), length, acts, tuple(found))
-        return _with_values(jax.tree.map(lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None), as_given))
+        found = [_active(lm, padded, length, acts, *site, dtype) for site in sites]
+        return _with_values(_unvalued(lm, np.asarray(padded[0]), length, acts, tuple(found), dtype))
 
 
 def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tuple[Part, int, str]]:
@@ -168,6 +166,7 @@ def _active(
     part: Part,
     layer: int,
     tag: str,
+    dtype: Precision,
 ) -> FrozenDictionary:
     """Return a dictionary's active features, with the model's value in place of `error`, and without `acts`."""
     neurons = tag == NEURONS
@@ -195,16 +194,16 @@ def _active(
         layer=layer,
         part=part,
         neurons=neurons,
-        features=np.pad(used.astype(np.int32), rows, constant_values=-1),
-        W_enc=np.pad(W_enc, (rows, (0, 0))),
-        b_enc=np.pad(b_enc, rows),
-        W_dec=np.pad(W_dec, (rows, (0, 0))),
-        b_dec=b_dec,
-        W_skip=W_skip,
-        where=where,
-        active=np.arange(n_active) < counts[:, None],
-        acts=np.zeros(where.shape),
-        error=value,
+        features=jnp.asarray(np.pad(used.astype(np.int32), rows, constant_values=-1)),
+        W_enc=jnp.asarray(np.pad(W_enc, (rows, (0, 0))), dtype),
+        b_enc=jnp.asarray(np.pad(b_enc, rows), dtype),
+        W_dec=jnp.asarray(np.pad(W_dec, (rows, (0, 0))), dtype),
+        b_dec=jnp.asarray(b_dec, dtype),
+        W_skip=None if W_skip is None else jnp.asarray(W_skip, dtype),
+        where=jnp.asarray(where),
+        active=jnp.asarray(np.arange(n_active) < counts[:, None]),
+        acts=jnp.zeros(where.shape, dtype),
+        error=jnp.asarray(value, dtype),
     )
 
 
@@ -229,17 +228,30 @@ def linear_parts(dictionary: Dictionary, used: np.ndarray) -> tuple[Any, ...]:
 
 
 def _unvalued(
-    lm: TinyModel, ids: np.ndarray, length: int, acts: dict[str, np.ndarray], found: tuple[FrozenDictionary, ...]
+    lm: TinyModel,
+    ids: np.ndarray,
+    length: int,
+    acts: dict[str, np.ndarray],
+    found: tuple[FrozenDictionary, ...],
+    dtype: Precision,
 ) -> FrozenPass:
+    """Return the pass without the final stream."""
     real = (np.arange(len(ids)) < length)[:, None]
     layers = range(lm.config.n_layers)
-    patterns = np.stack([acts[f"blocks.{layer}.attn.hook_pattern"] for layer in layers]) * real
     attn = [lm.params[f"blocks_{layer}"]["attn"] for layer in layers]
-    W_V, W_O, b_O = (np.stack([np.asarray(a[name], np.float32) for a in attn]) for name in ("W_V", "W_O", "b_O"))
-    embed = np.asarray(lm.params["W_E"], np.float32)[ids] * real
-    pos_embed = np.asarray(lm.params["W_pos"], np.float32)[: len(ids)] * real
+    embed = jnp.asarray(np.asarray(lm.params["W_E"], np.float32)[ids] * real, dtype)
     return FrozenPass(
-        lm.config, np.array(length), ids, embed, pos_embed, patterns, W_V, W_O, b_O, found, final=np.zeros_like(embed)
+        config=lm.config,
+        length=jnp.array(length),
+        tok_ids=jnp.asarray(ids),
+        embed=embed,
+        pos_embed=jnp.asarray(np.asarray(lm.params["W_pos"], np.float32)[: len(ids)] * real, dtype),
+        patterns=jnp.asarray(np.stack([acts[f"blocks.{layer}.attn.hook_pattern"] for layer in layers]) * real, dtype),
+        W_V=jnp.asarray(np.stack([a["W_V"] for a in attn]), dtype),
+        W_O=jnp.asarray(np.stack([a["W_O"] for a in attn]), dtype),
+        b_O=jnp.asarray(np.stack([a["b_O"] for a in attn]), dtype),
+        dictionaries=found,
+        final=jnp.zeros_like(embed),
     )
 
 

@@ -170,7 +170,7 @@ class AttributionGraph:
         try:
             import networkx
         except ImportError as error:
-            raise ImportError("to_networkx needs networkx: pip install networkx") from error
+            raise ImportError("to_networkx needs networkx: pip install 'tinymodel-jax[graph]'") from error
         found = networkx.DiGraph()
         for i, (node, label) in enumerate(zip(self.nodes, self.labels, strict=True)):
             found.add_node(i, label=label, **{name: node[name].item() for name in NODE.names or ()})
@@ -235,10 +235,10 @@ def _largest(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def _table(dtype: np.dtype, columns: Mapping[str, Any], prefix: str) -> np.ndarray:
-    names = dtype.names or ()
-    table = np.zeros(len(columns[f"{prefix}.{names[-1]}"]), dtype)
-    for name in names:
-        table[name] = columns[f"{prefix}.{name}"]
+    own = {name: columns[f"{prefix}.{name}"] for name in dtype.names or ()}
+    table = np.zeros(max(map(len, own.values())), dtype)
+    for name, column in own.items():
+        table[name] = column
     return table
 
 

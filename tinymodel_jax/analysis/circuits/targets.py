@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass, linear_parts
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
+from tinymodel_jax.analysis.effects.metrics import LogitDifference
 from tinymodel_jax.block_order import block_and_hook
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
@@ -120,6 +121,8 @@ def _resolved(lm: TinyModel, frozen: FrozenPass, target: Any) -> Target:
         return _feature(lm, frozen, target)
     if isinstance(target, DirectionTarget):
         return _direction(lm, frozen, target)
+    if isinstance(target, LogitDifference):
+        return _difference(lm, frozen, target)
     if isinstance(target, str | int | np.integer):
         return _logit(lm, frozen, int(token_ids(lm, target)[0]))
     raise ValueError(
@@ -132,6 +135,19 @@ def _logit(lm: TinyModel, frozen: FrozenPass, token: int) -> Target:
     W_U, b_U = np.asarray(lm.params["W_U"][:, token], np.float64), float(lm.params["b_U"][token])
     layers = lm.config.n_layers
     return Target("logit", "logits", layers, int(frozen.length) - 1, token, Place(layers, "before_attn"), W_U, b_U, 1.0)
+
+
+def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> Target:
+    a, b = token_ids(lm, target.a), token_ids(lm, target.b)
+    if len(a) > 1 or len(b) > 1:
+        raise ValueError(
+            f"attribution_graph: {target} has several tokens on a side; a graph is of one row: give one."
+        )
+    one, other = _logit(lm, frozen, int(a[0])), _logit(lm, frozen, int(b[0]))
+    site = f"blocks.{lm.config.n_layers - 1}.hook_resid_post"
+    return one._replace(
+        kind="direction", site=site, feature=-1, direction=one.direction - other.direction, bias=one.bias - other.bias
+    )
 
 
 def _feature(lm: TinyModel, frozen: FrozenPass, target: FeatureTarget) -> Target:
