@@ -123,10 +123,10 @@ def mini() -> TinyModel:
     return TinyModel("mini")
 
 
-@pytest.mark.parametrize("dictionaries", [None, "neurons", ("A0", "A1", "A2", "A3")])
+@pytest.mark.parametrize("dictionaries", ["neurons", ("A0", "A3")])
 def test_the_edges_to_every_node_and_its_bias_add_up_to_what_the_model_computes(golden_lm, dictionaries):
-    ids = np.arange(9, dtype=np.int32) * 13 % 200
-    graph = circuits.attribution_graph(golden_lm, ids, max_nodes=3000, dictionaries=dictionaries, dtype="float64")
+    ids = np.arange(6, dtype=np.int32) * 13 % 200
+    graph = circuits.attribution_graph(golden_lm, ids, max_nodes=200, dictionaries=dictionaries, dtype="float64")
     assert graph.imbalance < ROUNDING
     expanded = graph.nodes[graph.nodes["expanded"]]
     assert {"feature", "logit"} <= set(expanded["kind"])
@@ -141,10 +141,10 @@ def test_the_edges_to_every_node_and_its_bias_add_up_to_what_the_model_computes(
 
 
 def test_float32_sums_close_to_a_ten_thousandth(mini):
-    graph = circuits.attribution_graph(mini, "Once upon a time, there was a girl named Lily.", max_nodes=300)
+    graph = circuits.attribution_graph(mini, "Once upon a time, there was a girl named Lily.", max_nodes=100)
     scale = np.abs(graph.nodes["pre"]).max()
     assert 0 < graph.imbalance < 1e-4 * scale
-    assert len(graph.nodes) == 300
+    assert len(graph.nodes) == 100
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
@@ -209,12 +209,12 @@ def test_total_effects_are_exact_up_to_the_radius_and_not_beyond(lm, options):
 
 
 def test_a_graph_of_the_exported_sparse_model_has_no_errors(golden_lm):
-    ids = np.arange(9, dtype=np.int32) * 13 % 200
+    ids = np.arange(6, dtype=np.int32) * 13 % 200
     tags = [f"M{layer}" for layer in range(4)]
     sparse = circuits.attribution_graph(
-        export_sparse_lm(golden_lm), ids, 7, 900, dictionaries="neurons", dtype="float64"
+        export_sparse_lm(golden_lm), ids, 7, 150, dictionaries="neurons", dtype="float64"
     )
-    spliced = circuits.attribution_graph(golden_lm.splice(tags), ids, 7, 900, dtype="float64")
+    spliced = circuits.attribution_graph(golden_lm.splice(tags), ids, 7, 150, dtype="float64")
     for graph in (sparse, spliced):
         assert "error" not in graph.nodes["kind"]
         assert graph.scores.unexplained == 0
@@ -242,7 +242,7 @@ def test_influence_is_the_sum_over_paths_and_scores_follow_from_it(lm):
 
 
 def test_a_small_graph_has_the_most_influential_nodes_and_its_sums_close(mini):
-    prompt = "Once upon a time, there was a girl named Lily."
+    prompt = "Once upon a time, there was"
     whole = circuits.attribution_graph(mini, prompt, max_nodes=10_000, dtype="float64")
     small = circuits.attribution_graph(mini, prompt, max_nodes=80, dtype="float64")
     assert len(small.nodes) == 80

@@ -138,7 +138,9 @@ class Expansion:
         missing = TOGETHER - len(ids)
         directions = jnp.pad(directions, ((0, missing), (0, 0)))
         positions = np.pad(positions, (0, missing)).astype(np.int32)
-        rows = np.asarray(contributions(self.frozen, directions, positions, place=place))[: len(ids)]
+        rows = np.asarray(contributions(self.frozen, directions, positions, np.int32(place.number)))[: len(ids)]
+        reached = np.flatnonzero(rows.any(axis=0))
+        rows = rows[:, : reached[-1] + 1 if len(reached) else 0]  # the sources before the place come first
         self.blocks.append(Block(depth, ids, rows, np.abs(rows).sum(axis=1)))
 
     def _influence(self) -> Float[np.ndarray, " sources"]:
@@ -159,7 +161,7 @@ def _unexplained(frozen: FrozenPass, table: np.ndarray, targets: list[Target]) -
     for target in targets:
         direction = jnp.asarray(target.direction, frozen.final.dtype)[None]
         position = np.array([target.position], np.int32)
-        row = np.array(contributions(frozen, direction, position, place=target.place, responding=True)[0])
+        row = np.array(contributions(frozen, direction, position, np.int32(target.place.number), responding=True)[0])
         sources = table[: len(row)]
         feature = sources["kind"] == "feature"
         active = feature & (sources["value"] != 0)

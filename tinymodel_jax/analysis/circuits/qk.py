@@ -92,12 +92,12 @@ def qk_attribution(
         raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
     tokens = token_texts(lm, frozen)
-    found = []
+    found, place = [], np.int32(Place(layer, "before_attn").number)
     with exact(dtype):
         for name, position in (("W_Q", query), ("W_K", key)):
             directions = jnp.asarray(np.asarray(attn[name][head]).T, frozen.final.dtype)
             positions = np.full(len(directions), position, np.int32)
-            parts = np.asarray(contributions(frozen, directions, positions, place=Place(layer, "before_attn"))).T
+            parts = np.asarray(contributions(frozen, directions, positions, place)).T
             used = parts.any(axis=1)
             sources = table[: len(parts)][used]
             found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))

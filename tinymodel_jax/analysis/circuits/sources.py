@@ -8,10 +8,11 @@ through residual connections, attention with its frozen patterns, and skip conne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -25,14 +26,23 @@ SOURCE = np.dtype(
 )  # fmt: skip
 """Fields of a source: `kind` is "token", "position", "bias", "feature" or "error", or "" for padding."""
 
+PARTS = ("before_attn", "heads", "attn", "before_mlp", "mlp")
+"""Where a layer can be read: the stream before its attention, the outputs of all heads before W_O, the output of the
+attention, the stream before the MLP, the output of the MLP."""
+
 
 class Place(NamedTuple):
-    """Where something is read: the output of a layer's attention or MLP, or the stream before one of them."""
+    """Where something is read."""
 
     layer: int
-    """n_layers for the final residual stream, which is before the attention of a layer that does not exist."""
-    at: str
-    """"before_attn", "heads" (outputs of all heads, before W_O), "attn", "before_mlp" or "mlp"."""
+    """n_layers, with "before_attn", for the final residual stream."""
+    part: str
+    """One of `PARTS`."""
+
+    @property
+    def number(self) -> int:
+        """A number that grows in the order of the forward pass."""
+        return len(PARTS) * self.layer + PARTS.index(self.part)
 
 
 def encoder_place(dictionary: FrozenDictionary) -> Place:
@@ -77,66 +87,74 @@ def _rows(n: int, kind: str, site: str, layer: int, positions: np.ndarray, featu
     return table
 
 
-@partial(fast_jit, static_argnames=("place", "responding"))
+@partial(fast_jit, static_argnames=("responding",))
 def contributions(
     frozen: FrozenPass,
     directions: Float[Array, "b width"],
     positions: Int[Array, " b"],
+    place: Int[Array, ""],
     *,
-    place: Place,
     responding: bool = False,
 ) -> Float[Array, "b sources"]:
-    """Return what each source adds to the readings of directions at positions.
-
-    The columns are the first ones of `source_table`; sources after `place` have none.
+    """Return what each source adds to the readings of directions at positions; 0 for sources after the place.
 
     Args:
+        place: `Place.number` of where the directions read. It is traced, so that one program serves all places.
         responding: False gives direct effects: the features in between keep their activations, and the sum over sources
             is the reading. True gives total effects: active features respond linearly to what they read, so the sum
             over all sources except features, plus that of the encoders' biases, is the reading.
     """
     at = positions[:, None] == jnp.arange(frozen.embed.shape[0], dtype=positions.dtype)
-    g = jnp.where(at[..., None], directions[:, None], 0)
-    layer, columns = place.layer, []  # the last sources first
-    if place.at == "mlp":
-        columns, g = _before_mlp(frozen, layer, g, jnp.zeros_like(g), responding)
-    elif place.at == "attn":
-        columns, g = [_of_bias(frozen, frozen.b_O[layer], g)], unattended(frozen, layer, g)
-    elif place.at == "heads":
-        columns, g = [jnp.zeros_like(g[:, :1, 0])], _unmixed(frozen, layer, _per_head(frozen, g))
-    if place.at in ("mlp", "before_mlp"):
-        more, g = _before_attention(frozen, layer, g, responding)
-        columns += more
-    for below in reversed(range(layer)):
-        more, g = _before_mlp(frozen, below, g, g, responding)
-        columns += more
-        more, g = _before_attention(frozen, below, g, responding)
-        columns += more
+    given = jnp.where(at[..., None], directions[:, None], 0)
+
+    def read(layer: int, part: str) -> Array:
+        return jnp.where(place == Place(layer, part).number, given, 0)
+
+    n_layers = frozen.config.n_layers
+    g, columns = read(n_layers, "before_attn"), []  # the last sources first
+    for layer in reversed(range(n_layers)):
+
+        def through(g: Array, layer: int = layer) -> tuple[list[Array], Array]:
+            return _through_layer(frozen, layer, g, partial(read, layer), responding)
+
+        def skipped(g: Array, through: Any = through) -> tuple[list[Array], Array]:
+            nothing, _ = jax.eval_shape(through, g)
+            return [jnp.zeros(column.shape, column.dtype) for column in nothing], g
+
+        of_layer, g = jax.lax.cond(place > Place(layer, "before_attn").number, through, skipped, g)
+        columns += of_layer
+        g = g + read(layer, "before_attn")
     columns += [jnp.einsum("bsd,sd->bs", g, embedding) for embedding in (frozen.pos_embed, frozen.embed)]
     return jnp.concatenate(columns[::-1], axis=1)
 
 
-def _before_mlp(frozen: FrozenPass, layer: int, g: Array, around: Array, responding: bool) -> tuple[list[Array], Array]:
-    """Return the columns of an MLP's sources, and the gradient before the MLP: `around` it, and through it."""
-    transcoder = frozen.at("mlp", layer)
+def _through_layer(
+    frozen: FrozenPass, layer: int, g: Array, read: Callable[[str], Array], responding: bool
+) -> tuple[list[Array], Array]:
+    """Return the columns of a layer's sources, the last first, and the gradient before the layer.
+
+    Args:
+        g: gradient of the readings with respect to the stream after the layer.
+        read: part of the layer -> the directions, if they read there.
+    """
+    transcoder, sae = frozen.at("mlp", layer), frozen.at("attn", layer)
     assert transcoder is not None
+    of_mlp = g + read("mlp")
+    columns = _of_dictionary(frozen, transcoder, of_mlp)
+    g = g + read("before_mlp")
     if responding:
-        around = around + _through_features(transcoder, g)
+        g = g + _through_features(transcoder, of_mlp)
     if transcoder.W_skip is not None:
-        around = around + g @ transcoder.W_skip.T
-    return _of_dictionary(frozen, transcoder, g), around
-
-
-def _before_attention(frozen: FrozenPass, layer: int, g: Array, responding: bool) -> tuple[list[Array], Array]:
-    """Return the columns of what attention writes, and the gradient before the attention."""
-    sae = frozen.at("attn", layer)
-    if sae is None:
-        return [_of_bias(frozen, frozen.b_O[layer], g)], g + unattended(frozen, layer, g)
-    columns = _of_dictionary(frozen, sae, g)
-    if not responding:  # its features, b_dec and error are all that is written
-        return [*columns, jnp.zeros_like(g[:, :1, 0])], g
-    read = _through_features(sae, g)
-    return [*columns, _of_bias(frozen, frozen.b_O[layer], read)], g + unattended(frozen, layer, read)
+        g = g + of_mlp @ transcoder.W_skip.T
+    of_attn = g + read("attn")
+    if sae is not None:  # what it predicts is written, and its encoder alone reads the attention's output
+        columns += _of_dictionary(frozen, sae, g)
+        of_attn = read("attn") + (_through_features(sae, g) if responding else jnp.zeros_like(g))
+    columns.append(_of_bias(frozen, frozen.b_O[layer], of_attn))
+    per_head = read("heads").reshape(*g.shape[:2], frozen.config.n_heads, -1)
+    values = jnp.einsum("bsd,hkd->bshk", of_attn, frozen.W_O[layer]) + per_head
+    values = jnp.einsum("hst,bshk->bthk", frozen.patterns[layer], values)
+    return columns, g + jnp.einsum("bthk,hdk->btd", values, frozen.W_V[layer])
 
 
 def _of_dictionary(frozen: FrozenPass, dictionary: FrozenDictionary, g: Array) -> list[Array]:
@@ -154,17 +172,3 @@ def _through_features(dictionary: FrozenDictionary, g: Array) -> Array:
     """Return the gradient of a dictionary's prediction, through its active features."""
     of_acts = jnp.where(dictionary.active, jnp.einsum("bsd,snd->bsn", g, dictionary.W_dec[dictionary.where]), 0)
     return jnp.einsum("bsn,snd->bsd", of_acts, dictionary.W_enc[dictionary.where])
-
-
-def unattended(frozen: FrozenPass, layer: int, g: Float[Array, "b s d"]) -> Float[Array, "b t d"]:
-    """Return the gradient of `attended`: `g` times the heads' output matrices, patterns and value matrices."""
-    return _unmixed(frozen, layer, jnp.einsum("bsd,hkd->bhsk", g, frozen.W_O[layer]))
-
-
-def _unmixed(frozen: FrozenPass, layer: int, z: Float[Array, "b h s k"]) -> Float[Array, "b t d"]:
-    values = jnp.einsum("hst,bhsk->bhtk", frozen.patterns[layer], z)
-    return jnp.einsum("bhtk,hdk->btd", values, frozen.W_V[layer])
-
-
-def _per_head(frozen: FrozenPass, g: Float[Array, "b s width"]) -> Float[Array, "b h s k"]:
-    return jnp.swapaxes(g.reshape(*g.shape[:2], frozen.config.n_heads, -1), 1, 2)

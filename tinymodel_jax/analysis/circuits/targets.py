@@ -140,9 +140,7 @@ def _logit(lm: TinyModel, frozen: FrozenPass, token: int) -> Target:
 def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> Target:
     a, b = token_ids(lm, target.a), token_ids(lm, target.b)
     if len(a) > 1 or len(b) > 1:
-        raise ValueError(
-            f"attribution_graph: {target} has several tokens on a side; a graph is of one row: give one."
-        )
+        raise ValueError(f"attribution_graph: {target} has several tokens on a side; a graph is of one row: give one.")
     one, other = _logit(lm, frozen, int(a[0])), _logit(lm, frozen, int(b[0]))
     site = f"blocks.{lm.config.n_layers - 1}.hook_resid_post"
     return one._replace(
