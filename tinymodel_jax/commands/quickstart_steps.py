@@ -249,7 +249,8 @@ def train_transcoder(lm: TinyModel, amounts: Amounts, seed: int, console: Consol
     trained = Dictionary.from_params(*finalize(state, recipe, site.hook_in, site.hook_out))
     sentence = (
         f"{amounts.steps} steps of {amounts.batch:,} tokens took {seconds:.0f} s: a batch_topk transcoder of "
-        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, with the recipe house."
+        f"{recipe.n_features} features at {TRAINED}, k {recipe.k}, with the recipe house and a "
+        f"learning rate of {recipe.learning_rate:g}."
     )
     console.print(sentence)
     held_out = full_rows(
