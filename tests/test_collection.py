@@ -56,6 +56,13 @@ def test_every_token_has_the_vectors_of_its_row_alone(lm, rows, spliced, tmp_pat
         np.testing.assert_array_equal(np.load(tmp_path / "new" / "folder" / f"{name}.npy"), found.acts[name])
 
 
+@pytest.mark.parametrize("names", ["blocks.?.hook_mlp_out", "blocks.[01].hook_mlp_out", lambda name: "mlp_out" in name])
+def test_names_are_chosen_as_by_run_with_cache(lm, rows, names):
+    chosen = lm.run_with_cache(rows[:2], names)[1]
+    assert list(chosen) == ["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"]
+    assert list(collect_activations(lm, rows[:2], names).acts) == list(chosen)
+
+
 def test_stories_are_collected_with_their_begin_and_end(story_model):
     lm = TinyModel(story_model)
     found = collect_activations(lm, ["Mia saw a dog.", "Mia saw a dog and a cat."], "hook_embed", dtype="float16")

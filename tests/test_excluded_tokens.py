@@ -74,12 +74,32 @@ def test_a_splice_may_exclude_other_tokens_than_the_dictionary(lm, ids):
     assert "23; give ids" in error_of(lambda: lm.splice("M1", exclude=23))
 
 
+def test_an_edit_that_splices_takes_ids_and_names_what_takes_names(lm, ids):
+    dictionary = lm["M1"].dictionary
+    expected = lm.splice("M1", exclude="begin")(ids)
+    for exclude in (19, [19], np.array([19])):
+        assert_close(lm.run_with_hooks(ids, interventions.splice(dictionary, exclude=exclude))[0], expected, F32)
+    error = error_of(lambda: interventions.splice(dictionary, exclude="begin"))
+    assert "exclude='begin' is the name of a token" in error
+    assert "lm.config.begin_id, or call lm.splice" in error
+
+
 @pytest.mark.parametrize("tag", TAGS)
 def test_edits_of_features_change_nothing_there(lm, ids, tag):
     dictionary = excluding(lm, tag)
     W_dec = dictionary.params["W_dec"][jnp.array([2])]
     expected = by_hand(lm, ids, dictionary, lambda x, y: y + (1.5 - dictionary.encode(x, [2])) @ W_dec)
     assert_close(lm.run_with_hooks(ids, interventions.clamp(dictionary, 2, 1.5))[0], expected, F32)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_steering_by_a_feature_adds_nothing_there(lm, ids, tag):
+    dictionary = excluding(lm, tag)
+    direction = dictionary.params["W_dec"][2]
+    expected = by_hand(lm, ids, dictionary, lambda x, y: y + 1.5 * direction)
+    assert_close(lm.run_with_hooks(ids, interventions.steer_features(dictionary, 2, 1.5))[0], expected, F32)
+    everywhere = lm.run_with_hooks(ids, interventions.steer(dictionary.config.hook_out, 1.5 * direction))[0]
+    assert np.abs(np.asarray(everywhere) - np.asarray(expected)).max() > 1e-3
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -97,6 +117,7 @@ def test_sweeps_equal_edits_of_one_feature(lm, ids, tag):
     dictionary = excluding(lm, tag)
     spliced = lm.splice("Ra1")
     for found, edit in (
+        (sweeps.steer(spliced, tag, ids, 2.0, [1, 4]), lambda f: interventions.steer_features(dictionary, f, 2.0)),
         (sweeps.ablate(spliced, tag, ids, [1, 4]), lambda f: interventions.ablate(dictionary, f)),
         (sweeps.clamp(spliced, tag, ids, 2.0, [1, 4]), lambda f: interventions.clamp(dictionary, f, 2.0)),
     ):

@@ -195,7 +195,7 @@ def test_a_sweep_over_features_is_one_vmapped_call(params, config, tok_ids, comp
     dictionary, ids = make_dictionary(*SITES[0], 3), jnp.asarray(tok_ids)
 
     def ablated(feature):
-        edit = EditFeatures(dictionary.params, feature, 0.0, config=dictionary.config, scale=True)
+        edit = EditFeatures(dictionary.params, feature, 0.0, config=dictionary.config, change="scale")
         return run_with_hooks(params, config, ids, {SITES[0][1]: edit})[0]
 
     features = jax.block_until_ready(jnp.arange(12))

@@ -223,7 +223,7 @@ def test_a_number_format_that_it_does_not_compute_in_is_refused_before_anything_
             lambda lm: patching.patch(lm, [1, 2], [1, 3], metric=untyped([3])),
             "metric=[3]; expected 'loss', 'next_logprob', logit_difference(a, b)",
         ),
-        (lambda lm: lm.attach("M0", 5), "give the path or published name of a dictionary, got 5"),
+        (lambda lm: lm.attach("M0", 5), "expected a dictionary, got 5; lm"),
         (lambda lm: lm.generate(None), "generate takes a text or a list of texts, got None"),
         (lambda lm: evaluate(lm, untyped({"M0": None}), IDS), "takes a tag such as 'M2'"),
         (lambda lm: evaluate(lm, NOTHING, IDS), "takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list"),

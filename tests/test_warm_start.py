@@ -1,6 +1,7 @@
 """Training that starts from a finished dictionary."""
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -114,6 +115,16 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], says: str) -> None:
     dictionary = make_dictionary("x", "y", skip=True)
     with pytest.raises(ValueError, match=says):
         begun(dataclasses.replace(recipe_of("relu", skip=True), **changes), dictionary)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_training_starts_from_what_a_model_returns_for_a_tag_and_not_from_a_path() -> None:
+    dictionary, recipe = make_dictionary("x", "y", skip=True), recipe_of("relu", skip=True)
+    reader: Any = types.SimpleNamespace(dictionary=dictionary, feature=None)
+    jax.tree.map(np.testing.assert_array_equal, begun(recipe, reader).params, begun(recipe, dictionary).params)
+    path: Any = "runs/M1"
+    with pytest.raises(ValueError, match=r"got 'runs/M1'; .* Dictionary\.from_pretrained\(path\) loads one"):
+        train_on_arrays(np.asarray(vectors(0)), recipe=recipe_of("relu"), init_from=path)
 
 
 def test_a_training_on_arrays_goes_on_from_a_dictionary_and_leaves_it_as_it_is() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -229,9 +227,11 @@ class DictionaryConfig(_JsonConfig):
         return self.hook_in != self.hook_out
 
     def acts_at(self, tok_ids: Any) -> Any:
-        """Say at which tokens of an array the dictionary acts; None where it acts at all, as most do."""
-        acting = [tok_ids != excluded for excluded in self.exclude]
-        return functools.reduce(operator.and_, acting) if acting else None
+        """Return a mask of the shape of `tok_ids`: the tokens at which the dictionary acts."""
+        acting = np.ones(np.shape(tok_ids), bool)
+        for excluded in self.exclude:
+            acting = acting & (tok_ids != excluded)
+        return acting
 
     def _check_k(self) -> None:
         takes_k = self.architecture in ("topk", "batch_topk")

@@ -48,7 +48,8 @@ def generate(
 ) -> None:
     """Continue prompts. On a terminal, the text is printed as it is generated.
 
-    --steer, --ablate and --clamp edit features of the model's dictionaries at every token; each may be repeated.
+    --steer, --ablate and --clamp edit features of the model's dictionaries at every token that the dictionary does not
+    exclude; each may be repeated.
 
     Args:
         prompts: texts to continue, all in one batch. Remove the [END] of a finished story first.
@@ -153,7 +154,7 @@ def _parse(option: str, texts: Sequence[str], known: Amounts | None = None) -> d
 
 
 def _hooks(lm: TinyModel, added: Amounts, held: Amounts) -> Hooks:
-    """Return the edits: activations are held on what the model computes, and then directions are added.
+    """Return the edits: activations are set first, and then increased.
 
     Raises:
         ValueError: a site has no dictionary, or the dictionary lacks a feature.
@@ -161,20 +162,12 @@ def _hooks(lm: TinyModel, added: Amounts, held: Amounts) -> Hooks:
     import numpy as np
 
     from tinymodel_jax.model import interventions
-    from tinymodel_jax.model.hook_points import value_shape
 
     edits = []
-    for site, amounts in held.items():
-        for feature in amounts:
-            lm[f"{site}N{feature}"]  # checks the feature
-        values = np.array([*amounts.values()], np.float32)
-        edits.append(interventions.clamp(lm[site].dictionary, [*amounts], values))
-    for site, amounts in added.items():
-        for feature in amounts:
-            lm[f"{site}N{feature}"]
-        dictionary = lm[site].dictionary
-        directions = np.asarray(dictionary.params["W_dec"], np.float32)[[*amounts]]
-        vector = np.array([*amounts.values()], np.float32) @ directions
-        name = dictionary.config.hook_out
-        edits.append(interventions.steer(name, vector.reshape(value_shape(name, lm.config, 1, 1)[2:])))
+    for edit, sites in ((interventions.clamp, held), (interventions.steer_features, added)):
+        for site, amounts in sites.items():
+            for feature in amounts:
+                lm[f"{site}N{feature}"]  # checks the feature
+            values = np.array([*amounts.values()], np.float32)
+            edits.append(edit(lm[site].dictionary, [*amounts], values))
     return interventions.combine(*edits)

@@ -18,7 +18,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.lm.tiny_model import TinyModel
 from tinymodel_jax.model.forward import HookedModel, forward
-from tinymodel_jax.model.hook_points import as_names, require_hook_names, vector_width, vectors
+from tinymodel_jax.model.hook_points import Names, chosen_names, vector_width, vectors
 from tinymodel_jax.model.padding import as_array, bucket, check_shape, check_tok_ids, pad_below, pad_right
 from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.runtime.paths import user_path
@@ -70,7 +70,7 @@ class BatchedPass:
 def collect_activations(
     lm: TinyModel,
     rows: Any,
-    names: str | Iterable[str],
+    names: Names,
     out: str | os.PathLike[str] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     *,
@@ -84,7 +84,8 @@ def collect_activations(
 
     Args:
         rows: stories, or token ids (rows, seq), right-padded with `[PAD]`, which may be memory-mapped.
-        names: hook points with a vector at each position: all but `hook_attn_scores` and `hook_pattern`.
+        names: names, patterns or a function, as `names` of `run_with_cache`, of hook points with a vector at each
+            position: all but `hook_attn_scores` and `hook_pattern`.
         out: folder to write to; None collects in memory.
         dtype: number format of the vectors.
         track: wraps the iterator over batches, for example with a progress bar.
@@ -118,14 +119,13 @@ def collect_activations(
     return Collected({name: arrays[name] for name in names}, *(arrays[name] for name in PLACES))
 
 
-def _checked_names(names: str | Iterable[str], config: ModelConfig) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(as_names(names)))
-    require_hook_names(names, config)
-    without = [name for name in names if vector_width(name, config) is None]
-    if without or not names:
-        problem = f"{', '.join(without)} has no vector per token" if names else "names is empty"
+def _checked_names(names: Names, config: ModelConfig) -> tuple[str, ...]:
+    chosen = chosen_names(names, config)
+    without = [name for name in chosen if vector_width(name, config) is None]
+    if without or not chosen:
+        problem = f"{', '.join(without)} has no vector per token" if chosen else "names is empty"
         raise ValueError(f"collect_activations: {problem}; name hook points such as 'blocks.0.hook_mlp_out'.")
-    return names
+    return chosen
 
 
 def _batches(passes: BatchedPass, ids: np.ndarray, track: Track) -> Iterator[dict[str, np.ndarray]]:

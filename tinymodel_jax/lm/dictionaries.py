@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
@@ -69,19 +70,20 @@ class ModelDictionaries:
             self.attach(site, site.tag if own is None else own)
         return self.loaded[site.tag]
 
-    def attach(self, site: Site, dictionary: Dictionary | str | os.PathLike[str]) -> None:
+    def attach(self, site: Site, dictionary: Dictionary | Reader | str | os.PathLike[str]) -> None:
         """Put a dictionary at a site; load it if it is given by its path or published name.
 
         Raises:
             FileNotFoundError: the file or folder does not exist.
-            ValueError: the layer does not exist, the folder is for another site, the widths do not fit, or a parameter
-                is not finite.
+            ValueError: the layer does not exist, the folder is for another site, it is not a dictionary, the widths do
+                not fit, or a parameter is not finite.
         """
         require_layer(site, self.config)
-        if isinstance(dictionary, Dictionary):
-            require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
-        else:
+        if isinstance(dictionary, str | os.PathLike):
             dictionary = Dictionary.from_pretrained(dictionary, site.tag)
+        else:
+            dictionary = dictionary_of(dictionary)
+            require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
         config = config_at(dictionary.config, site)
         for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
             expected = vector_width(hook, self.config)
@@ -185,8 +187,7 @@ class FeatureReader:
 
     def counts(self, tok_ids: Any) -> Any:
         """Say which tokens count in statistics of the features: text at which the dictionary acts."""
-        text, acting = self.lm.config.is_text(tok_ids), self.dictionary.config.acts_at(tok_ids)
-        return text if acting is None else text & acting
+        return self.lm.config.is_text(tok_ids) & self.dictionary.config.acts_at(tok_ids)
 
 
 def _order(tag: str) -> tuple[int, int, int]:

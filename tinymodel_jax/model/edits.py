@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -167,11 +167,11 @@ class EditFeatures:
     An index of n_features changes nothing; `padded` fills up with it.
     """
     amount: Any
-    """New activation, or factor of the old one; broadcasts to (batch, seq, n)."""
+    """New activation, factor of the old one or number added to it; broadcasts to (batch, seq, n)."""
     positions: Any = None
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
-    scale: bool = struct.field(pytree_node=False, kw_only=True)
-    """Whether `amount` is a factor of the old activation rather than the new activation."""
+    change: Literal["set", "scale", "add"] = struct.field(pytree_node=False, kw_only=True)
+    """What `amount` does to the old activation."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         return self.edit(value, _reading(self.config, value, acts), acts)
@@ -181,7 +181,8 @@ class EditFeatures:
         features = jnp.atleast_1d(jnp.asarray(self.features))
         old = reading.activations(self, features)
         amount = fitting(self.amount, old.shape, "the activations of its features")
-        new = old * amount if self.scale else jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
+        amount = jnp.broadcast_to(jnp.asarray(amount, old.dtype), old.shape)
+        new = {"set": amount, "scale": old * amount, "add": old + amount}[self.change]
         new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
         new = where(_acting(self.config, acts), new, old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
@@ -275,7 +276,7 @@ OwnEdit = Add | Replace | Scale | EditFeatures | Splice
 
 
 def _acting(config: DictionaryConfig, acts: Acts) -> Array | None:
-    """Return where the dictionary acts; None if it acts at all tokens, which edits called by hand need not give."""
+    """Return where the dictionary acts; None if at all tokens, because edits called by hand then need no `tok_ids`."""
     return config.acts_at(acts["tok_ids"]) if config.exclude else None
 
 

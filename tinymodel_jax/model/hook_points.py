@@ -132,8 +132,9 @@ def chosen_names(names: Names, config: ModelConfig, hooks: Iterable[str] = ()) -
     """Return the hook points that are chosen by names, patterns or a function; each once.
 
     Args:
-        names: a name or several. In a name, `*` matches any characters, so "blocks.*.hook_mlp_out" chooses one hook
-            point per block. Or a function of the name that returns whether the hook point is chosen.
+        names: a name or several. A name may be a pattern of `fnmatch`: `*` matches any characters, `?` one, `[01]` one
+            of those, so "blocks.*.hook_mlp_out" chooses one hook point per block. Or a function of the name that
+            returns whether the hook point is chosen.
         hooks: names of hooks, which are checked with them.
 
     Raises:

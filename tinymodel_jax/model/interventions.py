@@ -15,25 +15,18 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.model.edit_arrays import boolean_mask
 from tinymodel_jax.model.edits import Add, Chain, EditFeatures, Replace, Scale, Splice
 from tinymodel_jax.model.hook_points import Hook, Hooks, is_scores, position_axes, require_edits
 from tinymodel_jax.model.padding import is_traced
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """What `lm[tag]` returns; it is accepted wherever a dictionary is."""
-
-    @property
-    def dictionary(self) -> Dictionary: ...
 
 
 def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
@@ -67,12 +60,20 @@ def ablate(dictionary: Dictionary | Reader, features: Any, positions: Any = None
 
 def scale_features(dictionary: Dictionary | Reader, features: Any, factor: Any, positions: Any = None) -> Hooks:
     """Multiply the activations of features by a factor."""
-    return _edit_features(dictionary, features, factor, positions, scale=True)
+    return _edit_features(dictionary, features, factor, positions, "scale")
 
 
 def clamp(dictionary: Dictionary | Reader, features: Any, value: Any, positions: Any = None) -> Hooks:
     """Set the activations of features to a value, including where they are inactive."""
-    return _edit_features(dictionary, features, value, positions, scale=False)
+    return _edit_features(dictionary, features, value, positions, "set")
+
+
+def steer_features(dictionary: Dictionary | Reader, features: Any, strength: Any, positions: Any = None) -> Hooks:
+    """Add `strength x decoder direction` of features, as if their activations were higher by `strength`.
+
+    Nothing is added at tokens that the dictionary excludes; `steer` adds a vector at every token.
+    """
+    return _edit_features(dictionary, features, strength, positions, "add")
 
 
 def splice(
@@ -80,7 +81,7 @@ def splice(
     include_error: bool = False,
     detach_error: bool = True,
     detach_pred: bool = False,
-    exclude: tuple[int, ...] | None = None,
+    exclude: int | Iterable[int] | None = None,
 ) -> Hooks:
     """Run the model through dictionaries. Those that replace the same value act in the given order.
 
@@ -89,11 +90,15 @@ def splice(
         detach_error: stop the gradient through the error.
         detach_pred: stop the gradient through the prediction.
         exclude: token ids at whose positions the value stays; None takes those that the dictionary was trained without.
+
+    Raises:
+        ValueError: `exclude` is not made of ids, or as `ablate`.
     """
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
     given = [dictionaries] if isinstance(dictionaries, Dictionary | Reader | str) else dictionaries
-    found = [_dictionary_of(one) for one in given]
-    configs = [d.config if exclude is None else dataclasses.replace(d.config, exclude=exclude) for d in found]
+    found = [_at_hook_points(one) for one in given]
+    excluded = {} if exclude is None else {"exclude": _ids(exclude)}
+    configs = [dataclasses.replace(d.config, **excluded) for d in found]
     pairs = zip(found, configs, strict=True)
     return combine(*({config.hook_out: Splice(d.params, config=config, **switches)} for d, config in pairs))
 
@@ -134,8 +139,10 @@ def _same_dictionary(one: Hook, other: Hook) -> bool:
     return operator.eq(*configs) and all(a is b for a, b in leaves)
 
 
-def _edit_features(given: Dictionary | Reader, features: Any, amount: Any, positions: Any, *, scale: bool) -> Hooks:
-    dictionary = _dictionary_of(given)
+def _edit_features(
+    given: Dictionary | Reader, features: Any, amount: Any, positions: Any, change: Literal["set", "scale", "add"]
+) -> Hooks:
+    dictionary = _at_hook_points(given)
     config = dictionary.config
     indices = resolve_indices(features, config.n_features)
     if indices is None:
@@ -143,25 +150,13 @@ def _edit_features(given: Dictionary | Reader, features: Any, amount: Any, posit
     if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
         raise ValueError("features: one is named twice, and would be edited twice; name each once.")
     _refuse_words(positions)
-    edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, scale=scale)
+    edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, change=change)
     return {config.hook_out: edit}
 
 
-def _dictionary_of(given: Any) -> Dictionary:
-    """Return a dictionary, or the one of a reader such as `lm["M1"]`, which this layer knows by its attributes only."""
-    dictionary = getattr(given, "dictionary", given)
-    if not isinstance(dictionary, Dictionary):
-        tag = repr(given) if isinstance(given, str) else "'M1'"
-        raise ValueError(
-            f"expected a dictionary, got {given!r:.80}; lm[{tag}] is the one of a model, and "
-            "Dictionary.from_pretrained(path) loads one."
-        )
-    if getattr(given, "feature", None) is not None:
-        tag = given.site.tag
-        raise ValueError(
-            f"expected a whole dictionary, got feature {given.feature} of {tag}; give lm[{tag!r}], and the features "
-            "beside it."
-        )
+def _at_hook_points(given: Dictionary | Reader) -> Dictionary:
+    """Return the dictionary after checking that its hook points are those of a model."""
+    dictionary = dictionary_of(given)
     require_site(dictionary.config.hook_in, dictionary.config.hook_out)
     return dictionary
 
@@ -173,6 +168,18 @@ def _refuse_words(positions: Any) -> None:
             f"positions={positions!r}: an edit takes a boolean mask of shape (seq,) or (batch, seq); "
             f"lm.generate(…, hooks=…, positions={positions!r}) takes 'all', 'prompt' or 'generated'."
         )
+
+
+def _ids(exclude: Any) -> tuple[int, ...]:
+    given = [exclude] if isinstance(exclude, str) or not isinstance(exclude, Iterable) else exclude
+    ids = tuple(int(one) if isinstance(one, np.integer) else one for one in given)
+    names = [one for one in ids if isinstance(one, str)]
+    if names:
+        raise ValueError(
+            f"splice: exclude={names[0]!r} is the name of a token, whose id only a model knows; give ids, such as "
+            "exclude=lm.config.begin_id, or call lm.splice, which takes names."
+        )
+    return ids
 
 
 def _mask_at(hook_name: str, positions: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.readers import Reader
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.training.data import batch_indices
@@ -35,7 +36,7 @@ def train_on_arrays(
     *,
     recipe: DictionaryRecipe,
     seed: int = 0,
-    init_from: Dictionary | None = None,
+    init_from: Dictionary | Reader | None = None,
     track: Track = no_progress,
     extra_loss: ExtraLoss | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -46,7 +47,7 @@ def train_on_arrays(
         x: activations (rows, d_in) of any floating-point type, in memory or memory-mapped.
         y: targets (rows, d_out) of a transcoder; None trains an SAE.
         seed: seed of the initial parameters and of the order of the rows.
-        init_from: a dictionary of the same sizes to start from; None starts at random.
+        init_from: a dictionary of the same sizes to start from, or `lm["M2"]`; None starts at random.
         track: wraps the iterator over steps, for example with a progress bar.
         extra_loss: a function `(x, y, activations, reconstruction)` of the scaled batch, whose scalar is added to the
             loss: scaled inputs and targets, activations times the norms of their decoder rows, and the prediction.
@@ -57,7 +58,7 @@ def train_on_arrays(
 
     Raises:
         ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
-            `init_from` does not fit; the training diverges.
+            `init_from` is not a dictionary or does not fit; the training diverges.
     """
     _check(x, y)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)

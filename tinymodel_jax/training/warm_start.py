@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.training.dictionary_losses import row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams
@@ -45,16 +46,19 @@ def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d
         raise ValueError(f"the dictionary to start from does not fit: {'; '.join(problems)}.")
 
 
-def start_from(state: DictionaryTrainState, recipe: DictionaryRecipe, dictionary: Dictionary) -> DictionaryTrainState:
-    """Return the state of `init_state` with the parameters of a dictionary.
+def start_from(
+    state: DictionaryTrainState, recipe: DictionaryRecipe, dictionary: Dictionary | Reader
+) -> DictionaryTrainState:
+    """Return the state of `init_state` with the parameters of a dictionary or of what `lm[tag]` returns.
 
     How a feature's scale is divided between encoder and decoder does not change the dictionary: both rows get the same
     norm, as they have at the start of an SAE's training. Thresholds carry over where both architectures have them, and
     jumprelu's are 0 otherwise. A recipe with a skip connection starts it at 0, if the dictionary has none.
 
     Raises:
-        ValueError: as `require_fit`.
+        ValueError: it is not a dictionary, or as `require_fit`.
     """
+    dictionary = dictionary_of(dictionary)
     before, config = state.params, dictionary.config
     require_fit(config, recipe, before["W_enc_T"].shape[1], before["W_dec"].shape[1])
     given = {name: jnp.asarray(array, jnp.float32) for name, array in dictionary.params.items()}

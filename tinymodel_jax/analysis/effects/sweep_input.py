@@ -125,8 +125,7 @@ def activations(
 
 def acting_mask(reader: FeatureReader, prepared: SweepInput) -> Bool[np.ndarray, "batch seq"]:
     """Return where the intervention acts and the dictionary does."""
-    acting = reader.dictionary.config.acts_at(prepared.ids)
-    return prepared.mask if acting is None else prepared.mask & acting
+    return prepared.mask & reader.dictionary.config.acts_at(prepared.ids)
 
 
 def decoder_rows(reader: FeatureReader, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:

@@ -145,9 +145,11 @@ def steer(
 ) -> FeatureEffects:
     """Add `strength x decoder direction` of each feature, or `strength x vector`, at the dictionary's `hook_out`.
 
+    Directions of features are added where the dictionary acts, so not at tokens that it excludes.
+
     Args:
         strengths: one strength, or several, which become the last axis of the result.
-        vectors: (n, width), added instead of decoder directions; the site then needs no dictionary.
+        vectors: (n, width), added instead of decoder directions, at all tokens; the site then needs no dictionary.
 
     Other arguments as for `ablate`.
     """
@@ -158,13 +160,11 @@ def steer(
     if vectors is None:
         assert reader is not None
         chosen, _ = activations(reader, prepared, features)
-        directions = decoder_rows(reader, chosen)
+        directions, mask = decoder_rows(reader, chosen), acting_mask(reader, prepared)
     else:
-        directions = as_vectors(vectors, features, lm.config.d_model)
+        directions, mask = as_vectors(vectors, features, lm.config.d_model), prepared.mask
         chosen = np.arange(len(directions))
-    added = np.broadcast_to(
-        prepared.mask * amounts[..., None, None], (len(chosen), *amounts.shape, *prepared.ids.shape)
-    )
+    added = np.broadcast_to(mask * amounts[..., None, None], (len(chosen), *amounts.shape, *prepared.ids.shape))
     return _sweep(lm, prepared, chosen, directions, added, track)
 
 

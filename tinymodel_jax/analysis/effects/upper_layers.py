@@ -178,8 +178,7 @@ def effects_of_changes(
         _, values = run(below_readout)
     before = encode(readout, readout_config, upper.sources[-1])
     after = encode(readout, readout_config, values[0]).reshape(-1, *before.shape)
-    acting = readout_config.acts_at(upper.tok_ids)
-    real = counted.real if acting is None else counted.real * acting
+    real = jnp.where(readout_config.acts_at(upper.tok_ids), counted.real, 0)
     read = jnp.einsum("nbsf,bs->nf", after - before, real.astype(before.dtype))
     return found._replace(read=read)
 
