@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,12 +23,13 @@ from jaxtyping import Array, Float
 
 from tinymodel_jax.config import ModelConfig, compute_dtype
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.dictionaries.readers import Reader
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
 from tinymodel_jax.lm import generation, text
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
-from tinymodel_jax.model.edits import can_be_padded, is_array_tree, pad_edits
+from tinymodel_jax.model.edits import can_be_padded, pad_edits
 from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss, token_losses
 from tinymodel_jax.model.hook_points import (
     Hook,
@@ -41,7 +41,7 @@ from tinymodel_jax.model.hook_points import (
     require_edits,
     require_hook_names,
 )
-from tinymodel_jax.model.padding import batch_of, cut, ids_and_targets, is_traced, pad_to_bucket
+from tinymodel_jax.model.padding import batch_of, bucket, cut, is_traced, pad_right, target_weights
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 
 if TYPE_CHECKING:
@@ -160,17 +160,9 @@ class TinyModel(WeightViews):
         hooks, measure = hooks or {}, token_losses if per_token else mean_loss
         require_edits(hooks)
         require_hook_names(hooks, self.config)
-        given = self.to_tokens(tok_ids)
-        batch, seq = batch_of(given, self.config).shape
-        pad = not is_traced(given) and can_be_padded(hooks)
-        ids, weights = ids_and_targets(given, attn_mask, self.config, pad)
-        hooks = pad_edits(hooks, self.config, (batch, seq), ids.shape[1]) if pad else hooks
-        model = self.hooked().with_hooks(hooks)
-        if not is_array_tree(hooks):
-            # edits that are functions cannot be compiled
-            measure, ids, weights = inspect.unwrap(measure), jnp.asarray(ids), jnp.asarray(weights)
-        losses = measure(model, ids, weights)
-        return cut(losses, (1,), seq - 1) if per_token else losses
+        model, ids, length = self._padded(tok_ids, hooks)
+        losses = measure(model, ids, target_weights(ids, length, attn_mask, self.config))
+        return cut(losses, (1,), length - 1) if per_token else losses
 
     def run_with_cache(
         self, tok_ids: Any, names: Names | None = None, return_logprobs: bool = True
@@ -178,8 +170,9 @@ class TinyModel(WeightViews):
         """Return log-probabilities (batch, seq, d_vocab) and the activations at hook points.
 
         Args:
-            names: names, patterns in which `*` matches any characters ("blocks.*.hook_mlp_out"), or a function of the
-                name such as `lambda name: "resid" in name`. By default all hook points.
+            names: names, patterns in which `*` matches any characters, `?` one and `[01]` one of those
+                ("blocks.*.hook_mlp_out"), or a function of the name such as `lambda name: "resid" in name`. By default
+                all hook points.
             return_logprobs: with False, the first result is None, and neither the unembedding nor any layer after the
                 last of the hook points runs.
 
@@ -208,12 +201,7 @@ class TinyModel(WeightViews):
         hooks = {} if hooks is None else hooks
         require_edits(hooks)
         keep = chosen_names(keep, self.config, hooks)
-        output: Output = "logprobs" if return_logprobs else "none"
-        if not is_traced(tok_ids) and can_be_padded(hooks):
-            return self._run(tok_ids, output, keep, hooks=hooks)
-        ids = jnp.asarray(batch_of(self.to_tokens(tok_ids), self.config))
-        logprobs, acts = _edited_pass(self.hooked().with_hooks(hooks), ids, keep, output)
-        return logprobs, {name: acts[name] for name in keep}  # compiled functions sort the names
+        return self._run(tok_ids, "logprobs" if return_logprobs else "none", keep, hooks=hooks)
 
     def _run(
         self,
@@ -223,11 +211,25 @@ class TinyModel(WeightViews):
         before: Site | None = None,
         hooks: Mapping[str, Hook] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Array]]:
-        ids, length = pad_to_bucket(self.to_tokens(tok_ids), self.config)
-        padded = pad_edits(hooks, self.config, (len(ids), length), ids.shape[1])
-        value, acts = forward(self.hooked(before).with_hooks(padded), ids, keep=keep, output=output)
+        """Return what `forward` does, cut to the length of the ids."""
+        model, ids, length = self._padded(tok_ids, hooks, before)
+        value, acts = forward(model, ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
+
+    def _padded(
+        self, tok_ids: Any, hooks: Mapping[str, Hook], before: Site | None = None
+    ) -> tuple[HookedModel, Any, int]:
+        """Return the model with edits, the ids (batch, compiled length), and their own length.
+
+        Traced ids are not padded, nor are ids that a function edits, which sees the exact length.
+        """
+        given, model = batch_of(self.to_tokens(tok_ids), self.config), self.hooked(before)
+        batch, seq = given.shape
+        if is_traced(given) or not can_be_padded(hooks):
+            return model.with_hooks(hooks), jnp.asarray(given), seq
+        ids = pad_right(given, bucket(seq, self.config.n_ctx), self.config.pad_id)
+        return model.with_hooks(pad_edits(hooks, self.config, (batch, seq), ids.shape[1])), ids, seq
 
     # Dictionaries
 
@@ -259,12 +261,13 @@ class TinyModel(WeightViews):
             resolve_indices(feature, dictionary.config.n_features)
         return FeatureReader(self, site, dictionary, feature)
 
-    def attach(self, tag: str, dictionary: Dictionary | str | os.PathLike[str]) -> None:
+    def attach(self, tag: str, dictionary: Dictionary | Reader | str | os.PathLike[str]) -> None:
         """Put a dictionary at a site, for `lm[tag]` and `splice`.
 
         Args:
             dictionary: a folder written by `save_pretrained`, which must be for this site; or a file with the
-                reference's names or a `Dictionary`, which may go to any site of the same width.
+                reference's names, a `Dictionary` or another model's `lm[tag]`, which may go to any site of the same
+                width.
 
         Raises:
             FileNotFoundError: the file or folder does not exist.
@@ -352,16 +355,6 @@ def _residual_name(layer: int, n_layers: int) -> str:
     if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
         raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
     return Site("Ra", layer).hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
-
-
-def _edited_pass(
-    model: HookedModel, ids: Array, keep: tuple[str, ...], output: Output
-) -> tuple[Array | None, dict[str, Array]]:
-    """Return log-probabilities or None, and activations; edits that are plain functions cannot be compiled."""
-    if is_array_tree(model.hooks):
-        return forward(model, ids, keep=keep, output=output)
-    logits, acts = model.run(ids, keep)
-    return jax.nn.log_softmax(logits) if output == "logprobs" else None, acts
 
 
 def _checked_arrays(params: Mapping[str, Any], config: ModelConfig) -> Any:

@@ -7,8 +7,8 @@ configuration. Each computes only what its result needs: XLA removes unused laye
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
 from typing import Any, Literal
 
 import jax
@@ -20,7 +20,7 @@ from tinymodel_jax.block_order import resumes_at, stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.dictionary import DictionaryParams
-from tinymodel_jax.model.edits import Replace
+from tinymodel_jax.model.edits import Replace, is_array_tree
 from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors
 from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
@@ -105,7 +105,20 @@ class HookedModel:
         return dataclasses.replace(self, hooks=combine(self.hooks, *hooks))
 
 
-@partial(fast_jit, static_argnames=("keep", "output"))
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a pass as `fast_jit` does; a model with functions as hooks runs it operation by operation."""
+    compiled = fast_jit(function, **options)
+
+    @wraps(function)
+    def call(model: HookedModel, *args: Any, **kwargs: Any) -> Any:
+        if is_array_tree(model.hooks):
+            return compiled(model, *args, **kwargs)
+        return function(model, *jax.tree.map(jnp.asarray, args), **kwargs)
+
+    return call
+
+
+@partial(_compiled, static_argnames=("keep", "output"))
 def forward(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = (), output: Output = "logprobs"
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
@@ -130,10 +143,10 @@ def features(
     _, acts = model.run(tok_ids, name)
     found = dictionary.encode(dictionary_params, dictionary_config, vectors(acts[name]), indices)
     acting = dictionary_config.acts_at(tok_ids)
-    return found if acting is None else jnp.where(acting.reshape(*acting.shape, *[1] * (found.ndim - 2)), found, 0)
+    return jnp.where(acting.reshape(*acting.shape, *[1] * (found.ndim - 2)), found, 0)
 
 
-@fast_jit
+@_compiled
 def mean_loss(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
 ) -> Float[Array, ""]:
@@ -143,7 +156,7 @@ def mean_loss(
     return jnp.sum(next_token_losses(logits, tok_ids) * weights) / jnp.sum(weights)
 
 
-@fast_jit
+@_compiled
 def token_losses(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
 ) -> Float[Array, "batch targets"]:

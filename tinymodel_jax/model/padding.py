@@ -153,28 +153,27 @@ def pad_to_bucket(tok_ids: Any, config: ModelConfig) -> tuple[Any, int]:
     return (ids if is_traced(ids) else pad_right(ids, bucket(length, config.n_ctx), config.pad_id)), length
 
 
-def ids_and_targets(tok_ids: Any, attn_mask: Any, config: ModelConfig, pad: bool = True) -> tuple[Any, Any]:
-    """Return token ids and the weight of each as a target of the loss, both (batch, compiled length).
+def target_weights(tok_ids: Any, length: int, attn_mask: Any, config: ModelConfig) -> Any:
+    """Return the weight of each token as a target of the loss, (batch, compiled length); 0 in the padding.
 
     Args:
-        attn_mask: (batch, seq), the weights of the tokens, where `[PAD]` always gets 0. None: 1, but 0 at `[END]`.
-        pad: pad to a compiled length; otherwise both keep their length.
+        tok_ids: (batch, compiled length) ids, the first `length` of each row the caller's.
+        attn_mask: (batch, length), the weights of the tokens, where `[PAD]` always gets 0. None: 1, but 0 at `[END]`.
 
     Raises:
-        ValueError: as `check_tok_ids`, or mask and ids differ in shape, or all weights are 0.
+        ValueError: mask and ids differ in shape, or all weights are 0.
     """
-    given = batch_of(tok_ids, config)
-    ids = pad_to_bucket(given, config)[0] if pad else given
+    given = tok_ids[:, :length] if is_traced(tok_ids) else np.asarray(tok_ids)[:, :length]
     mask = (given != config.end_id) if attn_mask is None else attn_mask
     mask = mask if is_traced(mask) else np.asarray(mask)
-    mask = mask[None] if mask.ndim == np.ndim(tok_ids) == 1 else mask
+    mask = mask[None] if mask.ndim == 1 and len(given) == 1 else mask
     if mask.shape != given.shape:
         raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {given.shape}; they must agree.")
     numpy = jnp if is_traced(given, mask) else np  # outside of a trace, jnp compiles a program for every length
     mask = numpy.where(given != config.pad_id, mask, np.zeros((), mask.dtype))
     if not is_traced(mask) and not np.any(mask[:, 1:]):
         raise ValueError("loss: no token to predict; give at least two tokens per row, and a mask that is not all 0.")
-    return ids, numpy.pad(mask, ((0, 0), (0, ids.shape[1] - given.shape[1]))).astype(np.float32)
+    return numpy.pad(mask, ((0, 0), (0, tok_ids.shape[1] - length))).astype(np.float32)
 
 
 def pad_below(ids: np.ndarray, n_rows: int, pad_id: int) -> np.ndarray:
