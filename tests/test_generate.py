@@ -13,7 +13,7 @@ from oracle import error_of, forward, reconstruct, softmax
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model import interventions
-from tinymodel_jax.model.generate import continue_prompts
+from tinymodel_jax.model.generate import continue_in_steps
 from tinymodel_jax.model.sampling import keep_likely
 from tinymodel_jax.params import flatten
 
@@ -36,6 +36,12 @@ def uncached(lm, prompt, n_toks, end_id=None, edits=None):
         if ids[-1] == end_id:
             break
     return ids
+
+
+def continue_prompts(model, prompts, *options, **more):
+    """Return the ids of `continue_in_steps` at the end."""
+    (end,) = continue_in_steps(model, prompts, *options, **more)
+    return end.tok_ids
 
 
 def ragged(rows, pad_id):

@@ -34,7 +34,7 @@ class _JsonConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Build the configuration from `to_dict`'s output.
+        """Build the configuration from `to_dict`'s output, also after JSON has turned tuples into lists.
 
         Raises:
             ValueError: a field is unknown, or one without a default is missing.

@@ -7,7 +7,6 @@ nothing in RUN; it only adds the folder RUN/export, unless `-o` names another. T
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from train import dictionaries, lm
 from train.activations import ActivationOptions, open_activations
 from train.dictionary_results import write_results
 from train.hosts import say, warn
-from train.run_folder import Checkpoints, run_settings
+from train.run_folder import Checkpoints, as_json, run_settings
 from train.sweep import recorded_sweep
 
 
@@ -60,7 +59,7 @@ def _export_dictionaries(
     files = {name: Path(recorded[name]) for name in ("activations", "targets") if name in recorded}
     mesh = make_mesh("data=1", jax.devices()[:1])
     source, origin = open_activations(ActivationOptions(**{**recorded, **files}), mesh)
-    changed = [name for name in ("places", "data") if json.loads(json.dumps(origin.get(name))) != settings.get(name)]
+    changed = [name for name in ("places", "data") if as_json(origin.get(name)) != settings.get(name)]
     if changed:
         raise ValueError(f"the {' and '.join(changed)} of {folder} are not those that the run was started with.")
     sweep = recorded_sweep(settings)

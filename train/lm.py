@@ -25,7 +25,7 @@ from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.generate import continue_prompts
+from tinymodel_jax.model.generate import continue_in_steps
 from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
@@ -316,7 +316,8 @@ def _sample(config: ModelConfig, data: TokenData, params: Any, step: int) -> dic
     if not is_first():
         return {}
     begin = np.array([[config.begin_id]], np.int32)
-    ids = continue_prompts(HookedModel(params, config), begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)[0, 1:]
+    (end,) = continue_in_steps(HookedModel(params, config), begin, SAMPLE_TOKENS, 0.8, config.end_id, seed=step)
+    ids = end.tok_ids[0, 1:]
     tokenizer = saved_tokenizer(data.folder)
     return {"sample": str(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))}
 

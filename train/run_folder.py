@@ -79,6 +79,11 @@ def run_settings(out: epath.PathLike) -> dict[str, Any]:
     return _read(path)
 
 
+def as_json(value: Any) -> Any:
+    """Return a value as JSON stores it, with lists instead of tuples, to compare it with what a folder has."""
+    return json.loads(json.dumps(value))
+
+
 def recorded_options(options: Any) -> dict[str, Any]:
     """Return a dataclass of options for a run's settings, with whole paths instead of those of existing files."""
     return {name: whole_path(value) for name, value in dataclasses.asdict(options).items()}
@@ -265,7 +270,7 @@ class Checkpoints:
 def _open(out: epath.Path, config: Mapping[str, Any], may_change: Iterable[str]) -> int | None:
     path, lengthened = out / "config.json", None
     content = {"format": "tinymodel_jax/run", "format_version": 1, **config, "versions": versions()}
-    content = json.loads(json.dumps(content))
+    content = as_json(content)
     if path.exists():
         before = _read(path)
         if has_begun(out):

@@ -75,8 +75,7 @@ def generate(
                 f"--ablate {given}: an ablation sets the activation to 0 and takes no number; give "
                 f"--ablate {given.partition('=')[0]}, or --clamp {given}."
             )
-    added = _parse("--steer", steer)
-    held = _parse("--ablate", [f"{tag}=0" for tag in ablate], _parse("--clamp", clamp))
+    added, held = _parse({"--steer": steer}), _parse({"--clamp": clamp, "--ablate": ablate})
     from tinymodel_jax.model.generate import continue_in_steps, strip_padding  # JAX loads here, not for --help
     from tinymodel_jax.model.padding import check_tok_ids
     from tinymodel_jax.model.sampling import check_options
@@ -125,32 +124,36 @@ def _print_as_it_grows(lm: TinyModel, steps: Iterable[Continued], ids: bool) -> 
         row, printed = row + 1, 0
 
 
-def _parse(option: str, texts: Sequence[str], known: Amounts | None = None) -> dict[str, dict[int, float]]:
-    """Return the numbers of features given as `M2N5=1`, added to those known.
+def _parse(given: Mapping[str, Sequence[str]]) -> dict[str, dict[int, float]]:
+    """Return the numbers of features given to options as `M2N5=1`, or as `M2N5` to `--ablate`, which sets 0.
 
     Raises:
         ValueError: a text has another form, or a feature is named twice.
     """
-    found = {site: dict(features) for site, features in (known or {}).items()}
-    for text in texts:
-        tag, _, number = text.rpartition("=")
-        asked = tag if option == "--ablate" else text
-        try:
-            amount = float(number) if tag else math.nan
-        except ValueError:
-            amount = math.nan
-        if not math.isfinite(amount):
-            raise ValueError(f"{option} {asked}: expected a feature and a number, such as M2N123=4.0.")
+    found: dict[str, dict[int, float]] = {}
+    for option, text in ((option, text) for option, texts in given.items() for text in texts):
+        tag, number = (text, 0.0) if option == "--ablate" else _tag_and_number(option, text)
         try:
             site, feature = Site.parse(tag)
         except ValueError as error:
-            raise ValueError(f"{option} {asked}: {error}") from error
+            raise ValueError(f"{option} {text}: {error}") from error
         if feature is None:
-            raise ValueError(f"{option} {asked}: {tag} is a whole dictionary; name a feature, such as {tag}N123.")
+            raise ValueError(f"{option} {text}: {tag} is a whole dictionary; name a feature, such as {tag}N123.")
         if feature in found.setdefault(site.tag, {}):
-            raise ValueError(f"{option} {asked}: {tag} is named twice; give each feature one value.")
-        found[site.tag][feature] = amount
+            raise ValueError(f"{option} {text}: {tag} is named twice; give each feature one value.")
+        found[site.tag][feature] = number
     return found
+
+
+def _tag_and_number(option: str, text: str) -> tuple[str, float]:
+    tag, _, number = text.rpartition("=")
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if not tag or not math.isfinite(amount):
+        raise ValueError(f"{option} {text}: expected a feature and a number, such as M2N123=4.0.")
+    return tag, amount
 
 
 def _hooks(lm: TinyModel, added: Amounts, held: Amounts) -> Hooks:

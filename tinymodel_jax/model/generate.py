@@ -52,12 +52,6 @@ class _State(NamedTuple):
     """Log-probability of each generated token, NaN elsewhere; None if they are not asked for."""
 
 
-def continue_prompts(model: HookedModel, prompts: np.ndarray, *options: Any, **more: Any) -> np.ndarray:
-    """Continue rows of ids to the end; return (batch, seq) ids. The options are those of `continue_in_steps`."""
-    (end,) = continue_in_steps(model, prompts, *options, **more)
-    return end.tok_ids
-
-
 def continue_in_steps(
     model: HookedModel,
     prompts: np.ndarray,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -125,16 +125,6 @@ class DictionaryRecipe(_JsonConfig):
         problems = [*self._problems_of_numbers(), *self._problems_of_architecture(), *self._problems_of_prefixes()]
         if problems:
             raise ValueError(f"DictionaryRecipe: {'; '.join(problems)}.")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DictionaryRecipe:
-        """Build the recipe from `to_dict`'s output, also after JSON has turned tuples into lists.
-
-        Raises:
-            ValueError: a field is unknown or missing, or the fields do not fit together.
-        """
-        widths = values.get("prefix_widths")
-        return super().from_dict({**values, "prefix_widths": None if widths is None else tuple(widths)})
 
     @property
     def takes_k(self) -> bool:
