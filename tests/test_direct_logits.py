@@ -12,6 +12,7 @@ from oracle import F32, assert_close, error_of, log_softmax
 
 from tinymodel_jax.analysis import direct_logit_attribution, logit_lens
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model import interventions
 from tinymodel_jax.params import flatten
 
 TOKENS = [3, 11, 22]
@@ -29,6 +30,22 @@ def test_the_lens_unembeds_the_stream_of_every_layer(lm, tok_ids, spliced):
     assert_close(found.logprobs[-1], lm(tok_ids), F32)
     assert_close(logit_lens(lm, tok_ids, TOKENS).logprobs, found.logprobs[..., TOKENS], F32)
     assert logit_lens(lm, tok_ids[0], 3).logprobs.shape == (3, 1, 11, 1)
+
+
+def test_the_lens_reads_the_streams_of_an_edited_pass(lm, tok_ids):
+    spliced, vector = lm.splice("M0"), np.linspace(-1, 1, 16, dtype=np.float32)
+    name = "blocks.1.hook_resid_pre"
+    edit, function = interventions.steer(name, vector), {name: lambda value, acts: value + vector}
+    plain, found = logit_lens(spliced, tok_ids), logit_lens(spliced, tok_ids, hooks=edit)
+    np.testing.assert_array_equal(found.logprobs[0], plain.logprobs[0])
+    stream = np.asarray(spliced.run_with_cache(tok_ids, name)[1][name], np.float64) + vector
+    unembedded = stream @ np.asarray(lm.W_U, np.float64) + np.asarray(lm.b_U, np.float64)
+    assert_close(found.logprobs[1], log_softmax(unembedded), F32)
+    assert_close(found.logprobs[-1], spliced.run_with_hooks(tok_ids, edit)[0], F32)
+    assert_close(logit_lens(spliced, tok_ids, hooks=function).logprobs, found.logprobs, F32)
+    assert "closest: hook_embed" in error_of(
+        lambda: logit_lens(lm, tok_ids, hooks=interventions.steer("hook_embd", 1.0))
+    )
 
 
 def part(found: Any, label: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig, compute_dtype
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
@@ -160,7 +160,7 @@ class TinyModel(WeightViews):
         hooks, measure = hooks or {}, token_losses if per_token else mean_loss
         require_edits(hooks)
         require_hook_names(hooks, self.config)
-        model, ids, length = self._padded(tok_ids, hooks)
+        model, ids, length = self.padded_pass(tok_ids, hooks)
         losses = measure(model, ids, target_weights(ids, length, attn_mask, self.config))
         return cut(losses, (1,), length - 1) if per_token else losses
 
@@ -212,24 +212,10 @@ class TinyModel(WeightViews):
         hooks: Mapping[str, Hook] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Array]]:
         """Return what `forward` does, cut to the length of the ids."""
-        model, ids, length = self._padded(tok_ids, hooks, before)
+        model, ids, length = self.padded_pass(tok_ids, hooks, before)
         value, acts = forward(model, ids, keep=keep, output=output)
         value = None if value is None else cut(value, (1,), length)
         return value, {name: cut(acts[name], position_axes(name), length) for name in keep}
-
-    def _padded(
-        self, tok_ids: Any, hooks: Mapping[str, Hook], before: Site | None = None
-    ) -> tuple[HookedModel, Any, int]:
-        """Return the model with edits, the ids (batch, compiled length), and their own length.
-
-        Traced ids are not padded, nor are ids that a function edits, which sees the exact length.
-        """
-        given, model = batch_of(self.to_tokens(tok_ids), self.config), self.hooked(before)
-        batch, seq = given.shape
-        if is_traced(given) or not can_be_padded(hooks):
-            return model.with_hooks(hooks), jnp.asarray(given), seq
-        ids = pad_right(given, bucket(seq, self.config.n_ctx), self.config.pad_id)
-        return model.with_hooks(pad_edits(hooks, self.config, (batch, seq), ids.shape[1])), ids, seq
 
     # Dictionaries
 
@@ -318,6 +304,23 @@ class TinyModel(WeightViews):
             before: leave out the dictionaries that act when this site is read, or later.
         """
         return HookedModel(self.params, self.config, self._dictionaries.hooks(before))
+
+    def padded_pass(
+        self, tok_ids: Any, hooks: Mapping[str, Hook], before: Site | None = None
+    ) -> tuple[HookedModel, Int[Array | np.ndarray, "batch padded"], int]:
+        """Return what `hooked` does with edits, the ids (batch, compiled length), and their own length.
+
+        Traced ids are not padded, nor are ids under edits that are functions, which see the exact length.
+
+        Raises:
+            ValueError: as `run_with_hooks`.
+        """
+        given, model = batch_of(self.to_tokens(tok_ids), self.config), self.hooked(before)
+        batch, seq = given.shape
+        if is_traced(given) or not can_be_padded(hooks):
+            return model.with_hooks(hooks), jnp.asarray(given), seq
+        ids = pad_right(given, bucket(seq, self.config.n_ctx), self.config.pad_id)
+        return model.with_hooks(pad_edits(hooks, self.config, (batch, seq), ids.shape[1])), ids, seq
 
     # Text
 

@@ -105,8 +105,8 @@ class HookedModel:
         return dataclasses.replace(self, hooks=combine(self.hooks, *hooks))
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compile a pass as `fast_jit` does; a model with functions as hooks runs it operation by operation."""
+def compiled_pass(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function of a `HookedModel` as `fast_jit` does; with functions as hooks, it runs uncompiled."""
     compiled = fast_jit(function, **options)
 
     @wraps(function)
@@ -118,7 +118,7 @@ def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any
     return call
 
 
-@partial(_compiled, static_argnames=("keep", "output"))
+@partial(compiled_pass, static_argnames=("keep", "output"))
 def forward(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = (), output: Output = "logprobs"
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
@@ -146,7 +146,7 @@ def features(
     return jnp.where(acting.reshape(*acting.shape, *[1] * (found.ndim - 2)), found, 0)
 
 
-@_compiled
+@compiled_pass
 def mean_loss(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
 ) -> Float[Array, ""]:
@@ -156,7 +156,7 @@ def mean_loss(
     return jnp.sum(next_token_losses(logits, tok_ids) * weights) / jnp.sum(weights)
 
 
-@_compiled
+@compiled_pass
 def token_losses(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], weights: Float[Array, "batch seq"]
 ) -> Float[Array, "batch targets"]:

@@ -8,6 +8,7 @@ interpreting GPT: the logit lens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.lm.text import token_ids
-from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.padding import pad_to_bucket
-from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.model.forward import HookedModel, compiled_pass
+from tinymodel_jax.model.hook_points import Hook, require_edits, require_hook_names
 
 
 class LogitLens(NamedTuple):
@@ -32,27 +32,33 @@ class LogitLens(NamedTuple):
     """Log-probabilities of the next token; the last stream's are the model's own."""
 
 
-def logit_lens(lm: TinyModel, tok_ids: Any, tokens: Any = None) -> LogitLens:
+def logit_lens(
+    lm: TinyModel, tok_ids: Any, tokens: Any = None, *, hooks: Mapping[str, Hook] | None = None
+) -> LogitLens:
     """Return the log-probabilities of the next token that each layer's residual stream gives.
 
-    In a model with splices, the streams are those of the spliced pass, after any splice of the stream itself.
+    With splices or edits, the streams are those of the changed pass, after any change of the stream itself.
 
     Args:
         tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
         tokens: ids or texts of one token whose log-probabilities to return, which keeps the result small; None returns
             those of all ids.
+        hooks: edits, as `lm.run_with_hooks` takes them.
 
     Raises:
-        ValueError: `tok_ids` are not valid for the model, or an entry of `tokens` is not one token.
+        ValueError: `tok_ids` are not valid for the model, an entry of `tokens` is not one token, or as
+            `lm.run_with_hooks`.
     """
     n_layers = lm.config.n_layers
     names = (*(f"blocks.{i}.hook_resid_pre" for i in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post")
     chosen = None if tokens is None else token_ids(lm, tokens)
-    ids, length = pad_to_bucket(lm.to_tokens(tok_ids), lm.config)
-    return LogitLens(names, np.asarray(_lens(lm.hooked(), ids, chosen, names=names))[:, :, :length])
+    require_edits(hooks or {})
+    require_hook_names(hooks or {}, lm.config)
+    model, ids, length = lm.padded_pass(tok_ids, hooks or {})
+    return LogitLens(names, np.asarray(_lens(model, ids, chosen, names=names))[:, :, :length])
 
 
-@partial(fast_jit, static_argnames=("names",))
+@partial(compiled_pass, static_argnames=("names",))
 def _lens(
     model: HookedModel,
     tok_ids: Int[Array, "batch seq"],
