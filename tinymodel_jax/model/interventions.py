@@ -171,15 +171,14 @@ def _refuse_words(positions: Any) -> None:
 
 
 def _ids(exclude: Any) -> tuple[int, ...]:
-    given = [exclude] if isinstance(exclude, str) or not isinstance(exclude, Iterable) else exclude
-    ids = tuple(int(one) if isinstance(one, np.integer) else one for one in given)
-    names = [one for one in ids if isinstance(one, str)]
+    given: list[Any] = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
+    names = [one for one in given if isinstance(one, str)]
     if names:
         raise ValueError(
             f"splice: exclude={names[0]!r} is the name of a token, whose id only a model knows; give ids, such as "
             "exclude=lm.config.begin_id, or call lm.splice, which takes names."
         )
-    return ids
+    return tuple(int(one) if isinstance(one, np.integer) else one for one in given)
 
 
 def _mask_at(hook_name: str, positions: Any) -> Any:
