@@ -146,16 +146,14 @@ def chosen_names(names: Names, config: ModelConfig, hooks: Iterable[str] = ()) -
         if not chosen:
             raise ValueError(f"the function given for names chooses none of the {len(valid)} hook points.")
     else:
-        given = ([one] if one in valid else _matches(one, valid) or [one] for one in as_names(names))
+        given = (_matches(one, valid) or [one] for one in as_names(names))
         chosen = dict.fromkeys(name for group in given for name in group)
     require_hook_names((*hooks, *chosen), config)
     return tuple(chosen)
 
 
 def _matches(pattern: Any, names: Iterable[str]) -> list[str]:
-    """Return the names that match a pattern with `*`; a text without it matches nothing."""
-    is_pattern = isinstance(pattern, str) and "*" in pattern
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern)] if is_pattern else []
+    return [name for name in names if isinstance(pattern, str) and fnmatch.fnmatchcase(name, pattern)]
 
 
 def require_hook_names(names: Iterable[str], config: ModelConfig) -> None:

@@ -33,9 +33,8 @@ from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.block_order import stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.dictionaries.sites import require_site
-from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import require_hook_names, vector_width, vectors
@@ -100,7 +99,7 @@ _RATIOS = {
 
 def evaluate(
     lm: TinyModel,
-    dictionaries: Sequence[Dictionary | Reader | str] | Dictionary | Reader | str,
+    dictionaries: Sequence[Dictionary | FeatureReader | str] | Dictionary | FeatureReader | str,
     rows: Any,
     *,
     count_begin: bool = False,
@@ -150,9 +149,22 @@ def numbers_of(evaluation: Any) -> dict[str, float]:
 
 def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
     """Return the dictionaries that tags, readers or dictionaries name."""
-    single = isinstance(given, str | Reader | Dictionary | Mapping) or not isinstance(given, Iterable)
+    found: list[Any] = []
+    single = isinstance(given, str | FeatureReader | Dictionary | Mapping) or not isinstance(given, Iterable)
     items: Any = [given] if single else given
-    return [dictionary_of(lm[item] if isinstance(item, str) else item) for item in items]
+    for item in items:
+        reader = lm[item] if isinstance(item, str) else item
+        if isinstance(reader, FeatureReader) and reader.feature is not None:
+            raise ValueError(
+                f"evaluate measures whole dictionaries; got feature {reader.feature} of {reader.site.tag}. "
+                f"Give {reader.site.tag!r}."
+            )
+        found.append(reader.dictionary if isinstance(reader, FeatureReader) else reader)
+        if not isinstance(found[-1], Dictionary):
+            raise ValueError(
+                f"evaluate takes a tag such as 'M2', lm['M2'] or a Dictionary, or a list; got a {type(item).__name__}."
+            )
+    return found
 
 
 def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
