@@ -166,7 +166,6 @@ def target_weights(tok_ids: Any, length: int, attn_mask: Any, config: ModelConfi
     given = tok_ids[:, :length] if is_traced(tok_ids) else np.asarray(tok_ids)[:, :length]
     mask = (given != config.end_id) if attn_mask is None else attn_mask
     mask = mask if is_traced(mask) else np.asarray(mask)
-    mask = mask[None] if mask.ndim == 1 and len(given) == 1 else mask
     if mask.shape != given.shape:
         raise ValueError(f"attn_mask has shape {mask.shape}, tok_ids {given.shape}; they must agree.")
     numpy = jnp if is_traced(given, mask) else np  # outside of a trace, jnp compiles a program for every length
