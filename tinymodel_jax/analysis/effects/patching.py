@@ -162,9 +162,12 @@ def _patch_kind(
     """Return the metric of one pair after each patch."""
     config = model.config
     places = [config.n_heads] if kind in _HEAD_AXIS else []
-    places += [pair.length] if each_position or not places else []
+    by_position = each_position or not places
+    places += [pair.length] if by_position else []
     index = np.indices(places).reshape(len(places), -1).T
-    at_once = min(_places_at_once(config, pair.clean.shape[1], measured), len(index))
+    width = pair.clean.shape[1]
+    at_most = len(index) // pair.length * width if by_position else len(index)  # one program for similar lengths
+    at_once = min(_places_at_once(config, width, measured), at_most)
     found = []
     for start in range(0, len(index), at_once):
         chunk = index[start : start + at_once]
