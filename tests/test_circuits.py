@@ -303,6 +303,27 @@ def test_pairs_of_sources_add_up_to_the_attention_score(mini):
     assert found.query_parts.shape[1] == W_Q.shape[1]
 
 
+def test_virtual_weights_times_the_activation_are_the_edges_at_the_first_position(lm):
+    lm = with_transcoders(lm, architecture="gated")
+    graph = circuits.attribution_graph(lm, PROMPT, [circuits.feature(f"M1N{n}", 0) for n in range(12)], 400)
+    edges = {(e["source"], e["target"]): e["weight"] for e in graph.edges}
+    paths = [None, (1, 0), (1, 1)]  # the first position attends to itself alone
+    found = [circuits.virtual_weights(lm, "M0", "M1", through, top=12) for through in paths]
+    checked = 0
+    for source, node in enumerate(graph.nodes):
+        if node["kind"] != "feature" or node["site"] != "M0" or node["position"] != 0:
+            continue
+        for target in range(len(graph.nodes) - 12, len(graph.nodes)):
+            number, row = graph.nodes[target]["feature"], node["feature"]
+            weight = sum(links.values[row][links.features[row] == number].sum() for links in found)
+            assert_close(node["value"] * weight, edges.get((source, target), 0), F32)
+            checked += 1
+    assert checked >= 12
+    few = circuits.virtual_weights(lm, "M0", "M1", top=3)
+    np.testing.assert_array_equal(few.features, found[0].features[:, :3])
+    assert (np.diff(np.abs(few.values), axis=1) <= 0).all()
+
+
 def test_graphs_are_saved_and_loaded_and_given_to_networkx(lm, tmp_path):
     graph = circuits.attribution_graph(with_transcoders(lm), PROMPT, [4, 5], 60, dtype="float64")
     graph.save(tmp_path / "graph")
@@ -338,6 +359,9 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
         ),
         "has shape (3,); give (16,)": lambda: graph(lm, PROMPT, circuits.direction("blocks.1.hook_mlp_in", np.ones(3))),
         "is after query": lambda: circuits.qk_attribution(lm, PROMPT, 1, 0, 2, 3),
+        "name a source that writes": lambda: circuits.virtual_weights(lm, "M1", "M0"),
+        "is not between": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(0, 1)),
+        "layers are 0..1": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(2, 1)),
         "head 7 does not exist": lambda: circuits.qk_attribution(lm, PROMPT, 1, 7, 2, 1),
     }
     for words, call in cases.items():

@@ -13,3 +13,4 @@ from tinymodel_jax.analysis.circuits.qk import qk_attribution as qk_attribution
 from tinymodel_jax.analysis.circuits.targets import direction as direction
 from tinymodel_jax.analysis.circuits.targets import feature as feature
 from tinymodel_jax.analysis.circuits.validity import validity_radius as validity_radius
+from tinymodel_jax.analysis.circuits.virtual_weights import virtual_weights as virtual_weights

@@ -1,12 +1,7 @@
 """Directions at hook points as directions of the residual stream: what features add to it, and what they read of it.
 
-There is no layer norm, so where one matrix lies between a hook point and the stream, the direct weight between two
-features,
-
-    written(W_dec)[source] @ read(W_enc.T)[target]
-
-is exact and the same for every input: one unit of the source's activation adds it to the target's pre-activation (for
-`gated`, to that of the magnitude, before `exp(r_mag)`). Indirect effects through attention and MLPs come in addition.
+There is no layer norm, so where one matrix at most lies between a hook point and the stream, a direction there is a
+direction of the stream, the same for every input.
 """
 
 from __future__ import annotations
