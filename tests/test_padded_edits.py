@@ -141,10 +141,10 @@ def test_a_number_of_features_for_which_a_program_exists_compiles_nothing(long_l
     with compilations() as compiled:
         found = [long_lm["M0"](ids, indices=list(range(n))) for n in (0, 2, 5, 8)]
     assert compiled.value == 0
-    for acts in found:
-        np.testing.assert_array_equal(acts, every[..., : acts.shape[-1]])
+    for acts in found:  # products with fewer columns may be rounded differently
+        assert_close(acts, every[..., : acts.shape[-1]], F32)
     repeated = long_lm["M0"](ids, indices=[3] * 30)
-    np.testing.assert_array_equal(repeated, np.repeat(every[..., 3:4], 30, axis=-1))
+    assert_close(repeated, np.repeat(every[..., 3:4], 30, axis=-1), F32)
 
 
 @pytest.mark.parametrize("length", [1, 3, 256])
