@@ -68,6 +68,47 @@ def test_the_token_that_is_followed_is_named(run, lm):
     assert [entry["next_logprob"] for entry in found["features"]] == pytest.approx(changes, abs=1e-5)
 
 
+@pytest.mark.parametrize("metric", ["loss", "next_logprob"])
+def test_the_features_are_ranked_by_the_metric(run, lm, metric):
+    found = json.loads(run("sweep", PROMPT, "--site", "M1", "--metric", metric, "--json"))
+    assert found["ranked_by"] == metric
+    changes = [abs(entry[metric]) for entry in found["features"]]
+    assert changes == sorted(changes, reverse=True)
+    assert max(changes) > 0
+
+
+def test_a_logit_difference_ranks_the_features_and_is_shown(run, lm, monkeypatch):
+    options = ("sweep", PROMPT, "--site", "M1", "--logit-difference", " Lily", " Tim")
+    found = json.loads(run(*options, "--json"))
+    assert (found["ranked_by"], found["logit_difference"]) == ("logit_difference", [" Lily", " Tim"])
+    assert -1 <= found["logit_difference_rank_correlation"] <= 1
+    row = [[lm.config.begin_id, *lm.tokenizer.encode(PROMPT)]]
+    lily, tim = (lm.to_single_token(text) for text in (" Lily", " Tim"))
+    clean = lm.logits(row)[0, -1]
+    for entry in found["features"][:3]:
+        hooks = interventions.ablate(lm["M1"].dictionary, entry["feature"])
+        changed = lm.run_with_hooks(row, hooks)[0][0, -1]
+        change = (changed[lily] - changed[tim]) - (clean[lily] - clean[tim])
+        assert entry["logit_difference"] == pytest.approx(float(change), abs=1e-4)
+    changes = [abs(entry["logit_difference"]) for entry in found["features"]]
+    assert changes == sorted(changes, reverse=True)
+    monkeypatch.setenv("COLUMNS", "200")
+    table = run(*options, "--top", "2")
+    assert "logit ' Lily' - ' Tim'" in table
+    shown = [int(line.split("│")[1]) for line in table.splitlines() if line.startswith("│")]
+    assert shown == [entry["feature"] for entry in found["features"][:2]]
+    assert f"logit difference {found['logit_difference_rank_correlation']}" in table
+
+
+def test_metric_options_are_refused_before_a_model_is_loaded(failure, monkeypatch):
+    monkeypatch.setattr("tinymodel_jax.lm.TinyModel", None)
+    difference = ("--logit-difference", " Lily", " Tim")
+    for command in (("sweep", PROMPT, "--site", "M1"), ("patch", PROMPT, OTHER)):
+        assert "cannot be combined with --metric loss; give one" in failure(*command, *difference, "--metric", "loss")
+        assert "both tokens are ' Tim'" in failure(*command, "--logit-difference", " Tim", " Tim")
+    assert "--readout 'M2N5' names a feature" in failure("sweep", PROMPT, "--site", "M1", "--readout", "M2N5")
+
+
 def test_features_are_steered_and_read_out(story_model, no_type_checks, capsys, monkeypatch):
     monkeypatch.setattr("tinymodel_jax.runtime.progress.SECONDS_OF_SILENCE", 0.0)
     monkeypatch.setattr("tinymodel_jax.analysis.effects.sweeps.SMALL", 0)  # one chunk per feature
@@ -194,6 +235,7 @@ def test_what_does_not_fit_is_one_line(failure, tmp_path: Path):
     assert "give a prompt; `tinymodel importance` takes" in failure("sweep", "--site", "M1")
     assert "out of range" in failure(*sweep, "M1", "--features", "9999")
     assert "name one, as ' dog'" in failure(*sweep, "M1", "--answer", "two words")
+    assert "name one, as ' dog'" in failure(*sweep, "M1", "--logit-difference", " dog", "two words")
     assert "finite" in failure(*sweep, "M1", "--kind", "steer", "--amount", "1e39")
     readout = failure(*sweep, "M1", "--readout", "Mo1")
     assert "reads blocks.1.hook_mlp_out, and M1 writes to blocks.1.hook_mlp_out: a readout must come later" in readout

@@ -150,6 +150,11 @@ def significant(number: float, digits: int = 6) -> float | None:
     return finite_or_none(float(f"{number:.{digits}g}"))
 
 
+def signed(number: float, digits: int = 2) -> str:
+    """Return a number with its sign and some decimals; one that rounds to zero is `+0.00`, never `-0.00`."""
+    return f"{round(float(number), digits) + 0.0:+.{digits}f}"
+
+
 def _let_every_character_print() -> None:
     """Print `?` for a character that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 OutFile = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 """A file to write, `--out` or `-o`."""
+
+MetricName = Literal["loss", "next_logprob"]
+"""Metrics that need no tokens, for `--metric`."""
+TokenPair = tuple[str, str]
+"""Both tokens of `--logit-difference`."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,23 @@ def require_positive(option: str, number: int) -> None:
     """
     if number < 1:
         raise ValueError(f"{option} {number} must be 1 or more.")
+
+
+def check_metric_options(metric: MetricName | None, logit_difference: TokenPair | None) -> None:
+    """Refuse two metrics, and the difference of a token and itself.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    if logit_difference is None:
+        return
+    if metric is not None:
+        raise ValueError(f"--logit-difference cannot be combined with --metric {metric}; give one of them.")
+    if logit_difference[0] == logit_difference[1]:
+        raise ValueError(
+            f"--logit-difference: both tokens are {logit_difference[0]!r}, so the difference is always 0; give two "
+            "different tokens."
+        )
 
 
 def parse_sites(option: str, text: str) -> list[str]:

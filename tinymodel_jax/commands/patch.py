@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.block_order import BLOCK_HOOKS
-from tinymodel_jax.commands.frame import print_json, print_table
+from tinymodel_jax.commands.frame import print_json, print_table, signed
 from tinymodel_jax.commands.inputs import shown, token_id, token_rows
-from tinymodel_jax.commands.options import Model, ModelOptions, OutFile, prepare_output
+from tinymodel_jax.commands.options import (
+    MetricName,
+    Model,
+    ModelOptions,
+    OutFile,
+    TokenPair,
+    check_metric_options,
+    prepare_output,
+)
 from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
@@ -23,8 +31,8 @@ def patch(
     clean: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLEAN")],
     corrupted: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CORRUPTED")],
     *,
-    metric: Literal["loss", "next_logprob"] | None = None,
-    logit_difference: tuple[str, str] | None = None,
+    metric: MetricName | None = None,
+    logit_difference: TokenPair | None = None,
     answer: str | None = None,
     hooks: tuple[str, ...] = PATCHED_HOOKS,
     model: Model = ModelOptions(),
@@ -49,8 +57,7 @@ def patch(
     """
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
-    if logit_difference is not None and (metric is not None or answer is not None):
-        raise ValueError("--logit-difference cannot be combined with --metric or --answer; give one of them.")
+    check_metric_options(metric, logit_difference)
     if answer is not None and metric != "next_logprob":
         raise ValueError(
             f"--answer {answer!r} is the token of --metric next_logprob; give both, or --logit-difference."
@@ -85,7 +92,7 @@ def patch(
     )
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
-    title = f"{measured}: clean {_signed(found.clean)}, corrupted {_signed(found.corrupted)}"
+    title = f"{measured}: clean {signed(found.clean)}, corrupted {signed(found.corrupted)}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
     if json:
         print_json(_as_json(lm, found, labels, tokens))
@@ -94,10 +101,6 @@ def patch(
         _print_strongest(found, labels)
     if out is not None:  # last: the effects are printed even if the picture cannot be written
         _draw(found, labels, title, out)
-
-
-def _signed(number: float) -> str:
-    return f"{round(number, 2) + 0.0:+.2f}"  # not -0.00
 
 
 def _metric_title(words: list[str]) -> str:
@@ -135,6 +138,6 @@ def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int =
     for one in found.tables:
         order = (-abs(one.effects)).ravel().argsort(kind="stable")[:count]
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
-        texts = [f"layer {layer}, {labels[one.kind][n]}: {_signed(one.effects[layer, n])}" for layer, n in places]
+        texts = [f"layer {layer}, {labels[one.kind][n]}: {signed(one.effects[layer, n])}" for layer, n in places]
         rows.append([one.kind, "\n".join(texts)])
     print_table(["hook point", "largest effects"], rows)
