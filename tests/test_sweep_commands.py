@@ -109,6 +109,16 @@ def test_metric_options_are_refused_before_a_model_is_loaded(failure, monkeypatc
     assert "--readout 'M2N5' names a feature" in failure("sweep", PROMPT, "--site", "M1", "--readout", "M2N5")
 
 
+def test_the_table_of_patches_numbers_repeated_tokens(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    prompts = ("Tim and Tim saw  Tim", "Lily and Lily saw  Lily")
+    shown = run("patch", *prompts, "--logit-difference", " Lily", " Tim", "--hooks", "hook_resid_pre", "hook_mlp_out")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["hook_resid_pre", *[""] * 4, "hook_mlp_out", *[""] * 4]
+    assert {len(row[2].split()) for row in rows} == {2}  # a number and a token
+    assert "-0.00" not in shown
+
+
 def test_features_are_steered_and_read_out(story_model, no_type_checks, capsys, monkeypatch):
     monkeypatch.setattr("tinymodel_jax.runtime.progress.SECONDS_OF_SILENCE", 0.0)
     monkeypatch.setattr("tinymodel_jax.analysis.effects.sweeps.SMALL", 0)  # one chunk per feature

@@ -114,7 +114,7 @@ def _metric_title(words: list[str]) -> str:
 def _labels(axis: str, n: int, words: list[str]) -> list[str]:
     if axis == "head":
         return [f"head {head}" for head in range(n)]
-    return [f"{place} {word.strip(' ')}".replace("\n", "↵") for place, word in enumerate(words)]
+    return [f"{place} {word.strip(' ') or '␣'}".replace("\n", "↵") for place, word in enumerate(words)]
 
 
 def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], tokens: list[int]) -> dict[str, Any]:
@@ -138,6 +138,9 @@ def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int =
     for one in found.tables:
         order = (-abs(one.effects)).ravel().argsort(kind="stable")[:count]
         places = [divmod(int(place), one.effects.shape[1]) for place in order]
-        texts = [f"layer {layer}, {labels[one.kind][n]}: {signed(one.effects[layer, n])}" for layer, n in places]
-        rows.append([one.kind, "\n".join(texts)])
-    print_table(["hook point", "largest effects"], rows)
+        for first, (layer, n) in enumerate(places):
+            name = "" if first else one.kind
+            rows.append([name, str(layer), labels[one.kind][n], signed(one.effects[layer, n])])
+    print_table(
+        ["hook point", "layer", "position or head", "effect"], rows, title="largest effects", right=["layer", "effect"]
+    )

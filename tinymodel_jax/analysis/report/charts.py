@@ -80,16 +80,20 @@ def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Seque
     from matplotlib.colors import LinearSegmentedColormap
 
     widest = max(table.shape[1] for table in tables.values())
-    figure = _empty_figure(2.2 + 0.26 * max(widest, 12), 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
+    width = 2.2 + 0.26 * max(widest, 12)
+    figure = _empty_figure(width, 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
     colours = LinearSegmentedColormap.from_list("effects", [SECOND, "white", ACCENT])
     panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     images = []
     for axes, (name, table) in zip(panels, tables.items(), strict=True):
-        images.append(axes.imshow(table, aspect="auto", vmin=-1, vmax=1, cmap=colours, interpolation="nearest"))
+        aspect = "equal" if 2 * table.shape[1] < widest else "auto"  # few heads are not stretched to a long prompt
+        images.append(axes.imshow(table, aspect=aspect, vmin=-1, vmax=1, cmap=colours, interpolation="nearest"))
         axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(len(table)), [f"layer {layer}" for layer in range(len(table))], fontsize=7)
         axes.set_title(name, fontsize=9, loc="left")
-    figure.colorbar(images[0], ax=list(panels), label="effect", aspect=40)
+    figure.colorbar(images[0], ax=list(panels), label="effect", aspect=40, pad=0.15 / width)
+    for axes in panels:
+        axes.set_anchor("W")  # after the colour bar, which moves narrow panels to the right
     figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
