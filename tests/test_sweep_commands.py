@@ -109,6 +109,23 @@ def test_metric_options_are_refused_before_a_model_is_loaded(failure, monkeypatc
     assert "--readout 'M2N5' names a feature" in failure("sweep", PROMPT, "--site", "M1", "--readout", "M2N5")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("importance", "--site", "M1"),
+        ("top", "--site", "M1"),
+        ("eval", "--sites", "M1"),
+        ("dashboard", "--site", "M1", "-o", "pages"),
+    ],
+)
+def test_missing_data_is_reported_before_a_model_is_loaded(failure, tmp_path: Path, monkeypatch, command):
+    monkeypatch.setattr("tinymodel_jax.lm.TinyModel", None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("none.txt", "none.jsonl.gz", "none"):
+        data = tmp_path / name
+        assert f"{data} does not exist" in failure(*command, "--data", str(data))
+
+
 def test_the_table_of_patches_numbers_repeated_tokens(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     prompts = ("Tim and Tim saw  Tim", "Lily and Lily saw  Lily")

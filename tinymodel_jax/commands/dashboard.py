@@ -11,7 +11,7 @@ import tyro
 
 from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import open_rows, token_rows
+from tinymodel_jax.commands.inputs import open_rows, require_data, token_rows
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
@@ -64,6 +64,7 @@ def dashboard(
     sites = _sites(site, model.dictionary, directions)
     if effects < 0:
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
+    require_data(data)
     make_output_folder("--out", out.absolute().parent)
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
     from tinymodel_jax.commands.dashboard_steps import Clock, Work, build_one, build_set

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json, print_table
-from tinymodel_jax.commands.inputs import open_rows
+from tinymodel_jax.commands.inputs import open_rows, require_data
 from tinymodel_jax.commands.options import (
     Model,
     ModelOptions,
@@ -66,6 +66,7 @@ def evaluate(
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
     require_positive("--limit", limit)
+    require_data(data)
     prepare_json_output("--out", out)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = model.load()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.commands.frame import print_json, print_table, significant
-from tinymodel_jax.commands.inputs import open_rows
+from tinymodel_jax.commands.inputs import open_rows, require_data
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
@@ -53,6 +53,7 @@ def importance(
     place = Site.whole(site, "--site ")
     for option, number in (("--top", top), ("--limit", limit)):
         require_positive(option, number)
+    require_data(data)
     prepare_json_output("--out", out)
     asked = {
         "format": "tinymodel_jax/importance",

@@ -69,6 +69,24 @@ def read_stories(path: Path, limit: int) -> list[str]:
     return found
 
 
+def require_data(data: str) -> None:
+    """Refuse `--data` that does not exist, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no prepared folder.
+        ValueError: the folder holds something else, or is damaged.
+    """
+    if data == STORY_WORLD:
+        return
+    if data.removesuffix(".gz").endswith(STORY_FILES):
+        if not user_path(data).exists():
+            raise FileNotFoundError(f"--data {data} does not exist.")
+        return
+    from tinymodel_jax.training.data_folder import open_data
+
+    open_data(data)
+
+
 def open_rows(lm: TinyModel, data: str, limit: int) -> np.ndarray:
     """Return rows of token ids (rows, seq) with `[BEGIN]` first, padded with `[PAD]`.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
-from tinymodel_jax.commands.inputs import open_rows, storyworld_truth
+from tinymodel_jax.commands.inputs import open_rows, require_data, storyworld_truth
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
     ModelAndDictionaryOptions,
@@ -63,6 +63,7 @@ def top(
         raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
     _check_options(site, top, limit, (chosen, contains, concept), data, concept)
+    require_data(data)
     prepare_output("--out", out)
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionaries.dictionary import resolve_indices
