@@ -26,12 +26,13 @@ from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 
+from tinymodel_jax import collect_activations
 from tinymodel_jax.analysis.evaluation.evaluation import evaluate
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.frame import USER_PATHS
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.lm import TinyModel, collect_activations
+from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.text.prompts_and_stories import story_rows
 from tinymodel_jax.training import recipe_preset, train_on_arrays
 from tinymodel_jax.training.data import batch_indices

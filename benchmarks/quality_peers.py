@@ -45,7 +45,9 @@ def dictionary_learning(batches: Batches, steps: int, n_features: int, k: int, h
     """Train dictionary_learning's TopK SAE."""
     torch: Any = importlib.import_module("torch")
     top_k: Any = importlib.import_module("dictionary_learning.trainers.top_k")
-    schedule = {"lr": MATCHED_RATE, "warmup_steps": steps // 20, "decay_start": steps * 4 // 5} if matched else {}
+    schedule = {"warmup_steps": min(1000, steps - 1)}  # its default of 1,000, which must be below the steps
+    if matched:
+        schedule = {"lr": MATCHED_RATE, "warmup_steps": steps // 20, "decay_start": steps * 4 // 5}
     trainer = top_k.TopKTrainer(
         steps=steps,
         activation_dim=batches(0).shape[1],

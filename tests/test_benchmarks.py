@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("gpu", "load", "sweeps", "tokenizer", "training", "vs_reference")
+SCRIPTS = ("gpu", "load", "quality", "sweeps", "tokenizer", "training", "vs_reference")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

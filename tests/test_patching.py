@@ -151,7 +151,8 @@ def pairs_of(tok_ids):
 @pytest.mark.parametrize("metric", ["loss", "next_logprob", logit_difference(3, [5, 6, 7]), mean_logit])
 def test_pairs_are_normalised_together_and_by_the_clean_prompt_s_tokens(lm, tok_ids, metric):
     clean, corrupted = pairs_of(tok_ids)
-    found = patch(lm, clean, corrupted, "attn.hook_z", metric=metric, next_ids=[1, 2, 3], each_position=True)
+    next_ids = [1, 2, 3] if metric == "next_logprob" else None
+    found = patch(lm, clean, corrupted, "attn.hook_z", metric=metric, next_ids=next_ids, each_position=True)
     (table,) = found.tables
     assert table.effects.shape == (2, 2, 11)
     W_U, b_U = (np.asarray(lm.params[name]) for name in ("W_U", "b_U"))

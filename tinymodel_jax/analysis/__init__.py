@@ -50,7 +50,13 @@ _FUNCTIONS = {
 """Names of functions, each with its module; the others are modules."""
 
 
+_FOLDERS = ("circuits", "evaluation")
+"""Folders whose `__init__` has the public functions."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return importlib.import_module(f"tinymodel_jax.analysis.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tinymodel_jax.analysis' has no attribute {name!r}")
     module = importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{_FUNCTIONS.get(name, name)}")
@@ -58,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "circuits", "evaluation"])
+    return sorted([*_HOMES, *_FOLDERS])

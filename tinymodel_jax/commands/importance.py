@@ -76,7 +76,7 @@ def importance(
         table = {**asked, "rows": found.n_rows, "key": key, "features": _entries(lm, found)}
     elif table["key"] != key:
         changed = ", ".join(name for name in key if table["key"].get(name) != key[name])
-        raise ValueError(f"--out {out} holds a measurement with another {changed}; name another file, or delete it.")
+        raise ValueError(f"--out {out} was measured with other {changed}; name another file, or delete it.")
     if out is not None:
         _write(table, out)
     if work is not None:

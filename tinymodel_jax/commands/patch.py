@@ -95,7 +95,7 @@ def patch(
     title = f"{measured}: clean {signed(found.clean)}, corrupted {signed(found.corrupted)}"
     labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
     if json:
-        print_json(_as_json(lm, found, labels, tokens))
+        print_json(_as_json(lm, found, labels, metric, tokens))
     else:
         print(title)
         _print_strongest(found, labels)
@@ -117,13 +117,16 @@ def _labels(axis: str, n: int, words: list[str]) -> list[str]:
     return [f"{place} {word.strip(' ') or '␣'}".replace("\n", "↵") for place, word in enumerate(words)]
 
 
-def _as_json(lm: TinyModel, found: Patching, labels: dict[str, list[str]], tokens: list[int]) -> dict[str, Any]:
+def _as_json(
+    lm: TinyModel, found: Patching, labels: dict[str, list[str]], metric: str | None, tokens: list[int]
+) -> dict[str, Any]:
     tables = [
         {"hook": t.kind, "axis": t.axis, "labels": labels[t.kind], "effects": t.effects.round(6).tolist()}
         for t in found.tables
     ]
     answer, wrong = (*(shown(lm, [token], False) for token in tokens), None, None)[:2]
-    return {"answer": answer, "wrong": wrong, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
+    named = {"metric": metric or "logit_difference", "answer": answer, "wrong": wrong}
+    return {**named, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
 
 
 def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Readers, such as `lm["M2"]`: they are accepted wherever a dictionary is.
 
-What a model returns for a tag belongs to a layer above, and is known here by its attributes only.
+What a model returns for a tag is defined in `lm`; this module uses only its attributes.
 """
 
 from __future__ import annotations

@@ -161,9 +161,10 @@ class TinyModel(WeightViews):
         require_edits(hooks)
         require_hook_names(hooks, self.config)
         given = self.to_tokens(tok_ids)
+        rows = batch_of(given, self.config)
         if np.ndim(given) == np.ndim(attn_mask) == 1:
             attn_mask = (jnp if is_traced(attn_mask) else np).asarray(attn_mask)[None]
-        model, ids, length = self.padded_pass(given, hooks)
+        model, ids, length = self.padded_pass(rows, hooks)
         losses = measure(model, ids, target_weights(ids, length, attn_mask, self.config))
         return cut(losses, (1,), length - 1) if per_token else losses
 

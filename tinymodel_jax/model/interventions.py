@@ -171,6 +171,7 @@ def _refuse_words(positions: Any) -> None:
 
 
 def _ids(exclude: Any) -> tuple[int, ...]:
+    exclude = exclude.tolist() if hasattr(exclude, "tolist") else exclude
     given: list[Any] = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
     names = [one for one in given if isinstance(one, str)]
     if names:
@@ -178,7 +179,7 @@ def _ids(exclude: Any) -> tuple[int, ...]:
             f"splice: exclude={names[0]!r} is the name of a token, whose id only a model knows; give ids, such as "
             "exclude=lm.config.begin_id, or call lm.splice, which takes names."
         )
-    return tuple(int(one) if isinstance(one, np.integer) else one for one in given)
+    return tuple(one.tolist() if hasattr(one, "tolist") else one for one in given)
 
 
 def _mask_at(hook_name: str, positions: Any) -> Any:

@@ -246,16 +246,17 @@ def recipe_preset(
         fields |= {"k": min(32, n_features)}
     elif architecture == "jumprelu":
         fields |= {"sparsity": 1.0, "target_l0": min(32.0, n_features / 2), "sparsity_warmup_steps": steps // 20}
-        fields |= {"threshold_rate": 4.0}
     else:
         fields |= {"sparsity": 5.0, "sparsity_warmup_steps": steps // 20}
     if name == "house":
         inputs = steps * changes.get("batch_size", DictionaryRecipe.batch_size)
         rate = min(4e-3, 1e-3 / (n_features / 16384) ** 0.5)
         fields |= {"encoder_norm": 1.0, "learning_rate": rate, "dead_after": max(1, min(10**7, inputs // 10))}
+        if architecture == "jumprelu":
+            fields |= {"threshold_rate": 4.0}
         if architecture in ("relu", "gated"):
             fields |= {"reinit_every": max(100, min(1000, steps // 20))}
-            fields |= {"controller_rate": max(0.01, min(0.03, 10 / steps))}
+            fields |= {"controller_rate": max(0.01, min(0.03, 10 / max(1, steps)))}
         else:
             fields |= {"aux_coefficient": 1 / 32}
     else:

@@ -52,7 +52,7 @@ def start_from(
     """Return the state of `init_state` with the parameters of a dictionary or of what `lm[tag]` returns.
 
     How a feature's scale is divided between encoder and decoder does not change the dictionary: both rows get the same
-    norm, as they have at the start of an SAE's training. Thresholds carry over where both architectures have them, and
+    norm. Thresholds carry over where both architectures have them, and
     jumprelu's are 0 otherwise. A recipe with a skip connection starts it at 0, if the dictionary has none.
 
     Raises:

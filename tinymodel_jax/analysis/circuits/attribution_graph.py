@@ -25,8 +25,6 @@ AT_ONCE = 256
 """Nodes that are expanded before influence is computed again."""
 DEEPEST = 2**20
 """`Block.depth` of targets, which nothing reads."""
-TINY = 1e-300
-"""In place of 0 where a row has no sources."""
 
 
 def attribution_graph(
@@ -58,7 +56,7 @@ def attribution_graph(
         ValueError: as `frozen_pass`, a target does not exist, or `max_nodes` is too small for the targets and biases.
     """
     if not 0 < influence_share <= 1:
-        raise ValueError(f"attribution_graph: influence_share={influence_share}; it is above 0 and at most 1.")
+        raise ValueError(f"attribution_graph: influence_share={influence_share}; it must be above 0 and at most 1.")
     frozen = frozen_pass(lm, prompt, dictionaries, dtype)
     found, table = resolve(lm, frozen, targets), source_table(frozen)
     n_fixed = len(found) + int((table["kind"] == "bias").sum()) + 1
@@ -151,7 +149,8 @@ class Expansion:
                 started = np.array([self.targets[-1 - i].weight for i in block.ids])
             else:
                 started = found[block.ids]
-            found[: block.rows.shape[1]] += (started / np.maximum(block.sizes, TINY)) @ np.abs(block.rows)
+            shares = started / np.where(block.sizes > 0, block.sizes, 1)
+            found[: block.rows.shape[1]] += shares @ np.abs(block.rows)
         return found
 
 
@@ -191,8 +190,8 @@ def _graph(
             if node < 0:
                 target = targets[-1 - node]
                 pre = row.sum(dtype=np.float64) + target.bias
-                value = max(pre, 0) if target.kind == "feature" else pre
                 place = target.kind, target.site, target.layer, target.position, target.feature
+                value = pre if target.kind != "feature" or _is_active(expansion.table, target) else 0
                 nodes[at] = (*place, value, pre, target.bias, True)
             elif at < 0:
                 continue
@@ -202,6 +201,11 @@ def _graph(
     joined = joined[np.argsort(joined["target"], kind="stable")]
     labels = tuple(label_of(node, tokens) for node in nodes)
     return AttributionGraph(nodes, joined, tokens, weights, unexplained, labels)
+
+
+def _is_active(table: np.ndarray, target: Target) -> bool:
+    here = (table["site"] == target.site) & (table["position"] == target.position)
+    return bool((here & (table["kind"] == "feature") & (table["feature"] == target.feature)).any())
 
 
 def _edges(row: np.ndarray, target: int, chosen: np.ndarray, rest: int) -> np.ndarray:

@@ -124,7 +124,7 @@ def frozen_pass(
             reads is not a linear function of what is written to the residual stream.
     """
     if dtype not in ("float32", "float64"):
-        raise ValueError(f"circuits: dtype={dtype!r}; it is 'float32' or 'float64'.")
+        raise ValueError(f"circuits: dtype={dtype!r}; it must be 'float32' or 'float64'.")
     ids = check_tok_ids(lm.to_tokens(prompt), lm.config)
     if len(ids) != 1:
         raise ValueError(f"circuits: got {len(ids)} prompts; give one.")

@@ -127,7 +127,7 @@ class AttributionGraph:
         """
         for name, share in (("node_share", node_share), ("edge_share", edge_share)):
             if not 0 < share <= 1:
-                raise ValueError(f"prune: {name}={share}; it is above 0 and at most 1.")
+                raise ValueError(f"prune: {name}={share}; it must be above 0 and at most 1.")
         rest = self.nodes["kind"] == "rest"
         kept = _largest(np.where(rest, 0, self.influence), node_share) | (self.weights > 0)
         pruned = self._with(kept, np.ones(len(self.edges), bool))

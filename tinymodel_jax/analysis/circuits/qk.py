@@ -20,6 +20,7 @@ from jaxtyping import Float
 from tinymodel_jax.analysis.circuits.frozen import Precision, exact, frozen_pass
 from tinymodel_jax.analysis.circuits.graph import label_of, token_texts
 from tinymodel_jax.analysis.circuits.sources import Place, contributions, source_table
+from tinymodel_jax.analysis.circuits.targets import resolve_position
 from tinymodel_jax.lm import TinyModel
 
 
@@ -83,11 +84,8 @@ def qk_attribution(
         if number not in range(count):
             raise ValueError(f"qk_attribution: {name} {number} does not exist; the model has 0..{count - 1}.")
     frozen = frozen_pass(lm, prompt, dictionaries, dtype)
-    length = int(frozen.length)
-    for name, position in (("query", query), ("key", key)):
-        if position not in range(-length, length):
-            raise ValueError(f"qk_attribution: {name} {position} is outside the prompt; it has 0..{length - 1}.")
-    query, key = query % length, key % length
+    query = resolve_position(frozen, query, "qk_attribution: query")
+    key = resolve_position(frozen, key, "qk_attribution: key")
     if key > query:
         raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)

@@ -154,11 +154,12 @@ def _feature(lm: TinyModel, frozen: FrozenPass, target: FeatureTarget) -> Target
     if number is None or dictionary is None:
         raise ValueError(
             f"attribution_graph: {target.tag!r} is not a feature of this graph's dictionaries "
-            f"({', '.join(d.tag for d in frozen.dictionaries)}); name one such as {frozen.dictionaries[-1].tag}N0."
+            f"({', '.join(d.tag for d in frozen.dictionaries)}); name one of their features. A neuron is the direction "
+            "circuits.direction('blocks.L.mlp.hook_pre', one_hot)."
         )
     own = lm[site.tag].dictionary
     W_enc, b_enc, *_ = linear_parts(own, resolve_indices([number], own.config.n_features))
-    position = _position(frozen, target.position)
+    position = resolve_position(frozen, target.position)
     place = encoder_place(dictionary)
     return Target("feature", site.tag, site.layer, position, number, place, W_enc[0], float(b_enc[0]), 1.0)
 
@@ -184,12 +185,17 @@ def _direction(lm: TinyModel, frozen: FrozenPass, target: DirectionTarget) -> Ta
         bias = float(np.asarray(block["mlp"]["b_in"], np.float64) @ vector)
         vector = np.asarray(block["mlp"]["W_in"], np.float64) @ vector
     place = Place(layer + 1 if hook == "hook_resid_post" else layer, _PLACES[hook])
-    position = _position(frozen, target.position)
+    position = resolve_position(frozen, target.position)
     return Target("direction", target.hook, layer, position, -1, place, vector.ravel(), bias, 1.0)
 
 
-def _position(frozen: FrozenPass, position: int) -> int:
+def resolve_position(frozen: FrozenPass, position: int, asker: str = "attribution_graph: position") -> int:
+    """Return a position counted from the start.
+
+    Raises:
+        ValueError: it is outside the prompt.
+    """
     length = int(frozen.length)
     if position not in range(-length, length):
-        raise ValueError(f"attribution_graph: position {position} is outside the prompt; it has 0..{length - 1}.")
+        raise ValueError(f"{asker} {position} is outside the prompt; it has 0..{length - 1}.")
     return position % length

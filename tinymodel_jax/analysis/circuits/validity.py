@@ -60,6 +60,11 @@ def validity_radius(
     frozen = frozen_pass(lm, prompt, dictionaries, "float64")
     with exact("float64"):
         written, place = _write(frozen, source)
+        if not np.asarray(written).any():
+            raise ValueError(
+                f"validity_radius: {source['kind']} {source['site']} is not written at position {source['position']}; "
+                "choose a source of this prompt's graph."
+            )
         reads = [tuple(map(np.asarray, read)) for read in _moved(frozen, written, place=place)]
     none = [(np.inf, "")]
     moving = list(zip(frozen.dictionaries, reads, strict=True))
@@ -88,7 +93,10 @@ def _write(frozen: FrozenPass, source: np.void) -> tuple[Array, tuple[int, str]]
             chosen = dictionary.features[dictionary.where] == source["feature"].item()
             acts = jnp.where(chosen & dictionary.active & at, dictionary.acts, 0)
             return jnp.einsum("sn,snd->sd", acts, dictionary.W_dec[dictionary.where]), place
-    raise ValueError(f"validity_radius: {kind} {site!r} is not written to the stream; choose a source of the graph.")
+    raise ValueError(
+        f"validity_radius: {kind} {site!r} is not written to the stream; choose a source of the graph, "
+        "and give the `dictionaries` that the graph was made with."
+    )
 
 
 @partial(fast_jit, static_argnames=("place",))
@@ -135,6 +143,9 @@ def _first_switch(
         at = _until_ranks_change(*margins[0], lm[dictionary.tag].dictionary.config.k or 0)
     else:
         at = _until_sign_changes(margins)
+    if not dictionary.neurons:
+        acts = lm[dictionary.tag].dictionary.config.acts_at(np.asarray(frozen.tok_ids)[None, :length])
+        at[~np.asarray(acts)[0]] = np.inf  # where the dictionary does not act
     position, feature = np.unravel_index(np.argmin(at), at.shape)
     first = float(at[position, feature])
     return first, f"{dictionary.tag}N{feature} @{position}" if np.isfinite(first) else ""

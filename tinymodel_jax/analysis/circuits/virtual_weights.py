@@ -55,7 +55,7 @@ def virtual_weights(
             "that writes to the stream and a target that reads it later."
         )
     if not top >= 1:
-        raise ValueError(f"virtual_weights: top={top}; it is at least 1.")
+        raise ValueError(f"virtual_weights: top={top}; it must be at least 1.")
     directions = rows_written(lm, own)
     if through is not None:
         directions = _through_head(lm, own, theirs, directions, through)
@@ -85,6 +85,8 @@ def strongest_products(A: Float[Array, "n d"], B: Float[Array, "m d"], top: int)
 def _through_head(
     lm: TinyModel, own: Dictionary, theirs: Dictionary, directions: Array, through: tuple[int, int]
 ) -> Array:
+    if np.shape(through) != (2,):
+        raise ValueError(f"virtual_weights: through={through!r}; give (layer, head).")
     layer, head = through
     if layer not in range(lm.config.n_layers) or head not in range(lm.config.n_heads):
         raise ValueError(

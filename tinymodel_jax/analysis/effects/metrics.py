@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -119,7 +120,14 @@ class FunctionValue(NamedTuple):
     def gradient(self) -> Float[Array, "batch seq d_vocab"]:
         """Return the derivative of the value with respect to the logits; 0 at the padding."""
         length = self.tok_ids.shape[1]
-        return jax.grad(lambda logits: value_of_function(self.function, logits[:, :length], self.tok_ids))(self.logits)
+        value = partial(value_of_function, self.function, tok_ids=self.tok_ids)
+        try:
+            return jax.grad(lambda logits: value(logits[:, :length]))(self.logits)
+        except jax.errors.TracerArrayConversionError as error:
+            raise ValueError(
+                f"the metric {_name(self.function)} cannot be differentiated, because it uses NumPy; write it with "
+                "jax.numpy."
+            ) from error
 
 
 def check_metric(lm: TinyModel, metric: Metric, n_rows: int) -> Measured:
@@ -196,7 +204,12 @@ def value_of_function(
     Raises:
         ValueError: it does not return one number per row.
     """
-    values = jnp.asarray(function(logits, tok_ids))
+    returned = function(logits, tok_ids)
+    if not isinstance(returned, jax.Array | np.ndarray):
+        raise ValueError(
+            f"the metric {_name(function)} returned {type(returned).__name__}; expected an array of one number per row."
+        )
+    values = jnp.asarray(returned)
     if values.shape != (len(tok_ids),):
         raise ValueError(
             f"the metric {_name(function)} returned shape {values.shape}; expected ({len(tok_ids)},), one "

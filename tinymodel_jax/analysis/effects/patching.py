@@ -149,6 +149,11 @@ def _check_ends(ends: Float[np.ndarray, "pairs 2"], differences: Float[np.ndarra
             f"patch: the model's output on these prompts is not finite (metric {clean}, {corrupted}); look for "
             "NaN and infinity in lm.params, or take another checkpoint."
         )
+    if abs(differences.mean()) < 1e-6 <= abs(differences).max():
+        raise ValueError(
+            "patch: the differences of the metric between clean and corrupted prompts cancel over the pairs; order "
+            "every pair so that the metric is larger on the clean prompt, or give logit_difference a token per pair."
+        )
     if abs(differences.mean()) < 1e-6:
         raise ValueError(
             f"patch: both prompts give the same metric, {ends[:, 0].mean():.6f}; there is nothing to restore. Choose "
@@ -289,6 +294,8 @@ def _pairs(
     lm: TinyModel, rows: list[np.ndarray], lengths: list[int], measured: Measured, next_ids: Sequence[int] | None
 ) -> list[_Pair]:
     config = lm.config
+    if next_ids is not None and measured.kind != "next_logprob":
+        raise ValueError("patch: next_ids are the tokens of metric='next_logprob'; leave it out with another metric.")
     if next_ids is not None and np.shape(next_ids) != (len(lengths),):
         raise ValueError(
             f"patch: next_ids has shape {np.shape(next_ids)}; expected one token for each of {len(lengths)} pairs."

@@ -1,7 +1,7 @@
 """Dashboards of several dictionaries in one folder: the page that names them, and which of their data files still hold.
 
-The data files that rows of tokens were measured for depend on one dictionary alone, so a set in which it stands already
-lends them to the next one. Links and pages depend on the whole set, and are written anew.
+The measured data files depend on one dictionary only, so a new set copies them from the old one. Links and pages depend
+on the whole set, and are written anew.
 """
 
 from __future__ import annotations
