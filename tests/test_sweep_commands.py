@@ -178,7 +178,7 @@ def test_a_file_of_another_run_is_never_replaced_and_the_same_run_is_read(run, f
         patch.setattr("tinymodel_jax.lm.TinyModel", None)  # refused before a model is loaded
         assert "holds a run with limit 1, not 2" in failure(*options, "--limit", "2")
     stories.write_text(f"{OTHER}\n")
-    assert "holds a measurement with another rows; name another file" in failure(*options, "--limit", "1")
+    assert "was measured with other rows; name another file" in failure(*options, "--limit", "1")
     assert out.read_bytes() == before
     out.write_text("{}")
     assert "is not a file of this version of `tinymodel importance`" in failure(*options)
