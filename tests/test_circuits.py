@@ -241,6 +241,7 @@ def test_influence_is_the_sum_over_paths_and_scores_follow_from_it(lm):
     )
 
 
+@pytest.mark.slow
 def test_a_small_graph_has_the_most_influential_nodes_and_its_sums_close(mini):
     prompt = "Once upon a time, there was"
     whole = circuits.attribution_graph(mini, prompt, max_nodes=10_000, dtype="float64")

@@ -207,6 +207,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
     assert_same_bits(tmp_path, sweep)
 
 
+@pytest.mark.slow
 def test_a_run_lengthened_before_its_decay_ends_with_the_bits_of_a_long_one(
     sweep: Path, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

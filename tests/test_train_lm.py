@@ -80,6 +80,7 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_bits(
     assert_same_bits(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_run_lengthened_before_its_decay_ends_with_the_bits_of_a_long_one(
     whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_
     assert TinyModel(out).config.d_vocab == VOCAB
 
 
+@pytest.mark.slow
 def test_more_steps_than_the_data_has_rows_for_say_so_and_fewer_say_nothing(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
