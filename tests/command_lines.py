@@ -5,8 +5,6 @@ import functools
 import io
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,9 +44,6 @@ def run(words: Sequence[str], replaced: Mapping[str, str] | None = None) -> None
     """
     program, arguments = split_program(words)
     if program in NOT_RUN:
-        return
-    if program == "python" and arguments[:1] == ["-c"]:
-        subprocess.run([sys.executable, *arguments], check=True)
         return
     assert program in PROGRAMS, f"{program}: neither a program of the project nor one that is not to be run"
     line = shlex.join(arguments)

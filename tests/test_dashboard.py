@@ -1,6 +1,7 @@
 """The numbers of a dashboard equal NumPy's, and its folder appears whole or not at all."""
 
 import dataclasses
+import importlib
 import json
 import os
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_a_direct_weight_is_what_a_unit_of_activation_adds(lm, tok_ids, source, 
 
 
 def test_the_strongest_products_are_the_same_whatever_the_chunks(monkeypatch):
-    monkeypatch.setattr("tinymodel_jax.analysis.circuits.virtual_weights.TOGETHER", 5)
+    monkeypatch.setattr(importlib.import_module("tinymodel_jax.analysis.circuits.virtual_weights"), "TOGETHER", 5)
     W = np.random.default_rng(0).normal(size=(13, 6)).astype(np.float32)
     products = strongest_products(jnp.asarray(W), jnp.asarray(W[:7]), 7)
     np.testing.assert_allclose(np.take_along_axis(W @ W[:7].T, products.features, axis=1), products.values, atol=1e-5)
