@@ -6,8 +6,8 @@ graph = circuits.attribution_graph(lm, "Once upon a time")
 """
 
 from tinymodel_jax.analysis.circuits.attribution_graph import attribution_graph as attribution_graph
+from tinymodel_jax.analysis.circuits.freeze import frozen_pass as frozen_pass
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass as FrozenPass
-from tinymodel_jax.analysis.circuits.frozen import frozen_pass as frozen_pass
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph as AttributionGraph
 from tinymodel_jax.analysis.circuits.qk import qk_attribution as qk_attribution
 from tinymodel_jax.analysis.circuits.targets import direction as direction

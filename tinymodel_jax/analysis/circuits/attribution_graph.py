@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.analysis.circuits.frozen import FrozenPass, Precision, exact, frozen_pass
+from tinymodel_jax.analysis.circuits.freeze import frozen_pass
+from tinymodel_jax.analysis.circuits.frozen import FrozenPass, Precision, exact
 from tinymodel_jax.analysis.circuits.graph import EDGE, NODE, AttributionGraph, label_of, token_texts
 from tinymodel_jax.analysis.circuits.sources import Place, contributions, encoder_place, source_table
 from tinymodel_jax.analysis.circuits.targets import Target, resolve

@@ -12,27 +12,16 @@ model's own pass.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.forward import forward
-from tinymodel_jax.model.hook_points import as_names
-from tinymodel_jax.model.padding import check_tok_ids, pad_to_bucket
-from tinymodel_jax.runtime.compilation import fast_jit
 
-NEURONS = "neurons"
-"""In place of dictionaries: the features are the MLPs' neurons, and there are no errors."""
 Part = Literal["attn", "mlp"]
 Precision = Literal["float32", "float64"]
 
@@ -107,178 +96,33 @@ def exact(dtype: Precision) -> Iterator[None]:
         yield
 
 
-def frozen_pass(
-    lm: TinyModel, prompt: Any, dictionaries: str | Iterable[str] | None = None, dtype: Precision = "float64"
-) -> FrozenPass:
-    """Run the model on one prompt, and freeze its patterns, active features and errors.
+def run_frozen(
+    frozen: FrozenPass,
+    valued: Callable[[FrozenDictionary, Array], FrozenDictionary],
+    added: Callable[[int, str], Array | float] = lambda layer, part: 0.0,
+) -> tuple[Array, list[FrozenDictionary], list[Array]]:
+    """Compute the stream from what is written to it.
 
     Args:
-        prompt: a text, or token ids (seq,) or (1, seq).
-        dictionaries: tags of the dictionaries that divide values into features: transcoders of MLPs (`M`, `T`) and SAEs
-            of attention outputs (`A`). Layers without a tag of a transcoder take `M`. "neurons" divides the MLPs into
-            their neurons instead. Dictionaries that are spliced into the model are always included.
-        dtype: number format of all values and sums, "float32" or "float64".
+        valued: gets each dictionary and what it reads (s, d); returns it with the activations and error to write.
+        added: layer and "b_O", "attn" or "mlp" (-1 and "embed" for the embeddings) -> what is written there as well.
 
-    Raises:
-        ValueError: the prompt is not one row of token ids, a layer has no transcoder, or the value that a dictionary
-            reads is not a linear function of what is written to the residual stream.
+    Returns: the final stream (s, d), the valued dictionaries, and what each reads.
     """
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"circuits: dtype={dtype!r}; it must be 'float32' or 'float64'.")
-    ids = check_tok_ids(lm.to_tokens(prompt), lm.config)
-    if len(ids) != 1:
-        raise ValueError(f"circuits: got {len(ids)} prompts; give one.")
-    sites = _sites(lm, dictionaries)
-    padded, length = pad_to_bucket(ids, lm.config)
-    hooks = ("attn.hook_pattern", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
-    keep = tuple(f"blocks.{layer}.{hook}" for layer in range(lm.config.n_layers) for hook in hooks)
-    _, kept = forward(lm.hooked(), padded, keep=keep, output="none")
-    acts = {name: np.asarray(value[0], np.float32) for name, value in kept.items()}
-    with exact(dtype):
-        found = [_active(lm, padded, length, acts, *site, dtype) for site in sites]
-        return _with_values(_unvalued(lm, np.asarray(padded[0]), length, acts, tuple(found), dtype))
+    stream, found, reads = frozen.embed + frozen.pos_embed + added(-1, "embed"), [], []
 
+    def predicted(dictionary: FrozenDictionary, read: Array) -> Array:
+        reads.append(read)
+        found.append(valued(dictionary, read))
+        return prediction(frozen, found[-1], read) + found[-1].error
 
-def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tuple[Part, int, str]]:
-    """Return the part, layer and tag of each dictionary, in the order of the forward pass."""
-    neurons = dictionaries == NEURONS
-    given = [] if dictionaries is None or neurons else as_names(dictionaries)
-    found: dict[tuple[int, Part], str] = {}
-    for site in [Site.whole(tag, "circuits: ") for tag in (*given, *lm.spliced)]:
-        if site.kind not in ("M", "T", "A"):
-            raise ValueError(
-                f"circuits: {site.tag!r} cuts the residual stream, or does not read a linear function of it; use "
-                "transcoders of MLPs (M, T) and SAEs of attention outputs (A), and splice no others."
-            )
-        part: Part = "attn" if site.kind == "A" else "mlp"
-        if found.setdefault((site.layer, part), site.tag) != site.tag:
-            raise ValueError(f"circuits: {found[site.layer, part]} and {site.tag} predict the same value; use one.")
-    for layer in range(lm.config.n_layers):
-        found.setdefault((layer, "mlp"), NEURONS if neurons else f"M{layer}")
-    return [(part, layer, tag) for (layer, part), tag in sorted(found.items())]
-
-
-def _active(
-    lm: TinyModel,
-    padded: np.ndarray,
-    length: int,
-    acts: dict[str, np.ndarray],
-    part: Part,
-    layer: int,
-    tag: str,
-    dtype: Precision,
-) -> FrozenDictionary:
-    """Return a dictionary's active features, with the model's value in place of `error`, and without `acts`."""
-    neurons = tag == NEURONS
-    if neurons:
-        tag, found = f"L{layer} MLP", acts[f"blocks.{layer}.mlp.hook_post"]
-    else:
-        found = np.asarray(lm[tag](padded)[0], np.float32)
-    active = found > 0
-    active[length:] = False
-    used = np.flatnonzero(active.any(axis=0))
-    counts = active.sum(axis=1)
-    n_used, n_active = _rounded_up(len(used), 64), _rounded_up(int(counts.max()), 8)
-    if neurons:
-        W_enc, b_enc, W_dec, b_dec, W_skip = _neurons(lm.params[f"blocks_{layer}"]["mlp"], used)
-    else:
-        W_enc, b_enc, W_dec, b_dec, W_skip = linear_parts(lm[tag].dictionary, used)
-    where = np.zeros((len(found), n_active), np.int32)
-    order = np.argsort(~active[:, used], axis=1, kind="stable")[:, :n_active]
-    where[:, : order.shape[1]] = order
-    value = acts[f"blocks.{layer}.{'hook_attn_out' if part == 'attn' else 'hook_mlp_out'}"].copy()
-    value[length:] = 0
-    rows = (0, n_used - len(used))
-    return FrozenDictionary(
-        tag=tag,
-        layer=layer,
-        part=part,
-        neurons=neurons,
-        features=jnp.asarray(np.pad(used.astype(np.int32), rows, constant_values=-1)),
-        W_enc=jnp.asarray(np.pad(W_enc, (rows, (0, 0))), dtype),
-        b_enc=jnp.asarray(np.pad(b_enc, rows), dtype),
-        W_dec=jnp.asarray(np.pad(W_dec, (rows, (0, 0))), dtype),
-        b_dec=jnp.asarray(b_dec, dtype),
-        W_skip=None if W_skip is None else jnp.asarray(W_skip, dtype),
-        where=jnp.asarray(where),
-        active=jnp.asarray(np.arange(n_active) < counts[:, None]),
-        acts=jnp.zeros(where.shape, dtype),
-        error=jnp.asarray(value, dtype),
-    )
-
-
-def _neurons(mlp: Any, used: np.ndarray) -> tuple[Any, ...]:
-    mlp = {name: np.asarray(array, np.float64) for name, array in mlp.items()}
-    return mlp["W_in"][:, used].T, mlp["b_in"][used], mlp["W_out"][used], mlp["b_out"], None
-
-
-def linear_parts(dictionary: Dictionary, used: np.ndarray) -> tuple[Any, ...]:
-    """Return W_enc, b_enc, W_dec, b_dec and W_skip of features that are active: their activations are linear."""
-    params, config = dictionary.params, dictionary.config
-    W_enc = np.asarray(params["W_enc"][:, used], np.float64).T
-    b_dec = np.asarray(params["b_dec"], np.float64)
-    gated = config.architecture == "gated"
-    if gated:
-        W_enc = W_enc * np.exp(np.asarray(params["r_mag"], np.float64)[used])[:, None]
-    b_enc = np.asarray(params["b_mag" if gated else "b_enc"], np.float64)[used]
-    if config.subtract_b_dec:
-        b_enc = b_enc - W_enc @ b_dec
-    W_skip = np.asarray(params["W_skip"], np.float64) if config.skip else None
-    return W_enc, b_enc, np.asarray(params["W_dec"][used], np.float64), b_dec, W_skip
-
-
-def _unvalued(
-    lm: TinyModel,
-    ids: np.ndarray,
-    length: int,
-    acts: dict[str, np.ndarray],
-    found: tuple[FrozenDictionary, ...],
-    dtype: Precision,
-) -> FrozenPass:
-    """Return the pass without the final stream."""
-    real = (np.arange(len(ids)) < length)[:, None]
-    layers = range(lm.config.n_layers)
-    attn = [lm.params[f"blocks_{layer}"]["attn"] for layer in layers]
-    embed = jnp.asarray(np.asarray(lm.params["W_E"], np.float32)[ids] * real, dtype)
-    return FrozenPass(
-        config=lm.config,
-        length=jnp.array(length),
-        tok_ids=jnp.asarray(ids),
-        embed=embed,
-        pos_embed=jnp.asarray(np.asarray(lm.params["W_pos"], np.float32)[: len(ids)] * real, dtype),
-        patterns=jnp.asarray(np.stack([acts[f"blocks.{layer}.attn.hook_pattern"] for layer in layers]) * real, dtype),
-        W_V=jnp.asarray(np.stack([a["W_V"] for a in attn]), dtype),
-        W_O=jnp.asarray(np.stack([a["W_O"] for a in attn]), dtype),
-        b_O=jnp.asarray(np.stack([a["b_O"] for a in attn]), dtype),
-        dictionaries=found,
-        final=jnp.zeros_like(embed),
-    )
-
-
-@fast_jit
-def _with_values(frozen: FrozenPass) -> FrozenPass:
-    """Compute the stream from what is written to it, and the activations and errors on the way."""
-    stream, found = frozen.embed + frozen.pos_embed, []
     for layer in range(frozen.config.n_layers):
-        written = attended(frozen, layer, stream) + frozen.everywhere(frozen.b_O[layer])
+        written = attended(frozen, layer, stream) + frozen.everywhere(frozen.b_O[layer]) + added(layer, "b_O")
         sae, transcoder = frozen.at("attn", layer), frozen.at("mlp", layer)
-        if sae is not None:
-            found.append(_valued(frozen, sae, written))
-            written = prediction(frozen, found[-1], written) + found[-1].error
-        stream = stream + written
+        stream = stream + (written if sae is None else predicted(sae, written)) + added(layer, "attn")
         assert transcoder is not None
-        found.append(_valued(frozen, transcoder, stream))
-        stream = stream + prediction(frozen, found[-1], stream) + found[-1].error
-    return dataclasses.replace(frozen, dictionaries=tuple(found), final=stream)
-
-
-def _valued(frozen: FrozenPass, dictionary: FrozenDictionary, read: Array) -> FrozenDictionary:
-    valued = dataclasses.replace(dictionary, acts=encoded(dictionary, read))
-    value = dictionary.error
-    error = jnp.zeros_like(value) if dictionary.neurons else value - prediction(frozen, valued, read)
-    size, whole = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (error, value))
-    rounding = 16 * float(jnp.finfo(frozen.config.dtype).eps)
-    return dataclasses.replace(valued, error=jnp.where(size > rounding * whole, error, 0))
+        stream = stream + predicted(transcoder, stream) + added(layer, "mlp")
+    return stream, found, reads
 
 
 def attended(frozen: FrozenPass, layer: int, stream: Float[Array, "s d"]) -> Float[Array, "s d"]:
@@ -298,7 +142,3 @@ def prediction(frozen: FrozenPass, dictionary: FrozenDictionary, read: Float[Arr
     written = jnp.einsum("sn,snd->sd", dictionary.acts, dictionary.W_dec[dictionary.where])
     written = written + frozen.everywhere(dictionary.b_dec)
     return written if dictionary.W_skip is None else written + read @ dictionary.W_skip
-
-
-def _rounded_up(n: int, multiple: int) -> int:
-    return max(-(-n // multiple), 1) * multiple

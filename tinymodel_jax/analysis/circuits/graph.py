@@ -107,13 +107,11 @@ class AttributionGraph:
 
     def incoming(self, node: int) -> np.ndarray:
         """Return the edges to a node, the largest first."""
-        found = self.edges[self.edges["target"] == node]
-        return found[np.argsort(-np.abs(found["weight"]), kind="stable")]
+        return self._largest_first("target", node)
 
     def outgoing(self, node: int) -> np.ndarray:
         """Return the edges from a node, the largest first."""
-        found = self.edges[self.edges["source"] == node]
-        return found[np.argsort(-np.abs(found["weight"]), kind="stable")]
+        return self._largest_first("source", node)
 
     def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> AttributionGraph:
         """Return the graph with the most influential nodes and edges; the node "rest" takes up what the others added.
@@ -211,6 +209,10 @@ class AttributionGraph:
         return cls(
             nodes, edges, tuple(texts["tokens"]), numbers["weights"], texts["unexplained"], tuple(texts["labels"])
         )
+
+    def _largest_first(self, end: str, node: int) -> np.ndarray:
+        found = self.edges[self.edges[end] == node]
+        return found[np.argsort(-np.abs(found["weight"]), kind="stable")]
 
     def _shares(self, edges: np.ndarray) -> np.ndarray:
         """Return the size of each edge as a share of the sizes of all edges to the same node."""

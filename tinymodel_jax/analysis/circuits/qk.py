@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from tinymodel_jax.analysis.circuits.frozen import Precision, exact, frozen_pass
+from tinymodel_jax.analysis.circuits.freeze import frozen_pass
+from tinymodel_jax.analysis.circuits.frozen import Precision, exact
 from tinymodel_jax.analysis.circuits.graph import label_of, token_texts
 from tinymodel_jax.analysis.circuits.sources import Place, contributions, source_table
 from tinymodel_jax.analysis.circuits.targets import resolve_position

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tinymodel_jax.analysis.circuits.frozen import FrozenPass, linear_parts
+from tinymodel_jax.analysis.circuits.freeze import linear_parts
+from tinymodel_jax.analysis.circuits.frozen import FrozenPass
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
 from tinymodel_jax.analysis.effects.metrics import LogitDifference
 from tinymodel_jax.block_order import block_and_hook

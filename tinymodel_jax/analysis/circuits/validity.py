@@ -10,22 +10,18 @@ so the first feature that switches is known in closed form, for every architectu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from tinymodel_jax.analysis.circuits.frozen import (
-    FrozenDictionary,
-    FrozenPass,
-    attended,
-    exact,
-    frozen_pass,
-    prediction,
-)
+from tinymodel_jax.analysis.circuits.freeze import frozen_pass
+from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass, encoded, exact, run_frozen
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -65,11 +61,11 @@ def validity_radius(
                 f"validity_radius: {source['kind']} {source['site']} is not written at position {source['position']}; "
                 "choose a source of this prompt's graph."
             )
-        reads = [tuple(map(np.asarray, read)) for read in _moved(frozen, written, place=place)]
+        reads, slopes = ([np.asarray(x) for x in found] for found in _moved(frozen, written, place=place))
     none = [(np.inf, "")]
-    moving = list(zip(frozen.dictionaries, reads, strict=True))
+    moving = list(zip(frozen.dictionaries, reads, slopes, strict=True))
     above, below = (
-        min(none + [_first_switch(lm, frozen, d, read, sign * change) for d, (read, change) in moving])
+        min(none + [_first_switch(lm, frozen, d, read, sign * change) for d, read, change in moving])
         for sign in (1, -1)
     )
     return ValidityRadius(-below[0], above[0], below[1], above[1])
@@ -100,37 +96,16 @@ def _write(frozen: FrozenPass, source: np.void) -> tuple[Array, tuple[int, str]]
 
 
 @partial(fast_jit, static_argnames=("place",))
-def _moved(frozen: FrozenPass, written: Array, *, place: tuple[int, str]) -> list[tuple[Array, Array]]:
-    """Return what each dictionary reads, and the change of that with `written`, while the same features are active."""
+def _moved(frozen: FrozenPass, written: Array, *, place: tuple[int, str]) -> tuple[list[Array], list[Array]]:
+    """Return what each dictionary reads, and the slope of that: its change with `written` while features respond."""
 
-    def added(layer: int, part: str) -> Array:
-        return written if place == (layer, part) else jnp.zeros_like(written)
+    def respond(dictionary: FrozenDictionary, read: Array) -> FrozenDictionary:
+        return dataclasses.replace(dictionary, acts=encoded(dictionary, read))
 
-    reads = []
-    stream, moved = frozen.embed + frozen.pos_embed, added(-1, "embed")
-    for layer in range(frozen.config.n_layers):
-        value = attended(frozen, layer, stream) + frozen.everywhere(frozen.b_O[layer])
-        change = attended(frozen, layer, moved) + added(layer, "b_O")
-        sae, transcoder = frozen.at("attn", layer), frozen.at("mlp", layer)
-        assert transcoder is not None
-        if sae is not None:
-            reads.append((value, change))
-            value, change = _responded(frozen, sae, value, change)
-        stream, moved = stream + value, moved + change + added(layer, "attn")
-        reads.append((stream, moved))
-        value, change = _responded(frozen, transcoder, stream, moved)
-        stream, moved = stream + value, moved + change + added(layer, "mlp")
-    return reads
+    def reads(delta: Array) -> list[Array]:
+        return run_frozen(frozen, respond, lambda *part: delta * written if part == place else 0.0)[2]
 
-
-def _responded(frozen: FrozenPass, dictionary: FrozenDictionary, read: Array, change: Array) -> tuple[Array, Array]:
-    """Return the value that a dictionary leaves in the model, and its change when what it reads changes."""
-    of_acts = jnp.einsum("sd,snd->sn", change, dictionary.W_enc[dictionary.where])
-    of_acts = jnp.where(dictionary.active, of_acts, 0)
-    moved = jnp.einsum("sn,snd->sd", of_acts, dictionary.W_dec[dictionary.where])
-    if dictionary.W_skip is not None:
-        moved = moved + change @ dictionary.W_skip
-    return prediction(frozen, dictionary, read) + dictionary.error, moved
+    return jax.jvp(reads, (jnp.zeros((), written.dtype),), (jnp.ones((), written.dtype),))
 
 
 def _first_switch(
