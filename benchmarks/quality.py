@@ -107,7 +107,7 @@ def main(
             found = evaluate(lm, dictionary, measured)[0]
             numbers = found.explained_variance, found.ce_recovered, found.dead_fraction, found.l0
             results.append(Result(name, length, seconds, *map(float, numbers)))
-            console.print(line(results[-1]), highlight=False)
+            console.print("  ".join(map(" ".join, zip(COLUMNS, cells(results[-1]), strict=True))), highlight=False)
     machine = describe_machine(PACKAGES)
     for fact, value in machine.items():
         console.print(f"{fact}: {value}", highlight=False)
@@ -148,21 +148,20 @@ def placed(dictionary: Dictionary, hook: str) -> DictionaryConfig:
     return dataclasses.replace(dictionary.config, hook_in=hook, hook_out=hook)
 
 
-def line(result: Result) -> str:
-    """Return a result in one line."""
-    return (
-        f"{result.contender}, {result.steps} steps: explained variance {result.explained_variance:.3f}, CE recovered "
-        f"{result.ce_recovered:.3f}, {result.dead_fraction:.1%} dead, L0 {result.l0:.1f}, "
-        f"{1e3 * result.seconds / result.steps:.0f} ms per step"
-    )
+COLUMNS = ("steps", "contender", "explained variance", "CE recovered", "dead", "L0", "ms per step")
+
+
+def cells(r: Result) -> list[str]:
+    """Return a result as the cells of `COLUMNS`."""
+    numbers = f"{r.explained_variance:.3f}", f"{r.ce_recovered:.3f}", f"{r.dead_fraction:.1%}", f"{r.l0:.1f}"
+    return [str(r.steps), r.contender, *numbers, f"{1e3 * r.seconds / r.steps:.0f}"]
 
 
 def as_table(results: list[Result]) -> Table:
     """Return all results as a table."""
-    table = Table("steps", "contender", "explained variance", "CE recovered", "dead", "L0", "ms per step")
-    for r in results:
-        numbers = f"{r.explained_variance:.3f}", f"{r.ce_recovered:.3f}", f"{r.dead_fraction:.1%}", f"{r.l0:.1f}"
-        table.add_row(str(r.steps), r.contender, *numbers, f"{1e3 * r.seconds / r.steps:.0f}")
+    table = Table(*COLUMNS)
+    for result in results:
+        table.add_row(*cells(result))
     return table
 
 
