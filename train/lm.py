@@ -72,6 +72,7 @@ from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
+MAY_CHANGE = ("save_every", "eval_every", "mesh", "fsdp", "source")
 
 
 def lm(
@@ -143,21 +144,11 @@ def lm(
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
 
-    settings = {
-        "kind": "lm",
-        "preset": preset,
-        **_preset_settings(chosen),
-        "micro_batches": micro_batches,
-        "seed": seed,
-        "eval_every": eval_every,
-        "data": token_data.fingerprint,
-        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
-        "fsdp": fsdp,
-        "save_every": save_every,
-        "source": {"data": whole_path(data)},
-    }
-    may_change = ("save_every", "eval_every", "mesh", "fsdp", "source")
-    with open_run(out, settings, may_change, tracking) as run:
+    settings = {"kind": "lm", "preset": preset, **_preset_settings(chosen), "micro_batches": micro_batches}
+    settings |= {"seed": seed, "eval_every": eval_every, "data": token_data.fingerprint}
+    settings |= {"mesh": {axis: size for axis, size in devices.shape.items() if size > 1}, "fsdp": fsdp}
+    settings |= {"save_every": save_every, "source": {"data": whole_path(data)}}
+    with open_run(out, settings, MAY_CHANGE, tracking) as run:
         say(chosen.describe())
         _train(run, config, program, token_data, devices)
 

@@ -26,42 +26,36 @@ if TYPE_CHECKING:
     from tinymodel_jax.analysis.search import logit_effects as logit_effects
     from tinymodel_jax.analysis.search import top_activations as top_activations
 
-_HOMES = {
-    "coactivation": "search",
-    "feature_queries": "search",
-    "logit_effects": "search",
-    "top_activations": "search",
-    "attribution": "effects",
-    "direct_logit_attribution": "effects",
-    "importance": "effects",
-    "logit_difference": "effects",
-    "logit_lens": "effects",
-    "patching": "effects",
-    "sweeps": "effects",
-    "labels": "concepts",
-    "recovery": "concepts",
+_MODULES = {
+    "attribution": "effects.attribution",
+    "circuits": "circuits",
+    "coactivation": "search.coactivation",
+    "evaluation": "evaluation",
+    "feature_queries": "search.feature_queries",
+    "importance": "effects.importance",
+    "labels": "concepts.labels",
+    "logit_effects": "search.logit_effects",
+    "patching": "effects.patching",
+    "recovery": "concepts.recovery",
+    "sweeps": "effects.sweeps",
+    "top_activations": "search.top_activations",
 }
-
+"""Modules and folders, by the name under which they are imported from here."""
 _FUNCTIONS = {
-    "direct_logit_attribution": "direct_logit_attribution",
-    "logit_difference": "metrics",
-    "logit_lens": "logit_lens",
+    "direct_logit_attribution": "effects.direct_logit_attribution",
+    "logit_difference": "effects.metrics",
+    "logit_lens": "effects.logit_lens",
 }
-"""Names of functions, each with its module; the others are modules."""
-
-
-_FOLDERS = ("circuits", "evaluation")
-"""Folders whose `__init__` has the public functions."""
+"""Functions, and the module of each."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FOLDERS:
-        return importlib.import_module(f"tinymodel_jax.analysis.{name}")
-    if name not in _HOMES:
+    home = _MODULES.get(name) or _FUNCTIONS.get(name)
+    if home is None:
         raise AttributeError(f"module 'tinymodel_jax.analysis' has no attribute {name!r}")
-    module = importlib.import_module(f"tinymodel_jax.analysis.{_HOMES[name]}.{_FUNCTIONS.get(name, name)}")
+    module = importlib.import_module(f"tinymodel_jax.analysis.{home}")
     return getattr(module, name) if name in _FUNCTIONS else module
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, *_FOLDERS])
+    return sorted([*_MODULES, *_FUNCTIONS])

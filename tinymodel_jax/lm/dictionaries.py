@@ -131,7 +131,7 @@ class FeatureReader:
     """The one feature that the tag names; None for all."""
 
     @classmethod
-    def of(cls, lm: TinyModel, given: str | FeatureReader | Dictionary, asker: str = "") -> FeatureReader:
+    def of(cls, lm: TinyModel, given: DictionaryLike, asker: str = "") -> FeatureReader:
         """Return the reader of a whole dictionary in a model.
 
         Args:
@@ -188,6 +188,10 @@ class FeatureReader:
     def counts(self, tok_ids: Any) -> Any:
         """Say which tokens count in statistics of the features: text at which the dictionary acts."""
         return self.lm.config.is_text(tok_ids) & self.dictionary.config.acts_at(tok_ids)
+
+
+DictionaryLike = str | FeatureReader | Dictionary
+"""A dictionary: its tag, what a model returns for the tag, or the dictionary itself."""
 
 
 def _order(tag: str) -> tuple[int, int, int]:

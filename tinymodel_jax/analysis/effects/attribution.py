@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.metrics import Kind, Metric, Weights, value_from_logits
 from tinymodel_jax.analysis.effects.sweep_input import activations, decoder_rows, prepare
-from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.interventions import Add
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -35,7 +35,7 @@ class Attribution(NamedTuple):
 
 def attribute(
     lm: TinyModel,
-    tag: str | FeatureReader | Dictionary,
+    tag: DictionaryLike,
     tok_ids: Any,
     features: Any = None,
     *,

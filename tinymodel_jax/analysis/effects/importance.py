@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from tinymodel_jax.analysis.effects.sweeps import ablate
 from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
 from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
-from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import bucket, check_tok_ids
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -62,7 +62,7 @@ class CausalImportance(NamedTuple):
 
 def causal_importance(
     lm: TinyModel,
-    tag: str | FeatureReader | Dictionary,
+    tag: DictionaryLike,
     rows: Any,
     *,
     work_file: Path | None = None,
@@ -100,7 +100,7 @@ def causal_importance(
     return _finish(sums, len(ids))
 
 
-def importance_key(lm: TinyModel, tag: str | FeatureReader | Dictionary, rows: Any) -> dict[str, Any]:
+def importance_key(lm: TinyModel, tag: DictionaryLike, rows: Any) -> dict[str, Any]:
     """Return what the numbers depend on, as JSON values: the site, and fingerprints of rows, model and dictionary."""
     reader = FeatureReader.of(lm, tag, "causal_importance: ")
     sums = sorted(_zeros(0, 0))  # a work file of a version that sums other things does not fit

@@ -32,7 +32,7 @@ from tinymodel_jax.analysis.effects.metrics import (
     value_of_function,
     weights_of,
 )
-from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95
+from tinymodel_jax.analysis.evaluation.row_sums import margin_of_ratio
 from tinymodel_jax.block_order import BLOCK_HOOKS, stream_before
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
@@ -133,13 +133,13 @@ def patch(
 
 
 def _ratio(above: Float[np.ndarray, "pairs *places"], below: Float[np.ndarray, " pairs"]) -> tuple[Any, Any]:
-    """Return the ratio of the sums over pairs, and its margin, as `row_sums` defines it."""
+    """Return the ratio of the sums over pairs, and its margin."""
     n, total = len(below), below.sum()
     ratio = above.sum(axis=0) / total
     if n < 2:
         return ratio, np.full_like(ratio, np.nan)
     residual = above - ratio * below.reshape(-1, *[1] * (above.ndim - 1))
-    return ratio, NORMAL_95 * np.sqrt(n / (n - 1) * (residual**2).sum(axis=0)) / abs(total)
+    return ratio, margin_of_ratio((residual**2).sum(axis=0), total, n)
 
 
 def _check_ends(ends: Float[np.ndarray, "pairs 2"], differences: Float[np.ndarray, " pairs"]) -> None:
@@ -252,8 +252,8 @@ def _named_values(
     if kind != "loss":
         last = jnp.argmax(weights.last, axis=1)
         streams = streams[:, last]
-        cut = jax.tree.map(lambda x: x[:, last], weights._replace(next_ids=weights.targets))
-        weights = cut._replace(next_ids=weights.next_ids)
+        real, loss, at_last, targets = (x[:, last] for x in weights[:4])
+        weights = Weights(real, loss, at_last, targets, weights.next_ids)
     logits = model.unembed(streams)
     return jax.vmap(lambda one: value_from_logits(kind, one[None], weights, tokens))(logits)
 

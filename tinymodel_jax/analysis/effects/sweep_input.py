@@ -25,9 +25,10 @@ from tinymodel_jax.analysis.effects.metrics import (
 from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
 from tinymodel_jax.analysis.effects.upper_layers import Clean, clean_streams
 from tinymodel_jax.block_order import comes_after
-from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.model.forward import encode
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
@@ -53,7 +54,7 @@ def prepare(
     tok_ids: Any,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: str | FeatureReader | Dictionary | None = None,
+    readout: DictionaryLike | None = None,
     metric: Metric | None = None,
 ) -> SweepInput:
     """Check the arguments of a sweep at a site, and run the clean pass.

@@ -30,9 +30,9 @@ from tinymodel_jax.analysis.effects.sweep_input import (
     prepare,
 )
 from tinymodel_jax.analysis.effects.upper_layers import ChangeEffects, Changes, effects_of_changes
-from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
+from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 MEMORY, SMALL = 2**28, 2**24
@@ -44,8 +44,6 @@ LENGTHS = 8
 """Maximum number of programs per row length, each for another number of last positions."""
 READOUT_TOP = 20
 """Features of the readout dictionary that are reported for each intervention."""
-Source = str | FeatureReader | Dictionary
-"""A dictionary: its tag, what a model returns for the tag, or the dictionary itself."""
 
 
 class FeatureEffects(NamedTuple):
@@ -74,13 +72,13 @@ class FeatureEffects(NamedTuple):
 
 def ablate(
     lm: TinyModel,
-    tag: Source,
+    tag: DictionaryLike,
     tok_ids: Any,
     features: Any = None,
     *,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: Source | None = None,
+    readout: DictionaryLike | None = None,
     metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
@@ -109,14 +107,14 @@ def ablate(
 
 def clamp(
     lm: TinyModel,
-    tag: Source,
+    tag: DictionaryLike,
     tok_ids: Any,
     value: float,
     features: Any = None,
     *,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: Source | None = None,
+    readout: DictionaryLike | None = None,
     metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
@@ -131,7 +129,7 @@ def clamp(
 
 def steer(
     lm: TinyModel,
-    tag: Source,
+    tag: DictionaryLike,
     tok_ids: Any,
     strengths: float | Sequence[float],
     features: Any = None,
@@ -139,7 +137,7 @@ def steer(
     vectors: Any = None,
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
-    readout: Source | None = None,
+    readout: DictionaryLike | None = None,
     metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:

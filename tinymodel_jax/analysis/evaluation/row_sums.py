@@ -67,8 +67,19 @@ class RowSums:
             return Estimate(value, math.nan)
         residual = a - value * b
         squares = max(0.0, float(residual @ self._products @ residual))  # rounding may leave it below 0
-        return Estimate(value, NORMAL_95 * math.sqrt(self._rows / (self._rows - 1) * squares) / abs(bottom))
+        return Estimate(value, float(margin_of_ratio(squares, bottom, self._rows)))
 
     def _weights(self, quantity: Quantity) -> np.ndarray:
         plus, minus = (quantity, None) if isinstance(quantity, str) else quantity
         return np.array([(name == plus) - (name == minus) for name in self._names], np.float64)
+
+
+def margin_of_ratio(squares: Any, below: float, n_rows: int) -> Any:
+    """Return the half-width of the 95 % interval of a ratio of sums over rows.
+
+    Args:
+        squares: sum over rows of the squared residuals, `above - ratio * below` of the row.
+        below: the sum below the line.
+        n_rows: number of rows, 2 or more.
+    """
+    return NORMAL_95 * np.sqrt(n_rows / (n_rows - 1) * squares) / abs(below)
