@@ -23,9 +23,10 @@ from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, sta
 
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.training.data import batch_indices
+from train.checkpoints import Checkpoints
 from train.run import Run, trained_seconds
 from train.run_files import local_folder
-from train.run_folder import Checkpoints, MetricsLog, open_run_folder
+from train.run_folder import MetricsLog, open_run_folder
 from train.run_lock import held_folder
 
 OPTIONS = ("--steps", "8", "--save-every", "2", "--eval-every", "4", "--batch-size", "4")

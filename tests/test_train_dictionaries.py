@@ -32,7 +32,7 @@ from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
 from train.activations import Place
 from train.dictionaries import Description
-from train.run import TrainingProgress
+from train.progress import TrainingProgress
 from train.sweep import SweepOptions, make_sweep
 
 FEATURES, STEPS, WIDTH = 48, 20, 16

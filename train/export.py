@@ -22,9 +22,10 @@ from tinymodel_jax.training.lm_step import LMOptimizer
 from tinymodel_jax.training.sharding import make_mesh
 from train import dictionaries, lm
 from train.activations import ActivationOptions, open_activations
+from train.checkpoints import Checkpoints
 from train.dictionary_results import write_results
 from train.hosts import say, warn
-from train.run_folder import Checkpoints, as_json, run_settings
+from train.run_folder import as_json, run_settings
 from train.sweep import recorded_sweep
 
 
