@@ -6,22 +6,20 @@ influence on the targets are expanded, until the most influential `max_nodes` so
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass, Precision, exact
 from tinymodel_jax.analysis.circuits.graph import EDGE, NODE, AttributionGraph, label_of, token_texts
-from tinymodel_jax.analysis.circuits.sources import Place, contributions, encoder_place, source_table
+from tinymodel_jax.analysis.circuits.sources import TOGETHER, contributions, encoder_place, source_table
 from tinymodel_jax.analysis.circuits.targets import Target, resolve
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.runtime.progress import Track, no_progress
 
-TOGETHER = 64
-"""Nodes that one compiled call expands."""
 AT_ONCE = 256
 """Nodes that are expanded before influence is computed again."""
 DEEPEST = 2**20
@@ -37,6 +35,7 @@ def attribution_graph(
     dictionaries: str | Iterable[str] | None = None,
     influence_share: float = 1.0,
     dtype: Precision = "float32",
+    track: Track = no_progress,
 ) -> AttributionGraph:
     """Return the graph of direct effects behind a prompt's predictions.
 
@@ -52,6 +51,7 @@ def attribution_graph(
         dictionaries: as for `frozen_pass`.
         influence_share: stop when the nodes have this share of the influence on the targets.
         dtype: number format, "float32" or "float64".
+        track: wraps the iterator over the batches of nodes that a round expands, for example with a progress bar.
 
     Raises:
         ValueError: as `frozen_pass`, a target does not exist, or `max_nodes` is too small for the targets and biases.
@@ -68,7 +68,7 @@ def attribution_graph(
         )
     with exact(dtype):
         expansion = Expansion(frozen, table, found)
-        chosen = expansion.most_influential(max_nodes - n_fixed, influence_share)
+        chosen = expansion.most_influential(max_nodes - n_fixed, influence_share, track)
         unexplained = _unexplained(frozen, table, found)
     return _graph(expansion, chosen, token_texts(lm, frozen), unexplained)
 
@@ -102,11 +102,10 @@ class Expansion:
         for number, dictionary in enumerate(frozen.dictionaries):
             active = np.asarray(dictionary.active)
             self._index[self._dictionary == number] = np.asarray(dictionary.where)[active]
-        for number, target in enumerate(targets):
-            ids, positions = np.array([-1 - number]), np.array([target.position])
-            self._add(DEEPEST, ids, target.place, jnp.asarray(target.direction, frozen.final.dtype)[None], positions)
+        for numbers, rows in _of_targets(frozen, targets):
+            self._add(DEEPEST, -1 - numbers, rows)
 
-    def most_influential(self, n: int, share: float) -> Int[np.ndarray, " chosen"]:
+    def most_influential(self, n: int, share: float, track: Track = no_progress) -> Int[np.ndarray, " chosen"]:
         """Return the columns of the most influential sources, at most n; of biases, all, beside these.
 
         Features among them are expanded. An expansion may change which are the most influential ones.
@@ -120,26 +119,28 @@ class Expansion:
             pending = chosen[self.is_feature[chosen] & ~self.expanded[chosen]][:AT_ONCE]
             if not len(pending):
                 return np.sort(np.r_[chosen, np.flatnonzero(bias)])
-            self._expand(pending)
+            known = len(chosen) - int((self.is_feature[chosen] & ~self.expanded[chosen]).sum())
+            for batch in track(self._batches(pending), f"expanding nodes, {known:,} of {n:,} known"):
+                self._expand(batch)
 
-    def _expand(self, columns: Int[np.ndarray, " n"]) -> None:
+    def _batches(self, columns: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " batch"]]:
+        """Return the features in groups of one dictionary, which one compiled call expands."""
+        found = []
         for number in np.unique(self._dictionary[columns]):
-            dictionary = self.frozen.dictionaries[number]
-            place = encoder_place(dictionary)
-            depth = 2 * dictionary.layer + (dictionary.part == "mlp")
             of_one = columns[self._dictionary[columns] == number]
-            for start in range(0, len(of_one), TOGETHER):
-                ids = of_one[start : start + TOGETHER]
-                self._add(depth, ids, place, dictionary.W_enc[self._index[ids]], self.table["position"][ids])
+            found += [of_one[start : start + TOGETHER] for start in range(0, len(of_one), TOGETHER)]
+        return found
+
+    def _expand(self, columns: Int[np.ndarray, " batch"]) -> None:
+        dictionary = self.frozen.dictionaries[self._dictionary[columns[0]]]
+        directions = np.asarray(dictionary.W_enc)[self._index[columns]]
+        rows = contributions(self.frozen, directions, self.table["position"][columns], encoder_place(dictionary))
+        self._add(2 * dictionary.layer + (dictionary.part == "mlp"), columns, rows)
         self.expanded[columns] = True
 
-    def _add(self, depth: int, ids: np.ndarray, place: Place, directions: Array, positions: np.ndarray) -> None:
-        missing = TOGETHER - len(ids)
-        directions = jnp.pad(directions, ((0, missing), (0, 0)))
-        positions = np.pad(positions, (0, missing)).astype(np.int32)
-        rows = np.asarray(contributions(self.frozen, directions, positions, np.int32(place.number)))[: len(ids)]
+    def _add(self, depth: int, ids: Int[np.ndarray, " n"], rows: Float[np.ndarray, "n sources"]) -> None:
         reached = np.flatnonzero(rows.any(axis=0))
-        rows = rows[:, : reached[-1] + 1 if len(reached) else 0]  # the sources before the place come first
+        rows = rows[:, : reached[-1] + 1 if len(reached) else 0].copy()  # the sources before the place come first
         self.blocks.append(Block(depth, ids, rows, np.abs(rows).sum(axis=1)))
 
     def _influence(self) -> Float[np.ndarray, " sources"]:
@@ -155,21 +156,29 @@ class Expansion:
         return found
 
 
+def _of_targets(
+    frozen: FrozenPass, targets: list[Target], responding: bool = False
+) -> Iterator[tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n sources"]]]:
+    """Yield the numbers of the targets that are read at one place, and what each source adds to them."""
+    for place in dict.fromkeys(target.place for target in targets):
+        numbers = np.array([i for i, target in enumerate(targets) if target.place == place])
+        directions = np.stack([targets[i].direction for i in numbers])
+        positions = np.array([targets[i].position for i in numbers])
+        yield numbers, contributions(frozen, directions, positions, place, responding=responding)
+
+
 def _unexplained(frozen: FrozenPass, table: np.ndarray, targets: list[Target]) -> float:
     """Return the share of errors in the total effects of everything that is not a feature's activation."""
-    shares = []
-    for target in targets:
-        direction = jnp.asarray(target.direction, frozen.final.dtype)[None]
-        position = np.array([target.position], np.int32)
-        row = np.array(contributions(frozen, direction, position, np.int32(target.place.number), responding=True)[0])
-        sources = table[: len(row)]
-        feature = sources["kind"] == "feature"
-        active = feature & (sources["value"] != 0)
-        row[active] *= (
-            sources["bias"][active] / sources["value"][active]
-        )  # of a feature, only its encoder's bias is given
-        shares.append(np.abs(row[sources["kind"] == "error"]).sum() / np.abs(row).sum())
-    return float(np.dot([target.weight for target in targets], shares) / sum(target.weight for target in targets))
+    error, feature = table["kind"] == "error", table["kind"] == "feature"
+    given = np.where(feature, 0, 1.0)  # of a feature, only its encoder's bias is given
+    active = feature & (table["value"] != 0)
+    given[active] = table["bias"][active] / table["value"][active]
+    shares = np.zeros(len(targets))
+    for numbers, rows in _of_targets(frozen, targets, responding=True):
+        effects = np.abs(rows * given)
+        shares[numbers] = effects[:, error].sum(axis=1) / effects.sum(axis=1)
+    weights = [target.weight for target in targets]
+    return float(np.dot(weights, shares) / sum(weights))
 
 
 def _graph(
@@ -186,17 +195,15 @@ def _graph(
     nodes[n] = ("rest", "rest", -1, -1, -1, 1, 0, 0, False)
     edges = []
     for block in expansion.blocks:
-        for node, row in zip(block.ids, block.rows, strict=True):
-            at = int(n - node if node < 0 else number[node])  # targets follow the rest
+        at = np.where(block.ids < 0, n - block.ids, number[block.ids])  # targets follow the rest
+        for place, node, row in zip(at, block.ids, block.rows, strict=True):
             if node < 0:
                 target = targets[-1 - node]
                 pre = row.sum(dtype=np.float64) + target.bias
-                place = target.kind, target.site, target.layer, target.position, target.feature
+                where = target.kind, target.site, target.layer, target.position, target.feature
                 value = pre if target.kind != "feature" or _is_active(expansion.table, target) else 0
-                nodes[at] = (*place, value, pre, target.bias, True)
-            elif at < 0:
-                continue
-            edges.append(_edges(row, at, chosen, n))
+                nodes[place] = (*where, value, pre, target.bias, True)
+        edges.append(_edges(block.rows[at >= 0], at[at >= 0], chosen, n))
     weights = np.r_[np.zeros(n + 1), [target.weight for target in targets]]
     joined = np.concatenate(edges)
     joined = joined[np.argsort(joined["target"], kind="stable")]
@@ -209,12 +216,11 @@ def _is_active(table: np.ndarray, target: Target) -> bool:
     return bool((here & (table["kind"] == "feature") & (table["feature"] == target.feature)).any())
 
 
-def _edges(row: np.ndarray, target: int, chosen: np.ndarray, rest: int) -> np.ndarray:
-    """Return the edges of one row: those from chosen sources, and from the rest what is missing to the sum."""
-    within = chosen[chosen < len(row)]
-    weights = row[within].astype(np.float64)
-    sources = np.flatnonzero(weights)
-    found = np.zeros(len(sources) + 1, EDGE)
-    found["source"], found["target"] = np.r_[sources, rest], target
-    found["weight"] = np.r_[weights[sources], row.sum(dtype=np.float64) - weights.sum()]
+def _edges(rows: np.ndarray, targets: np.ndarray, chosen: np.ndarray, rest: int) -> np.ndarray:
+    """Return the edges of rows: those from chosen sources, and from the rest what is missing to each sum."""
+    within = rows[:, chosen[chosen < rows.shape[1]]].astype(np.float64)
+    of, sources = np.nonzero(within)
+    found = np.zeros(len(of) + len(rows), EDGE)
+    found["source"], found["target"] = np.r_[sources, np.full(len(rows), rest)], np.r_[targets[of], targets]
+    found["weight"] = np.r_[within[of, sources], rows.sum(axis=1, dtype=np.float64) - within.sum(axis=1)]
     return found

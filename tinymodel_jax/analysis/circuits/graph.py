@@ -262,9 +262,9 @@ def label_of(node: np.void, tokens: tuple[str, ...]) -> str:
 
 
 def token_texts(lm: TinyModel, frozen: FrozenPass) -> tuple[str, ...]:
-    """Return the text of each token of the prompt; its id, for a model without a tokenizer."""
+    """Return the text of each token of the prompt; its id, if the model has no tokenizer or its files are not here."""
     ids = np.asarray(frozen.tok_ids)[: int(frozen.length)]
     try:
         return tuple(to_str_tokens(lm, ids))
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return tuple(map(str, ids))

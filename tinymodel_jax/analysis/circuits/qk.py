@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -91,12 +90,11 @@ def qk_attribution(
         raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
     tokens = token_texts(lm, frozen)
-    found, place = [], np.int32(Place(layer, "before_attn").number)
+    found, place = [], Place(layer, "before_attn")
     with exact(dtype):
         for name, position in (("W_Q", query), ("W_K", key)):
-            directions = jnp.asarray(np.asarray(attn[name][head]).T, frozen.final.dtype)
-            positions = np.full(len(directions), position, np.int32)
-            parts = np.asarray(contributions(frozen, directions, positions, place)).T
+            directions = np.asarray(attn[name][head]).T
+            parts = contributions(frozen, directions, np.full(len(directions), position), place).T
             used = parts.any(axis=1)
             sources = table[: len(parts)][used]
             found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -25,6 +25,9 @@ SOURCE = np.dtype(
      ("bias", "f8")]
 )  # fmt: skip
 """Fields of a source: `kind` is "token", "position", "bias", "feature" or "error", or "" for padding."""
+
+TOGETHER = 64
+"""Readings that one compiled call divides."""
 
 PARTS = ("before_attn", "heads", "attn", "before_mlp", "mlp")
 """Where a layer can be read: the stream before its attention, the outputs of all heads before W_O, the output of the
@@ -87,35 +90,52 @@ def _rows(n: int, kind: str, site: str, layer: int, positions: np.ndarray, featu
     return table
 
 
-@partial(fast_jit, static_argnames=("responding",))
 def contributions(
     frozen: FrozenPass,
-    directions: Float[Array, "b width"],
-    positions: Int[Array, " b"],
-    place: Int[Array, ""],
+    directions: Float[np.ndarray, "b width"],
+    positions: Int[np.ndarray, " b"],
+    place: Place,
     *,
     responding: bool = False,
-) -> Float[Array, "b sources"]:
+) -> Float[np.ndarray, "b sources"]:
     """Return what each source adds to the readings of directions at positions; 0 for sources after the place.
 
     Args:
-        place: `Place.number` of where the directions read. It is traced, so that one program serves all places.
         responding: False gives direct effects: the features in between keep their activations, and the sum over sources
             is the reading. True gives total effects: active features respond linearly to what they read, so the sum
             over all sources except features, plus that of the encoders' biases, is the reading.
     """
-    at = positions[:, None] == jnp.arange(frozen.embed.shape[0], dtype=positions.dtype)
-    given = jnp.where(at[..., None], directions[:, None], 0)
+    directions = np.asarray(directions, frozen.final.dtype)
+    found = []
+    for start in range(0, len(directions), TOGETHER):
+        some, where = directions[start : start + TOGETHER], positions[start : start + TOGETHER]
+        missing = TOGETHER - len(some)
+        some, where = np.pad(some, ((0, missing), (0, 0))), np.pad(where, (0, missing)).astype(np.int32)
+        rows = _contributions(frozen, some, where, np.int32(place.number), np.bool_(responding))
+        found.append(np.asarray(rows)[: TOGETHER - missing])
+    return np.concatenate(found)
 
-    def read(layer: int, part: str) -> Array:
-        return jnp.where(place == Place(layer, part).number, given, 0)
+
+@fast_jit
+def _contributions(
+    frozen: FrozenPass,
+    directions: Float[Array, "b width"],
+    positions: Int[Array, " b"],
+    place: Int[Array, ""],
+    responding: Bool[Array, ""],
+) -> Float[Array, "b sources"]:
+    """Return `contributions`. Everything but shapes is traced, so that one program serves a whole graph."""
+
+    def reading(g: Array, layer: int, part: str) -> Array:
+        return g.at[jnp.arange(len(g)), positions].add(jnp.where(place == Place(layer, part).number, directions, 0))
 
     n_layers = frozen.config.n_layers
-    g, columns = read(n_layers, "before_attn"), []  # the last sources first
+    nothing = jnp.zeros((len(directions), *frozen.embed.shape), directions.dtype)
+    g, columns = reading(nothing, n_layers, "before_attn"), []  # the last sources first
     for layer in reversed(range(n_layers)):
 
         def through(g: Array, layer: int = layer) -> tuple[list[Array], Array]:
-            return _through_layer(frozen, layer, g, partial(read, layer), responding)
+            return _through_layer(frozen, layer, g, lambda g, part: reading(g, layer, part), responding)
 
         def skipped(g: Array, through: Any = through) -> tuple[list[Array], Array]:
             nothing, _ = jax.eval_shape(through, g)
@@ -123,36 +143,39 @@ def contributions(
 
         of_layer, g = jax.lax.cond(place > Place(layer, "before_attn").number, through, skipped, g)
         columns += of_layer
-        g = g + read(layer, "before_attn")
+        g = reading(g, layer, "before_attn")
     columns += [jnp.einsum("bsd,sd->bs", g, embedding) for embedding in (frozen.pos_embed, frozen.embed)]
     return jnp.concatenate(columns[::-1], axis=1)
 
 
 def _through_layer(
-    frozen: FrozenPass, layer: int, g: Array, read: Callable[[str], Array], responding: bool
+    frozen: FrozenPass, layer: int, g: Array, reading: Callable[[Array, str], Array], responding: Array
 ) -> tuple[list[Array], Array]:
     """Return the columns of a layer's sources, the last first, and the gradient before the layer.
 
     Args:
         g: gradient of the readings with respect to the stream after the layer.
-        read: part of the layer -> the directions, if they read there.
+        reading: gradient, part of the layer -> the gradient with the directions added, if they read there.
     """
+
+    def through_features(dictionary: FrozenDictionary, g: Array) -> Array:
+        return jax.lax.cond(responding, partial(_through_features, dictionary), jnp.zeros_like, g)
+
     transcoder, sae = frozen.at("mlp", layer), frozen.at("attn", layer)
     assert transcoder is not None
-    of_mlp = g + read("mlp")
+    of_mlp = reading(g, "mlp")
     columns = _of_dictionary(frozen, transcoder, of_mlp)
-    g = g + read("before_mlp")
-    if responding:
-        g = g + _through_features(transcoder, of_mlp)
+    g = reading(g, "before_mlp")
+    g = g + through_features(transcoder, of_mlp)
     if transcoder.W_skip is not None:
         g = g + of_mlp @ transcoder.W_skip.T
-    of_attn = g + read("attn")
+    of_attn = reading(g, "attn")
     if sae is not None:  # what it predicts is written, and its encoder alone reads the attention's output
         columns += _of_dictionary(frozen, sae, g)
-        of_attn = read("attn") + (_through_features(sae, g) if responding else jnp.zeros_like(g))
+        of_attn = reading(through_features(sae, g), "attn")
     columns.append(_of_bias(frozen, frozen.b_O[layer], of_attn))
-    per_head = read("heads").reshape(*g.shape[:2], frozen.config.n_heads, -1)
-    values = jnp.einsum("bsd,hkd->bshk", of_attn, frozen.W_O[layer]) + per_head
+    values = jnp.einsum("bsd,hkd->bshk", of_attn, frozen.W_O[layer])
+    values = reading(values.reshape(g.shape), "heads").reshape(values.shape)
     values = jnp.einsum("hst,bshk->bthk", frozen.patterns[layer], values)
     return columns, g + jnp.einsum("bthk,hdk->btd", values, frozen.W_V[layer])
 
