@@ -18,6 +18,7 @@ NEEDS_THE_HUB = "lm = TinyModel()"
 SMALLER = {
     "--limit 100000": "--limit 100 --tokenizer mini --workers 1",  # the published tokenizer is on the hub
     "--row-length 256 --limit 2000": "--row-length 256 --limit 100 --workers 1",
+    "--hooks hook_resid_pre hook_attn_out hook_mlp_out attn.hook_z": "--hooks hook_attn_out attn.hook_z",
 }
 """Parts of commands, and what replaces them in these tests."""
 

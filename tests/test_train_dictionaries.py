@@ -248,6 +248,7 @@ def test_a_run_starts_from_a_finished_dictionary_of_another_site(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_eight_devices_go_on_with_the_curves_of_one(sweep: Path, model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "moved"
     shutil.copytree(sweep, out)
