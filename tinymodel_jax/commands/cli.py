@@ -10,6 +10,7 @@ from tinymodel_jax.commands.evaluate import evaluate
 from tinymodel_jax.commands.features import features
 from tinymodel_jax.commands.frame import run_commands, with_compilation_cache
 from tinymodel_jax.commands.generate import generate
+from tinymodel_jax.commands.graph import graph
 from tinymodel_jax.commands.importance import importance
 from tinymodel_jax.commands.patch import patch
 from tinymodel_jax.commands.quickstart import quickstart
@@ -26,6 +27,7 @@ COMMANDS = {
     "sweep": sweep,
     "importance": importance,
     "patch": patch,
+    "graph": graph,
     "dashboard": dashboard,
 }
 

@@ -6,6 +6,7 @@ graph = circuits.attribution_graph(lm, "Once upon a time")
 """
 
 from tinymodel_jax.analysis.circuits.attribution_graph import attribution_graph as attribution_graph
+from tinymodel_jax.analysis.circuits.circuit_tracer import save_circuit_tracer as save_circuit_tracer
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass as frozen_pass
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass as FrozenPass
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph as AttributionGraph

@@ -22,7 +22,6 @@ from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.lm.text import to_str_tokens
 from tinymodel_jax.runtime.atomic_files import replace_file
 
 NODE = np.dtype(
@@ -262,9 +261,13 @@ def label_of(node: np.void, tokens: tuple[str, ...]) -> str:
 
 
 def token_texts(lm: TinyModel, frozen: FrozenPass) -> tuple[str, ...]:
-    """Return the text of each token of the prompt; its id, if the model has no tokenizer or its files are not here."""
-    ids = np.asarray(frozen.tok_ids)[: int(frozen.length)]
+    """Return the text of each token of the prompt, as `token_text`."""
+    return tuple(token_text(lm, token) for token in np.asarray(frozen.tok_ids)[: int(frozen.length)].tolist())
+
+
+def token_text(lm: TinyModel, token: int) -> str:
+    """Return the text of a token; its id, if the model has no tokenizer or its files are not here."""
     try:
-        return tuple(to_str_tokens(lm, ids))
+        return lm.tokenizer.decode([token])
     except (ValueError, FileNotFoundError):
-        return tuple(map(str, ids))
+        return str(token)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
-from tinymodel_jax.analysis.circuits.frozen import Precision, exact
+from tinymodel_jax.analysis.circuits.frozen import FrozenPass, Precision, exact
 from tinymodel_jax.analysis.circuits.graph import label_of, token_texts
 from tinymodel_jax.analysis.circuits.sources import Place, contributions, source_table
 from tinymodel_jax.analysis.circuits.targets import resolve_position
@@ -88,16 +88,22 @@ def qk_attribution(
     key = resolve_position(frozen, key, "qk_attribution: key")
     if key > query:
         raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
+    return divided_score(lm, frozen, layer, head, query, key)
+
+
+def divided_score(lm: TinyModel, frozen: FrozenPass, layer: int, head: int, query: int, key: int) -> QKAttribution:
+    """Do as `qk_attribution` on a frozen pass, in its number format. The positions count from the start."""
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
     tokens = token_texts(lm, frozen)
-    found, place = [], Place(layer, "before_attn")
-    with exact(dtype):
-        for name, position in (("W_Q", query), ("W_K", key)):
-            directions = np.asarray(attn[name][head]).T
-            parts = contributions(frozen, directions, np.full(len(directions), position), place).T
-            used = parts.any(axis=1)
-            sources = table[: len(parts)][used]
-            found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))
+    directions = [np.asarray(attn[name][head]).T for name in ("W_Q", "W_K")]
+    positions = np.repeat([query, key], lm.config.d_head)
+    with exact(cast(Precision, str(frozen.final.dtype))):
+        rows = contributions(frozen, np.concatenate(directions), positions, Place(layer, "before_attn"))
+    found = []
+    for parts in np.split(rows.T, 2, axis=1):
+        used = parts.any(axis=1)
+        sources = table[: len(parts)][used]
+        found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))
     (query_sources, query_labels, query_parts), (key_sources, key_labels, key_parts) = found
     query_parts = query_parts / math.sqrt(lm.config.d_head)
     score = float(query_parts.sum(axis=0) @ key_parts.sum(axis=0))

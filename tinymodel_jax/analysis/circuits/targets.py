@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.freeze import linear_parts
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass
+from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_text
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
 from tinymodel_jax.analysis.effects.metrics import LogitDifference
 from tinymodel_jax.block_order import block_and_hook
@@ -188,6 +189,24 @@ def _direction(lm: TinyModel, frozen: FrozenPass, target: DirectionTarget) -> Ta
     place = Place(layer + 1 if hook == "hook_resid_post" else layer, _PLACES[hook])
     position = resolve_position(frozen, target.position)
     return Target("direction", target.hook, layer, position, -1, place, vector.ravel(), bias, 1.0)
+
+
+def target_names(lm: TinyModel, graph: AttributionGraph, targets: Any = None) -> list[str]:
+    """Return a name for each target of a graph: a token's text, both tokens of a difference, or the node's label.
+
+    Args:
+        targets: what `attribution_graph` was given.
+    """
+    numbers = np.flatnonzero(graph.weights > 0).tolist()
+    given = list(targets) if isinstance(targets, list | tuple) else [targets] * len(numbers)
+    return [_name(lm, graph, number, target) for number, target in zip(numbers, given, strict=True)]
+
+
+def _name(lm: TinyModel, graph: AttributionGraph, number: int, target: Any) -> str:
+    if isinstance(target, LogitDifference):
+        return " − ".join(f"“{token_text(lm, int(token_ids(lm, side)[0]))}”" for side in (target.a, target.b))
+    node = graph.nodes[number]
+    return token_text(lm, int(node["feature"])) if node["kind"] == "logit" else graph.labels[number]
 
 
 def resolve_position(frozen: FrozenPass, position: int, asker: str = "attribution_graph: position") -> int:

@@ -84,7 +84,7 @@ def shard_records(
     """
     part = slice(first, last)
     found, contexts = _some(facts.found, part), Contexts(*(field[part] for field in facts.contexts))
-    shown = _contexts(contexts, facts.acts[part], rows, config)
+    shown = context_records(contexts, facts.acts[part], rows, config)
     quantiles = np.stack([found.quantile(share) for share in QUANTILES], axis=1)
     columns: dict[str, list[Any]] = {
         "mean": rounded(found.mean),
@@ -173,7 +173,7 @@ def _peak_tokens(found: TopActivations, rows: np.ndarray) -> list[list[int]]:
     return listed
 
 
-def _contexts(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: ModelConfig) -> list[list[Any]]:
+def context_records(contexts: Contexts, acts: np.ndarray, rows: np.ndarray, config: ModelConfig) -> list[list[Any]]:
     """Return each context as [row, index of the peak, tokens, activations], or None for a missing one."""
     places = window_positions(contexts, rows.shape[1])
     ids = np.asarray(rows[np.maximum(contexts.row, 0)[..., None], np.maximum(places, 0)])

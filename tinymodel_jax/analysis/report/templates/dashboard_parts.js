@@ -1,27 +1,7 @@
-// Parts of pages. All text is added as text nodes, because a token may be "<script>".
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") made.addEventListener(name, value);
-    else if (value !== null) made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
+// Parts of a dashboard's pages.
 const word = (id) => element("span", { class: "word" }, vocabulary[id]);
-// Numbers have four significant digits and at most six decimals; in a column, all have as many decimals as the largest.
-const decimalsOf = (values) => Math.min(6, Math.max(0, 3 - Math.floor(Math.log10(values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6)))));
-const fixed = (value, decimals) => (value !== 0 && Number(value.toFixed(decimals)) === 0 ? "≈ 0" : value.toFixed(decimals));
-const number = (value) => {
-  const text = fixed(value, decimalsOf([value]));
-  return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
-};
-const sign = (value, text) => (value > 0 && text !== "≈ 0" ? `+${text}` : text);
-const signed = (value) => sign(value, number(value));
 const share = (active) => `${fixed((100 * active) / index.n_tokens, Math.min(6, Math.max(0, Math.ceil(Math.log10(index.n_tokens / 100)))))} %`;
 const plusMinus = ([mean, half]) => signed(mean) + (half === null ? "" : ` ± ${number(half)}`);
-const counted = (n, thing) => `${n.toLocaleString("en")} ${thing}${n === 1 ? "" : "s"}`;
 const pages = new Map([...document.querySelectorAll("#set [data-site]")].map((link) => [link.dataset.site, link.getAttribute("href")])); // of a set's dictionaries
 const leftOut = () => index.left_out.map((reason) => element("p", { class: "about left-out" }, reason));
 
@@ -29,12 +9,6 @@ const leftOut = () => index.left_out.map((reason) => element("p", { class: "abou
 function featureLink(feature, site = index.site) {
   if (site === index.site) return element("a", { href: `#feature/${feature}` }, String(feature));
   return pages.has(site) ? element("a", { href: `${pages.get(site)}#feature/${feature}` }, String(feature)) : String(feature);
-}
-
-function table(caption, headings, rows) {
-  const heads = headings.map(([text, kind]) => element("th", { scope: "col", class: kind }, text));
-  const body = rows.map((cells) => element("tr", {}, ...cells.map((cell, i) => element("td", { class: headings[i][1] }, ...[cell].flat()))));
-  return element("table", {}, element("caption", {}, caption), element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...body));
 }
 
 // Python that computes activations of `tag` on a text; a click selects all of it.

@@ -1,0 +1,365 @@
+"""`tinymodel graph`: its page in a real browser, circuit-tracer's JSON, and what it refuses."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browsers import chromium, needs_browser, problems
+from conftest import as_users_run_it, error_line
+
+from tinymodel_jax.analysis.circuits.graph import Scores
+from tinymodel_jax.analysis.report.page import write_page
+from tinymodel_jax.commands import cli
+from tinymodel_jax.lm import TinyModel
+
+HOSTILE = "<script>document.title = 'broken into'</script>"
+PROMPT = "Once upon a time, a fox was sad."
+
+
+def run(story_model: Path, *options: str) -> int:
+    with as_users_run_it():
+        return cli.main(["graph", PROMPT, "--model", str(story_model), *options])
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two stories."""
+    file = tmp_path_factory.mktemp("stories") / "stories.txt"
+    file.write_text("Once upon a time, a cat was happy.\nThe dog ran home.\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def files(story_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page and the JSON of a graph of a small model, whose first layer has few active features."""
+    folder = tmp_path_factory.mktemp("graph")
+    options = ["--target", " Lily", "--vs", " Tim", "--max-nodes", "120", "--edge-share", "1", "--sites", "A1"]
+    outputs = ["-o", str(folder / "graph.html"), "--json", str(folder / "graph.json")]
+    assert run(story_model, *options, "--data", str(stories), *outputs) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as driver:
+        yield driver
+
+
+def open_page(browser: Any, folder: Path, address: str = "") -> None:
+    browser.get("about:blank")
+    browser.get(f"{(folder / 'graph.html').as_uri()}{address}")
+    wait(browser, "!document.body.hasAttribute('aria-busy')")
+
+
+def wait(browser: Any, condition: str) -> None:
+    deadline = time.monotonic() + 20
+    while not browser.execute_script(f"return Boolean({condition})"):
+        assert time.monotonic() < deadline, f"never: {condition}"
+        time.sleep(0.02)
+
+
+def text(browser: Any, selector: str) -> str:
+    return browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
+
+
+def press(browser: Any, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+@needs_browser
+def test_the_inputs_of_each_node_are_shown_to_add_up(files, story_model, browser):
+    open_page(browser, files)
+    lm = TinyModel(story_model)
+    logits = np.asarray(lm.logits(lm.to_tokens(PROMPT)))[0, -1]
+    difference = logits[lm.to_single_token(" Lily")] - logits[lm.to_single_token(" Tim")]
+    ids = browser.execute_script("return nodes.filter((node) => node.expanded).map((node) => node.id)")
+    assert len(ids) > 20
+    for node in (ids[-1], *ids[:8]):
+        browser.execute_script("change({ chosen: byId.get(arguments[0]) })", node)
+        summed, measured, _ = (re.sub(r"≈ ", "", line) for line in texts(browser, ".equation p"))
+        inputs, bias, value = map(float, re.findall(r"[+-]?\d+\.\d+", summed))
+        assert inputs + bias == pytest.approx(value, abs=2e-4)
+        assert float(re.findall(r"[+-]?\d+\.\d+", measured)[0]) == pytest.approx(value, abs=2e-4)
+        if node == ids[-1]:
+            assert value == pytest.approx(difference, abs=2e-4)
+            assert text(browser, "#panel h2").startswith("“ Lily” − “ Tim”")
+        browser.execute_script("document.querySelector('.inputs .more-rows')?.click()")
+        rows = [row.replace("≈ ", "") for row in texts(browser, ".inputs .weight")]
+        rounding = 0.5 * 10 ** -min(len(row.partition(".")[2]) for row in rows)
+        assert sum(map(float, rows)) == pytest.approx(inputs, abs=rounding * (len(rows) + 1))
+    assert problems(browser) == []
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of 2,000 invented nodes, 30,000 links and 40 tokens, one of which is hostile."""
+    rng = np.random.default_rng(0)
+    n, n_edges, n_tokens, n_layers = 2000, 30_000, 40, 4
+    layer = np.sort(rng.integers(-1, n_layers, n))
+    layer[-1] = n_layers
+    columns = {
+        "id": [f"M{one}N{i}@{i % n_tokens}" for i, one in enumerate(layer.tolist())],
+        "label": [f"node {i}" for i in range(n)],
+        "kind": [{-1: "token", n_layers: "logit"}.get(one, "feature") for one in layer.tolist()],
+        "site": [f"M{one}" for one in layer.tolist()],
+        "layer": layer.tolist(),
+        "position": (np.arange(n) % n_tokens).tolist(),
+        "feature": list(range(n)),
+        "expanded": (layer >= 0).tolist(),
+        "value": np.ones(n).tolist(),
+        "pre": np.ones(n).tolist(),
+        "bias": np.zeros(n).tolist(),
+        "influence": rng.gamma(0.2, 1, n).tolist(),
+        "start": [0] * (n - 1) + [1],
+    }
+    ends = np.sort(rng.choice(n, (2 * n_edges, 2)), axis=1)
+    ends = ends[layer[ends[:, 0]] < layer[ends[:, 1]]][:n_edges]
+    assert len(ends) == n_edges
+    edges = {"source": ends[:, 0].tolist(), "target": ends[:, 1].tolist(), "weight": rng.normal(size=n_edges).tolist()}
+    data = {
+        "tokens": [HOSTILE, *(f"word{i}" for i in range(1, n_tokens))],
+        "layers": n_layers,
+        "nodes": columns,
+        "edges": {**edges, "paths": [[0]] * n_edges},
+        "looks": [],
+        "features": {},
+        "pages": {},
+        "words": {},
+        "names": {n - 1: HOSTILE},
+        "named_from": 0.5,
+    }
+    folder = tmp_path_factory.mktemp("many")
+    content = {"title": HOSTILE, "targets": [HOSTILE], "scores": Scores(1, 1, 0), "model": "a model", "source": ""}
+    write_page(folder / "graph.html", "graph.html.jinja", {"data": data, **content})
+    return folder
+
+
+FRAMES = """
+  const done = arguments[0];
+  const intervals = [];
+  let before = performance.now();
+  const step = () => {
+    const now = performance.now();
+    intervals.push(now - before);
+    before = now;
+    if (intervals.length === 60) return done(intervals.sort((a, b) => a - b));
+    view.x += 2;
+    redraw();
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+"""
+"""Pans for sixty frames, and returns the milliseconds of each, sorted."""
+
+
+@needs_browser
+@pytest.mark.parametrize("links", ["chosen", "all"])
+def test_2000_nodes_and_30_000_links_are_panned_smoothly(many, browser, links):
+    browser.set_script_timeout(60)
+    browser.get("about:blank")
+    browser.get((many / "graph.html").as_uri())
+    wait(browser, "!document.body.hasAttribute('aria-busy')")
+    assert browser.execute_script("return performance.now()") < 5000
+    browser.execute_script(f"change({{ nodes: 1, links: 1, all: {str(links == 'all').lower()} }})")
+    assert text(browser, "#counts") == "2,000 of 2,000 nodes, 30,000 of 30,000 links"
+    frames = browser.execute_async_script(FRAMES)
+    print(f"{links} links: median {frames[30]:.1f} ms, 95 % below {frames[57]:.1f} ms")
+    assert frames[30] < 100  # ten per second, on a busy machine without a GPU
+    assert browser.title == f"{HOSTILE}: attribution graph"
+    assert problems(browser) == []
+
+
+@needs_browser
+def test_heads_say_why_they_looked_and_features_what_they_do(files, browser):
+    open_page(browser, files)
+    opened = "node.in.some((e) => headButtons(e).some((part) => part.tagName === 'BUTTON'))"
+    node = browser.execute_script(f"return nodes.find((node) => node.record && {opened}).id")
+    browser.execute_script("change({ chosen: byId.get(arguments[0]) })", node)
+    browser.execute_script("document.querySelector('.inputs .more-rows')?.click()")
+    browser.execute_script("document.querySelector('button.head').click()")
+    assert "looked here" in text(browser, ".look h3")
+    scores = [float(cell) for cell in texts(browser, ".look td:last-child")]
+    assert 1 <= len(scores) <= 8
+    assert [abs(score) for score in scores] == sorted(map(abs, scores), reverse=True)
+    shares = browser.execute_script("return shownLook.pattern")
+    assert sum(shares) == pytest.approx(1, abs=1e-3)
+    browser.execute_script("document.querySelector('button.head').click()")
+    assert texts(browser, ".look") == []
+    assert "promotes" in text(browser, "#panel")
+    assert len(texts(browser, "#panel .word")) == 12
+    assert problems(browser) == []
+
+
+@needs_browser
+def test_search_keys_and_sliders_find_and_hide_nodes(files, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, files)
+    press(browser, "/", "m1n")
+    found = texts(browser, "#results button")
+    assert len(found) == 8
+    assert all("M1N" in one for one in found)
+    press(browser, Keys.ENTER)
+    assert text(browser, "#panel h2").startswith("M1N")
+    browser.execute_script("canvas.focus()")
+    press(browser, "p")
+    assert len(texts(browser, ".chip")) == 1
+    chosen = browser.execute_script("return state.chosen.id")
+    press(browser, "i")
+    source = browser.execute_script("return state.chosen.id")
+    assert source != chosen
+    press(browser, Keys.ARROW_UP)
+    assert browser.execute_script("return state.chosen.y < byId.get(arguments[0]).y", source)
+    press(browser, Keys.ESCAPE)
+    assert text(browser, "#panel h2") == "Choose a node"
+    shown = "return nodes.filter((node) => node.shown).length"
+    before = browser.execute_script(shown)
+    set_to = (
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
+    )
+    browser.execute_script(set_to, "nodes", "0.3")
+    assert browser.execute_script(shown) < before
+    browser.execute_script(set_to, "nodes", "1")
+    assert browser.execute_script(shown) > before
+    assert "nodes=1" in browser.execute_script("return location.hash")
+    assert problems(browser) == []
+
+
+@needs_browser
+def test_pins_and_groups_are_in_the_address_and_in_a_file(files, browser, tmp_path):
+    open_page(browser, files)
+    browser.execute_script("change({ pinned: nodes.filter((node) => node.expanded).slice(-4) })")
+    buttons = "document.querySelectorAll('.chip button:first-child')"
+    browser.execute_script(f"{buttons}[0].click(); {buttons}[1].click(); document.getElementById('group').click()")
+    name = "document.querySelector('.group input')"
+    browser.execute_script(f"{name}.value = 'girls | names'; {name}.dispatchEvent(new Event('change'))")
+    boxes = texts(browser, "#sketch .box .name")
+    assert len(boxes) == 3
+    assert boxes[0].startswith("girls")
+    sums = """
+      const [one, other] = [state.groups[0].members, state.pinned.filter((node) => node.isTarget)];
+      const between = (e) => one.includes(nodes[edges.source[e]]) && other.includes(nodes[edges.target[e]]);
+      return [...Array(edges.n).keys()].filter(between).reduce((sum, e) => sum + edges.weight[e], 0);
+    """
+    total = browser.execute_script(sums)
+    drawn = [line for line in texts(browser, "#sketch title") if line.startswith("girls") and "→ “ Lily” −" in line]
+    assert float(drawn[0].rsplit(": ", 1)[1].replace("≈ ", "")) == pytest.approx(total, rel=1e-3)
+    address = browser.execute_script("return location.hash")
+    state = browser.execute_script("return saved()")
+
+    open_page(browser, files, address)
+    again = browser.execute_script("return saved()")
+    assert again["pinned"] == state["pinned"]
+    assert again["groups"] == [{**state["groups"][0], "name": "girls / names"}]
+
+    open_page(browser, files)
+    file = tmp_path / "view.json"
+    file.write_text(json.dumps({"format": "tinymodel_jax/graph_view", **state}))
+    browser.find_element("id", "file").send_keys(str(file))
+    wait(browser, "state.pinned.length === 4")
+    assert browser.execute_script("return saved()") == state
+    file.write_text("{}")
+    browser.find_element("id", "file").send_keys(str(file))
+    wait(browser, "document.getElementById('said').textContent")
+    assert "view.json cannot be loaded" in text(browser, "#said")
+    assert problems(browser) == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1000, 1600])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 400}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+    try:
+        open_page(browser, files)
+        browser.execute_script("change({ pinned: nodes.filter((node) => node.expanded).slice(-6) })")
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert (background == "rgb(253, 252, 249)") == (theme == "light")
+        drawn = "const at = [size.width - 3, 3]; draw(); return [...pen.getImageData(...at, 1, 1).data].slice(0, 3)"
+        assert (min(browser.execute_script(drawn)) > 128) == (theme == "light")
+        assert problems(browser) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_the_json_is_in_circuit_tracer_s_schema(files, story_model):
+    found = json.loads((files / "graph.json").read_text())
+    assert set(found) == {"metadata", "qParams", "nodes", "links"}
+    assert found["metadata"] == {
+        "slug": "graph",
+        "scan": story_model.name,
+        "transcoder_list": [],
+        "prompt_tokens": TinyModel(story_model).to_str_tokens(PROMPT),
+        "prompt": f"[BEGIN]{PROMPT}",
+        "node_threshold": None,
+        "schema_version": 1,
+    }
+    nodes = {node["node_id"]: node for node in found["nodes"]}
+    assert len(nodes) == len(found["nodes"])
+    kinds = {"embedding", "mlp reconstruction error", "cross layer transcoder", "logit"}
+    assert {node["feature_type"] for node in nodes.values()} == kinds
+    for name, node in nodes.items():
+        if node["feature_type"] == "cross layer transcoder":
+            layer, feature, position = map(int, name.split("_"))
+            assert node["feature"] == (layer + feature) * (layer + feature + 1) // 2 + feature
+            assert (node["layer"], node["ctx_idx"]) == (str(layer), position)
+            assert node["activation"] > 0
+    (logit,) = (node for node in nodes.values() if node["feature_type"] == "logit")
+    assert logit["is_target_logit"]
+    assert logit["clerp"] == 'Output "“ Lily” − “ Tim”" (p=0.000)'
+    assert {node["layer"] for node in nodes.values()} == {"E", "1", "2", "3", "5"}  # MLP 0, attention 1, MLP 1
+    for link in found["links"]:
+        assert link["source"] in nodes
+        assert link["target"] in nodes
+    influences = sorted(node["influence"] for node in nodes.values() if node["influence"] is not None)
+    assert 0 < influences[0] <= influences[-1] <= 1 + 1e-9
+
+
+def test_bad_input_is_refused_in_one_line(story_model, tmp_path, capsys):
+    page = str(tmp_path / "page.html")
+    bare = TinyModel(story_model)
+    TinyModel.from_params(bare.config, bare.params, bare.tokenizer).save_pretrained(tmp_path / "bare")
+    cases = [
+        ([], "give -o graph.html"),
+        (["-o", "page.txt"], "--out page.txt: expected the name of a .html file"),
+        (["-o", page, "--json", "x.js"], "--json x.js: expected the name of a .json file"),
+        (["-o", page, "--vs", " Tim"], "give both"),
+        (["-o", page, "--target", " Tim", "--vs", " Tim"], "the difference is always 0"),
+        (["-o", page, "--target", " zebra"], "' zebra' is 4 tokens"),
+        (["-o", page, "--max-nodes", "0"], "--max-nodes 0 must be 1 or more"),
+        (["-o", page, "--max-nodes", "5"], "--max-nodes 5; 10 targets, the biases and the rest are 15 nodes"),
+        (["-o", page, "--limit", "-1"], "--limit -1 must be 0"),
+        (["-o", page, "--sites", "Rm1"], "'Rm1' cuts the residual stream"),
+        (["-o", page, "--node-share", "2"], "node_share=2.0; it must be above 0 and at most 1"),
+        (["-o", page, "--data", "nowhere"], "nowhere"),
+        (["-o", page, "--dictionaries", "nowhere"], "--dictionaries nowhere does not exist"),
+        (["-o", page, "--dashboard", "nowhere"], "nowhere holds no dashboard"),
+    ]
+    for options, words in cases:
+        assert run(story_model, *options) == 1
+        assert words in error_line(capsys)
+    assert run(tmp_path / "bare", "-o", page) == 1
+    assert "'M0': this model has no dictionary there" in (line := error_line(capsys))
+    assert line.endswith("lm.attach('M0', path). For this command: --dictionaries FOLDER, or --sites neurons.\n")
+    with as_users_run_it():
+        assert cli.main(["graph", "a fox " * 40, "--model", str(story_model), "-o", page]) == 1
+    assert "the context is 64" in error_line(capsys)
+    assert not Path(page).exists()
