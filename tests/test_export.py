@@ -84,6 +84,7 @@ def test_a_checkpoint_before_the_end_gives_the_dictionaries_of_its_step(finished
         assert record["results"]["l0"] == pytest.approx(record["settings"]["k"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_gives_its_model_and_resumes(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
