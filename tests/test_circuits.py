@@ -1,22 +1,24 @@
-"""Attribution graphs: every sum closes, every edge is an intervention, every total effect holds up to its radius."""
+"""Circuits: every edge is an intervention, every total effect holds up to its radius, and other measures of graphs."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import networkx
 import numpy as np
 import pytest
-from conftest import make_dictionary
+from circuits_by_hand import PROMPT, ROUNDING, ByHand, key_of, tags_of, with_transcoders
 from oracle import F32, assert_close, error_of
 
 from tinymodel_jax.analysis import circuits
+from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, encoded, exact, run_frozen
 from tinymodel_jax.analysis.effects.metrics import logit_difference
 from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm
 from tinymodel_jax.lm import TinyModel
 
-ROUNDING = 1e-9
-"""Largest difference of two float64 computations of numbers of size 10."""
-PROMPT = np.array([0, 5, 7, 3, 7, 11, 2], np.int32)
+FINAL = "blocks.1.hook_resid_post"
 ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "relu"},
     {"architecture": "topk", "k": 4},
@@ -24,127 +26,8 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "jumprelu"},
     {"architecture": "gated"},
     {"architecture": "relu", "subtract_b_dec": True},
-    {"architecture": "topk", "k": 4, "skip": True},
+    {"architecture": "topk", "k": 4, "skip": True, "exclude": (7,)},
 ]
-
-
-def with_transcoders(lm: TinyModel, **options: Any) -> TinyModel:
-    lm = lm.splice([])
-    for layer in range(lm.config.n_layers):
-        block = f"blocks.{layer}"
-        lm.attach(f"M{layer}", make_dictionary(f"{block}.hook_mlp_in", f"{block}.hook_mlp_out", layer + 7, **options))
-    return lm
-
-
-class ByHand:
-    """The frozen pass in NumPy float64, one source at a time: `run(scales)` writes each source scale times."""
-
-    def __init__(self, lm: TinyModel, tok_ids: np.ndarray, tags: dict[tuple[str, int], str], respond: bool) -> None:
-        self.lm, self.ids, self.tags, self.respond = lm, tok_ids, tags, respond
-        kept = lm.run_with_cache(tok_ids)[1]
-        self.kept = {name: np.asarray(value, np.float64)[0] for name, value in kept.items()}
-        self.acts: dict[str, np.ndarray] = {}
-        self.errors: dict[str, np.ndarray] = {}
-        self.clean = self.run({})
-
-    def run(self, scales: dict[tuple[Any, ...], float]) -> dict[str, np.ndarray]:
-        """Return pre-activations by tag, and the final stream as "final"."""
-        found = {}
-        params, length = self.lm.params, len(self.ids)
-        scale = np.array([[scales.get((kind, p), 1.0) for p in range(length)] for kind in ("token", "position")])
-        x = np.asarray(params["W_E"], np.float64)[self.ids] * scale[0][:, None]
-        x = x + np.asarray(params["W_pos"], np.float64)[:length] * scale[1][:, None]
-        for layer in range(self.lm.config.n_layers):
-            attn = {n: np.asarray(v, np.float64) for n, v in params[f"blocks_{layer}"]["attn"].items()}
-            pattern = self.kept[f"blocks.{layer}.attn.hook_pattern"]
-            out = np.zeros_like(x)
-            for head in range(self.lm.config.n_heads):
-                out = out + pattern[head] @ (x @ attn["W_V"][head]) @ attn["W_O"][head]
-            out = out + attn["b_O"] * scales.get(("bias", f"blocks.{layer}.attn.b_O"), 1.0)
-            if ("attn", layer) in self.tags:
-                out = self.through(
-                    self.tags["attn", layer], out, self.kept[f"blocks.{layer}.hook_attn_out"], scales, found
-                )
-            x = x + out
-            x = x + self.through(self.tags["mlp", layer], x, self.kept[f"blocks.{layer}.hook_mlp_out"], scales, found)
-        return {**found, "final": x}
-
-    def through(self, tag: str, x: Any, value: Any, scales: Any, found: dict[str, np.ndarray]) -> np.ndarray:
-        own = self.lm[tag].dictionary
-        w = {name: np.asarray(array, np.float64) for name, array in own.params.items()}
-        given = x - w["b_dec"] if own.config.subtract_b_dec else x
-        pre = given @ w["W_enc"]
-        if own.config.architecture == "gated":
-            on = pre + w["b_gate"] > 0
-            pre = pre * np.exp(w["r_mag"]) + w["b_mag"]
-            acts = np.maximum(pre, 0) * on
-        else:
-            pre = pre + w["b_enc"]
-            acts = np.where(pre > np.maximum(w.get("threshold", 0), 0), pre, 0)
-            if own.config.architecture == "topk":
-                kept = np.zeros_like(acts)
-                for row, largest in enumerate(np.argsort(-pre, axis=1, kind="stable")[:, : own.config.k]):
-                    kept[row, largest] = acts[row, largest]
-                acts = kept
-        found[tag] = pre
-        self.acts.setdefault(tag, acts)
-        many = (acts if self.respond else self.acts[tag]).copy()
-        for (kind, site, *where), factor in scales.items():
-            if (kind, site) == ("feature", tag):
-                many[tuple(where)] *= factor
-        out = many @ w["W_dec"] + w["b_dec"] * scales.get(("bias", f"{tag} b_dec"), 1.0)
-        if own.config.skip:
-            out = out + x @ w["W_skip"]
-        if tag not in self.errors:
-            self.errors[tag] = value - out
-        scale = np.array([scales.get(("error", tag, p), 1.0) for p in range(len(x))])
-        return out + self.errors[tag] * scale[:, None]
-
-
-def key_of(node: np.void) -> tuple[Any, ...]:
-    """Return the key under which `ByHand.run` scales a source."""
-    kind, site, position, feature = (node[name].item() for name in ("kind", "site", "position", "feature"))
-    return {
-        "token": ("token", position),
-        "position": ("position", position),
-        "bias": ("bias", site),
-        "error": ("error", site, position),
-        "feature": ("feature", site, position, feature),
-    }[kind]
-
-
-def tags_of(lm: TinyModel, saes: bool) -> dict[tuple[str, int], str]:
-    tags = {("mlp", layer): f"M{layer}" for layer in range(lm.config.n_layers)}
-    return tags | ({("attn", layer): f"A{layer}" for layer in (1,)} if saes else {})
-
-
-@pytest.fixture(scope="module")
-def mini() -> TinyModel:
-    return TinyModel("mini")
-
-
-@pytest.mark.parametrize("dictionaries", ["neurons", ("A0", "A3")])
-def test_the_edges_to_every_node_and_its_bias_add_up_to_what_the_model_computes(golden_lm, dictionaries):
-    ids = np.arange(6, dtype=np.int32) * 13 % 200
-    graph = circuits.attribution_graph(golden_lm, ids, max_nodes=200, dictionaries=dictionaries, dtype="float64")
-    assert graph.imbalance < ROUNDING
-    expanded = graph.nodes[graph.nodes["expanded"]]
-    assert {"feature", "logit"} <= set(expanded["kind"])
-    values = {"logits": golden_lm.logits(ids)}
-    for layer in range(4):
-        hook = f"blocks.{layer}.mlp.hook_post"
-        values[f"L{layer} MLP"] = golden_lm.run_with_cache(ids, [hook], return_logprobs=False)[1][hook]
-        values |= {tag: golden_lm[tag](ids) for tag in (f"M{layer}", f"A{layer}")}
-    values = {site: np.asarray(value)[0] for site, value in values.items()}
-    computed = [values[node["site"].item()][node["position"], node["feature"]] for node in expanded]
-    assert_close(expanded["value"], computed, F32)
-
-
-def test_float32_sums_close_to_a_ten_thousandth(mini):
-    graph = circuits.attribution_graph(mini, "Once upon a time, there was a girl named Lily.", max_nodes=100)
-    scale = np.abs(graph.nodes["pre"]).max()
-    assert 0 < graph.imbalance < 1e-4 * scale
-    assert len(graph.nodes) == 100
 
 
 @pytest.mark.parametrize("options", ARCHITECTURES, ids=lambda options: "-".join(map(str, options.values())))
@@ -208,19 +91,58 @@ def test_total_effects_are_exact_up_to_the_radius_and_not_beyond(lm, options):
     assert checked > 3
 
 
-def test_a_graph_of_the_exported_sparse_model_has_no_errors(golden_lm):
-    ids = np.arange(6, dtype=np.int32) * 13 % 200
-    tags = [f"M{layer}" for layer in range(4)]
-    sparse = circuits.attribution_graph(
-        export_sparse_lm(golden_lm), ids, 7, 150, dictionaries="neurons", dtype="float64"
-    )
-    spliced = circuits.attribution_graph(golden_lm.splice(tags), ids, 7, 150, dtype="float64")
+def test_the_frozen_map_has_no_second_derivative(lm):
+    lm = with_transcoders(lm)
+    frozen = circuits.frozen_pass(lm, PROMPT)
+    moved = np.random.default_rng(0).normal(size=(len(frozen.embed), 16))
+
+    def respond(dictionary: FrozenDictionary, read: jax.Array) -> FrozenDictionary:
+        return dataclasses.replace(dictionary, acts=encoded(dictionary, read))
+
+    def of_frozen(amount: jax.Array) -> jax.Array:
+        return run_frozen(frozen, respond, lambda layer, part: amount * moved if layer < 0 else 0.0)[0][len(PROMPT) - 1]
+
+    def of_model(amount: jax.Array) -> jax.Array:
+        added = amount * moved[: len(PROMPT)].astype(np.float32)
+        return lm.run_with_hooks(PROMPT, {"hook_embed": lambda x, acts: x + added}, FINAL)[1][FINAL][0, -1]
+
+    def derivatives(function: Any, dtype: str) -> Any:
+        one = jnp.ones((), dtype)
+
+        def slope(amount: jax.Array) -> jax.Array:
+            return jax.jvp(function, (amount,), (one,))[1]
+
+        return jax.jit(lambda: jax.jvp(slope, (0 * one,), (one,)))()
+
+    with exact("float64"):
+        slopes, curvatures = derivatives(of_frozen, "float64")
+    assert np.abs(slopes).max() > 0.1
+    assert not np.asarray(curvatures).any()
+    assert np.abs(derivatives(of_model, "float32")[1]).max() > 0.1
+
+
+def test_a_graph_of_the_exported_sparse_model_has_no_errors(lm):
+    lm = with_transcoders(lm)
+    sparse = circuits.attribution_graph(export_sparse_lm(lm), PROMPT, 7, 150, dictionaries="neurons", dtype="float64")
+    spliced = circuits.attribution_graph(lm.splice(["M0", "M1"]), PROMPT, 7, 150, dtype="float64")
     for graph in (sparse, spliced):
         assert "error" not in graph.nodes["kind"]
         assert graph.scores.unexplained == 0
         assert graph.scores.completeness == 1
         assert graph.imbalance < ROUNDING
     assert_close(sparse.nodes["pre"][-1], spliced.nodes["pre"][-1], F32)
+
+
+def test_a_spliced_dictionary_keeps_the_value_as_an_error_at_the_tokens_that_it_excludes(lm):
+    lm = with_transcoders(lm, architecture="relu", exclude=(7,)).splice(["M0", "M1"])
+    graph = circuits.attribution_graph(lm, PROMPT, [4, circuits.feature("M1N3", 2)], 500, dtype="float64")
+    assert graph.imbalance < ROUNDING
+    excluded = np.flatnonzero(PROMPT == 7)
+    kind, position = graph.nodes["kind"], graph.nodes["position"]
+    assert set(position[kind == "error"]) == set(excluded)
+    assert not np.isin(position[(kind == "feature") & (graph.weights == 0)], excluded).any()
+    assert_close(graph.nodes["pre"][-2], lm.logits(PROMPT)[0, -1, 4], F32)
+    assert graph.nodes["value"][-1] == 0 != graph.nodes["pre"][-1]
 
 
 def test_influence_is_the_sum_over_paths_and_scores_follow_from_it(lm):
@@ -241,22 +163,16 @@ def test_influence_is_the_sum_over_paths_and_scores_follow_from_it(lm):
     )
 
 
-@pytest.mark.slow
-def test_a_small_graph_has_the_most_influential_nodes_and_its_sums_close(mini):
-    prompt = "Once upon a time, there was"
-    whole = circuits.attribution_graph(mini, prompt, max_nodes=10_000, dtype="float64")
-    small = circuits.attribution_graph(mini, prompt, max_nodes=80, dtype="float64")
-    assert len(small.nodes) == 80
-    assert small.imbalance < ROUNDING
-    ranked = np.argsort(-whole.influence)
-    best = {whole.labels[i] for i in ranked[:40]} - {"rest"}
-    assert best <= set(small.labels)
-    kept = whole.prune(0.8, 0.9)
-    assert kept.imbalance < ROUNDING
-    assert len(kept.nodes) < len(whole.nodes)
-    assert set(kept.labels[-int((whole.weights > 0).sum()) :]) == set(np.array(whole.labels)[whole.weights > 0])
-    sources = set(kept.edges["source"])
-    assert all(i in sources or kept.weights[i] > 0 for i in range(len(kept.nodes)) if kept.labels[i] != "rest")
+def test_track_sees_every_batch_of_nodes(lm):
+    batches = []
+
+    def track(items: Sequence[Any], what: str) -> Sequence[Any]:
+        batches.extend(items)
+        assert what.startswith("expanding nodes")
+        return items
+
+    nodes = circuits.attribution_graph(with_transcoders(lm), PROMPT, 4, 500, track=track).nodes
+    assert sum(map(len, batches)) == (nodes["expanded"] & (nodes["kind"] == "feature")).sum() > 20
 
 
 def test_directions_at_hook_points_are_read_as_the_model_computes_them(lm):
@@ -285,23 +201,20 @@ def test_directions_at_hook_points_are_read_as_the_model_computes_them(lm):
         assert_close(node["pre"], (np.asarray(acts[hook])[0, 3] * vectors[hook]).sum(), F32)
 
 
-def test_pairs_of_sources_add_up_to_the_attention_score(mini):
-    prompt = "Once upon a time, there was a girl named Lily."
-    hook = "blocks.3.attn.hook_attn_scores"
-    scores = np.asarray(mini.run_with_cache(prompt, [hook])[1][hook])[0]
-    found = circuits.qk_attribution(mini, prompt, 3, 5, -1, 4)
+def test_pairs_of_sources_add_up_to_the_attention_score(lm):
+    lm, hook = with_transcoders(lm), "blocks.1.attn.hook_attn_scores"
+    scores = np.asarray(lm.run_with_cache(PROMPT, [hook])[1][hook])[0]
+    found = circuits.qk_attribution(lm, PROMPT, 1, 1, -1, 4)
     assert abs(found.matrix.sum() - found.score) < ROUNDING
-    assert_close(found.score, scores[5, -1, 4], F32)
+    assert_close(found.score, scores[1, -1, 4], F32)
     first = found.strongest(1)[0]
     assert abs(first.value) == np.abs(found.matrix).max()
     i, j = found.query_labels.index(first.query), found.key_labels.index(first.key)
     assert found.matrix[i, j] == first.value
-    token = found.query_sources[
-        found.query_labels.index(next(n for n in found.query_labels if n.startswith("token '.")))
-    ]
-    W_Q = np.asarray(mini.W_Q, np.float64)[3, 5] / np.sqrt(mini.config.d_head)
-    assert token["kind"] == "token"
-    assert found.query_parts.shape[1] == W_Q.shape[1]
+    direct = circuits.qk_attribution(lm, PROMPT, 0, 1, -1, 4)  # before any attention, only the direct path exists
+    token = direct.query_labels.index("token '2' @6")
+    W_Q = np.asarray(lm.W_Q, np.float64)[0, 1] / np.sqrt(lm.config.d_head)
+    np.testing.assert_allclose(direct.query_parts[token], np.asarray(lm.W_E, np.float64)[2] @ W_Q, atol=ROUNDING)
 
 
 def test_virtual_weights_times_the_activation_are_the_edges_at_the_first_position(lm):
@@ -363,6 +276,8 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
         "name a source that writes": lambda: circuits.virtual_weights(lm, "M1", "M0"),
         "is not between": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(0, 1)),
         "layers are 0..1": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(2, 1)),
+        "splice it as it is attached: lm.splice('M1')": lambda: graph(lm.splice("M1", exclude=7), PROMPT),
+        "has other parameters": lambda: graph(with_transcoders(lm.splice("M1"), skip=False), PROMPT),
         "head 7 does not exist": lambda: circuits.qk_attribution(lm, PROMPT, 1, 7, 2, 1),
     }
     for words, call in cases.items():

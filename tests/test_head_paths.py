@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_circuits import PROMPT, ROUNDING, with_transcoders
+from circuits_by_hand import PROMPT, ROUNDING, with_transcoders
+from oracle import error_of
 
 from tinymodel_jax.analysis import circuits
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
@@ -30,7 +31,10 @@ def rows_of(frozen: FrozenPass, targets: list[Target]) -> list[dict[tuple[Any, .
     return rows
 
 
-@pytest.mark.parametrize(("options", "saes"), [({}, ("A1",)), ({"architecture": "topk", "k": 4, "skip": True}, ())])
+@pytest.mark.parametrize(
+    ("options", "saes"),
+    [({}, ("A1",)), ({"architecture": "topk", "k": 4, "skip": True}, ()), ({"exclude": (7,)}, ("A1",))],
+)
 def test_the_part_of_an_edge_through_a_head_is_what_it_is_when_all_others_are_off(lm, options, saes):
     lm = with_transcoders(lm, **options)
     vector = np.random.default_rng(0).normal(size=(2, 8))
@@ -62,3 +66,10 @@ def test_the_part_of_an_edge_through_a_head_is_what_it_is_when_all_others_are_of
         np.testing.assert_allclose(found.heads[:, layer, head], weights(alone) - without, atol=ROUNDING)
     several = found.several[graph.nodes["kind"][graph.edges["source"]] != "rest"]
     assert (np.abs(several) > ROUNDING).any()
+
+
+def test_a_skip_connection_at_some_tokens_only_is_refused(lm):
+    lm = with_transcoders(lm, skip=True, exclude=(7,))
+    graph, frozen = circuits.attribution_graph(lm, PROMPT, 4, 150), frozen_pass(lm, PROMPT)
+    targets = resolve(lm, frozen, 4)
+    assert "M0 has a skip connection" in error_of(lambda: head_paths(frozen, targets, graph.nodes, graph.edges))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -24,7 +25,7 @@ from tinymodel_jax.analysis.circuits.frozen import (
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.forward import forward
+from tinymodel_jax.model.forward import encode, forward
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.padding import check_tok_ids, pad_to_bucket
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -46,8 +47,9 @@ def frozen_pass(
         dtype: number format of all values and sums, "float32" or "float64".
 
     Raises:
-        ValueError: the prompt is not one row of token ids, a layer has no transcoder, or the value that a dictionary
-            reads is not a linear function of what is written to the residual stream.
+        ValueError: the prompt is not one row of token ids, a layer has no transcoder, the value that a dictionary reads
+            is not a linear function of what is written to the residual stream, or a spliced dictionary is not the
+            attached one.
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"circuits: dtype={dtype!r}; it must be 'float32' or 'float64'.")
@@ -57,8 +59,9 @@ def frozen_pass(
     sites = _sites(lm, dictionaries)
     padded, length = pad_to_bucket(ids, lm.config)
     hooks = ("attn.hook_pattern", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
-    keep = tuple(f"blocks.{layer}.{hook}" for layer in range(lm.config.n_layers) for hook in hooks)
-    _, kept = forward(lm.hooked(), padded, keep=keep, output="none")
+    keep = [f"blocks.{layer}.{hook}" for layer in range(lm.config.n_layers) for hook in hooks]
+    keep += [lm[tag].dictionary.config.hook_in for _, _, tag in sites if tag != NEURONS]
+    _, kept = forward(lm.hooked(), padded, keep=tuple(dict.fromkeys(keep)), output="none")
     acts = {name: np.asarray(value[0], np.float32) for name, value in kept.items()}
     with exact(dtype):
         found = [_active(lm, padded, length, acts, *site, dtype) for site in sites]
@@ -81,7 +84,22 @@ def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tupl
             raise ValueError(f"circuits: {found[site.layer, part]} and {site.tag} predict the same value; use one.")
     for layer in range(lm.config.n_layers):
         found.setdefault((layer, "mlp"), NEURONS if neurons else f"M{layer}")
+    for tag in lm.spliced:
+        _require_as_attached(lm, tag)
     return [(part, layer, tag) for (layer, part), tag in sorted(found.items())]
+
+
+def _require_as_attached(lm: TinyModel, tag: str) -> None:
+    dictionary = lm[tag].dictionary
+    splice: Any = lm.hooked().hooks[dictionary.config.hook_out]
+    same = splice.config == dictionary.config and all(
+        a is b for a, b in zip(jax.tree.leaves(splice.params), jax.tree.leaves(dictionary.params), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"circuits: the dictionary {tag} that is spliced into the model excludes other tokens than the "
+            f"attached one or has other parameters; splice it as it is attached: lm.splice({tag!r})."
+        )
 
 
 def _active(
@@ -95,13 +113,12 @@ def _active(
     dtype: Precision,
 ) -> FrozenDictionary:
     """Return a dictionary's active features, with the model's value in place of `error`, and without `acts`."""
-    neurons = tag == NEURONS
+    neurons, acting = tag == NEURONS, np.arange(padded.shape[1]) < length
     if neurons:
         tag, found = f"L{layer} MLP", acts[f"blocks.{layer}.mlp.hook_post"]
     else:
-        found = np.asarray(lm[tag](padded)[0], np.float32)
-    active = found > 0
-    active[length:] = False
+        found, acting = _activations(lm, padded, acts, tag), acting & lm[tag].dictionary.config.acts_at(padded[0])
+    active = (found > 0) & acting[:, None]
     used = np.flatnonzero(active.any(axis=0))
     counts = active.sum(axis=1)
     n_used, n_active = _rounded_up(len(used), 64), _rounded_up(int(counts.max()), 8)
@@ -126,11 +143,20 @@ def _active(
         W_dec=jnp.asarray(np.pad(W_dec, (rows, (0, 0))), dtype),
         b_dec=jnp.asarray(b_dec, dtype),
         W_skip=None if W_skip is None else jnp.asarray(W_skip, dtype),
+        acting=jnp.asarray(acting),
         where=jnp.asarray(where),
         active=jnp.asarray(np.arange(n_active) < counts[:, None]),
         acts=jnp.zeros(where.shape, dtype),
         error=jnp.asarray(value, dtype),
     )
+
+
+def _activations(lm: TinyModel, padded: np.ndarray, acts: dict[str, np.ndarray], tag: str) -> np.ndarray:
+    """Return the activations (s, n_features), also where the dictionary does not act."""
+    dictionary = lm[tag].dictionary
+    if tag in lm.spliced and not dictionary.config.is_transcoder:  # the kept value is the prediction
+        return np.asarray(lm[tag](padded)[0])
+    return np.asarray(encode(dictionary.params, dictionary.config, acts[dictionary.config.hook_in]))
 
 
 def _neurons(mlp: Any, used: np.ndarray) -> tuple[Any, ...]:
@@ -192,7 +218,7 @@ def _valued(frozen: FrozenPass, dictionary: FrozenDictionary, read: Array) -> Fr
     """Return a dictionary, in which the model's value stands for the error, with its activations and its error."""
     valued = dataclasses.replace(dictionary, acts=encoded(dictionary, read))
     value = dictionary.error
-    error = jnp.zeros_like(value) if dictionary.neurons else value - prediction(frozen, valued, read)
+    error = jnp.zeros_like(value) if dictionary.neurons else value - prediction(valued, read)
     size, whole = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (error, value))
     rounding = 16 * float(jnp.finfo(frozen.config.dtype).eps)
     return dataclasses.replace(valued, error=jnp.where(size > rounding * whole, error, 0))

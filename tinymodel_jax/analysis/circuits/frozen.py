@@ -47,6 +47,8 @@ class FrozenDictionary:
     W_dec: Float[Array, "u d"]
     b_dec: Float[Array, " d"]
     W_skip: Float[Array, "d d"] | None
+    acting: Bool[Array, " s"]
+    """Positions of the prompt whose tokens it does not exclude; at the others, all of the value is error."""
     where: Int[Array, "s n"]
     """The active features of each position, as indices into `features`."""
     active: Bool[Array, "s n"]
@@ -114,7 +116,7 @@ def run_frozen(
     def predicted(dictionary: FrozenDictionary, read: Array) -> Array:
         reads.append(read)
         found.append(valued(dictionary, read))
-        return prediction(frozen, found[-1], read) + found[-1].error
+        return prediction(found[-1], read) + found[-1].error
 
     for layer in range(frozen.config.n_layers):
         written = attended(frozen, layer, stream) + frozen.everywhere(frozen.b_O[layer]) + added(layer, "b_O")
@@ -137,8 +139,17 @@ def encoded(dictionary: FrozenDictionary, read: Float[Array, "s d"]) -> Float[Ar
     return jnp.where(dictionary.active, pre, 0)
 
 
-def prediction(frozen: FrozenPass, dictionary: FrozenDictionary, read: Float[Array, "s d"]) -> Float[Array, "s d"]:
+def prediction(dictionary: FrozenDictionary, read: Float[Array, "s d"]) -> Float[Array, "s d"]:
     """Return a dictionary's prediction, given what it reads."""
-    written = jnp.einsum("sn,snd->sd", dictionary.acts, dictionary.W_dec[dictionary.where])
-    written = written + frozen.everywhere(dictionary.b_dec)
-    return written if dictionary.W_skip is None else written + read @ dictionary.W_skip
+    written = jnp.einsum("sn,snd->sd", dictionary.acts, dictionary.W_dec[dictionary.where]) + biases(dictionary)
+    return written if dictionary.W_skip is None else written + acting_only(dictionary, read) @ dictionary.W_skip
+
+
+def biases(dictionary: FrozenDictionary) -> Float[Array, "s d"]:
+    """Return b_dec where the dictionary acts, and 0 elsewhere."""
+    return acting_only(dictionary, dictionary.b_dec)
+
+
+def acting_only(dictionary: FrozenDictionary, values: Float[Array, "... d"]) -> Float[Array, "... s d"]:
+    """Return values at the positions where the dictionary acts, and 0 elsewhere."""
+    return jnp.where(dictionary.acting[:, None], values, 0)

@@ -59,23 +59,47 @@ def head_paths(frozen: FrozenPass, targets: Sequence[Target], nodes: np.ndarray,
         frozen: the frozen pass of the graph's prompt, with the graph's dictionaries.
         targets: the graph's targets, which are its last nodes.
         nodes, edges: the graph's, which may be pruned.
+
+    Raises:
+        ValueError: a transcoder with a skip connection excludes tokens of the prompt.
     """
+    _require_skips_everywhere(frozen)
     n_layers, n_heads = frozen.config.n_layers, frozen.config.n_heads
     patterns = np.asarray(frozen.patterns, np.float64)
     written, read, position = _written(frozen, nodes), _read(frozen, targets, nodes), nodes["position"]
-    of_writer = np.stack(read.of_writer)
+    of_writer, present = np.stack(read.of_writer), _present(frozen, nodes)
+    number = np.cumsum(position < 0) - 1
     direct, heads = np.zeros(len(edges)), np.zeros((len(edges), n_layers, n_heads))
     for start in range(0, len(edges), TOGETHER):
         part = slice(start, start + TOGETHER)
         s, t = edges["source"][part], edges["target"][part]
         everywhere, one_position = position[s] < 0, position[s] == position[t]
         local = np.einsum("ed,ed->e", written.vectors[s], of_writer[written.writers[s], t])
+        local = np.where(everywhere, local * present[number[s], position[t]], local)
         direct[part] = np.where(everywhere | one_position, local, 0)
         for layer in range(n_layers):
             seen = patterns[layer][:, position[t], np.maximum(position[s], 0)].T
-            seen = np.where(everywhere[:, None], patterns[layer].sum(axis=2)[:, position[t]].T, seen)  # biases
+            of_all = np.einsum("hst,nt->nsh", patterns[layer], present)
+            seen = np.where(everywhere[:, None], of_all[number[s], position[t]], seen)
             heads[part, layer] = seen * np.einsum("ehk,ehk->eh", written.values[layer][s], read.values[layer][t])
     return HeadPaths(direct, heads, edges["weight"] - direct - heads.sum(axis=(1, 2)))
+
+
+def _require_skips_everywhere(frozen: FrozenPass) -> None:
+    for dictionary in frozen.dictionaries:
+        if dictionary.W_skip is not None and int(dictionary.acting.sum()) < int(frozen.length):
+            raise ValueError(
+                f"head_paths: {dictionary.tag} has a skip connection and excludes tokens of this prompt, so what a "
+                "bias adds through a head differs by position; give a prompt without these tokens, or a dictionary "
+                "that excludes none."
+            )
+
+
+def _present(frozen: FrozenPass, nodes: np.ndarray) -> Float[np.ndarray, "biases s"]:
+    """Return 1 where each node without a position (a bias or the rest) writes, 0 elsewhere."""
+    sites, real = nodes["site"][nodes["position"] < 0], np.arange(len(frozen.embed)) < int(frozen.length)
+    acting = {f"{dictionary.tag} b_dec": np.asarray(dictionary.acting) for dictionary in frozen.dictionaries}
+    return np.stack([acting.get(site, real) for site in sites.tolist()]).astype(np.float64)
 
 
 def _written(frozen: FrozenPass, nodes: np.ndarray) -> _Written:

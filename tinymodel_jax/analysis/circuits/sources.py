@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass
+from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass, acting_only, biases
 from tinymodel_jax.runtime.compilation import fast_jit
 
 SOURCE = np.dtype(
@@ -164,31 +164,31 @@ def _through_layer(
     transcoder, sae = frozen.at("mlp", layer), frozen.at("attn", layer)
     assert transcoder is not None
     of_mlp = reading(g, "mlp")
-    columns = _of_dictionary(frozen, transcoder, of_mlp)
+    columns = _of_dictionary(transcoder, of_mlp)
     g = reading(g, "before_mlp")
     g = g + through_features(transcoder, of_mlp)
     if transcoder.W_skip is not None:
-        g = g + of_mlp @ transcoder.W_skip.T
+        g = g + acting_only(transcoder, of_mlp) @ transcoder.W_skip.T
     of_attn = reading(g, "attn")
     if sae is not None:  # what it predicts is written, and its encoder alone reads the attention's output
-        columns += _of_dictionary(frozen, sae, g)
+        columns += _of_dictionary(sae, g)
         of_attn = reading(through_features(sae, g), "attn")
-    columns.append(_of_bias(frozen, frozen.b_O[layer], of_attn))
+    columns.append(_of_bias(frozen.everywhere(frozen.b_O[layer]), of_attn))
     values = jnp.einsum("bsd,hkd->bshk", of_attn, frozen.W_O[layer])
     values = reading(values.reshape(g.shape), "heads").reshape(values.shape)
     values = jnp.einsum("hst,bshk->bthk", frozen.patterns[layer], values)
     return columns, g + jnp.einsum("bthk,hdk->btd", values, frozen.W_V[layer])
 
 
-def _of_dictionary(frozen: FrozenPass, dictionary: FrozenDictionary, g: Array) -> list[Array]:
+def _of_dictionary(dictionary: FrozenDictionary, g: Array) -> list[Array]:
     """Return the columns of b_dec, the errors and the features."""
     features = jnp.einsum("bsd,snd->bsn", g, dictionary.W_dec[dictionary.where]) * dictionary.acts
     errors = jnp.einsum("bsd,sd->bs", g, dictionary.error)
-    return [_of_bias(frozen, dictionary.b_dec, g), errors, features.reshape(len(g), -1)]
+    return [_of_bias(biases(dictionary), g), errors, features.reshape(len(g), -1)]
 
 
-def _of_bias(frozen: FrozenPass, bias: Array, g: Array) -> Array:
-    return jnp.einsum("bsd,sd->b", g, frozen.everywhere(bias))[:, None]
+def _of_bias(written: Array, g: Array) -> Array:
+    return jnp.einsum("bsd,sd->b", g, written)[:, None]
 
 
 def _through_features(dictionary: FrozenDictionary, g: Array) -> Array:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
-from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass, encoded, exact, run_frozen
+from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass, biases, encoded, exact, run_frozen
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -82,7 +82,7 @@ def _write(frozen: FrozenPass, source: np.void) -> tuple[Array, tuple[int, str]]
     for dictionary in frozen.of_layer(layer):
         place = layer, dictionary.part
         if (kind, site) == ("bias", f"{dictionary.tag} b_dec"):
-            return frozen.everywhere(dictionary.b_dec), place
+            return biases(dictionary), place
         if (kind, site) == ("error", dictionary.tag):
             return jnp.where(at, dictionary.error, 0), place
         if (kind, site) == ("feature", dictionary.tag):
@@ -118,9 +118,7 @@ def _first_switch(
         at = _until_ranks_change(*margins[0], lm[dictionary.tag].dictionary.config.k or 0)
     else:
         at = _until_sign_changes(margins)
-    if not dictionary.neurons:
-        acts = lm[dictionary.tag].dictionary.config.acts_at(np.asarray(frozen.tok_ids)[None, :length])
-        at[~np.asarray(acts)[0]] = np.inf  # where the dictionary does not act
+    at[~np.asarray(dictionary.acting)[:length]] = np.inf
     position, feature = np.unravel_index(np.argmin(at), at.shape)
     first = float(at[position, feature])
     return first, f"{dictionary.tag}N{feature} @{position}" if np.isfinite(first) else ""
