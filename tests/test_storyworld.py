@@ -547,3 +547,28 @@ def test_the_page_lists_every_concept() -> None:
     page = (Path(__file__).parent.parent / "docs/storyworld.md").read_text("utf-8")
     listed = re.findall(r"^\| `([a-z_.]+)` \| (.*) \|$", page, flags=re.MULTILINE)
     assert dict(listed) == storyworld.CONCEPTS
+
+
+@pytest.mark.parametrize("kind", ["name", "speaker", "animal"])
+def test_questions_end_before_a_word_that_the_story_has_mentioned(kind: Any) -> None:
+    asked = list(storyworld.questions(kind, 7, 40, first=100))
+    assert len(asked) == 40
+    assert len({one.text for one in asked}) == 40
+    texts = [storyworld.story(7, index).text for index in range(100, 800)]
+    for one in asked:
+        story = next(text for text in texts if text.startswith(one.text))
+        assert re.match(rf"{one.answer}\b", story[len(one.text) :])
+        assert one.text[: one.source].endswith(one.answer.strip())
+        assert one.answer != one.wrong
+        assert (re.search(rf"\b{one.wrong.strip()}\b", one.text) is not None) == (kind == "speaker")
+    if kind == "speaker":
+        assert all(re.search(r'[.,!?]" \w+$', one.text) for one in asked)
+    names = "|".join(sorted(cast.NAMES))
+    if kind == "name":  # nobody else has been named
+        assert all(set(re.findall(rf"\b(?:{names})\b", one.text)) == {one.answer.strip()} for one in asked)
+    assert asked[5:9] == list(storyworld.questions(kind, 7, 9, first=100))[5:]
+
+
+def test_questions_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="kind='place'; it must be one of name, speaker, animal"):
+        storyworld.questions("place", 0, 1)  # type: ignore[arg-type]

@@ -8,17 +8,20 @@ Story i of a seed is always the same, and nothing is downloaded. `CONCEPTS` desc
 
 from tinymodel_jax.bundled.storyworld.concepts import CONCEPTS
 from tinymodel_jax.bundled.storyworld.generator import FIRST_UNSEEN, Span, Story, fingerprint, stories, story
+from tinymodel_jax.bundled.storyworld.questions import Question, questions
 from tinymodel_jax.bundled.storyworld.token_labels import labels
 from tinymodel_jax.bundled.storyworld.vocabulary import entropy, tokenizer, train_tokenizer
 
 __all__ = [
     "CONCEPTS",
     "FIRST_UNSEEN",
+    "Question",
     "Span",
     "Story",
     "entropy",
     "fingerprint",
     "labels",
+    "questions",
     "stories",
     "story",
     "tokenizer",

@@ -1,0 +1,1 @@
+"""Which set of nodes carries a behaviour over many prompts: found, run by itself, and scored."""
