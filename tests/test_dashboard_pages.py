@@ -243,6 +243,7 @@ def test_a_link_to_a_feature_loads_its_files_alone(many, browser):
     assert texts(browser, "h1") == ["M2 feature 12345"]
     loaded = "return [...document.querySelectorAll('script[src]')].map((s) => s.getAttribute('src'))"
     assert sorted(browser.execute_script(loaded)) == [
+        "data/graphs.js",
         "data/index.js",
         "data/links-0192.js",
         "data/shard-0192.js",

@@ -300,6 +300,35 @@ def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@needs_browser
+def test_graphs_and_dashboards_lead_to_each_other(story_model, stories, browser, tmp_path):
+    pages, page = tmp_path / "some pages", tmp_path / "graphs" / "graph.html"
+    with as_users_run_it():
+        options = ["--site", "M0,M1", "--model", str(story_model), "--data", str(stories)]
+        assert cli.main(["dashboard", *options, "--with", "A1", "-o", str(pages)]) == 0
+    for target in (" Tim", " Lily"):  # the second replaces the first
+        options = ["--target", target, "--max-nodes", "60", "--dashboard", str(pages), "-o", str(page)]
+        assert run(story_model, *options) == 0
+    open_page(browser, page.parent)
+    assert "Contexts from the dashboard some pages." in text(browser, "header")
+    node = browser.execute_script("return nodes.find((node) => node.site === 'M1' && node.record.contexts.length).id")
+    browser.execute_script("change({ chosen: byId.get(arguments[0]) })", node)
+    contexts = texts(browser, "#panel .context")
+    link = "document.querySelector('#panel a')"
+    browser.execute_script(f"{link}.click()")
+    wait(browser, "document.querySelector('main')?.getAttribute('aria-busy') === null")
+    assert browser.title == f"M1 feature {node.split('@')[0].removeprefix('M1N')} · M1"
+    shown = texts(browser, ".context p")
+    assert all(context.split(" ", 1)[1].strip() in [one.strip() for one in shown] for context in contexts)
+    back = [one for one in texts(browser, "li") if one.startswith(f"{PROMPT} → “ Lily”: “")]
+    assert len(back) == 1
+    assert "Tim" not in " ".join(texts(browser, "li"))
+    browser.execute_script("document.querySelector('li a').click()")
+    wait(browser, "document.getElementById('canvas') && !document.body.hasAttribute('aria-busy')")
+    assert text(browser, "#panel h2").startswith(node.split("@")[0])
+    assert problems(browser) == []
+
+
 def test_the_json_is_in_circuit_tracer_s_schema(files, story_model):
     found = json.loads((files / "graph.json").read_text())
     assert set(found) == {"metadata", "qParams", "nodes", "links"}
@@ -329,6 +358,7 @@ def test_the_json_is_in_circuit_tracer_s_schema(files, story_model):
     for link in found["links"]:
         assert link["source"] in nodes
         assert link["target"] in nodes
+    assert json.loads((files / "graph-metadata.json").read_text()) == {"graphs": [found["metadata"]]}
     influences = sorted(node["influence"] for node in nodes.values() if node["influence"] is not None)
     assert 0 < influences[0] <= influences[-1] <= 1 + 1e-9
 

@@ -87,11 +87,12 @@ def graph(
         raise ValueError(_with_options(str(error))) from error
     found = found.prune(node_share, edge_share)
     said = f"{len(found.nodes):,} nodes, {len(found.edges):,} links, {100 * found.scores.unexplained:.1f} % unexplained"
+    facts = None if out is None else _facts(lm, found, data, limit, dashboard)
     if json is not None:
-        circuits.save_circuit_tracer(json, lm, prompt, found, chosen, scan=Path(model.name).name)
+        names = facts and facts.concepts()
+        circuits.save_circuit_tracer(json, lm, prompt, found, chosen, scan=Path(model.name).name, names=names)
         print(f"{json}: {said}")
     if out is not None:
-        facts = _facts(lm, found, data, limit, dashboard)
         save_page(out, lm, prompt, found, chosen, dictionaries=tags, facts=facts, track=with_progress)
         print(f"{out}: {said}, {out.stat().st_size / 1e6:.1f} MB")
 

@@ -20,6 +20,8 @@ from tinymodel_jax.analysis.circuits.targets import target_names
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.atomic_files import replace_file
 
+METADATA = "graph-metadata.json"
+"""The file in which circuit-tracer's front end finds the graphs of a folder."""
 Names = Mapping[tuple[str, int], str]
 """Names of features, by the dictionary's tag and the feature."""
 
@@ -36,17 +38,19 @@ def save_circuit_tracer(
 ) -> None:
     """Write a graph in circuit-tracer's schema, version 1. A file at `path` is replaced.
 
-    The slug of the graph is the file's name. Where SAEs of attention outputs are among the dictionaries, layer 2L is
-    the attention of layer L, and layer 2L + 1 its MLP; otherwise layers have their own numbers.
+    The slug of the graph is the file's name. circuit-tracer's front end finds graphs in `graph-metadata.json` beside
+    them, to which this one is added. Where SAEs of attention outputs are among the dictionaries, layer 2L is the
+    attention of layer L, and layer 2L + 1 its MLP; otherwise layers have their own numbers.
 
     Args:
         lm, prompt, targets: what `attribution_graph` was given.
         graph: its result, which may be pruned.
         scan: the name under which the viewer knows the model.
-        names: shown beside the features.
+        names: shown for the features, in place of their tags.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: a file cannot be read or written.
+        ValueError: `graph-metadata.json` exists and is not circuit-tracer's.
 
     Source: circuit-tracer, frontend/graph_models.py.
     """
@@ -81,7 +85,19 @@ def save_circuit_tracer(
     }
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     content = {"metadata": metadata, "qParams": view, "nodes": list(taken.values()), "links": _links(graph, ids)}
+    listed = _others(path.with_name(METADATA), metadata["slug"])
     replace_file(path, json.dumps(content, ensure_ascii=False).encode())
+    replace_file(path.with_name(METADATA), json.dumps({"graphs": [*listed, metadata]}, ensure_ascii=False).encode())
+
+
+def _others(path: Path, slug: str) -> list[dict[str, Any]]:
+    """Return the other graphs that a file of metadata lists."""
+    if not path.exists():
+        return []
+    try:
+        return [graph for graph in json.loads(path.read_bytes())["graphs"] if graph["slug"] != slug]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not circuit-tracer's list of graphs; write to another folder.") from error
 
 
 def _links(graph: AttributionGraph, ids: list[str | None]) -> list[dict[str, Any]]:
@@ -111,7 +127,7 @@ def _source(node: np.void, row: int, tok_ids: np.ndarray, influence: float, name
         pair = (row + feature) * (row + feature + 1) // 2 + feature  # Cantor's numbering of pairs
         own = f"{row}_{feature}_{position}", pair, str(row), position, "cross layer transcoder", f"{row}_{feature}-0"
         record = _common(*own)
-        record |= {"activation": node["value"].item(), "clerp": names.get((site, feature), "")}
+        record |= {"activation": node["value"].item(), "clerp": names.get((site, feature), f"{site}N{feature}")}
     elif kind == "error":  # circuit-tracer's id, 0_{row}_{position}, may be that of a feature of layer 0
         own = f"error_{row}_{position}", -1, str(row), position, "mlp reconstruction error", f"{row}_{position}-0"
         record = _common(*own)

@@ -41,6 +41,8 @@ A_SHARD = 64
 """Features per data file; opening a feature loads one file."""
 LOGITS, OTHERS_LOGITS = 10, 3
 """Promoted and suppressed tokens that a page lists, for the feature and for one of another dictionary."""
+GRAPHS = "graphs"
+"""The data file of the attribution graphs that the features are in."""
 NEIGHBOURS = 8
 """Features with the nearest decoder directions that a page lists."""
 TEXT_START = 12
@@ -148,6 +150,7 @@ def write_measured(
         OSError: a file cannot be written.
     """
     (folder / FOLDER).mkdir(parents=True)
+    write_data(folder, GRAPHS, [])  # `report.graph.links` adds attribution graphs
     write_data(folder, "vocabulary", [token_text(word) for word in vocabulary])
     for number, first, last in track(_shards(facts.found.n_features), "pages"):
         write_data(folder, f"shard-{number:04d}", shard_records(facts, rows, config, first, last))

@@ -23,7 +23,7 @@ from tinymodel_jax.analysis.search.top_activations import search_fingerprints
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.lm import FeatureReader
 
-FORM = 1
+FORM = 2
 """Number of the form of the data files; raised when it changes, so that older ones are measured again."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_text
-from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, read_data
+from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GRAPHS, read_data
 from tinymodel_jax.analysis.report.dashboard.folders import FOLDER, INDEX
 from tinymodel_jax.analysis.report.dashboard.records import context_records, rounded
 from tinymodel_jax.analysis.report.dashboard.windows import window_activations
@@ -29,6 +29,8 @@ from tinymodel_jax.runtime.progress import Track, no_progress
 
 TOKENS, CONTEXTS, CONCEPTS = 6, 5, 3
 """Tokens promoted and suppressed, contexts, and concepts that the page shows of each feature."""
+NAMED_FROM = 0.5
+"""F1 from which a feature is named by its best concept."""
 
 Record = dict[str, Any]
 Records = dict[str, dict[int, Record]]
@@ -46,6 +48,16 @@ class FeatureFacts:
     """The page of each dictionary's dashboard, by its tag."""
     source: str = ""
     """Where contexts and concepts are from, for the page."""
+
+    def concepts(self) -> dict[tuple[str, int], str]:
+        """Return the name of each feature, by tag and number, that its best concept describes well."""
+        best = {
+            (tag, feature): record["concepts"][0]
+            for tag, records in self.records.items()
+            for feature, record in records.items()
+            if record.get("concepts")
+        }
+        return {key: f"{key[0]}N{key[1]} {name}" for key, (name, _, f1) in best.items() if f1 >= NAMED_FROM}
 
 
 def logit_facts(lm: TinyModel, graph: AttributionGraph) -> FeatureFacts:
@@ -124,6 +136,8 @@ def dashboard_facts(lm: TinyModel, graph: AttributionGraph, folder: Path) -> Fea
         own = _dashboard_of(folder, tag)
         if own is None:
             continue
+        if not (own / FOLDER / f"{GRAPHS}.js").is_file():
+            raise ValueError(f"{own} is a dashboard of another version; run `tinymodel dashboard` again.")
         index, pages[tag] = read_data(own, "index"), own / INDEX
         for number in np.unique(features // A_SHARD):
             shard = read_data(own, f"shard-{number:04d}")

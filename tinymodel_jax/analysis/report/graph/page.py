@@ -21,7 +21,8 @@ from tinymodel_jax.analysis.circuits.head_paths import HeadPaths, head_paths
 from tinymodel_jax.analysis.circuits.qk import divided_score
 from tinymodel_jax.analysis.circuits.targets import Target, resolve, target_names
 from tinymodel_jax.analysis.report.dashboard.records import rounded
-from tinymodel_jax.analysis.report.graph.features import FeatureFacts, logit_facts, words_of
+from tinymodel_jax.analysis.report.graph.features import NAMED_FROM, FeatureFacts, logit_facts, words_of
+from tinymodel_jax.analysis.report.graph.links import link_from_dashboards, node_ids, relative_address
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -32,8 +33,6 @@ HEADS_OF_AN_EDGE = 3
 """Heads that the page names for an edge, the strongest."""
 EXPLAINED = 48
 """Places (layer, head, query, key) whose attention score the page divides among pairs, those that carry most."""
-NAMED_FROM = 0.5
-"""F1 from which a feature is named by its best concept."""
 PAIRS = 8
 """Pairs of sources that the page lists for a score."""
 
@@ -55,7 +54,7 @@ def save_page(
         lm, prompt, targets, dictionaries: what `attribution_graph` was given.
         graph: its result, which may be pruned.
         facts: contexts and concepts of the features, by `measured_facts` or `dashboard_facts`; None shows what follows
-            from the weights, their logit effects.
+            from the weights, their logit effects. The pages of a dashboard get links to this one.
         track: wraps the iterator over attention scores, for example with a progress bar.
 
     Raises:
@@ -79,7 +78,7 @@ def save_page(
         "names": {int(number): name for number, name in zip(np.flatnonzero(graph.weights > 0), names, strict=True)},
         "named_from": NAMED_FROM,
         "features": facts.records,
-        "pages": {tag: os.path.relpath(page, path.absolute().parent) for tag, page in facts.pages.items()},
+        "pages": {tag: relative_address(page, path) for tag, page in facts.pages.items()},
         "words": words_of(lm, graph, facts),
     }
     text = "".join(data["tokens"][1:] if graph.tokens[:1] == ("[BEGIN]",) else data["tokens"])
@@ -87,26 +86,7 @@ def save_page(
     named = [f"“{name}”" if quoted else name for name, quoted in zip(names, is_logit, strict=True)]
     about = {"title": text, "targets": named, "scores": graph.scores, "model": f"{lm!r}"}
     write_page(path, "graph.html.jinja", {"data": data, "source": facts.source, **about})
-
-
-def node_ids(graph: AttributionGraph) -> list[str]:
-    """Return a name for each node that is the same in all graphs of a prompt, such as `M2N123@5`; without spaces."""
-    found: dict[str, None] = {}
-    for node in graph.nodes:
-        kind, site, position, feature = (node[name].item() for name in ("kind", "site", "position", "feature"))
-        site = site.replace(" ", ":")
-        stem = {
-            "feature": f"{site}N{feature}",
-            "error": f"{site}:error",
-            "bias": site,
-            "logit": f"logit:{feature}",
-            "direction": f"direction:{site}",
-        }.get(kind, kind)
-        name = stem if position < 0 else f"{stem}@{position}"
-        while name in found:  # a target may also be a source, and directions may be at the same place
-            name += "'"
-        found[name] = None
-    return list(found)
+    link_from_dashboards(facts.pages, path, f"{text} → {', '.join(named)}", graph)
 
 
 def _require_same(graph: AttributionGraph, frozen: FrozenPass, targets: Sequence[Target]) -> None:

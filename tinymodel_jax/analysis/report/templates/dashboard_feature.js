@@ -2,7 +2,7 @@
 async function featurePage(feature) {
   if (!(feature in index.columns.active)) throw new Error(`There is no feature ${feature}; features are numbered 0 to ${index.n_features - 1}.`);
   const shard = String(Math.floor(feature / index.a_shard)).padStart(4, "0");
-  const parts = await Promise.all(["shard", "links"].map((kind) => dashboard.load(`${kind}-${shard}`)));
+  const [graphs, ...parts] = await Promise.all(["graphs", `shard-${shard}`, `links-${shard}`].map(dashboard.load));
   const record = Object.assign({}, ...parts.map((records) => records[feature % index.a_shard]));
   lastFeature = feature;
   const step = (to, text) => (to in index.columns.active ? [element("a", { href: `#feature/${to}` }, text)] : []);
@@ -15,6 +15,7 @@ async function featurePage(feature) {
     ...(record.promoted ? [logitSection(record)] : []),
     linkSection("Upstream", "Features that write to the residual stream before this one reads it, by direct weight: what one unit of their activation adds to this feature's pre-activation.", record.upstream),
     linkSection("Downstream", "Features that read the residual stream after this one writes to it, by direct weight: what one unit of this feature's activation adds to their pre-activation.", record.downstream),
+    graphSection(feature, graphs),
     section("Related features", element("div", { class: "columns" }, relatedTable("Decoder rows that point the same way", "cosine", record.neighbours), relatedTable("Active at the same tokens", "correlation", record.partners))),
     ...leftOut(),
     pythonSection(feature, record),
@@ -25,6 +26,12 @@ function logitSection(record) {
   const about = "Direct effect of one unit of activation on the logits of the next token, skipping all later layers, minus the mean over the vocabulary.";
   const tables = [tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)];
   return section("What it promotes and suppresses", element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables));
+}
+
+// The attribution graphs that have the feature as a node.
+function graphSection(feature, graphs) {
+  const lines = graphs.flatMap(({ page, title, nodes }) => (nodes[feature] ? [element("li", {}, `${title}: `, ...nodes[feature].flatMap(([id, place], i) => [i ? ", " : "", element("a", { href: `${page}#${new URLSearchParams({ node: id })}` }, place)]))] : []));
+  return lines.length ? section("In attribution graphs", element("ul", {}, ...lines)) : "";
 }
 
 function pythonSection(feature, record) {
