@@ -23,6 +23,7 @@ from runs import ROOT, VOCAB, WITHOUT_PRIVILEGES, checkpoint_arrays, finish, sta
 
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.training.data import batch_indices
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from train.checkpoints import Checkpoints
 from train.run import Run, trained_seconds
 from train.run_files import local_folder
@@ -69,6 +70,21 @@ def assert_same_result(out: Path, expected: Path) -> None:
     assert got.keys() == wanted.keys()
     for name, array in wanted.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+# The configuration
+
+
+def test_a_run_resumes_whose_recipe_lacks_a_field_of_today(tmp_path: Path) -> None:
+    recipe = DictionaryRecipe("relu", 8, 10).to_dict()
+    now = {"steps": 10, "recipes": {"M0": recipe}}
+    before = {name: value for name, value in recipe.items() if name != "encoder_norm"}
+    open_run_folder(tmp_path, {"steps": 10, "recipes": {"M0": before}})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"another configuration: recipes\.M0\.encoder_norm: 0\.1 -> 1\.0\. "):
+        open_run_folder(tmp_path, {**now, "recipes": {"M0": {**recipe, "encoder_norm": 1.0}}})
+    assert open_run_folder(tmp_path, now) is None
+    assert json.loads((tmp_path / "config.json").read_text())["recipes"]["M0"]["encoder_norm"] == 0.1
 
 
 # The log of metrics

@@ -31,6 +31,7 @@ from etils import epath
 import tinymodel_jax
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.data_folder import is_remote
+from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from train.hosts import is_first, on_first, warn
 from train.run_files import send, write_file, writing
 from train.run_lock import LOCK_FILE
@@ -183,6 +184,9 @@ def _resumed(
 ) -> int | None:
     """Check that a run may be resumed with the settings of now; return its number of steps before if there are more."""
     lengthened = before["steps"] if now.get("steps", 0) > before.get("steps", 0) else None
+    if "recipes" in before:  # fields that an earlier version did not have are at their defaults
+        parsed = {name: DictionaryRecipe.from_dict(fields) for name, fields in before["recipes"].items()}
+        before = {**before, "recipes": as_json({name: recipe.to_dict() for name, recipe in parsed.items()})}
     left_out = {*may_change, "format_version", "versions"} | (set() if lengthened is None else {"steps"})
     changed = _differences(before, now, left_out)
     if changed:
