@@ -87,11 +87,15 @@ def test_its_stories_end_and_keep_their_names(mini):
     assert sum(len(names) <= 2 for names in met) >= NAMES_KEPT * len(told)
 
 
-@pytest.mark.slow
-def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: Path, monkeypatch: Any, capsys: Any):
+@pytest.fixture
+def small(monkeypatch: Any) -> None:
     monkeypatch.setitem(PRESETS, "mini", dataclasses.replace(PRESETS["mini"], steps=3))
     for name, value in {"STORIES": 150, "DICTIONARY_STEPS": 2, "ENTROPY_STORIES": 20, "KINDS": ("M", "A")}.items():
         monkeypatch.setattr(bundle, name, value)
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: Path, small: None, capsys: Any):
     with as_users_run_it(), jax.numpy_dtype_promotion("standard"):
         bundle.bundle(tmp_path / "mini", work=tmp_path / "work")
         made = {path: path.read_bytes() for path in (tmp_path / "mini").rglob("*.safetensors")}
@@ -106,4 +110,17 @@ def test_the_command_makes_a_model_with_its_dictionaries_and_goes_on(tmp_path: P
     assert 0 < n_features <= 512
     card = (tmp_path / "mini" / "README.md").read_text("utf-8")
     assert "| `A3` |" in card
-    assert re.search(r"in \d+ minutes of training \(language model \d+, dictionaries \d+\) on \d+ cores of \w+", card)
+    assert len(re.findall(r", in \d+ minutes on \d+ cores of \w+", card)) == 2
+
+
+@pytest.mark.slow
+def test_with_a_model_the_command_makes_only_dictionaries(tmp_path: Path, small: None):
+    with as_users_run_it(), jax.numpy_dtype_promotion("standard"):
+        bundle.bundle(tmp_path / "mini", work=tmp_path / "work", model="mini")
+    assert (tmp_path / "mini" / "model.safetensors").read_bytes() == (MINI / "model.safetensors").read_bytes()
+    assert not (tmp_path / "work" / "lm").exists()
+    assert set(TinyModel(tmp_path / "mini").dictionary_tags) == {f"{kind}{n}" for kind in "MA" for n in range(4)}
+    card, before = ((folder / "README.md").read_text("utf-8") for folder in (tmp_path / "mini", MINI))
+    item = before[before.index("- Language model: preset") : before.index("- Dictionaries")]
+    assert item in card
+    assert "2 steps of 4,096" in card
