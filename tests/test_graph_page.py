@@ -143,7 +143,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("many")
     content = {"title": HOSTILE, "targets": [HOSTILE], "scores": Scores(1, 1, 0), "model": "a model", "source": ""}
-    write_page(folder / "graph.html", "graph.html.jinja", {"data": data, **content})
+    write_page(folder / "graph.html", "graph/page.html.jinja", {"data": data, **content})
     return folder
 
 

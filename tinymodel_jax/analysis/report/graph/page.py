@@ -2,7 +2,7 @@
 
 The page holds nodes, edges, the heads that carry them, why the most important of these heads looked where they did,
 and what is known about each feature. All values are JSON values; weights have eight significant digits, so that the
-sums hold on the page as well. The script of the page (templates/graph*.js) reads these names.
+sums hold on the page as well. The script of the page (templates/graph/*.js) reads these names.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def save_page(
     is_logit = graph.nodes["kind"][graph.weights > 0] == "logit"
     named = [f"“{name}”" if quoted else name for name, quoted in zip(names, is_logit, strict=True)]
     about = {"title": text, "targets": named, "scores": graph.scores, "model": f"{lm!r}"}
-    write_page(path, "graph.html.jinja", {"data": data, "source": facts.source, **about})
+    write_page(path, "graph/page.html.jinja", {"data": data, "source": facts.source, **about})
     link_from_dashboards(facts.pages, path, f"{text} → {', '.join(named)}", graph)
 
 

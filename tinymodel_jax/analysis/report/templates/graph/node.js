@@ -26,7 +26,8 @@ function equation(node) {
 
 function nodeButton(node) {
   const place = node.position < 0 || node.kind === "position" ? "" : ` @${node.position}`;
-  return element("button", { type: "button", class: "node", click: () => choose(node), mouseenter: () => change({ hovered: node }), mouseleave: () => change({ hovered: null }) }, title(node), element("span", { class: "soft" }, place));
+  const hint = node.record && !concept(node) ? [element("span", { class: "soft", title: "promotes" }, ` ↑${words[node.record.promoted[0][0]]}`)] : [];
+  return element("button", { type: "button", class: "node", click: () => choose(node), mouseenter: () => change({ hovered: node }), mouseleave: () => change({ hovered: null }) }, title(node), element("span", { class: "soft" }, place), ...hint);
 }
 
 // Buttons of the heads that carry a link; those whose attention scores are in the page can be opened.

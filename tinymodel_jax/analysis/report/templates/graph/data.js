@@ -63,7 +63,7 @@ function name(node) {
     case "error":
       return `${node.site} error`;
     case "feature":
-      return `${node.site}N${node.feature}`;
+      return node.site.endsWith(" MLP") ? `${node.site.replace(" MLP", "")} neuron ${node.feature}` : `${node.site}N${node.feature}`;
     case "logit":
       return `logit ${quoted(data.names[node.i])}`;
     default:

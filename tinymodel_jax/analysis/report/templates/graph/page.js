@@ -16,7 +16,10 @@ function applyThresholds() {
 listeners.push((news) => {
   if (["nodes", "links", "pinned", "chosen"].some((part) => part in news)) applyThresholds();
   if ("chosen" in news || "pinned" in news) panel.replaceChildren(...nodePanel());
-  if ("chosen" in news) panel.scrollTop = 0;
+  if ("chosen" in news) {
+    panel.scrollTop = 0;
+    document.getElementById("announced").textContent = state.chosen ? `${title(state.chosen)}${at(state.chosen)}${state.chosen.expanded ? `, ${measure(state.chosen)} ${signed(state.chosen.pre)}` : ""}` : "";
+  }
   if (["pinned", "groups", "places"].some((part) => part in news)) drawPins();
   if (!("hovered" in news) || Object.keys(news).length > 1) writeAddress();
   for (const part of ["nodes", "links"]) {
@@ -30,7 +33,7 @@ listeners.push((news) => {
 
 for (const part of ["nodes", "links"]) document.getElementById(part).addEventListener("input", (event) => change({ [part]: Number(event.target.value) }));
 document.getElementById("all").addEventListener("change", (event) => change({ all: event.target.checked }));
-document.getElementById("fit").addEventListener("click", fit);
+document.getElementById("fit").addEventListener("click", () => fit(true));
 
 const searched = (node) => [title(node), node.id, node.position < 0 ? "" : data.tokens[node.position], ...(node.record?.concepts?.slice(0, 1).map(([called]) => called) ?? []), ...(node.record?.promoted.slice(0, 3).map(([id]) => words[id]) ?? [])].join("\n").toLowerCase();
 const haystacks = nodes.map(searched);

@@ -1,7 +1,7 @@
 // The drawing: a canvas that is panned, zoomed and pointed at. Links are drawn for what is chosen, hovered or pinned.
 const canvas = document.getElementById("canvas");
 const pen = canvas.getContext("2d");
-const view = { x: 0, y: 0, k: 1 };
+const view = { x: 0, y: 0, k: 1, whole: false };
 const LEFT = 84; // width of the rows' names
 const BOTTOM = 26; // height of the tokens
 const size = { width: 0, height: 0 };
@@ -33,27 +33,29 @@ function resize() {
   canvas.width = Math.round(box.width * ratio);
   canvas.height = Math.round(box.height * ratio);
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  if (changed) {
-    placed = layout(heightFor);
-    fit();
-  }
+  if (changed) fit(false);
   repaint();
 }
 
-// The scale at which the columns fit, but no smaller than can be read, and the height that fills the canvas at this scale.
-const scaleFor = (width) => Math.min(2.5, Math.max((size.width - LEFT - 12) / width, 0.8));
+// The scale at which the columns fit, but no smaller than can be read unless all is to be seen, and the height that
+// fills the canvas at this scale.
+const scaleFor = (width) => Math.min(2.5, Math.max((size.width - LEFT - 12) / width, view.whole ? 0 : 0.8));
 const heightFor = (width) => (size.height - BOTTOM - 16) / scaleFor(width);
 
-function fit() {
-  view.k = Math.min(scaleFor(placed.width), Math.max((size.height - BOTTOM - 12) / placed.height, 0.35));
+// Shows the end of a wide graph, with the targets, at a scale that can be read; or, if `whole`, all of it.
+function fit(whole) {
+  view.whole = whole;
+  placed = layout(heightFor);
+  const down = (size.height - BOTTOM - 12) / placed.height;
+  view.k = Math.min(scaleFor(placed.width), whole ? down : Math.max(down, 0.35));
   const room = size.width - LEFT - placed.width * view.k;
-  view.x = room > 0 ? LEFT + room / 2 : size.width - 8 - placed.width * view.k; // too wide: the end, with the targets
+  view.x = room > 0 ? LEFT + room / 2 : size.width - 8 - placed.width * view.k;
   view.y = Math.max(8, (size.height - BOTTOM - placed.height * view.k) / 2);
   redraw();
 }
 
 function zoom(factor, x = size.width / 2, y = size.height / 2) {
-  const k = Math.min(6, Math.max(0.15, view.k * factor));
+  const k = Math.min(6, Math.max(0.1, view.k * factor));
   view.x = x - ((x - view.x) * k) / view.k;
   view.y = y - ((y - view.y) * k) / view.k;
   view.k = k;
@@ -237,7 +239,8 @@ function drawEdges() {
   pen.fillStyle = colours.ink;
   pen.textAlign = "center";
   const look = shownLook;
-  for (const column of placed.columns) {
+  const every = Math.ceil(32 / (NARROWEST * view.k)); // narrow columns: not all tokens have room
+  for (const [i, column] of placed.columns.entries()) {
     const x = (column.x + column.width / 2) * view.k + view.x;
     const width = column.width * view.k;
     const weight = look && column.position >= 0 ? (look.pattern[column.position] ?? 0) : 0;
@@ -248,8 +251,9 @@ function drawEdges() {
       pen.globalAlpha = 1;
       pen.fillStyle = colours.ink;
     }
+    if (i % every) continue;
     const text = column.position < 0 ? "all" : data.tokens[column.position].trim() || "␣";
-    pen.fillText(shortened(text, Math.max(1, Math.floor(width / 7))), x, size.height - BOTTOM / 2);
+    pen.fillText(shortened(text, Math.max(1, Math.floor((every * width) / 7))), x, size.height - BOTTOM / 2);
   }
 }
 

@@ -103,7 +103,7 @@ const KEYS = {
   "+": () => zoom(1.25),
   "=": () => zoom(1.25),
   "-": () => zoom(0.8),
-  0: () => fit(),
+  0: () => fit(true),
 };
 
 canvas.addEventListener("keydown", (event) => {
