@@ -1,13 +1,14 @@
-"""Training on one accelerator: the language model, dictionaries and sweeps, compared with PyTorch and torch.compile.
+"""One accelerator: training the language model, dictionaries and sweeps, beside PyTorch, and an attribution graph.
 
     python benchmarks/gpu.py [--rounds 3] [--dictionary-batch 32768] [--json FILE]
     python benchmarks/gpu.py --small            # tiny sizes on any machine, to check that it runs
 
 The language model computes in bfloat16 with float32 parameters, on 256 rows of 128 tokens; dictionaries of 25,000
 features read 768-wide vectors in float32, as they are trained by default, and take the whole `house` recipe's step. A
-sweep of n members counts vectors times members. PyTorch (with bfloat16 autocast, and the reference's modules for the
-language model) runs where it is installed and sees the accelerator; JAX and PyTorch run in separate processes and take
-turns. Every figure is a median over rounds of steps that are queued one after the other and waited for together.
+sweep of n members counts vectors times members. The graph is that of `circuits.py`, 64 tokens and 2,000 nodes; its goal
+is 1 s. PyTorch (with bfloat16 autocast, and the reference's modules for the language model) trains where it is
+installed and sees the accelerator; JAX and PyTorch run in separate processes and take turns. Every figure is a median
+over rounds of steps that are queued one after the other and waited for together.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ from tinymodel_jax.commands.frame import USER_PATHS
 from tinymodel_jax.training.flops import training_flops_per_token
 
 OURS, PYTORCH = "tinymodel_jax", "PyTorch"
+COMPARED = ("lm", "relu", "topk")
+"""Workloads that PyTorch runs as well."""
 Times = dict[str, dict[str, list[float]]]
 """Seconds per step of each round, by workload and side."""
 
@@ -41,7 +44,7 @@ class Row(NamedTuple):
 
     title: str
     rates: dict[str, float]
-    """Tokens or vectors per second, by side."""
+    """Tokens, vectors or nodes per second, by side."""
     remark: str
 
 
@@ -51,7 +54,7 @@ def main(
     dictionary_batch: int | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json", metavar="FILE")] = None,
 ) -> None:
-    """Measure training on the accelerator that JAX finds.
+    """Measure training and graphs on the accelerator that JAX finds.
 
     Args:
         small: run tiny sizes, on a CPU too.
@@ -96,13 +99,13 @@ def pytorch_problem() -> str | None:
 
 
 def alternate(sides: dict[str, Side], rounds: int) -> Times:
-    """Return the seconds per step of every workload and side; each round runs all of them once."""
-    names = ["lm", "relu", "topk", *(f"sweep-{members}" for members in SWEEP_MEMBERS)]
+    """Return the seconds per step or graph of every workload and side; each round runs all of them once."""
+    names = [*COMPARED, *(f"sweep-{members}" for members in SWEEP_MEMBERS), "graph"]
     times: Times = {name: {} for name in names}
     for _ in track(range(rounds), description="timing", console=Console(stderr=True)):
         for name in names:
             for label, side in sides.items():
-                if label == OURS or not name.startswith("sweep"):
+                if label == OURS or name in COMPARED:
                     times[name].setdefault(label, []).append(side.ask(name))
     return times
 
@@ -112,6 +115,7 @@ def results(times: Times, sizes: Sizes, peak: float | None) -> list[Row]:
     n_tokens = sizes.batch[0] * sizes.batch[1]
     per_step = {"lm": n_tokens, "relu": sizes.dictionary_batch, "topk": sizes.dictionary_batch}
     per_step |= {f"sweep-{members}": members * sizes.sweep_batch for members in SWEEP_MEMBERS}
+    per_step["graph"] = sizes.graph_nodes
     rates = {
         name: {side: per_step[name] / median(seconds) for side, seconds in by_side.items()}
         for name, by_side in times.items()
@@ -132,12 +136,14 @@ def results(times: Times, sizes: Sizes, peak: float | None) -> list[Row]:
         rate = rates[f"sweep-{members}"]
         title = f"sweep of {members}, {sizes.width} -> {sizes.sweep_features:,}"
         rows.append(Row(title, rate, f"{rate[OURS] / rates['sweep-1'][OURS]:.2f} x one member"))
+    title = f"attribution graph, {sizes.graph_tokens} tokens, {sizes.graph_nodes:,} nodes"
+    rows.append(Row(title, rates["graph"], f"{median(times['graph'][OURS]):.2f} s per graph"))
     return rows
 
 
 def as_table(rows: list[Row]) -> Table:
     """Lay out the rates, and ours over PyTorch's."""
-    table = Table(title="tokens or vectors per second")
+    table = Table(title="tokens, vectors or nodes per second")
     for column in ("workload", PYTORCH, OURS, "ours / PyTorch", "remark"):
         table.add_column(column, justify="left" if column in ("workload", "remark") else "right")
     for title, rates, remark in rows:

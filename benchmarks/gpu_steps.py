@@ -1,4 +1,4 @@
-"""The two sides of `gpu.py`: this package's training steps, and PyTorch's with torch.compile.
+"""The two sides of `gpu.py`: this package's training steps and graphs, and PyTorch's training with torch.compile.
 
 Every call runs some steps, queued one after the other, and returns the seconds per step once all are done. A call is
 compiled and warmed up when it is first requested.
@@ -42,6 +42,9 @@ class Sizes:
     k: int
     steps: int
     """Steps per call."""
+    graph_tokens: int = 64
+    """Tokens of the prompt of an attribution graph, and its nodes below."""
+    graph_nodes: int = 2000
 
 
 LARGE = Sizes(ModelConfig(dtype="bfloat16"), (256, 128), 768, 25_000, 32_768, 4096, 8192, k=32, steps=20)
@@ -55,6 +58,8 @@ SMALL = Sizes(
     sweep_batch=16,
     k=4,
     steps=2,
+    graph_tokens=8,
+    graph_nodes=60,
 )
 
 
@@ -67,6 +72,7 @@ def our_calls(folder: Path, sizes: Sizes) -> Calls:
         "relu": once(functools.partial(_our_dictionaries, sizes, "relu", sizes.n_features, sizes.dictionary_batch)),
         "topk": once(functools.partial(_our_dictionaries, sizes, "topk", sizes.n_features, sizes.dictionary_batch)),
     }
+    calls["graph"] = once(functools.partial(_our_graphs, sizes))
     for members in SWEEP_MEMBERS:
         sweep = functools.partial(_our_dictionaries, sizes, "topk", sizes.sweep_features, sizes.sweep_batch, members)
         calls[f"sweep-{members}"] = once(sweep)
@@ -136,6 +142,16 @@ def _our_dictionaries(
         hypers = stack_members([recipe.hyper()] * members)
         step, state = functools.partial(sweep_step, hypers=hypers, recipe=recipe), stack_members(states)
     return _our_steps(lambda state, x: step(state, x=x), state, x, sizes.steps)
+
+
+def _our_graphs(sizes: Sizes) -> Callable[[], float]:
+    """Return a call that builds an attribution graph of a model with a dictionary at each layer."""
+    from circuits_case import random_lm, random_prompt, seconds_of_graph
+
+    lm = random_lm(sizes.model, sizes.n_features, sizes.k)
+    run = functools.partial(seconds_of_graph, lm, random_prompt(lm, sizes.graph_tokens), sizes.graph_nodes)
+    run()
+    return run
 
 
 def _our_steps(step: Any, state: Any, batch: Any, steps: int) -> Callable[[], float]:

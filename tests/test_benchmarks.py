@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
+    "circuits": "--rounds",
     "gpu": "--rounds",
     "load": "--rounds",
     "quality": "--steps",
@@ -45,8 +46,18 @@ def test_the_accelerator_s_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "x ReLU" in done.stdout
     seconds = json.loads(out.read_text())["seconds"]
-    assert {*seconds} == {"lm", "relu", "topk", "sweep-1", "sweep-2", "sweep-4", "sweep-8"}
+    assert {*seconds} == {"lm", "relu", "topk", "sweep-1", "sweep-2", "sweep-4", "sweep-8", "graph"}
     assert all(len(times) == 2 and min(times) > 0 for sides in seconds.values() for times in sides.values())
+
+
+@pytest.mark.slow
+def test_the_circuits_benchmark_s_bundled_case_runs(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    done = run("benchmarks/circuits.py", "--only", "mini", "--rounds", "1", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())["results"].values()
+    assert 0 < found["products"] < found["warm"] < found["first"]
+    assert 0 < found["before"] < found["peak"]
 
 
 @pytest.mark.slow
