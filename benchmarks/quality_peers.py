@@ -6,6 +6,7 @@ a language model, so its step's lines are repeated here around its module; match
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,7 @@ def dictionary_learning(batches: Batches, steps: int, n_features: int, k: int, h
 
 def sparsify(batches: Batches, steps: int, n_features: int, k: int, hook: str, matched: bool) -> Dictionary:
     """Train sparsify's TopK SAE."""
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its kernels need a GPU
     torch: Any = importlib.import_module("torch")
     package: Any = importlib.import_module("sparsify")
     first = torch.tensor(batches(0))
