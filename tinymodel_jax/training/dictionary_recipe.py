@@ -226,7 +226,8 @@ def recipe_preset(
     `house` is this package's recipe, tuned on activations of small TinyStories models (docs/training_dictionaries.md).
     Encoder rows start at norm 1, because features with smaller rows are shut out by the first that grow; decoder rows
     start at norm 0.1. The learning rate falls with the square root of the dictionary's size, from 4e-3 at 1,024
-    features. A feature is dead after 10 million silent inputs, or a tenth of a shorter training.
+    features. A feature is dead after 10 million silent inputs, or a fortieth of a shorter training; with `relu` and
+    `gated`, a tenth.
 
     `reference` follows the configurations of the published dictionaries: log penalty, Adam with betas 0.5 and 0.9375, a
     constant learning rate of 2^-10 with a decay at the end, and dead features re-initialised every 800 steps from 5,000
@@ -251,14 +252,15 @@ def recipe_preset(
     if name == "house":
         inputs = steps * changes.get("batch_size", DictionaryRecipe.batch_size)
         rate = min(4e-3, 1e-3 / (n_features / 16384) ** 0.5)
-        fields |= {"encoder_norm": 1.0, "learning_rate": rate, "dead_after": max(1, min(10**7, inputs // 10))}
-        if architecture == "jumprelu":
-            fields |= {"threshold_rate": 4.0}
+        fields |= {"encoder_norm": 1.0, "learning_rate": rate}
         if architecture in ("relu", "gated"):
+            fields |= {"dead_after": max(1, min(10**7, inputs // 10))}
             fields |= {"reinit_every": max(100, min(1000, steps // 20))}
             fields |= {"controller_rate": max(0.01, min(0.03, 10 / max(1, steps)))}
         else:
-            fields |= {"aux_coefficient": 1 / 32}
+            fields |= {"dead_after": max(1, min(10**7, inputs // 40)), "aux_coefficient": 1 / 8}
+        if architecture == "jumprelu":
+            fields |= {"threshold_rate": 4.0}
     else:
         fields |= {"learning_rate": 2**-10, "beta1": 0.5, "beta2": 0.9375, "final_learning_rate": 0.1}
         fields |= {"penalty": "log", "reinit_every": 800, "reservoir_size": 5_000, "dead_after": 1_000_000}
