@@ -14,6 +14,7 @@ SCRIPTS = {
     "circuits": "--rounds",
     "gpu": "--rounds",
     "load": "--rounds",
+    "name_copying": "--pictures",
     "quality": "--steps",
     "sweeps": "--rounds",
     "tokenizer": "--rounds",

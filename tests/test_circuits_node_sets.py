@@ -26,7 +26,7 @@ ROWS = np.arange(4)
 @pytest.fixture(scope="module")
 def small(shared_lm: TinyModel) -> TinyModel:
     lm = shared_lm.splice([])
-    for layer, options in enumerate(({"architecture": "jumprelu", "skip": True}, {"architecture": "relu"})):
+    for layer, options in enumerate(({"architecture": "jumprelu", "skip": True}, {"exclude": (7,)})):
         block = f"blocks.{layer}"
         lm.attach(f"M{layer}", make_dictionary(f"{block}.hook_mlp_in", f"{block}.hook_mlp_out", layer + 3, **options))
     return lm
@@ -79,7 +79,8 @@ def run_by_hand(lm: TinyModel, nodes: np.ndarray, place: np.ndarray) -> np.ndarr
         own = lm[f"M{layer}"].dictionary
         W_dec, b_dec = (np.asarray(own.params[name], np.float64) for name in ("W_dec", "b_dec"))
         hook = f"blocks.{layer}.hook_mlp_in"
-        clean_acts, acts = (oracle.encode(own.params, own.config, x[hook]) for x in (clean, seen))
+        acts_at = ~np.isin(PROMPTS, own.config.exclude)[..., None]
+        clean_acts, acts = (oracle.encode(own.params, own.config, x[hook]) * acts_at for x in (clean, seen))
         errors, used = value - acts @ W_dec - b_dec, mean(clean_acts)
         error = mean(clean[f"blocks.{layer}.hook_mlp_out"] - clean_acts @ W_dec - b_dec)
         for row, position in np.ndindex(*PROMPTS.shape):
@@ -235,8 +236,9 @@ def test_bad_input_is_refused_in_one_line(small, everything, golden_lm, no_type_
     named = find(small, PROMPTS, METRIC, 3, places={"name": 1})
     constant = find(small, PROMPTS[:1], logit_difference(4, 9), 3)
     cases = {
-        "budget=0; it must be 1 to": lambda: find(small, PROMPTS, METRIC, 0),
+        "budget=0; it must be an integer, 1 to": lambda: find(small, PROMPTS, METRIC, 0),
         f"budget={n_active(small) + 1}": lambda: find(small, PROMPTS, METRIC, n_active(small) + 1),
+        "budget=2.5; it must be an integer": lambda: find(small, PROMPTS, METRIC, 2.5),  # type: ignore[arg-type]
         "have 5 to 6 tokens": lambda: find(small, ragged, METRIC, 5),
         "prompt 1 has [PAD] before a token": lambda: find(small, inside, METRIC, 5),
         "got no prompts": lambda: find(small, PROMPTS[:0], METRIC, 5),

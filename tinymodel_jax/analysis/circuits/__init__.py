@@ -12,6 +12,7 @@ from tinymodel_jax.analysis.circuits.frozen import FrozenPass as FrozenPass
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph as AttributionGraph
 from tinymodel_jax.analysis.circuits.node_sets.circuit import Circuit as Circuit
 from tinymodel_jax.analysis.circuits.node_sets.circuit import run as run
+from tinymodel_jax.analysis.circuits.node_sets.find import CircuitScore as CircuitScore
 from tinymodel_jax.analysis.circuits.node_sets.find import find as find
 from tinymodel_jax.analysis.circuits.node_sets.find import score as score
 from tinymodel_jax.analysis.circuits.qk import qk_attribution as qk_attribution

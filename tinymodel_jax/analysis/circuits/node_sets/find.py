@@ -87,8 +87,10 @@ def find(
     gated = gated_model(lm, tags, len(aligned.names))
     means = gated.means(aligned)
     kept = _varying(gated, means, tags)
-    if not 1 <= budget <= kept.sum():
-        raise ValueError(f"circuits.find: budget={budget}; it must be 1 to {kept.sum()}, the number of active nodes.")
+    if not isinstance(budget, int | np.integer) or not 1 <= budget <= kept.sum():
+        raise ValueError(
+            f"circuits.find: budget={budget!r}; it must be an integer, 1 to {kept.sum()}, the number of active nodes."
+        )
     while True:
         effects = gated.slopes(means, kept, aligned, tokens)
         order = np.argsort(-np.where(kept, np.abs(effects), -1), kind="stable")
