@@ -207,10 +207,17 @@ def test_pairs_of_sources_add_up_to_the_attention_score(lm):
     found = circuits.qk_attribution(lm, PROMPT, 1, 1, -1, 4)
     assert abs(found.matrix.sum() - found.score) < ROUNDING
     assert_close(found.score, scores[1, -1, 4], F32)
-    first = found.strongest(1)[0]
-    assert abs(first.value) == np.abs(found.matrix).max()
-    i, j = found.query_labels.index(first.query), found.key_labels.index(first.key)
-    assert found.matrix[i, j] == first.value
+    pairs, matrix = found.strongest(50), found.matrix
+    np.testing.assert_allclose([abs(pair.value) for pair in pairs], np.sort(np.abs(matrix), axis=None)[:-51:-1])
+    i, j = found.query_labels.index(pairs[0].query), found.key_labels.index(pairs[0].key)
+    assert_close(matrix[i, j], pairs[0].value, F32)
+    assert len(found.strongest(matrix.size + 1)) == matrix.size
+    sizes = np.arange(1, 401, dtype=float)[::-1, None]  # 400 sources, the largest first in one and last in the other
+    many = found._replace(query_parts=sizes, key_parts=-sizes[::-1])
+    many = many._replace(
+        query_sources=np.resize(found.query_sources, 400), key_sources=np.resize(found.key_sources, 400)
+    )
+    assert [pair.value for pair in many.strongest(4)] == [-160000, -159600, -159600, -159201]
     direct = circuits.qk_attribution(lm, PROMPT, 0, 1, -1, 4)  # before any attention, only the direct path exists
     token = direct.query_labels.index("token '2' @6")
     W_Q = np.asarray(lm.W_Q, np.float64)[0, 1] / np.sqrt(lm.config.d_head)

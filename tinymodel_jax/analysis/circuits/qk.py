@@ -40,11 +40,21 @@ class QKAttribution(NamedTuple):
     query_sources: np.ndarray
     """The sources that the query is made of; fields as those of a graph's nodes."""
     key_sources: np.ndarray
-    query_labels: tuple[str, ...]
-    key_labels: tuple[str, ...]
+    tokens: tuple[str, ...]
+    """Text of each token of the prompt."""
     query_parts: Float[np.ndarray, "query_sources d_head"]
     """What each source adds to the query, divided by sqrt(d_head)."""
     key_parts: Float[np.ndarray, "key_sources d_head"]
+
+    @property
+    def query_labels(self) -> tuple[str, ...]:
+        """Name of each source of the query, such as `M2N123 @5`."""
+        return tuple(label_of(source, self.tokens) for source in self.query_sources)
+
+    @property
+    def key_labels(self) -> tuple[str, ...]:
+        """Name of each source of the key."""
+        return tuple(label_of(source, self.tokens) for source in self.key_sources)
 
     @property
     def matrix(self) -> Float[np.ndarray, "query_sources key_sources"]:
@@ -52,11 +62,29 @@ class QKAttribution(NamedTuple):
         return self.query_parts @ self.key_parts.T
 
     def strongest(self, n: int = 10) -> list[Pair]:
-        """Return the n pairs that add or take most."""
-        matrix = self.matrix
-        order = np.argsort(-np.abs(matrix), axis=None, kind="stable")[:n]
-        found = zip(*np.unravel_index(order, matrix.shape), strict=True)
-        return [Pair(self.query_labels[i], self.key_labels[j], float(matrix[i, j])) for i, j in found]
+        """Return the n pairs that add or take most, without computing all pairs of a long prompt."""
+        (queries, query_sizes), (keys, key_sizes) = map(_largest_first, (self.query_parts, self.key_parts))
+        tried = 64
+        while True:
+            pairs = self.query_parts[queries[:tried]] @ self.key_parts[keys[:tried]].T
+            best = np.argsort(-np.abs(pairs), axis=None, kind="stable")[:n]
+            # |q . k| <= |q| |k| bounds the pairs with a source that was left out
+            next_query, next_key = query_sizes[min(tried, len(queries))], key_sizes[min(tried, len(keys))]
+            bound = max(next_query * key_sizes[0], query_sizes[0] * next_key)
+            if bound == 0 or (len(best) == n and abs(pairs.flat[best[-1]]) >= bound):
+                break
+            tried *= 4
+        i, j = np.unravel_index(best, pairs.shape)
+        ends = self.query_sources[queries[i]], self.key_sources[keys[j]]
+        names = [[label_of(source, self.tokens) for source in sources] for sources in ends]
+        return [Pair(*pair) for pair in zip(*names, pairs[i, j].tolist(), strict=True)]
+
+
+def _largest_first(parts: Float[np.ndarray, "n d_head"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of the parts by size, and the sizes in that order, followed by 0."""
+    sizes = np.linalg.norm(parts, axis=1)
+    order = np.argsort(-sizes, kind="stable")
+    return order, np.append(sizes[order], 0)
 
 
 def qk_attribution(
@@ -94,17 +122,13 @@ def qk_attribution(
 def divided_score(lm: TinyModel, frozen: FrozenPass, layer: int, head: int, query: int, key: int) -> QKAttribution:
     """Do as `qk_attribution` on a frozen pass, in its number format. The positions count from the start."""
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
-    tokens = token_texts(lm, frozen)
     directions = [np.asarray(attn[name][head]).T for name in ("W_Q", "W_K")]
     positions = np.repeat([query, key], lm.config.d_head)
     with exact(cast(Precision, str(frozen.final.dtype))):
         rows = contributions(frozen, np.concatenate(directions), positions, Place(layer, "before_attn"))
-    found = []
-    for parts in np.split(rows.T, 2, axis=1):
-        used = parts.any(axis=1)
-        sources = table[: len(parts)][used]
-        found.append((sources, tuple(label_of(source, tokens) for source in sources), parts[used]))
-    (query_sources, query_labels, query_parts), (key_sources, key_labels, key_parts) = found
+    query_parts, key_parts = np.split(rows.T, 2, axis=1)
     query_parts = query_parts / math.sqrt(lm.config.d_head)
     score = float(query_parts.sum(axis=0) @ key_parts.sum(axis=0))
-    return QKAttribution(score, query_sources, key_sources, query_labels, key_labels, query_parts, key_parts)
+    of_query, of_key = query_parts.any(axis=1), key_parts.any(axis=1)
+    sources, tokens = table[: len(rows.T)], token_texts(lm, frozen)
+    return QKAttribution(score, sources[of_query], sources[of_key], tokens, query_parts[of_query], key_parts[of_key])

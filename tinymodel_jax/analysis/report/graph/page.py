@@ -61,7 +61,7 @@ def save_page(
         ValueError: the graph is of another prompt or of other targets, or as `frozen_pass`.
         OSError: the file cannot be written.
     """
-    frozen = frozen_pass(lm, prompt, dictionaries)
+    frozen = frozen_pass(lm, prompt, dictionaries, "float32")
     found = resolve(lm, frozen, targets)
     _require_same(graph, frozen, found)
     path, facts = Path(path), facts or logit_facts(lm, graph)

@@ -244,8 +244,8 @@ function drawEdges() {
     const x = (column.x + column.width / 2) * view.k + view.x;
     const width = column.width * view.k;
     const weight = look && column.position >= 0 ? (look.pattern[column.position] ?? 0) : 0;
-    if (weight) {
-      pen.globalAlpha = 0.15 + 0.6 * weight;
+    if (weight > 0.005) {
+      pen.globalAlpha = 0.05 + 0.7 * weight;
       pen.fillStyle = colours.mark;
       pen.fillRect(column.x * view.k + view.x + 1, size.height - BOTTOM + 2, width - 2, BOTTOM - 4);
       pen.globalAlpha = 1;

@@ -9,6 +9,7 @@ const nodes = data.nodes.id.map((id, i) => {
   return node;
 });
 const byId = new Map(nodes.map((node) => [node.id, node]));
+const byLabel = new Map(nodes.map((node) => [node.label, node]));
 const edges = { ...data.edges, n: data.edges.source.length };
 for (let e = 0; e < edges.n; e++) {
   nodes[edges.source[e]].out.push(e);

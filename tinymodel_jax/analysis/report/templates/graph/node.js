@@ -59,10 +59,11 @@ function lookBox(look) {
   const [layer, head, query, key] = look.place;
   const from = `${quoted(data.tokens[query])} (position ${query})`;
   const to = `${quoted(data.tokens[key])} (position ${key})`;
-  const rows = look.pairs.map(([a, b, value]) => [a, b, signed(value)]);
+  const named = (label) => (byLabel.has(label) ? nodeButton(byLabel.get(label)) : label);
+  const rows = look.pairs.map(([a, b, value]) => [named(a), named(b), signed(value)]);
   const box = element("div", {}, element("h3", {}, `Why head ${head} of layer ${layer} looked here`));
   box.append(
-    element("p", {}, `From ${from}, it gives ${to} the share ${number(look.pattern[key])} of its attention; the tokens below the graph are coloured by its shares. The score of this pair of positions is ${number(look.score)}, a sum over pairs of what the query and the key are made of:`),
+    element("p", {}, `From ${from}, it gives ${to} ${number(100 * look.pattern[key])} % of its attention. Tokens below the graph are coloured by their shares. The score of the two positions is ${number(look.score)}, a sum over all pairs of what its query and its key are made of.`),
     table("strongest pairs", [["query", "words"], ["key", "words"], ["score", null]], rows),
   );
   return element("div", { class: "look" }, box);
