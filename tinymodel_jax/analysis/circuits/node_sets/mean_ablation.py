@@ -31,7 +31,9 @@ from tinymodel_jax.model.padding import pad_below
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 32
-"""Prompts in one compiled call."""
+"""Prompts in one compiled call at most."""
+MEMORY = 2**28
+"""Bytes that the features' activations of a call may take; its backward pass takes several times as many."""
 
 
 @struct.dataclass
@@ -66,7 +68,7 @@ class Gated(NamedTuple):
     def means(self, aligned: Aligned) -> tuple[LayerMeans, ...]:
         """Return the means of all nodes over some prompts."""
         totals = None
-        for batch, _ in batches(aligned, np.zeros((len(aligned.tok_ids), 2), np.int32)):
+        for batch, _ in self.batches(aligned, np.zeros((len(aligned.tok_ids), 2), np.int32)):
             found = _sums(self.model, self.dictionaries, batch, n_places=self.space.n_places)
             totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
         assert totals is not None
@@ -79,7 +81,7 @@ class Gated(NamedTuple):
         """Return the logit difference of each prompt."""
         found = [
             np.asarray(_differences(*self, means, jnp.asarray(gates, jnp.float32), batch))[:n]
-            for batch, n in batches(aligned, tokens)
+            for batch, n in self.batches(aligned, tokens)
         ]
         return np.concatenate(found)
 
@@ -88,8 +90,20 @@ class Gated(NamedTuple):
     ) -> Float[np.ndarray, " nodes"]:
         """Return the derivative of the mean logit difference with respect to each gate."""
         given = jnp.asarray(gates, jnp.float32)
-        found = [np.asarray(_slopes(*self, means, given, batch), np.float64) for batch, _ in batches(aligned, tokens)]
+        found = [
+            np.asarray(_slopes(*self, means, given, batch), np.float64) for batch, _ in self.batches(aligned, tokens)
+        ]
         return np.sum(found, axis=0) / len(tokens)
+
+    def batches(self, aligned: Aligned, tokens: Int[np.ndarray, "prompts 2"]) -> Iterator[tuple[Batch, int]]:
+        """Yield the prompts in batches of one shape, each with its number of prompts."""
+        activations = 4 * aligned.tok_ids.shape[1] * sum(self.space.n_features)
+        at_once = min(TOGETHER, len(tokens), max(1, MEMORY // activations))
+        given = (aligned.tok_ids, aligned.place, aligned.real.astype(np.float32), aligned.lengths[:, None] - 1, tokens)
+        for start in range(0, len(tokens), at_once):
+            rows = slice(start, start + at_once)
+            ids, place, weight, last, both = (jnp.asarray(pad_below(values[rows], at_once, 0)) for values in given)
+            yield Batch(ids, place, weight, last[:, 0], both), len(tokens[rows])
 
     def hooks(self, means: tuple[LayerMeans, ...], gates: Any, place: Any) -> Hooks:
         """Return the edits that put means in place of the nodes whose gates are closed."""
@@ -141,16 +155,6 @@ def activations(params: Any, config: DictionaryConfig, acts: Any) -> Float[Array
     """Return a transcoder's activations, 0 at the tokens that it excludes, in float32."""
     found = encode(params, config, acts[config.hook_in]).astype(jnp.float32)
     return jnp.where(config.acts_at(acts["tok_ids"])[..., None], found, 0) if config.exclude else found
-
-
-def batches(aligned: Aligned, tokens: Int[np.ndarray, "prompts 2"]) -> Iterator[tuple[Batch, int]]:
-    """Yield prompts by `TOGETHER`, each batch with the number of its prompts; all batches have one shape."""
-    at_once = min(TOGETHER, len(tokens))
-    for start in range(0, len(tokens), at_once):
-        rows = slice(start, start + at_once)
-        given = (aligned.tok_ids, aligned.place, aligned.real.astype(np.float32), aligned.lengths[:, None] - 1, tokens)
-        ids, place, weight, last, both = (jnp.asarray(pad_below(values[rows], at_once, 0)) for values in given)
-        yield Batch(ids, place, weight, last[:, 0], both), len(tokens[rows])
 
 
 @partial(fast_jit, static_argnames=("n_places",))
