@@ -393,3 +393,17 @@ def test_bad_input_is_refused_in_one_line(story_model, tmp_path, capsys):
         assert cli.main(["graph", "a fox " * 40, "--model", str(story_model), "-o", page]) == 1
     assert "the context is 64" in error_line(capsys)
     assert not Path(page).exists()
+
+
+@needs_browser
+def test_neurons_and_several_targets_have_a_page_without_contexts(story_model, browser, tmp_path):
+    page = tmp_path / "graph.html"
+    assert run(story_model, "--sites", "neurons", "--max-nodes", "60", "--limit", "0", "-o", str(page)) == 0
+    open_page(browser, tmp_path)
+    assert browser.execute_script("return nodes.filter((node) => node.isTarget).length") == 10
+    assert len(set(browser.execute_script("return nodes.map((node) => node.id)"))) == 60
+    browser.execute_script("change({ chosen: nodes.find((node) => node.kind === 'feature') })")
+    assert re.match(r"L[01] neuron \d+ at", text(browser, "#panel h2"))
+    assert "promotes" in text(browser, "#panel")
+    assert "contexts" not in text(browser, "body").lower()
+    assert problems(browser) == []
