@@ -14,6 +14,7 @@ from oracle import F32, assert_close, error_of
 
 from tinymodel_jax.analysis import circuits
 from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, encoded, exact, run_frozen
+from tinymodel_jax.analysis.circuits.neurons import neurons
 from tinymodel_jax.analysis.effects.metrics import logit_difference
 from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm
 from tinymodel_jax.lm import TinyModel
@@ -145,6 +146,21 @@ def test_a_spliced_dictionary_keeps_the_value_as_an_error_at_the_tokens_that_it_
     assert graph.nodes["value"][-1] == 0 != graph.nodes["pre"][-1]
 
 
+def test_errors_are_kept_whatever_the_model_s_format_and_padding_is_no_token(lm):
+    """In bfloat16, the rounding of the model's pass is as large as small errors."""
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
+    half = TinyModel.from_params(dataclasses.replace(lm.config, dtype="bfloat16"), params)
+    for layer in range(2):
+        own = neurons(half, layer)
+        half.attach(f"M{layer}", dataclasses.replace(own, params={**own.params, "W_dec": 0.99 * own.params["W_dec"]}))
+    graph = circuits.attribution_graph(half, PROMPT, 7, 500, dtype="float64")
+    assert (graph.nodes["kind"] == "error").sum() == len(PROMPT) + 1  # the last layer has one that reaches the target
+    np.testing.assert_allclose(graph.nodes["pre"][-1], half.logits(PROMPT)[0, -1, 7].astype(jnp.float32), rtol=0.02)
+    assert "error" not in circuits.attribution_graph(half.splice(["M0", "M1"]), PROMPT, 7, 500).nodes["kind"]
+    padded = circuits.attribution_graph(lm, np.append(PROMPT, [lm.config.pad_id] * 2), 7, 60)
+    np.testing.assert_array_equal(padded.nodes, circuits.attribution_graph(lm, PROMPT, 7, 60).nodes)
+
+
 def test_influence_is_the_sum_over_paths_and_scores_follow_from_it(lm):
     lm = with_transcoders(lm)
     graph = circuits.attribution_graph(lm, PROMPT, None, 400, dtype="float64")
@@ -258,6 +274,10 @@ def test_graphs_are_saved_and_loaded_and_given_to_networkx(lm, tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="holds no graph"):
         circuits.AttributionGraph.load(tmp_path)
+    for name, content in (("graph.json", b"{}"), ("graph.safetensors", b"short")):
+        graph.save(tmp_path / "damaged")
+        (tmp_path / "damaged" / name).write_bytes(content)
+        assert "holds a damaged graph" in error_of(lambda: circuits.AttributionGraph.load(tmp_path / "damaged"))
 
 
 def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
@@ -275,10 +295,18 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
         "cuts the residual stream": lambda: graph(lm, PROMPT, dictionaries=["Rm1"]),
         "predict the same value": lambda: graph(lm, PROMPT, dictionaries=["M1", "T1"]),
         "dtype='bfloat16'": lambda: graph(lm, PROMPT, dtype="bfloat16"),  # type: ignore[arg-type]
-        "is not a linear function": lambda: graph(
+        "a direction cannot be at": lambda: graph(
             lm, PROMPT, circuits.direction("blocks.1.mlp.hook_post", np.ones(32))
         ),
         "has shape (3,); give (16,)": lambda: graph(lm, PROMPT, circuits.direction("blocks.1.hook_mlp_in", np.ones(3))),
+        "is 0 or not finite": lambda: graph(lm, PROMPT, circuits.direction("blocks.1.hook_mlp_in", np.zeros(16))),
+        "the prediction of the spliced A1": lambda: graph(
+            lm.splice("A1"), PROMPT, circuits.direction("blocks.1.hook_attn_out", np.ones(16))
+        ),
+        "names one token twice": lambda: graph(lm, PROMPT, logit_difference(4, 4)),
+        "has no tokens": lambda: graph(lm, np.full((1, 3), lm.config.pad_id)),
+        "is not a node": lambda: circuits.validity_radius(lm, PROMPT, 3),  # type: ignore[arg-type]
+        "layer '0' does not exist": lambda: circuits.qk_attribution(lm, PROMPT, "0", 0, 2, 1),  # type: ignore[arg-type]
         "is after query": lambda: circuits.qk_attribution(lm, PROMPT, 1, 0, 2, 3),
         "name a source that writes": lambda: circuits.virtual_weights(lm, "M1", "M0"),
         "is not between": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(0, 1)),

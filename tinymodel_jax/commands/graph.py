@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tinymodel_jax.analysis.report.graph.features import FeatureFacts
     from tinymodel_jax.lm import TinyModel
 
-NEURONS = "neurons"
-
 
 def graph(
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")],
@@ -77,6 +75,8 @@ def graph(
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
+    from tinymodel_jax.analysis.circuits.neurons import NEURONS
+
     lm, tags = _load(model, dictionaries), NEURONS if sites == NEURONS else parse_sites("--sites", sites)
     chosen: Any = None if target is None else lm.to_single_token(target)
     if vs is not None:

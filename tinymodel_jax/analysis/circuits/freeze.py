@@ -22,6 +22,7 @@ from tinymodel_jax.analysis.circuits.frozen import (
     prediction,
     run_frozen,
 )
+from tinymodel_jax.analysis.circuits.neurons import NEURONS, dictionary_at, is_neurons, neurons_tag
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
@@ -30,8 +31,8 @@ from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.padding import check_tok_ids, pad_to_bucket
 from tinymodel_jax.runtime.compilation import fast_jit
 
-NEURONS = "neurons"
-"""In place of dictionaries: the features are the MLPs' neurons, and there are no errors."""
+_ROUNDING = 16 * float(np.finfo(np.float32).eps)
+"""An error below this share of the model's value is the rounding of the model's own pass in float32."""
 
 
 def frozen_pass(
@@ -47,7 +48,7 @@ def frozen_pass(
         dtype: number format of all values and sums, "float32" or "float64".
 
     Raises:
-        ValueError: the prompt is not one row of token ids, a layer has no transcoder, the value that a dictionary reads
+        ValueError: the prompt is not one row with a token, a layer has no transcoder, the value that a dictionary reads
             is not a linear function of what is written to the residual stream, or a spliced dictionary is not the
             attached one.
     """
@@ -56,22 +57,26 @@ def frozen_pass(
     ids = check_tok_ids(lm.to_tokens(prompt), lm.config)
     if len(ids) != 1:
         raise ValueError(f"circuits: got {len(ids)} prompts; give one.")
+    ids = ids[:, : int((ids != lm.config.pad_id).sum())]
+    if not ids.size:
+        raise ValueError(f"circuits: the prompt {prompt!r:.80} has no tokens; give a text, or ids that are not [PAD].")
     sites = _sites(lm, dictionaries)
     padded, length = pad_to_bucket(ids, lm.config)
     hooks = ("attn.hook_pattern", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")
     keep = [f"blocks.{layer}.{hook}" for layer in range(lm.config.n_layers) for hook in hooks]
-    keep += [lm[tag].dictionary.config.hook_in for _, _, tag in sites if tag != NEURONS]
+    keep += [lm[tag].dictionary.config.hook_in for _, _, tag in sites if not is_neurons(tag)]
     _, kept = forward(lm.hooked(), padded, keep=tuple(dict.fromkeys(keep)), output="none")
     acts = {name: np.asarray(value[0], np.float32) for name, value in kept.items()}
     with exact(dtype):
         found = [_active(lm, padded, length, acts, *site, dtype) for site in sites]
-        return _with_values(_unvalued(lm, np.asarray(padded[0]), length, acts, tuple(found), dtype))
+        unvalued = _unvalued(lm, np.asarray(padded[0]), length, acts, tuple(found), dtype)
+        return _with_values(unvalued, exact_tags=tuple(tag for _, _, tag in sites if _is_written(lm, tag)))
 
 
 def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tuple[Part, int, str]]:
     """Return the part, layer and tag of each dictionary, in the order of the forward pass."""
-    neurons = dictionaries == NEURONS
-    given = [] if dictionaries is None or neurons else as_names(dictionaries)
+    only_neurons = dictionaries == NEURONS
+    given = [] if dictionaries is None or only_neurons else as_names(dictionaries)
     found: dict[tuple[int, Part], str] = {}
     for site in [Site.whole(tag, "circuits: ") for tag in (*given, *lm.spliced)]:
         if site.kind not in ("M", "T", "A"):
@@ -83,10 +88,16 @@ def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tupl
         if found.setdefault((site.layer, part), site.tag) != site.tag:
             raise ValueError(f"circuits: {found[site.layer, part]} and {site.tag} predict the same value; use one.")
     for layer in range(lm.config.n_layers):
-        found.setdefault((layer, "mlp"), NEURONS if neurons else f"M{layer}")
+        found.setdefault((layer, "mlp"), neurons_tag(layer) if only_neurons else f"M{layer}")
     for tag in lm.spliced:
         _require_as_attached(lm, tag)
     return [(part, layer, tag) for (layer, part), tag in sorted(found.items())]
+
+
+def _is_written(lm: TinyModel, tag: str) -> bool:
+    """Whether the model writes the prediction itself, so that there is no error where the dictionary acts."""
+    splice: Any = None if is_neurons(tag) else lm.hooked().hooks.get(lm[tag].dictionary.config.hook_out)
+    return is_neurons(tag) or (tag in lm.spliced and not splice.include_error)
 
 
 def _require_as_attached(lm: TinyModel, tag: str) -> None:
@@ -113,19 +124,14 @@ def _active(
     dtype: Precision,
 ) -> FrozenDictionary:
     """Return a dictionary's active features, with the model's value in place of `error`, and without `acts`."""
-    neurons, acting = tag == NEURONS, np.arange(padded.shape[1]) < length
-    if neurons:
-        tag, found = f"L{layer} MLP", acts[f"blocks.{layer}.mlp.hook_post"]
-    else:
-        found, acting = _activations(lm, padded, acts, tag), acting & lm[tag].dictionary.config.acts_at(padded[0])
+    dictionary = dictionary_at(lm, tag)
+    acting = (np.arange(padded.shape[1]) < length) & dictionary.config.acts_at(padded[0])
+    found = acts[f"blocks.{layer}.mlp.hook_post"] if is_neurons(tag) else _activations(lm, padded, acts, tag)
     active = (found > 0) & acting[:, None]
     used = np.flatnonzero(active.any(axis=0))
     counts = active.sum(axis=1)
     n_used, n_active = _rounded_up(len(used), 64), _rounded_up(int(counts.max()), 8)
-    if neurons:
-        W_enc, b_enc, W_dec, b_dec, W_skip = _neurons(lm.params[f"blocks_{layer}"]["mlp"], used)
-    else:
-        W_enc, b_enc, W_dec, b_dec, W_skip = linear_parts(lm[tag].dictionary, used)
+    W_enc, b_enc, W_dec, b_dec, W_skip = linear_parts(dictionary, used)
     where = np.zeros((len(found), n_active), np.int32)
     order = np.argsort(~active[:, used], axis=1, kind="stable")[:, :n_active]
     where[:, : order.shape[1]] = order
@@ -136,7 +142,6 @@ def _active(
         tag=tag,
         layer=layer,
         part=part,
-        neurons=neurons,
         features=jnp.asarray(np.pad(used.astype(np.int32), rows, constant_values=-1)),
         W_enc=jnp.asarray(np.pad(W_enc, (rows, (0, 0))), dtype),
         b_enc=jnp.asarray(np.pad(b_enc, rows), dtype),
@@ -159,24 +164,19 @@ def _activations(lm: TinyModel, padded: np.ndarray, acts: dict[str, np.ndarray],
     return np.asarray(encode(dictionary.params, dictionary.config, acts[dictionary.config.hook_in]))
 
 
-def _neurons(mlp: Any, used: np.ndarray) -> tuple[Any, ...]:
-    mlp = {name: np.asarray(array, np.float64) for name, array in mlp.items()}
-    return mlp["W_in"][:, used].T, mlp["b_in"][used], mlp["W_out"][used], mlp["b_out"], None
-
-
 def linear_parts(dictionary: Dictionary, used: np.ndarray) -> tuple[Any, ...]:
     """Return W_enc, b_enc, W_dec, b_dec and W_skip of features that are active: their activations are linear."""
-    params, config = dictionary.params, dictionary.config
-    W_enc = np.asarray(params["W_enc"][:, used], np.float64).T
-    b_dec = np.asarray(params["b_dec"], np.float64)
+    config = dictionary.config
+    params = {name: np.asarray(array) for name, array in dictionary.params.items()}  # NumPy indexes without compiling
+    W_enc, W_dec = params["W_enc"][:, used].T.astype(np.float64), params["W_dec"][used].astype(np.float64)
+    b_dec = params["b_dec"].astype(np.float64)
     gated = config.architecture == "gated"
     if gated:
-        W_enc = W_enc * np.exp(np.asarray(params["r_mag"], np.float64)[used])[:, None]
-    b_enc = np.asarray(params["b_mag" if gated else "b_enc"], np.float64)[used]
+        W_enc = W_enc * np.exp(params["r_mag"][used].astype(np.float64))[:, None]
+    b_enc = params["b_mag" if gated else "b_enc"][used].astype(np.float64)
     if config.subtract_b_dec:
         b_enc = b_enc - W_enc @ b_dec
-    W_skip = np.asarray(params["W_skip"], np.float64) if config.skip else None
-    return W_enc, b_enc, np.asarray(params["W_dec"][used], np.float64), b_dec, W_skip
+    return W_enc, b_enc, W_dec, b_dec, params["W_skip"].astype(np.float64) if config.skip else None
 
 
 def _unvalued(
@@ -207,22 +207,31 @@ def _unvalued(
     )
 
 
-@fast_jit
-def _with_values(frozen: FrozenPass) -> FrozenPass:
-    """Compute activations, errors and the final stream."""
-    final, found, _ = run_frozen(frozen, partial(_valued, frozen))
+@partial(fast_jit, static_argnames=("exact_tags",))
+def _with_values(frozen: FrozenPass, *, exact_tags: tuple[str, ...]) -> FrozenPass:
+    """Compute activations, errors and the final stream.
+
+    Args:
+        exact_tags: dictionaries without errors where they act.
+    """
+
+    def valued(dictionary: FrozenDictionary, read: Array) -> FrozenDictionary:
+        """Return a dictionary in which the model's value stands for the error, with its activations and its error."""
+        with_acts, value = dataclasses.replace(dictionary, acts=encoded(dictionary, read)), dictionary.error
+        error = value - prediction(with_acts, read)
+        size, whole = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (error, value))
+        kept = size > _ROUNDING * whole
+        if dictionary.tag in exact_tags:
+            kept &= ~dictionary.acting[:, None]
+        return dataclasses.replace(with_acts, error=jnp.where(kept, error, 0))
+
+    final, found, _ = run_frozen(frozen, valued)
     return dataclasses.replace(frozen, dictionaries=tuple(found), final=final)
 
 
-def _valued(frozen: FrozenPass, dictionary: FrozenDictionary, read: Array) -> FrozenDictionary:
-    """Return a dictionary, in which the model's value stands for the error, with its activations and its error."""
-    valued = dataclasses.replace(dictionary, acts=encoded(dictionary, read))
-    value = dictionary.error
-    error = jnp.zeros_like(value) if dictionary.neurons else value - prediction(valued, read)
-    size, whole = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (error, value))
-    rounding = 16 * float(jnp.finfo(frozen.config.dtype).eps)
-    return dataclasses.replace(valued, error=jnp.where(size > rounding * whole, error, 0))
-
-
-def _rounded_up(n: int, multiple: int) -> int:
-    return max(-(-n // multiple), 1) * multiple
+def _rounded_up(n: int, least: int) -> int:
+    """Return the next of least x 1, 2, 3, 4, 6, 8, 12, 16, …, so that prompts share their compiled programs."""
+    power = least
+    while power < n:
+        power *= 2
+    return power * 3 // 4 if n <= power * 3 // 4 and power > 2 * least else power

@@ -34,11 +34,10 @@ class FrozenDictionary:
     """
 
     tag: str = struct.field(pytree_node=False)
+    """That of a dictionary of the model, or of neurons."""
     layer: int = struct.field(pytree_node=False)
     part: Part = struct.field(pytree_node=False)
     """Whose output it predicts."""
-    neurons: bool = struct.field(pytree_node=False)
-    """Whether it is an MLP itself, which has no error."""
     features: Int[Array, " u"]
     """Numbers of the features in the dictionary; -1 in the padding."""
     W_enc: Float[Array, "u d"]

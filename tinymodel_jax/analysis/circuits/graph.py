@@ -193,7 +193,9 @@ class AttributionGraph:
 
         Raises:
             FileNotFoundError: the folder holds no graph.
+            ValueError: its files are damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         folder = Path(folder).expanduser()
@@ -202,12 +204,14 @@ class AttributionGraph:
             raise FileNotFoundError(
                 f"{folder} holds no graph ({', '.join(missing)} not found); graph.save(folder) writes one."
             )
-        texts, numbers = json.loads((folder / "graph.json").read_text("utf-8")), load_file(folder / "graph.safetensors")
-        nodes = _table(NODE, {**{f"nodes.{n}": texts[n] for n in ("kind", "site")}, **numbers}, "nodes")
-        edges = _table(EDGE, numbers, "edges")
-        return cls(
-            nodes, edges, tuple(texts["tokens"]), numbers["weights"], texts["unexplained"], tuple(texts["labels"])
-        )
+        try:
+            texts = json.loads((folder / "graph.json").read_text("utf-8"))
+            numbers = load_file(folder / "graph.safetensors")
+            nodes = _table(NODE, {**{f"nodes.{n}": texts[n] for n in ("kind", "site")}, **numbers}, "nodes")
+            tokens, labels, unexplained = tuple(texts["tokens"]), tuple(texts["labels"]), texts["unexplained"]
+            return cls(nodes, _table(EDGE, numbers, "edges"), tokens, numbers["weights"], unexplained, labels)
+        except (KeyError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{folder} holds a damaged graph ({error}); save it again.") from error
 
     def _largest_first(self, end: str, node: int) -> np.ndarray:
         found = self.edges[self.edges[end] == node]

@@ -110,7 +110,7 @@ def qk_attribution(
     """
     for name, number, count in (("layer", layer, lm.config.n_layers), ("head", head, lm.config.n_heads)):
         if number not in range(count):
-            raise ValueError(f"qk_attribution: {name} {number} does not exist; the model has 0..{count - 1}.")
+            raise ValueError(f"qk_attribution: {name} {number!r} does not exist; the model has 0..{count - 1}.")
     frozen = frozen_pass(lm, prompt, dictionaries, dtype)
     query = resolve_position(frozen, query, "qk_attribution: query")
     key = resolve_position(frozen, key, "qk_attribution: key")

@@ -143,6 +143,8 @@ def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> T
     a, b = token_ids(lm, target.a), token_ids(lm, target.b)
     if len(a) > 1 or len(b) > 1:
         raise ValueError(f"attribution_graph: {target} has several tokens on a side; a graph is of one row: give one.")
+    if a[0] == b[0]:
+        raise ValueError(f"attribution_graph: {target} names one token twice, so the difference is 0; name two tokens.")
     one, other = _logit(lm, frozen, int(a[0])), _logit(lm, frozen, int(b[0]))
     site = f"blocks.{lm.config.n_layers - 1}.hook_resid_post"
     return one._replace(
@@ -171,14 +173,21 @@ def _direction(lm: TinyModel, frozen: FrozenPass, target: DirectionTarget) -> Ta
     layer, hook = block_and_hook(target.hook) if target.hook.startswith("blocks.") else (-1, target.hook)
     if hook not in _PLACES:
         raise ValueError(
-            f"attribution_graph: {target.hook} is not a linear function of what is written to the residual stream; "
-            f"those that are: {', '.join(_PLACES)}."
+            f"attribution_graph: a direction cannot be at {target.hook}; the hook points of a block that are linear "
+            f"functions of the residual stream are: {', '.join(_PLACES)}."
+        )
+    if hook == "hook_attn_out" and f"A{layer}" in lm.spliced:
+        raise ValueError(
+            f"attribution_graph: the model has the prediction of the spliced A{layer} at {target.hook}; give the "
+            f"direction at blocks.{layer}.hook_resid_mid, or name features of A{layer}."
         )
     vector = np.asarray(target.vector, np.float64)
     heads = hook.startswith("attn.")
     shape = (lm.config.n_heads, lm.config.d_head) if heads else (hook_width(target.hook, lm.config),)
     if vector.shape != shape:
         raise ValueError(f"attribution_graph: the direction at {target.hook} has shape {vector.shape}; give {shape}.")
+    if not np.isfinite(vector).all() or not vector.any():
+        raise ValueError(f"attribution_graph: the direction at {target.hook} is 0 or not finite; give another vector.")
     block, bias = lm.params[f"blocks_{layer}"], 0.0
     if hook in ("attn.hook_q", "attn.hook_k", "attn.hook_v"):
         W = np.asarray(block["attn"][f"W_{hook[-1].upper()}"], np.float64)
@@ -217,5 +226,5 @@ def resolve_position(frozen: FrozenPass, position: int, asker: str = "attributio
     """
     length = int(frozen.length)
     if position not in range(-length, length):
-        raise ValueError(f"{asker} {position} is outside the prompt; it has 0..{length - 1}.")
+        raise ValueError(f"{asker} {position!r} is outside the prompt; it has 0..{length - 1}.")
     return position % length

@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
 from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass, biases, encoded, exact, run_frozen
+from tinymodel_jax.analysis.circuits.neurons import dictionary_at
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -41,7 +42,7 @@ class ValidityRadius(NamedTuple):
 def validity_radius(
     lm: TinyModel, prompt: Any, source: np.void, *, dictionaries: str | Iterable[str] | None = None
 ) -> ValidityRadius:
-    """Return how far the write of a source can change before a feature of a later layer switches on or off.
+    """Return how far the write of a source can change before a feature that is computed after it switches on or off.
 
     Patterns and errors are held, features respond. Within the range, the change of any reading is delta times the
     source's total effect. Computed in float64.
@@ -53,6 +54,8 @@ def validity_radius(
     Raises:
         ValueError: as `frozen_pass`, or the source is not written in this prompt's pass.
     """
+    if not isinstance(source, np.void):
+        raise ValueError(f"validity_radius: source {source!r:.80} is not a node; give one of graph.nodes.")
     frozen = frozen_pass(lm, prompt, dictionaries, "float64")
     with exact("float64"):
         written, place = _write(frozen, source)
@@ -115,7 +118,7 @@ def _first_switch(
     length = int(frozen.length)
     margins = _margins(lm, dictionary, read[:length], change[:length])
     if len(margins) == 1 and _takes_top_k(lm, dictionary):
-        at = _until_ranks_change(*margins[0], lm[dictionary.tag].dictionary.config.k or 0)
+        at = _until_ranks_change(*margins[0], dictionary_at(lm, dictionary.tag).config.k or 0)
     else:
         at = _until_sign_changes(margins)
     at[~np.asarray(dictionary.acting)[:length]] = np.inf
@@ -125,19 +128,14 @@ def _first_switch(
 
 
 def _takes_top_k(lm: TinyModel, dictionary: FrozenDictionary) -> bool:
-    return not dictionary.neurons and lm[dictionary.tag].dictionary.config.architecture == "topk"
+    return dictionary_at(lm, dictionary.tag).config.architecture == "topk"
 
 
 def _margins(
     lm: TinyModel, dictionary: FrozenDictionary, x: np.ndarray, dx: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the numbers that are positive where a feature is active (all of them), (s, features), and their slopes."""
-    if dictionary.neurons:
-        mlp = lm.params[f"blocks_{dictionary.layer}"]["mlp"]
-        params = {name: np.asarray(array, np.float64) for name, array in mlp.items()}
-        threshold = np.maximum(params.get("threshold", 0), 0)
-        return [(x @ params["W_in"] + params["b_in"] - threshold, dx @ params["W_in"])]
-    own = lm[dictionary.tag].dictionary
+    own = dictionary_at(lm, dictionary.tag)
     params = {name: np.asarray(array, np.float64) for name, array in own.params.items()}
     if own.config.subtract_b_dec:
         x = x - params["b_dec"]

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from tinymodel_jax.analysis.circuits.freeze import NEURONS
+from tinymodel_jax.analysis.circuits.neurons import NEURONS, neurons, neurons_tag
 from tinymodel_jax.analysis.circuits.node_sets.mean_ablation import Gated, LayerMeans
 from tinymodel_jax.analysis.circuits.node_sets.nodes import CIRCUIT_NODE, NodeSpace, labels
 from tinymodel_jax.analysis.circuits.node_sets.places import OTHER, Aligned, Places, align
-from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import forward
@@ -115,10 +113,10 @@ def gated_model(lm: TinyModel, tags: tuple[str, ...], n_places: int) -> Gated:
     Raises:
         ValueError: a tag is not that of a transcoder, or a layer has none.
     """
-    neurons = tags == (NEURONS,)
-    layers = range(lm.config.n_layers)
-    sites = tuple(f"L{layer} MLP" for layer in layers) if neurons else tags
-    found = tuple(_neurons(lm, layer) for layer in layers) if neurons else tuple(lm[tag].dictionary for tag in tags)
+    sites, found = tags, tuple(lm[tag].dictionary for tag in tags if tag != NEURONS)
+    if tags == (NEURONS,):
+        layers = range(lm.config.n_layers)
+        sites, found = tuple(map(neurons_tag, layers)), tuple(neurons(lm, layer) for layer in layers)
     n_features = tuple(dictionary.config.n_features for dictionary in found)
     return Gated(lm.hooked(), found, NodeSpace(sites, n_places, lm.config.n_heads, n_features))
 
@@ -186,12 +184,3 @@ def gated_like(lm: TinyModel, circuit: Circuit) -> Gated:
             f"{shapes[0]}; run it in that one, with the dictionaries {', '.join(circuit.dictionaries)}."
         )
     return gated
-
-
-def _neurons(lm: TinyModel, layer: int) -> Dictionary:
-    """Return the neurons of an MLP as a transcoder without an error."""
-    config, mlp = lm.config, lm.params[f"blocks_{layer}"]["mlp"]
-    hooks = (f"blocks.{layer}.hook_mlp_in", f"blocks.{layer}.hook_mlp_out")
-    names = {"W_in": "W_enc", "b_in": "b_enc", "W_out": "W_dec", "b_out": "b_dec", "threshold": "threshold"}
-    own = DictionaryConfig(*hooks, config.d_model, config.d_model, config.d_mlp, architecture=config.mlp_activation)
-    return Dictionary.from_params(own, {names[name]: array for name, array in mlp.items()})

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from tinymodel_jax.analysis.circuits.freeze import NEURONS
+from tinymodel_jax.analysis.circuits.neurons import NEURONS
 from tinymodel_jax.analysis.circuits.node_sets.circuit import (
     Circuit,
     aligned_like,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_text
+from tinymodel_jax.analysis.circuits.neurons import dictionary_at, is_neurons
 from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GRAPHS, read_data
 from tinymodel_jax.analysis.report.dashboard.folders import FOLDER, INDEX
 from tinymodel_jax.analysis.report.dashboard.records import context_records, rounded
@@ -65,11 +66,7 @@ def logit_facts(lm: TinyModel, graph: AttributionGraph) -> FeatureFacts:
     records: Records = {}
     top = min(TOKENS, lm.config.d_vocab)
     for tag, features in _features_of(graph).items():
-        if _is_dictionary(tag):
-            rows = lm[tag].dictionary.params["W_dec"][features]
-        else:  # neurons, whose site is `L2 MLP`
-            layer = int(graph.nodes["layer"][graph.nodes["site"] == tag][0])
-            rows = lm.params[f"blocks_{layer}"]["mlp"]["W_out"][features]
+        rows = dictionary_at(lm, tag).params["W_dec"][features]
         promoted, up, suppressed, down = strongest_tokens(lm, rows, top)
         records[tag] = {
             int(feature): {
@@ -99,7 +96,7 @@ def measured_facts(
     """
     facts = logit_facts(lm, graph)
     for tag, features in _features_of(graph).items():
-        if not _is_dictionary(tag):
+        if is_neurons(tag):
             continue
         reader = lm[tag]
 
@@ -172,10 +169,6 @@ def _features_of(graph: AttributionGraph) -> dict[str, Int[np.ndarray, " n"]]:
     features = graph.nodes[graph.nodes["kind"] == "feature"]
     tags = dict.fromkeys(features["site"].tolist())
     return {tag: np.unique(features["feature"][features["site"] == tag]) for tag in tags}
-
-
-def _is_dictionary(tag: str) -> bool:
-    return not tag.endswith(" MLP")  # the site of neurons, as `frozen_pass` names it
 
 
 def _pairs(tokens: np.ndarray, effects: np.ndarray) -> list[list[Any]]:
