@@ -1,4 +1,4 @@
-"""`tinymodel graph`: its page in a real browser, circuit-tracer's JSON, and what it refuses."""
+"""The page of `tinymodel graph` in a real browser."""
 
 import json
 import re
@@ -10,20 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from browsers import chromium, needs_browser, problems
-from conftest import as_users_run_it, error_line
+from conftest import as_users_run_it
+from test_graph_command import PROMPT, run
 
 from tinymodel_jax.analysis.circuits.graph import Scores
 from tinymodel_jax.analysis.report.page import write_page
 from tinymodel_jax.commands import cli
 from tinymodel_jax.lm import TinyModel
 
+pytestmark = needs_browser
 HOSTILE = "<script>document.title = 'broken into'</script>"
-PROMPT = "Once upon a time, a fox was sad."
-
-
-def run(story_model: Path, *options: str) -> int:
-    with as_users_run_it():
-        return cli.main(["graph", PROMPT, "--model", str(story_model), *options])
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +32,10 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(story_model: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the page and the JSON of a graph of a small model, whose first layer has few active features."""
+    """A folder with the page of a graph of a small model."""
     folder = tmp_path_factory.mktemp("graph")
     options = ["--target", " Lily", "--vs", " Tim", "--max-nodes", "120", "--edge-share", "1", "--sites", "A1"]
-    outputs = ["-o", str(folder / "graph.html"), "--json", str(folder / "graph.json")]
-    assert run(story_model, *options, "--data", str(stories), *outputs) == 0
+    assert run(story_model, *options, "--data", str(stories), "-o", str(folder / "graph.html")) == 0
     return folder
 
 
@@ -79,7 +74,6 @@ def press(browser: Any, *keys: str) -> None:
     ActionChains(browser).send_keys(*keys).perform()
 
 
-@needs_browser
 def test_the_inputs_of_each_node_are_shown_to_add_up(files, story_model, browser):
     open_page(browser, files)
     lm = TinyModel(story_model)
@@ -165,7 +159,6 @@ FRAMES = """
 """Pans for sixty frames, and returns the milliseconds of each, sorted."""
 
 
-@needs_browser
 @pytest.mark.parametrize("links", ["chosen", "all"])
 def test_2000_nodes_and_30_000_links_are_panned_smoothly(many, browser, links):
     browser.set_script_timeout(60)
@@ -182,7 +175,6 @@ def test_2000_nodes_and_30_000_links_are_panned_smoothly(many, browser, links):
     assert problems(browser) == []
 
 
-@needs_browser
 def test_heads_say_why_they_looked_and_features_what_they_do(files, browser):
     open_page(browser, files)
     opened = "node.in.some((e) => headButtons(e).some((part) => part.tagName === 'BUTTON'))"
@@ -203,7 +195,6 @@ def test_heads_say_why_they_looked_and_features_what_they_do(files, browser):
     assert problems(browser) == []
 
 
-@needs_browser
 def test_search_keys_and_sliders_find_and_hide_nodes(files, browser):
     from selenium.webdriver.common.keys import Keys
 
@@ -238,7 +229,6 @@ def test_search_keys_and_sliders_find_and_hide_nodes(files, browser):
     assert problems(browser) == []
 
 
-@needs_browser
 def test_pins_and_groups_are_in_the_address_and_in_a_file(files, browser, tmp_path):
     open_page(browser, files)
     browser.execute_script("change({ pinned: nodes.filter((node) => node.expanded).slice(-4) })")
@@ -278,7 +268,6 @@ def test_pins_and_groups_are_in_the_address_and_in_a_file(files, browser, tmp_pa
     assert problems(browser) == []
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [360, 1000, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme):
@@ -300,7 +289,6 @@ def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-@needs_browser
 def test_graphs_and_dashboards_lead_to_each_other(story_model, stories, browser, tmp_path):
     pages, page = tmp_path / "some pages", tmp_path / "graphs" / "graph.html"
     with as_users_run_it():
@@ -329,73 +317,6 @@ def test_graphs_and_dashboards_lead_to_each_other(story_model, stories, browser,
     assert problems(browser) == []
 
 
-def test_the_json_is_in_circuit_tracer_s_schema(files, story_model):
-    found = json.loads((files / "graph.json").read_text())
-    assert set(found) == {"metadata", "qParams", "nodes", "links"}
-    assert found["metadata"] == {
-        "slug": "graph",
-        "scan": story_model.name,
-        "transcoder_list": [],
-        "prompt_tokens": TinyModel(story_model).to_str_tokens(PROMPT),
-        "prompt": f"[BEGIN]{PROMPT}",
-        "node_threshold": None,
-        "schema_version": 1,
-    }
-    nodes = {node["node_id"]: node for node in found["nodes"]}
-    assert len(nodes) == len(found["nodes"])
-    kinds = {"embedding", "mlp reconstruction error", "cross layer transcoder", "logit"}
-    assert {node["feature_type"] for node in nodes.values()} == kinds
-    for name, node in nodes.items():
-        if node["feature_type"] == "cross layer transcoder":
-            layer, feature, position = map(int, name.split("_"))
-            assert node["feature"] == (layer + feature) * (layer + feature + 1) // 2 + feature
-            assert (node["layer"], node["ctx_idx"]) == (str(layer), position)
-            assert node["activation"] > 0
-    (logit,) = (node for node in nodes.values() if node["feature_type"] == "logit")
-    assert logit["is_target_logit"]
-    assert logit["clerp"] == 'Output "“ Lily” − “ Tim”" (p=0.000)'
-    assert {node["layer"] for node in nodes.values()} == {"E", "1", "2", "3", "5"}  # MLP 0, attention 1, MLP 1
-    for link in found["links"]:
-        assert link["source"] in nodes
-        assert link["target"] in nodes
-    assert json.loads((files / "graph-metadata.json").read_text()) == {"graphs": [found["metadata"]]}
-    influences = sorted(node["influence"] for node in nodes.values() if node["influence"] is not None)
-    assert 0 < influences[0] <= influences[-1] <= 1 + 1e-9
-
-
-def test_bad_input_is_refused_in_one_line(story_model, tmp_path, capsys):
-    page = str(tmp_path / "page.html")
-    bare = TinyModel(story_model)
-    TinyModel.from_params(bare.config, bare.params, bare.tokenizer).save_pretrained(tmp_path / "bare")
-    cases = [
-        ([], "give -o graph.html"),
-        (["-o", "page.txt"], "--out page.txt: expected the name of a .html file"),
-        (["-o", page, "--json", "x.js"], "--json x.js: expected the name of a .json file"),
-        (["-o", page, "--vs", " Tim"], "give both"),
-        (["-o", page, "--target", " Tim", "--vs", " Tim"], "the difference is always 0"),
-        (["-o", page, "--target", " zebra"], "' zebra' is 4 tokens"),
-        (["-o", page, "--max-nodes", "0"], "--max-nodes 0 must be 1 or more"),
-        (["-o", page, "--max-nodes", "5"], "--max-nodes 5; 10 targets, the biases and the rest are 15 nodes"),
-        (["-o", page, "--limit", "-1"], "--limit -1 must be 0"),
-        (["-o", page, "--sites", "Rm1"], "'Rm1' cuts the residual stream"),
-        (["-o", page, "--node-share", "2"], "node_share=2.0; it must be above 0 and at most 1"),
-        (["-o", page, "--data", "nowhere"], "nowhere"),
-        (["-o", page, "--dictionaries", "nowhere"], "--dictionaries nowhere does not exist"),
-        (["-o", page, "--dashboard", "nowhere"], "nowhere holds no dashboard"),
-    ]
-    for options, words in cases:
-        assert run(story_model, *options) == 1
-        assert words in error_line(capsys)
-    assert run(tmp_path / "bare", "-o", page) == 1
-    assert "'M0': this model has no dictionary there" in (line := error_line(capsys))
-    assert line.endswith("lm.attach('M0', path). For this command: --dictionaries FOLDER, or --sites neurons.\n")
-    with as_users_run_it():
-        assert cli.main(["graph", "a fox " * 40, "--model", str(story_model), "-o", page]) == 1
-    assert "the context is 64" in error_line(capsys)
-    assert not Path(page).exists()
-
-
-@needs_browser
 def test_neurons_and_several_targets_have_a_page_without_contexts(story_model, browser, tmp_path):
     page = tmp_path / "graph.html"
     assert run(story_model, "--sites", "neurons", "--max-nodes", "60", "--limit", "0", "-o", str(page)) == 0
@@ -406,4 +327,47 @@ def test_neurons_and_several_targets_have_a_page_without_contexts(story_model, b
     assert re.match(r"L[01] neuron \d+ at", text(browser, "#panel h2"))
     assert "promotes" in text(browser, "#panel")
     assert "contexts" not in text(browser, "body").lower()
+    assert problems(browser) == []
+
+
+def test_the_mouse_and_fingers_point_choose_pin_pan_and_zoom(files, browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, files)
+    canvas = browser.find_element("id", "canvas")
+    box = canvas.rect
+    node = "nodes.filter((node) => node.shown && node.kind === 'feature' && onScreen(node)[0] > LEFT).at(-1)"
+    x, y = browser.execute_script(f"return onScreen({node})")
+    offset = (round(x - box["width"] / 2), round(y - box["height"] / 2))
+    chosen = browser.execute_script(f"return {node}.id")
+    ActionChains(browser).move_to_element_with_offset(canvas, *offset).perform()
+    assert browser.execute_script("return state.hovered.id") == chosen
+    assert chosen.split("@")[0] in text(browser, "#tip")
+    ActionChains(browser).click().perform()
+    assert browser.execute_script("return state.chosen.id") == chosen
+    ActionChains(browser).key_down(Keys.SHIFT).click().key_up(Keys.SHIFT).perform()
+    assert browser.execute_script("return saved().pinned") == [chosen]
+
+    open_page(browser, files)
+    canvas = browser.find_element("id", "canvas")
+    view = "return [view.x, view.y, view.k]"
+    before = browser.execute_script(view)
+    ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 25).release().perform()
+    assert browser.execute_script(view) == [before[0] + 40, before[1] + 25, before[2]]
+    assert browser.execute_script("return state.chosen.isTarget")  # a drag chooses nothing
+
+    def touch(kind: str, *fingers: tuple[int, int]) -> None:
+        points = [{"x": box["x"] + x, "y": box["y"] + y, "id": i} for i, (x, y) in enumerate(fingers)]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    before = browser.execute_script(view)
+    touch("touchStart", (200, 200))
+    touch("touchMove", (230, 190))
+    touch("touchEnd")
+    assert browser.execute_script(view) == [before[0] + 30, before[1] - 10, before[2]]
+    touch("touchStart", (200, 200), (300, 200))
+    touch("touchMove", (150, 200), (350, 200))
+    touch("touchEnd")
+    assert browser.execute_script("return view.k") == pytest.approx(2 * before[2])
     assert problems(browser) == []
