@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,13 +265,14 @@ def label_of(node: np.void, tokens: tuple[str, ...]) -> str:
 
 
 def token_texts(lm: TinyModel, frozen: FrozenPass) -> tuple[str, ...]:
-    """Return the text of each token of the prompt, as `token_text`."""
-    return tuple(token_text(lm, token) for token in np.asarray(frozen.tok_ids)[: int(frozen.length)].tolist())
+    """Return the text of each token of the prompt, as `texts_of`."""
+    return tuple(texts_of(lm, np.asarray(frozen.tok_ids)[: int(frozen.length)].tolist()))
 
 
-def token_text(lm: TinyModel, token: int) -> str:
-    """Return the text of a token; its id, if the model has no tokenizer or its files are not here."""
+def texts_of(lm: TinyModel, tokens: Sequence[int]) -> list[str]:
+    """Return the text of each token; its id, if the model has no tokenizer or its files are not here."""
     try:
-        return lm.tokenizer.decode([token])
+        tokenizer = lm.tokenizer
     except (ValueError, FileNotFoundError):
-        return str(token)
+        return list(map(str, tokens))
+    return [tokenizer.decode([token]) for token in tokens]

@@ -116,10 +116,12 @@ def qk_attribution(
     key = resolve_position(frozen, key, "qk_attribution: key")
     if key > query:
         raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
-    return divided_score(lm, frozen, layer, head, query, key)
+    return divided_score(lm, frozen, token_texts(lm, frozen), layer, head, query, key)
 
 
-def divided_score(lm: TinyModel, frozen: FrozenPass, layer: int, head: int, query: int, key: int) -> QKAttribution:
+def divided_score(
+    lm: TinyModel, frozen: FrozenPass, tokens: tuple[str, ...], layer: int, head: int, query: int, key: int
+) -> QKAttribution:
     """Do as `qk_attribution` on a frozen pass, in its number format. The positions count from the start."""
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
     directions = [np.asarray(attn[name][head]).T for name in ("W_Q", "W_K")]
@@ -130,5 +132,5 @@ def divided_score(lm: TinyModel, frozen: FrozenPass, layer: int, head: int, quer
     query_parts = query_parts / math.sqrt(lm.config.d_head)
     score = float(query_parts.sum(axis=0) @ key_parts.sum(axis=0))
     of_query, of_key = query_parts.any(axis=1), key_parts.any(axis=1)
-    sources, tokens = table[: len(rows.T)], token_texts(lm, frozen)
+    sources = table[: len(rows.T)]
     return QKAttribution(score, sources[of_query], sources[of_key], tokens, query_parts[of_query], key_parts[of_key])

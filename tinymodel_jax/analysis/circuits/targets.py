@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.freeze import linear_parts
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass
-from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_text
+from tinymodel_jax.analysis.circuits.graph import AttributionGraph, texts_of
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
 from tinymodel_jax.analysis.effects.metrics import LogitDifference
 from tinymodel_jax.block_order import block_and_hook
@@ -213,9 +213,10 @@ def target_names(lm: TinyModel, graph: AttributionGraph, targets: Any = None) ->
 
 def _name(lm: TinyModel, graph: AttributionGraph, number: int, target: Any) -> str:
     if isinstance(target, LogitDifference):
-        return " − ".join(f"“{token_text(lm, int(token_ids(lm, side)[0]))}”" for side in (target.a, target.b))
+        one, other = texts_of(lm, [int(token_ids(lm, side)[0]) for side in (target.a, target.b)])
+        return f"“{one}” − “{other}”"
     node = graph.nodes[number]
-    return token_text(lm, int(node["feature"])) if node["kind"] == "logit" else graph.labels[number]
+    return texts_of(lm, [int(node["feature"])])[0] if node["kind"] == "logit" else graph.labels[number]
 
 
 def resolve_position(frozen: FrozenPass, position: int, asker: str = "attribution_graph: position") -> int:

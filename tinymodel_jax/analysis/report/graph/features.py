@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_text
+from tinymodel_jax.analysis.circuits.graph import AttributionGraph, texts_of
 from tinymodel_jax.analysis.circuits.neurons import dictionary_at, is_neurons
 from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GRAPHS, read_data
 from tinymodel_jax.analysis.report.dashboard.folders import FOLDER, INDEX
 from tinymodel_jax.analysis.report.dashboard.records import context_records, rounded
 from tinymodel_jax.analysis.report.dashboard.windows import window_activations
-from tinymodel_jax.analysis.report.page import token_text as shown
+from tinymodel_jax.analysis.report.page import token_text
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_queries import concept_f1
 from tinymodel_jax.analysis.search.logit_effects import strongest_tokens
@@ -161,7 +161,7 @@ def words_of(lm: TinyModel, graph: AttributionGraph, facts: FeatureFacts) -> dic
         for record in records.values():
             used |= {token for token, _ in (*record["promoted"], *record["suppressed"])}
             used |= {token for _, _, ids, _ in record.get("contexts", ()) for token in ids}
-    return {token: shown(token_text(lm, token)) for token in sorted(used)}
+    return dict(zip(sorted(used), map(token_text, texts_of(lm, sorted(used))), strict=True))
 
 
 def _features_of(graph: AttributionGraph) -> dict[str, Int[np.ndarray, " n"]]:

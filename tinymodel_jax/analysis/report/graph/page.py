@@ -31,7 +31,7 @@ DIGITS = 8
 """Significant digits of the weights."""
 HEADS_OF_AN_EDGE = 3
 """Heads that the page names for an edge, the strongest."""
-EXPLAINED = 48
+EXPLAINED = 32
 """Places (layer, head, query, key) whose attention score the page divides among pairs, those that carry most."""
 PAIRS = 8
 """Pairs of sources that the page lists for a score."""
@@ -67,7 +67,7 @@ def save_page(
     path, facts = Path(path), facts or logit_facts(lm, graph)
     paths = head_paths(frozen, found, graph.nodes, graph.edges)
     places = _most_carrying(graph, paths)
-    looks = [_look(lm, frozen, *place) for place in track(places, "attention scores")]
+    looks = [_look(lm, frozen, graph.tokens, *place) for place in track(places, "attention scores")]
     names = [token_text(name) for name in target_names(lm, graph, targets)]
     data = {
         "tokens": [token_text(token) for token in graph.tokens],
@@ -140,9 +140,11 @@ def _most_carrying(graph: AttributionGraph, paths: HeadPaths) -> list[tuple[int,
     return [(layer, head, query, key) for query, key, layer, head in found.tolist()]
 
 
-def _look(lm: TinyModel, frozen: FrozenPass, layer: int, head: int, query: int, key: int) -> dict[str, Any]:
+def _look(
+    lm: TinyModel, frozen: FrozenPass, tokens: tuple[str, ...], layer: int, head: int, query: int, key: int
+) -> dict[str, Any]:
     """Return an attention score, its strongest pairs of sources, and the head's pattern over all keys."""
-    found = divided_score(lm, frozen, layer, head, query, key)
+    found = divided_score(lm, frozen, tokens, layer, head, query, key)
     pattern = np.asarray(frozen.patterns)[layer, head, query, : query + 1]
     return {
         "place": [layer, head, query, key],
