@@ -18,7 +18,7 @@ from tinymodel_jax.params import flatten
 
 PAD = 0
 PROMPTS = np.array([[1, 5, 7, 3, 7, 11], [1, 9, 4, 4, 2, 6], [1, 8, 13, 2, 12, 5], [1, 3, 17, 18, 4, 9]], np.int32)
-ANSWERS, WRONG = [4, 7, 9, 12], [9, 3, 5, 2]
+ANSWERS, WRONG = [10, 11, 12, 19], [2, 19, 11, 18]  # tokens that the nodes of the model tell apart
 METRIC = logit_difference(ANSWERS, WRONG)
 ROWS = np.arange(4)
 
@@ -234,7 +234,8 @@ def test_bad_input_is_refused_in_one_line(small, everything, golden_lm, no_type_
     inside[1, 2] = small.config.pad_id
     inside[:, 0] = 2
     named = find(small, PROMPTS, METRIC, 3, places={"name": 1})
-    constant = find(small, PROMPTS[:1], logit_difference(4, 9), 3)
+    everywhere = find(small, PROMPTS, METRIC, 3, places={str(position): position for position in range(6)})
+    longer = np.concatenate([PROMPTS, PROMPTS[:, 1:2]], axis=1)
     cases = {
         "budget=0; it must be an integer, 1 to": lambda: find(small, PROMPTS, METRIC, 0),
         f"budget={n_active(small) + 1}": lambda: find(small, PROMPTS, METRIC, n_active(small) + 1),
@@ -256,7 +257,9 @@ def test_bad_input_is_refused_in_one_line(small, everything, golden_lm, no_type_
         "have 5 tokens and the circuit's had 6": lambda: run(small, everything, PROMPTS[:, :5]),
         "found in another model": lambda: run(golden_lm, everything, PROMPTS),
         "n_random=-1": lambda: circuits.score(small, everything, PROMPTS, METRIC, n_random=-1),
-        "there is nothing to carry": lambda: circuits.score(small, constant, PROMPTS[:1], logit_difference(4, 9)),
+        "there are no means for 'other'": lambda: run(small, everywhere, longer, places={str(i): i for i in range(6)}),
+        "compares the same two tokens on every prompt": lambda: find(small, PROMPTS, logit_difference(4, 9), 3),
+        "which may be nothing": lambda: circuits.score(small, everything, PROMPTS, logit_difference(4, 9)),
     }
     for words, call in cases.items():
         assert words in error_of(call)

@@ -150,7 +150,14 @@ def aligned_like(lm: TinyModel, circuit: Circuit, prompts: Any, places: Places |
     """
     named = circuit.places[-1] == OTHER
     if named and places is not None and set(places) == set(circuit.places[:-1]):
-        return align(lm, prompts, {name: places[name] for name in circuit.places[:-1]})
+        aligned = align(lm, prompts, {name: places[name] for name in circuit.places[:-1]})
+        unseen = (aligned.real & (aligned.place == len(places))).any() and np.isnan(circuit.means[0].acts[-1]).any()
+        if unseen:
+            raise ValueError(
+                f"circuits: there are no means for {OTHER!r}, since all positions of the prompts that the circuit was "
+                "found on had names; name every position of these prompts, or find the circuit on such prompts."
+            )
+        return aligned
     if named or places is not None:
         own = f"the places {', '.join(circuit.places[:-1])}" if named else "positions without names (places=None)"
         given = "none" if places is None else ", ".join(places)

@@ -8,6 +8,7 @@ attribution patching (Nanda 2023; Syed et al. 2023), repeated as the circuit shr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from tinymodel_jax.analysis.circuits.node_sets.circuit import (
 from tinymodel_jax.analysis.circuits.node_sets.mean_ablation import Gated, LayerMeans
 from tinymodel_jax.analysis.circuits.node_sets.places import Places, align
 from tinymodel_jax.analysis.effects.metrics import LogitDifference, check_metric
-from tinymodel_jax.analysis.evaluation.row_sums import Estimate, RowSums
+from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95, Estimate, RowSums
 from tinymodel_jax.lm import TinyModel
 
 
@@ -70,7 +71,7 @@ def find(
 
     Args:
         prompts: a list of texts, or token ids (prompts, seq), right-padded.
-        metric: `logit_difference(a, b)`, with one token or one for each prompt.
+        metric: `logit_difference(a, b)`, with one token for each prompt on at least one side.
         budget: nodes of the circuit: heads, features and errors, each at one place.
         places: which positions correspond: name -> one position per prompt, or one for all; negative ones count from
             the prompt's end. All other positions are the place "other". None: prompts of equal length, whose positions
@@ -83,6 +84,11 @@ def find(
     """
     aligned = align(lm, prompts, places)
     tokens = _tokens(lm, metric, len(aligned.tok_ids))
+    if (tokens == tokens[0]).all():
+        raise ValueError(
+            "circuits.find: the metric compares the same two tokens on every prompt, and the mean of that difference "
+            "is the same without any node; give prompts with different answers, and logit_difference a token for each."
+        )
     tags = transcoder_tags(lm, dictionaries)
     gated = gated_model(lm, tags, len(aligned.names))
     means = gated.means(aligned)
@@ -121,7 +127,7 @@ def score(
         seed: seed of the random sets.
 
     Raises:
-        ValueError: as `run`, the metric does not fit the prompts, or ablating every node does not change it.
+        ValueError: as `run`, the metric does not fit the prompts, or its change when every node is ablated may be 0.
     """
     if n_random < 0:
         raise ValueError(f"circuits.score: n_random={n_random}; it must be at least 0.")
@@ -136,10 +142,12 @@ def score(
     values = {name: gated.differences(circuit.means, gates, aligned, tokens) for name, gates in sets.items()}
     sums.add(values)
     whole = ("model", "nothing")
-    if abs(sums.total("model") - sums.total("nothing")) < 1e-6 * len(tokens):
+    carried = values["model"] - values["nothing"]
+    margin = NORMAL_95 * carried.std(ddof=1) / math.sqrt(len(carried)) if len(carried) > 1 else 0.0
+    if abs(carried.mean()) <= max(margin, 1e-6):
         raise ValueError(
-            f"circuits.score: the logit difference is {sums.total('model') / len(tokens):.6f} with and without all "
-            "nodes, so there is nothing to carry; choose tokens that the model tells apart on these prompts."
+            f"circuits.score: all nodes together add {carried.mean():.3g} ± {margin:.2g} to the logit difference, "
+            "which may be nothing; choose tokens that the model tells apart on these prompts, or give more prompts."
         )
     return CircuitScore(
         sums.ratio(("circuit", "nothing"), whole),
