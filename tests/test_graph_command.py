@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 from conftest import as_users_run_it, error_line
+from oracle import error_of
 
+from tinymodel_jax import analysis
+from tinymodel_jax.analysis import circuits
+from tinymodel_jax.analysis.report.graph import save_page
 from tinymodel_jax.commands import cli
 from tinymodel_jax.lm import TinyModel
 
@@ -65,6 +69,30 @@ def test_dictionaries_of_a_folder_replace_the_model_s_own(story_model, tmp_path)
     assert [graph["slug"] for graph in listed] == ["own", "given"]
 
 
+def test_a_graph_is_written_with_its_own_prompt_targets_and_dictionaries_only(story_model, tmp_path):
+    lm, difference = TinyModel(story_model), analysis.logit_difference(" Lily", " Tim")
+    graph = circuits.attribution_graph(lm, PROMPT, difference, 80, dictionaries="A1")
+    other = PROMPT.replace("fox", "dog")
+    turned = analysis.logit_difference(" Tim", " Lily")
+    cases = {
+        "save_page: the graph is of another prompt": lambda: save_page(
+            tmp_path / "a.html", lm, other, graph, difference, dictionaries="A1"
+        ),
+        "save_page: the graph has nodes of A1": lambda: save_page(tmp_path / "a.html", lm, PROMPT, graph, difference),
+        "or have other signs": lambda: save_page(tmp_path / "a.html", lm, PROMPT, graph, turned, dictionaries="A1"),
+        "save_circuit_tracer: the graph is of another": lambda: circuits.save_circuit_tracer(
+            tmp_path / "a.json", lm, other, graph, difference
+        ),
+        "the graph has 1 targets; got 2": lambda: circuits.save_circuit_tracer(
+            tmp_path / "a.json", lm, PROMPT, graph, [4, 5]
+        ),
+    }
+    for words, call in cases.items():
+        assert words in error_of(call)
+    assert graph.labels[-1] == f"logit ' Lily' - logit ' Tim' @{len(graph.tokens) - 1}"
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input_is_refused_in_one_line(story_model, tmp_path, capsys):
     page = str(tmp_path / "page.html")
     bare = TinyModel(story_model)
@@ -80,7 +108,7 @@ def test_bad_input_is_refused_in_one_line(story_model, tmp_path, capsys):
         (["-o", page, "--max-nodes", "5"], "--max-nodes 5; 10 targets, the biases and the rest are 15 nodes"),
         (["-o", page, "--limit", "-1"], "--limit -1 must be 0"),
         (["-o", page, "--sites", "Rm1"], "'Rm1' cuts the residual stream"),
-        (["-o", page, "--node-share", "2"], "node_share=2.0; it must be above 0 and at most 1"),
+        (["-o", page, "--node-share", "2"], "--node-share 2.0 must be above 0 and at most 1"),
         (["-o", page, "--data", "nowhere"], "nowhere"),
         (["-o", page, "--dictionaries", "nowhere"], "--dictionaries nowhere does not exist"),
         (["-o", page, "--dashboard", "nowhere"], "nowhere holds no dashboard"),

@@ -66,7 +66,7 @@ def graph(
         out: the page, an .html file.
         json: file for circuit-tracer's front end and Neuronpedia.
     """
-    _check(target, vs, max_nodes, limit, out, json)
+    _check(target, vs, max_nodes, node_share, edge_share, limit, out, json)
     if dashboard is None and limit:
         require_data(data)
     from tinymodel_jax.analysis import circuits
@@ -97,7 +97,16 @@ def graph(
         print(f"{out}: {said}, {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _check(target: str | None, vs: str | None, max_nodes: int, limit: int, out: Path | None, json: Path | None) -> None:
+def _check(
+    target: str | None,
+    vs: str | None,
+    max_nodes: int,
+    node_share: float,
+    edge_share: float,
+    limit: int,
+    out: Path | None,
+    json: Path | None,
+) -> None:
     if out is None and json is None:
         raise ValueError("nothing to write: give -o graph.html, --json graph.json, or both.")
     for option, path, suffix in (("--out", out, ".html"), ("--json", json, ".json")):
@@ -109,6 +118,9 @@ def _check(target: str | None, vs: str | None, max_nodes: int, limit: int, out: 
     if vs is not None and vs == target:
         raise ValueError(f"--vs and --target are both {vs!r}, so the difference is always 0; give two tokens.")
     require_positive("--max-nodes", max_nodes)
+    for option, share in (("--node-share", node_share), ("--edge-share", edge_share)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{option} {share} must be above 0 and at most 1.")
     if limit < 0:
         raise ValueError(f"--limit {limit} must be 0 (no contexts) or the number of rows to search.")
 

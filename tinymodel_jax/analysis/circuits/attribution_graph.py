@@ -207,8 +207,10 @@ def _graph(
     weights = np.r_[np.zeros(n + 1), [target.weight for target in targets]]
     joined = np.concatenate(edges)
     joined = joined[np.argsort(joined["target"], kind="stable")]
-    labels = tuple(label_of(node, tokens) for node in nodes)
-    return AttributionGraph(nodes, joined, tokens, weights, unexplained, labels)
+    labels = [label_of(node, tokens) for node in nodes[: n + 1]]
+    for node, target in zip(nodes[n + 1 :], targets, strict=True):
+        labels.append(f"{target.name} @{target.position}" if target.name else label_of(node, tokens))
+    return AttributionGraph(nodes, joined, tokens, weights, unexplained, tuple(labels))
 
 
 def _is_active(table: np.ndarray, target: Target) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tinymodel_jax.analysis.circuits.graph import AttributionGraph
+from tinymodel_jax.analysis.circuits.graph import AttributionGraph, texts_of
 from tinymodel_jax.analysis.circuits.targets import target_names
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -50,11 +50,15 @@ def save_circuit_tracer(
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: `graph-metadata.json` exists and is not circuit-tracer's.
+        ValueError: the graph is of another prompt or has another number of targets, or `graph-metadata.json` exists
+            and is not circuit-tracer's.
 
     Source: circuit-tracer, frontend/graph_models.py.
     """
-    path, tok_ids = Path(path), np.asarray(lm.to_tokens(prompt)).reshape(-1)
+    path, tok_ids = Path(path).expanduser(), np.asarray(lm.to_tokens(prompt)).reshape(-1)
+    tok_ids = tok_ids[tok_ids != lm.config.pad_id]
+    if tuple(texts_of(lm, tok_ids.tolist())) != graph.tokens:
+        raise ValueError("save_circuit_tracer: the graph is of another prompt; give the one that it was made of.")
     logprobs = np.asarray(lm(tok_ids[None]))[0, -1]
     is_target = graph.weights > 0
     target_text = dict(zip(np.flatnonzero(is_target).tolist(), target_names(lm, graph, targets), strict=True))

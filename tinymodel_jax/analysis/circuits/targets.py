@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ class Target(NamedTuple):
     bias: float
     weight: float
     """Share of the graph's influence that starts here."""
+    name: str = ""
+    """The tokens of a logit or of a difference; empty for others, whose label says all."""
 
 
 def resolve(lm: TinyModel, frozen: FrozenPass, targets: Any) -> list[Target]:
@@ -125,6 +128,10 @@ def _resolved(lm: TinyModel, frozen: FrozenPass, target: Any) -> Target:
         return _direction(lm, frozen, target)
     if isinstance(target, LogitDifference):
         return _difference(lm, frozen, target)
+    if isinstance(target, str) and re.fullmatch(r"[A-Za-z]+\d+N\d+", target):
+        raise ValueError(
+            f"attribution_graph: {target!r} names a feature; as a target, give circuits.feature({target!r}, position)."
+        )
     if isinstance(target, str | int | np.integer):
         return _logit(lm, frozen, int(token_ids(lm, target)[0]))
     raise ValueError(
@@ -136,7 +143,9 @@ def _resolved(lm: TinyModel, frozen: FrozenPass, target: Any) -> Target:
 def _logit(lm: TinyModel, frozen: FrozenPass, token: int) -> Target:
     W_U, b_U = np.asarray(lm.params["W_U"][:, token], np.float64), float(lm.params["b_U"][token])
     layers = lm.config.n_layers
-    return Target("logit", "logits", layers, int(frozen.length) - 1, token, Place(layers, "before_attn"), W_U, b_U, 1.0)
+    name = f"logit {texts_of(lm, [token])[0]!r}"
+    last, place = int(frozen.length) - 1, Place(layers, "before_attn")
+    return Target("logit", "logits", layers, last, token, place, W_U, b_U, 1.0, name)
 
 
 def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> Target:
@@ -147,9 +156,8 @@ def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> T
         raise ValueError(f"attribution_graph: {target} names one token twice, so the difference is 0; name two tokens.")
     one, other = _logit(lm, frozen, int(a[0])), _logit(lm, frozen, int(b[0]))
     site = f"blocks.{lm.config.n_layers - 1}.hook_resid_post"
-    return one._replace(
-        kind="direction", site=site, feature=-1, direction=one.direction - other.direction, bias=one.bias - other.bias
-    )
+    difference = {"direction": one.direction - other.direction, "bias": one.bias - other.bias}
+    return one._replace(kind="direction", site=site, feature=-1, name=f"{one.name} - {other.name}", **difference)
 
 
 def _feature(lm: TinyModel, frozen: FrozenPass, target: FeatureTarget) -> Target:
@@ -205,9 +213,15 @@ def target_names(lm: TinyModel, graph: AttributionGraph, targets: Any = None) ->
 
     Args:
         targets: what `attribution_graph` was given.
+
+    Raises:
+        ValueError: the graph has another number of targets.
     """
     numbers = np.flatnonzero(graph.weights > 0).tolist()
-    given = list(targets) if isinstance(targets, list | tuple) else [targets] * len(numbers)
+    one = targets is not None and not isinstance(targets, list | tuple)
+    given = [None] * len(numbers) if targets is None else [targets] if one else list(targets)
+    if len(given) != len(numbers):
+        raise ValueError(f"the graph has {len(numbers)} targets; got {len(given)}. Give those it was made with.")
     return [_name(lm, graph, number, target) for number, target in zip(numbers, given, strict=True)]
 
 

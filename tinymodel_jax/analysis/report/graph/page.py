@@ -16,7 +16,7 @@ import numpy as np
 
 from tinymodel_jax.analysis.circuits.freeze import frozen_pass
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass
-from tinymodel_jax.analysis.circuits.graph import AttributionGraph
+from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_texts
 from tinymodel_jax.analysis.circuits.head_paths import HeadPaths, head_paths
 from tinymodel_jax.analysis.circuits.qk import divided_score
 from tinymodel_jax.analysis.circuits.targets import Target, resolve, target_names
@@ -58,12 +58,12 @@ def save_page(
         track: wraps the iterator over attention scores, for example with a progress bar.
 
     Raises:
-        ValueError: the graph is of another prompt or of other targets, or as `frozen_pass`.
+        ValueError: the graph is of another prompt, of other dictionaries or of other targets, or as `frozen_pass`.
         OSError: the file cannot be written.
     """
     frozen = frozen_pass(lm, prompt, dictionaries, "float32")
     found = resolve(lm, frozen, targets)
-    _require_same(graph, frozen, found)
+    _require_same(lm, graph, frozen, found)
     path, facts = Path(path), facts or logit_facts(lm, graph)
     paths = head_paths(frozen, found, graph.nodes, graph.edges)
     places = _most_carrying(graph, paths)
@@ -89,14 +89,29 @@ def save_page(
     link_from_dashboards(facts.pages, path, f"{text} → {', '.join(named)}", graph)
 
 
-def _require_same(graph: AttributionGraph, frozen: FrozenPass, targets: Sequence[Target]) -> None:
-    asked = [(target.kind, target.site, target.position, target.feature) for target in targets]
-    last = graph.nodes[len(graph.nodes) - len(targets) :]
-    held = [tuple(node[name].item() for name in ("kind", "site", "position", "feature")) for node in last]
-    if len(graph.tokens) != int(frozen.length) or asked != held:
+def _require_same(lm: TinyModel, graph: AttributionGraph, frozen: FrozenPass, targets: Sequence[Target]) -> None:
+    if graph.tokens != token_texts(lm, frozen):
+        raise ValueError("save_page: the graph is of another prompt; give the one that it was made of.")
+    written = {site for dictionary in frozen.dictionaries for site in (dictionary.tag, f"{dictionary.tag} b_dec")}
+    kinds = ("feature", "error")
+    sites = graph.nodes["site"][np.isin(graph.nodes["kind"], kinds) & (graph.weights == 0)]
+    if unknown := sorted(set(sites.tolist()) - written):
         raise ValueError(
-            f"save_page: the graph has {len(graph.tokens)} tokens and ends with {held[-1]}, but the prompt has "
-            f"{int(frozen.length)} tokens and the targets end with {asked[-1]}; give the graph's prompt and targets."
+            f"save_page: the graph has nodes of {', '.join(unknown)}; give the `dictionaries` that it was made with."
+        )
+    asked = [(*target[:2], target.position, target.feature) for target in targets]
+    last = graph.nodes[graph.weights > 0]
+    held = [tuple(node[name].item() for name in ("kind", "site", "position", "feature")) for node in last]
+    final, end = np.asarray(frozen.final), frozen.config.n_layers
+    same = asked == held and all(
+        target.place.layer < end
+        or np.isclose(final[target.position] @ target.direction + target.bias, node["pre"], rtol=1e-3, atol=1e-3)
+        for target, node in zip(targets, last, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"save_page: the graph's targets are {held}, and those given are {asked} or have other signs; give the "
+            "targets that the graph was made with, in their order."
         )
 
 
