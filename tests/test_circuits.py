@@ -256,6 +256,16 @@ def test_virtual_weights_times_the_activation_are_the_edges_at_the_first_positio
             assert_close(node["value"] * weight, edges.get((source, target), 0), F32)
             checked += 1
     assert checked >= 12
+    of_sae = circuits.attribution_graph(lm, PROMPT, circuits.feature("A1N3", 0), 400, dictionaries="A1")
+    found_sae = [circuits.virtual_weights(lm, "M0", "A1", (1, head), top=99) for head in range(2)]
+    for edge in of_sae.incoming(len(of_sae.nodes) - 1):
+        node = of_sae.nodes[edge["source"]]
+        if node["kind"] == "feature":
+            row = node["feature"]
+            weight = sum(links.values[row][links.features[row] == 3].sum() for links in found_sae)
+            assert_close(edge["weight"], node["value"] * weight, F32)
+            checked += 1
+    assert checked > 72
     few = circuits.virtual_weights(lm, "M0", "M1", top=3)
     np.testing.assert_array_equal(few.features, found[0].features[:, :3])
     assert (np.diff(np.abs(few.values), axis=1) <= 0).all()
@@ -310,6 +320,7 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
         "is after query": lambda: circuits.qk_attribution(lm, PROMPT, 1, 0, 2, 3),
         "name a source that writes": lambda: circuits.virtual_weights(lm, "M1", "M0"),
         "is not between": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(0, 1)),
+        "the attention of layer 0 is not between": lambda: circuits.virtual_weights(lm, "M0", "A1", through=(0, 1)),
         "layers are 0..1": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(2, 1)),
         "splice it as it is attached: lm.splice('M1')": lambda: graph(lm.splice("M1", exclude=7), PROMPT),
         "has other parameters": lambda: graph(with_transcoders(lm.splice("M1"), skip=False), PROMPT),

@@ -59,7 +59,7 @@ CALLS = {
     "left padding, search": (lambda lm: top_activations(lm, "M0", LEFT_PADDED), PADDED),
     "left padding, search in batches": (lambda lm: top_activations(lm, "M0", LEFT_PADDED, batch=1), PADDED),
     "too long": (lambda lm: lm(np.zeros((1, 17), int)), "sequences of 17 tokens; the model's context is 16"),
-    "float": (lambda lm: lm["M0"]([[1.0]]), "got float64 values; token ids are integers"),
+    "float": (lambda lm: lm["M0"]([[1.0]]), "got float64 values; give integers"),
     "rank": (lambda lm: lm.loss([[[1]]]), "got shape (1, 1, 1); expected (batch, seq)"),
     "ragged": (lambda lm: lm.run_with_cache([[1], [1, 2]]), "rows of different lengths"),
     "layer": (lambda lm: lm["M2"], "'M2': layer 2 does not exist; the layers are 0..1"),

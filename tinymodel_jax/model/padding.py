@@ -106,7 +106,7 @@ def check_shape(ids: Any, config: ModelConfig) -> None:
         ValueError: as `check_tok_ids`.
     """
     if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"tok_ids: got {ids.dtype} values; token ids are integers, shape (batch, seq).")
+        raise ValueError(f"tok_ids: got {ids.dtype} values; give integers of shape (batch, seq), or a list of texts.")
     if ids.ndim != 2:
         raise ValueError(
             f"tok_ids: got shape {ids.shape}; expected (batch, seq), and for the methods of TinyModel also (seq,)."

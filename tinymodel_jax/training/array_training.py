@@ -60,6 +60,7 @@ def train_on_arrays(
         ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
             `init_from` is not a dictionary or does not fit; the training diverges.
     """
+    x, y = np.asarray(x), None if y is None else np.asarray(y)
     _check(x, y)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
     state = init_state(jax.random.key(seed), recipe, *statistics, optimizer=optimizer)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.search.stream_directions import reaches, read, written
-from tinymodel_jax.block_order import comes_after
+from tinymodel_jax.block_order import block_and_hook, comes_after
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -42,24 +42,27 @@ def virtual_weights(
 
     Args:
         source, target: tags of dictionaries of the model, such as "M0" and "M2".
-        through: layer and head whose value and output matrices lie between; None for the direct weight.
+        through: layer and head whose value and output matrices lie between; None for the direct weight. An SAE of an
+            attention's output, such as "A2", is only reached through the heads of its own layer.
         top: links per feature, at most the features of the target.
 
     Raises:
         ValueError: what the source writes is not in what the target reads, or the head does not lie between.
     """
     own, theirs = lm[source].dictionary, lm[target].dictionary
-    if not reaches(own.config, theirs.config):
+    of_heads = through is not None and _reads_heads(theirs)
+    if not (of_heads or reaches(own.config, theirs.config)):
         raise ValueError(
             f"virtual_weights: what {source} writes is not in the residual stream that {target} reads; name a source "
-            "that writes to the stream and a target that reads it later."
+            "that writes to the stream and a target that reads it later, or a head with through=(layer, head)."
         )
     if not top >= 1:
         raise ValueError(f"virtual_weights: top={top}; it must be at least 1.")
     directions = rows_written(lm, own)
     if through is not None:
         directions = _through_head(lm, own, theirs, directions, through)
-    return strongest_products(directions, rows_read(lm, theirs), min(top, theirs.config.n_features))
+    rows = _encoder_rows(theirs) if of_heads else rows_read(lm, theirs)
+    return strongest_products(directions, rows, min(top, theirs.config.n_features))
 
 
 def rows_written(lm: TinyModel, dictionary: Dictionary) -> Float[Array, "n_features d_model"]:
@@ -69,10 +72,18 @@ def rows_written(lm: TinyModel, dictionary: Dictionary) -> Float[Array, "n_featu
 
 def rows_read(lm: TinyModel, dictionary: Dictionary) -> Float[Array, "n_features d_model"]:
     """Return the direction of the residual stream that each feature's pre-activation reads."""
+    return read(lm, dictionary.config.hook_in, _encoder_rows(dictionary))
+
+
+def _encoder_rows(dictionary: Dictionary) -> Float[Array, "n_features d_in"]:
     encoders = dictionary.params["W_enc"].T
-    if dictionary.config.architecture == "gated":
-        encoders = encoders * jnp.exp(dictionary.params["r_mag"])[:, None]
-    return read(lm, dictionary.config.hook_in, encoders)
+    gated = dictionary.config.architecture == "gated"
+    return encoders * jnp.exp(dictionary.params["r_mag"])[:, None] if gated else encoders
+
+
+def _reads_heads(dictionary: Dictionary) -> bool:
+    """Whether a dictionary reads what the heads of a layer write, before it is added to the stream."""
+    return block_and_hook(dictionary.config.hook_in)[1] == "hook_attn_out"
 
 
 def strongest_products(A: Float[Array, "n d"], B: Float[Array, "m d"], top: int) -> Links:
@@ -94,7 +105,9 @@ def _through_head(
             f"0..{lm.config.n_heads - 1}."
         )
     hooks = f"blocks.{layer}.hook_attn_in", f"blocks.{layer}.hook_attn_out"
-    if not (comes_after(hooks[0], own.config.hook_out) and comes_after(theirs.config.hook_in, hooks[1])):
+    hook_in = theirs.config.hook_in
+    follows = hook_in == hooks[1] if _reads_heads(theirs) else comes_after(hook_in, hooks[1])
+    if not (comes_after(hooks[0], own.config.hook_out) and follows):
         raise ValueError(
             f"virtual_weights: the attention of layer {layer} is not between {own.config.hook_out} and "
             f"{theirs.config.hook_in}; name a layer that is."

@@ -28,7 +28,7 @@ site      a dictionary's tag, `L2 MLP` for neurons, or `L3` for heads
 layer     counted from 0
 place     index into the circuit's `places`
 index     head or feature; 0 for errors
-effect    estimated change of the metric when the node alone of the circuit is ablated, times -1
+effect    estimated loss of the metric when this node alone is ablated from the circuit
 """
 
 
