@@ -77,7 +77,7 @@ function title(node) {
   return known ? `${name(node)} ${known[0]}` : name(node);
 }
 
-// The state of the page. `change` is the only way to change it: it redraws, and writes the address.
+// The state of the page. `change` is the only way to change it: the listeners redraw, and write the address soon after.
 const state = { chosen: null, hovered: null, pinned: [], groups: [], nodes: 0.95, links: 0.9, all: false, places: {} };
 const listeners = [];
 function change(news) {
@@ -103,6 +103,13 @@ function restore(given) {
   const limit = (value, otherwise) => (Number(value) > 0 && Number(value) <= 1 ? Number(value) : otherwise);
   const pinned = [...new Set([...known(given.pinned), ...groups.flatMap((group) => group.members)])];
   change({ chosen: byId.get(given.chosen) ?? null, hovered: null, pinned, groups, nodes: limit(given.nodes, 0.95), links: limit(given.links, 0.9), all: Boolean(given.all), places: given.places ?? {} });
+}
+
+// Browsers allow some 100 to 200 changes of the address in ten seconds; a drag of a slider makes more.
+const address = { wait: 0 };
+function writeAddressSoon() {
+  clearTimeout(address.wait);
+  address.wait = setTimeout(writeAddress, 200);
 }
 
 // #node=M2N123@5&pin=…&pin=…&group=name|id|id&nodes=0.9&links=0.8&all=1

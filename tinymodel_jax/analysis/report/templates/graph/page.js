@@ -21,14 +21,16 @@ listeners.push((news) => {
     document.getElementById("announced").textContent = state.chosen ? `${title(state.chosen)}${at(state.chosen)}${state.chosen.expanded ? `, ${measure(state.chosen)} ${signed(state.chosen.pre)}` : ""}` : "";
   }
   if (["pinned", "groups", "places"].some((part) => part in news)) drawPins();
-  if (!("hovered" in news) || Object.keys(news).length > 1) writeAddress();
   for (const part of ["nodes", "links"]) {
     document.getElementById(part).value = state[part];
     document.getElementById(`${part}-said`).textContent = `${Math.round(100 * state[part])} %`;
   }
   document.getElementById("all").checked = state.all;
   if ("hovered" in news && Object.keys(news).length === 1) redraw();
-  else repaint();
+  else {
+    repaint();
+    writeAddressSoon();
+  }
 });
 
 for (const part of ["nodes", "links"]) document.getElementById(part).addEventListener("input", (event) => change({ [part]: Number(event.target.value) }));
