@@ -293,6 +293,8 @@ def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme
     try:
         open_page(browser, files)
         browser.execute_script("change({ pinned: nodes.filter((node) => node.expanded).slice(-6) })")
+        browser.execute_script("document.querySelector('#legend summary').click()")
+        assert text(browser, "#legend p").startswith("○ feature")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(253, 252, 249)") == (theme == "light")

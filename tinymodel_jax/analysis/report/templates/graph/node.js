@@ -120,7 +120,7 @@ const KINDS = {
 function nodePanel() {
   const node = state.chosen;
   shownLook = null;
-  if (!node) return [element("h2", {}, "Choose a node"), element("p", {}, "Point at a node to see its links, and click it to see what adds up to its value. Shift-click pins it."), element("p", {}, "Blue links add to their target, orange ones take away from it. Circles are features, squares tokens and biases, triangles positions, and diamonds errors: what a dictionary does not predict.")];
+  if (!node) return [element("h2", {}, "Choose a node"), element("p", {}, "Point at a node to see its links, and click it to see what adds up to its value. Shift-click pins it.")];
   const pin = element("button", { type: "button", id: "pin", "aria-pressed": String(isPinned(node)), click: () => togglePin(node) }, isPinned(node) ? "Unpin" : "Pin");
   const parts = [element("h2", {}, title(node), element("span", { class: "soft" }, at(node))), pin];
   if (KINDS[node.kind]) parts.push(element("p", {}, KINDS[node.kind]));
