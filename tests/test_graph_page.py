@@ -183,6 +183,7 @@ def test_heads_say_why_they_looked_and_features_what_they_do(files, browser):
     browser.execute_script("document.querySelector('.inputs .more-rows')?.click()")
     browser.execute_script("document.querySelector('button.head').click()")
     assert "looked here" in text(browser, ".look h3")
+    assert "A pair that all keys share does not choose this one." in text(browser, ".look")
     scores = [float(cell) for cell in texts(browser, ".look td:last-child")]
     assert 1 <= len(scores) <= 8
     assert [abs(score) for score in scores] == sorted(map(abs, scores), reverse=True)

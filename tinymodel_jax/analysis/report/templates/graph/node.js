@@ -64,6 +64,7 @@ function lookBox(look) {
   const box = element("div", {}, element("h3", {}, `Why head ${head} of layer ${layer} looked here`));
   box.append(
     element("p", {}, `From ${from}, it gives ${to} ${number(100 * look.pattern[key])} % of its attention. Tokens below the graph are coloured by their shares. The score of the two positions is ${number(look.score)}, a sum over all pairs of what its query and its key are made of.`),
+    element("p", { class: "soft" }, "A key is made of all that has reached its position, also from [BEGIN] through earlier heads. A pair that all keys share does not choose this one."),
     table("strongest pairs", [["query", "words"], ["key", "words"], ["score", null]], rows),
   );
   return element("div", { class: "look" }, box);
