@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from tinymodel_jax import TinyModel
 from tinymodel_jax.analysis import circuits, logit_difference
+from tinymodel_jax.analysis.circuits.graph import token_texts
 from tinymodel_jax.analysis.circuits.qk import divided_score
 from tinymodel_jax.analysis.report.charts import ACCENT, SECOND, save_figure
 from tinymodel_jax.analysis.search.feature_queries import concept_f1
@@ -123,11 +124,11 @@ def why_it_looks_there(lm: TinyModel, prompts: Prompts, count: int) -> dict[str,
     pattern = f"blocks.{LAYER}.attn.hook_pattern"
     for question, name in zip(prompts.questions[:count], prompts.places["name"], strict=False):
         frozen = circuits.frozen_pass(lm, question.text, dtype="float32")
-        query = int(frozen.length) - 1
+        tokens, query = token_texts(lm, frozen), int(frozen.length) - 1
         _, kept = lm.run_with_cache(question.text, [pattern], return_logprobs=False)
         attention.append(float(kept[pattern][0, HEAD, query, name]))
         for key in range(query + 1):
-            score = divided_score(lm, frozen, LAYER, HEAD, query, key)
+            score = divided_score(lm, frozen, tokens, LAYER, HEAD, query, key)
             to = "name" if key == name else "others"
             share = 1 / count / (1 if key == name else query)
             matrix = score.matrix * share

@@ -234,6 +234,10 @@ def test_pairs_of_sources_add_up_to_the_attention_score(lm):
         query_sources=np.resize(found.query_sources, 400), key_sources=np.resize(found.key_sources, 400)
     )
     assert [pair.value for pair in many.strongest(4)] == [-160000, -159600, -159600, -159201]
+    difference = circuits.qk_attribution(lm, PROMPT, 1, 1, -1, 4, versus=2)
+    assert abs(difference.matrix.sum() - difference.score) < ROUNDING
+    assert_close(difference.score, scores[1, -1, 4] - scores[1, -1, 2], F32)
+    np.testing.assert_allclose(difference.query_parts, found.query_parts)
     direct = circuits.qk_attribution(lm, PROMPT, 0, 1, -1, 4)  # before any attention, only the direct path exists
     token = direct.query_labels.index("token '2' @6")
     W_Q = np.asarray(lm.W_Q, np.float64)[0, 1] / np.sqrt(lm.config.d_head)
@@ -324,6 +328,7 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
         "layers are 0..1": lambda: circuits.virtual_weights(lm, "M0", "M1", through=(2, 1)),
         "splice it as it is attached: lm.splice('M1')": lambda: graph(lm.splice("M1", exclude=7), PROMPT),
         "has other parameters": lambda: graph(with_transcoders(lm.splice("M1"), skip=False), PROMPT),
+        "key 3 is after query 2": lambda: circuits.qk_attribution(lm, PROMPT, 1, 0, 2, 1, versus=3),
         "head 7 does not exist": lambda: circuits.qk_attribution(lm, PROMPT, 1, 7, 2, 1),
     }
     for words, call in cases.items():

@@ -33,10 +33,10 @@ class Pair(NamedTuple):
 
 
 class QKAttribution(NamedTuple):
-    """What each pair of sources adds to one attention score. The sum of `matrix` is the score."""
+    """What each pair of sources adds to an attention score or a difference of two: `matrix`, whose sum is `score`."""
 
     score: float
-    """Attention score before the softmax."""
+    """Attention score before the softmax; with `versus`, the difference of two."""
     query_sources: np.ndarray
     """The sources that the query is made of; fields as those of a graph's nodes."""
     key_sources: np.ndarray
@@ -95,6 +95,7 @@ def qk_attribution(
     query: int,
     key: int,
     *,
+    versus: int | None = None,
     dictionaries: str | Iterable[str] | None = None,
     dtype: Precision = "float64",
 ) -> QKAttribution:
@@ -103,6 +104,8 @@ def qk_attribution(
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
         query, key: positions; negative ones count from the end. The key is not after the query.
+        versus: another position of a key. What is divided is then the score of `key` minus the score of this one, so
+            that what every key gets, such as a source that earlier heads wrote everywhere, cancels.
         dictionaries: as for `frozen_pass`.
 
     Raises:
@@ -113,23 +116,33 @@ def qk_attribution(
             raise ValueError(f"qk_attribution: {name} {number!r} does not exist; the model has 0..{count - 1}.")
     frozen = frozen_pass(lm, prompt, dictionaries, dtype)
     query = resolve_position(frozen, query, "qk_attribution: query")
-    key = resolve_position(frozen, key, "qk_attribution: key")
-    if key > query:
-        raise ValueError(f"qk_attribution: key {key} is after query {query}, which cannot see it.")
-    return divided_score(lm, frozen, token_texts(lm, frozen), layer, head, query, key)
+    keys = [resolve_position(frozen, key, "qk_attribution: key")]
+    if versus is not None:
+        keys.append(resolve_position(frozen, versus, "qk_attribution: versus"))
+    if max(keys) > query:
+        raise ValueError(f"qk_attribution: key {max(keys)} is after query {query}, which cannot see it.")
+    return divided_score(lm, frozen, token_texts(lm, frozen), layer, head, query, *keys)
 
 
 def divided_score(
-    lm: TinyModel, frozen: FrozenPass, tokens: tuple[str, ...], layer: int, head: int, query: int, key: int
+    lm: TinyModel,
+    frozen: FrozenPass,
+    tokens: tuple[str, ...],
+    layer: int,
+    head: int,
+    query: int,
+    key: int,
+    versus: int | None = None,
 ) -> QKAttribution:
-    """Do as `qk_attribution` on a frozen pass, in its number format. The positions count from the start."""
+    """Return `qk_attribution` of a frozen pass, in its number format. The positions count from the start."""
     attn, table = lm.params[f"blocks_{layer}"]["attn"], source_table(frozen)
-    directions = [np.asarray(attn[name][head]).T for name in ("W_Q", "W_K")]
-    positions = np.repeat([query, key], lm.config.d_head)
+    keys = [key] if versus is None else [key, versus]
+    directions = [np.asarray(attn[name][head]).T for name in ("W_Q", *["W_K"] * len(keys))]
+    positions = np.repeat([query, *keys], lm.config.d_head)
     with exact(cast(Precision, str(frozen.final.dtype))):
         rows = contributions(frozen, np.concatenate(directions), positions, Place(layer, "before_attn"))
-    query_parts, key_parts = np.split(rows.T, 2, axis=1)
-    query_parts = query_parts / math.sqrt(lm.config.d_head)
+    query_parts, key_parts, *others = np.split(rows.T, 1 + len(keys), axis=1)
+    query_parts, key_parts = query_parts / math.sqrt(lm.config.d_head), key_parts - sum(others)
     score = float(query_parts.sum(axis=0) @ key_parts.sum(axis=0))
     of_query, of_key = query_parts.any(axis=1), key_parts.any(axis=1)
     sources = table[: len(rows.T)]
