@@ -284,6 +284,27 @@ def test_pins_and_groups_are_in_the_address_and_in_a_file(files, browser, tmp_pa
     assert problems(browser) == []
 
 
+def test_groups_stay_where_they_were_moved_when_names_change_and_other_groups_go(files, browser):
+    open_page(browser, files)
+    grouped = """
+      const pinned = nodes.filter((node) => node.expanded).slice(-4);
+      change({ pinned, groups: [0, 2].map((i) => ({ name: `group ${i}`, members: pinned.slice(i, i + 2) })) });
+      change({ places: { [boxes()[1].id]: [30, 40] } });
+    """
+    browser.execute_script(grouped)
+    assert browser.execute_script("return document.querySelectorAll('.box')[1].getAttribute('transform')") == (
+        "translate(30 40)"
+    )
+    name = "document.querySelectorAll('.group input')[1]"
+    browser.execute_script(f"{name}.value = 'renamed'; {name}.dispatchEvent(new Event('change'))")
+    browser.execute_script("document.querySelector('[aria-label=\"dissolve group 0\"]').click()")
+    assert browser.execute_script("return document.querySelector('.box.group').getAttribute('transform')") == (
+        "translate(30 40)"
+    )
+    assert texts(browser, ".box.group .name") == ["renamed"]
+    assert problems(browser) == []
+
+
 @pytest.mark.parametrize("width", [360, 1000, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme):

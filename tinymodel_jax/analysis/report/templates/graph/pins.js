@@ -39,7 +39,7 @@ document.getElementById("clear").addEventListener("click", () => change({ pinned
 // The subgraph: a box for each group and each other pinned node; a link is the sum of the links between their members.
 function boxes() {
   const alone = state.pinned.filter((node) => !isGrouped(node));
-  const made = [...state.groups.map((group, i) => ({ id: `group ${i} ${group.name}`, text: group.name, members: group.members, group: true })), ...alone.map((node) => ({ id: node.id, text: title(node), members: [node] }))];
+  const made = [...state.groups.map((group) => ({ id: `group ${group.members.map((node) => node.id).join()}`, text: group.name, members: group.members, group: true })), ...alone.map((node) => ({ id: node.id, text: title(node), members: [node] }))];
   const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
   for (const box of made) {
     box.row = Math.round(mean(box.members.map(rowOf)));
