@@ -277,10 +277,34 @@ def test_pins_and_groups_are_in_the_address_and_in_a_file(files, browser, tmp_pa
     browser.find_element("id", "file").send_keys(str(file))
     wait(browser, "state.pinned.length === 4")
     assert browser.execute_script("return saved()") == state
-    file.write_text("{}")
+    assert problems(browser) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"places": {"id": 5}}, "it has wrong values for places"),
+        ({"places": "x", "pinned": None, "chosen": None}, "it has wrong values for pinned, places"),
+        ({"groups": [{"name": "n"}], "nodes": "0.5"}, "it has wrong values for groups, nodes"),
+        ({"format": "another"}, "it is not a file that Save wrote"),
+        (None, "it is not a file that Save wrote"),
+        ("{", "it is not JSON"),
+    ],
+)
+def test_a_file_that_save_did_not_write_changes_nothing(files, browser, tmp_path, changed, complaint):
+    open_page(browser, files)
+    before = browser.execute_script("return saved()")
+    file, given = tmp_path / "view.json", {"format": "tinymodel_jax/graph_view", **before, "links": 0.5}
+    whole = {**given, **changed} if isinstance(changed, dict) else changed
+    file.write_text(whole if isinstance(whole, str) else json.dumps(whole))
     browser.find_element("id", "file").send_keys(str(file))
     wait(browser, "document.getElementById('said').textContent")
-    assert "view.json cannot be loaded" in text(browser, "#said")
+    assert text(browser, "#said") == f"view.json cannot be loaded: {complaint}."
+    assert browser.execute_script("return saved()") == before
+    file.write_text(json.dumps(given))
+    browser.find_element("id", "file").send_keys(str(file))
+    wait(browser, "state.links === 0.5")
+    assert text(browser, "#said") == ""
     assert problems(browser) == []
 
 

@@ -98,8 +98,8 @@ function saved() {
 }
 
 function restore(given) {
-  const known = (ids) => (Array.isArray(ids) ? [...new Set(ids)].map((id) => byId.get(id)).filter(Boolean) : []);
-  const groups = (Array.isArray(given.groups) ? given.groups : []).map((group) => ({ name: String(group.name), members: known(group.members) }));
+  const known = (ids) => [...new Set(ids)].map((id) => byId.get(id)).filter(Boolean);
+  const groups = given.groups.map((group) => ({ name: group.name, members: known(group.members) }));
   const limit = (value, otherwise) => (Number(value) > 0 && Number(value) <= 1 ? Number(value) : otherwise);
   const pinned = [...new Set([...known(given.pinned), ...groups.flatMap((group) => group.members)])];
   change({ chosen: byId.get(given.chosen) ?? null, hovered: null, pinned, groups, nodes: limit(given.nodes, 0.95), links: limit(given.links, 0.9), all: Boolean(given.all), places: given.places ?? {} });

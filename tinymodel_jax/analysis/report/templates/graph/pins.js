@@ -1,4 +1,4 @@
-// Pinned nodes: a list, groups with names (supernodes), their subgraph, and files of all that.
+// Pinned nodes: a list, groups with names (supernodes), and their subgraph.
 const pins = document.getElementById("pins");
 const chips = document.getElementById("chips");
 const sketch = document.getElementById("sketch");
@@ -140,26 +140,3 @@ function drag(part, box) {
   });
   part.addEventListener("keydown", (event) => event.key === "Enter" && choose(box.members[0]));
 }
-
-document.getElementById("save").addEventListener("click", () => {
-  const text = JSON.stringify({ format: "tinymodel_jax/graph_view", prompt: data.tokens, ...saved() }, null, 1);
-  const link = element("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "graph-view.json" });
-  link.click();
-  URL.revokeObjectURL(link.href);
-});
-
-const file = document.getElementById("file");
-document.getElementById("load").addEventListener("click", () => file.click());
-file.addEventListener("change", async () => {
-  const said = document.getElementById("said");
-  try {
-    const given = JSON.parse(await file.files[0].text());
-    if (given.format !== "tinymodel_jax/graph_view") throw new Error("it is not a file that Save wrote");
-    restore(given);
-    const missing = [given.chosen, ...given.pinned].filter((id) => id && !byId.has(id)).length;
-    said.textContent = missing ? `${counted(missing, "node")} of the file ${missing === 1 ? "is" : "are"} not in this graph.` : "";
-  } catch (error) {
-    said.textContent = `${file.files[0].name} cannot be loaded: ${error.message}.`;
-  }
-  file.value = "";
-});
