@@ -329,6 +329,45 @@ def test_groups_stay_where_they_were_moved_when_names_change_and_other_groups_go
     assert problems(browser) == []
 
 
+def test_the_keyboard_alone_pins_groups_and_chooses(files, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, files)
+    focused = "return (document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent)"
+    browser.execute_script("change({ pinned: nodes.filter((node) => node.kind === 'feature').slice(-3) })")
+    browser.execute_script("document.getElementById('pin').focus()")
+    press(browser, Keys.SPACE)
+    assert browser.execute_script(focused) == "Unpin"
+    press(browser, Keys.SPACE)
+    assert browser.execute_script(focused) == "Pin"
+    browser.execute_script("document.querySelector('.chip button').focus()")
+    press(browser, Keys.SPACE)
+    assert browser.execute_script("return document.activeElement.getAttribute('aria-pressed')") == "true"
+    browser.execute_script("document.getElementById('group').focus()")
+    press(browser, Keys.ENTER)
+    assert browser.execute_script(focused) == "name of the group"
+    press(browser, "!", Keys.ESCAPE)
+    assert browser.execute_script("return state.chosen.isTarget")
+    press(browser, Keys.TAB)
+    name = browser.execute_script("return state.groups[0].name")
+    assert "!" in name
+    assert browser.execute_script(focused) == f"dissolve {name}"
+    browser.execute_script("document.querySelectorAll('.chip:not(.group) button')[3].focus()")
+    press(browser, Keys.SPACE)
+    assert browser.execute_script("return state.pinned.length") == 2
+    assert browser.execute_script(focused).startswith("unpin")
+    browser.execute_script("document.querySelector('.box.group').focus()")
+    press(browser, Keys.SPACE)
+    assert browser.execute_script("return state.groups[0].members.includes(state.chosen)")
+    browser.execute_script("document.querySelector('#panel .node').focus()")
+    press(browser, Keys.ENTER)
+    assert browser.execute_script("return document.activeElement.id") == "pin"
+    browser.execute_script("document.getElementById('nodes').focus()")
+    press(browser, "/")
+    assert browser.execute_script("return document.activeElement.id") == "find"
+    assert problems(browser) == []
+
+
 @pytest.mark.parametrize("width", [360, 1000, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme):
@@ -418,7 +457,24 @@ def test_the_mouse_and_fingers_point_choose_pin_pan_and_zoom(files, browser):
     before = browser.execute_script(view)
     ActionChains(browser).move_to_element(canvas).click_and_hold().move_by_offset(40, 25).release().perform()
     assert browser.execute_script(view) == [before[0] + 40, before[1] + 25, before[2]]
-    assert browser.execute_script("return state.chosen.isTarget")  # a drag chooses nothing
+    ActionChains(browser).move_to_element(canvas).context_click().perform()
+    assert browser.execute_script("return state.chosen.isTarget")  # a drag and a right click choose nothing
+
+    browser.execute_script("change({ pinned: nodes.filter((node) => node.isTarget) })")
+    place = "return document.querySelector('.box').getAttribute('transform')"
+    at_first = browser.execute_script(place)
+    moves = """
+      const box = document.querySelector(".box");
+      box.setPointerCapture = () => {};
+      box.dispatchEvent(new PointerEvent("pointerdown", { clientX: 0, clientY: 0 }));
+      box.dispatchEvent(new PointerEvent("pointermove", { clientX: 50, clientY: 50 }));
+      const moved = box.getAttribute("transform");
+      box.dispatchEvent(new PointerEvent("pointercancel"));
+      return moved;
+    """
+    assert browser.execute_script(moves) != at_first
+    assert browser.execute_script(place) == at_first
+    browser.execute_script("change({ pinned: [] })")
 
     def touch(kind: str, *fingers: tuple[int, int]) -> None:
         points = [{"x": box["x"] + x, "y": box["y"] + y, "id": i} for i, (x, y) in enumerate(fingers)]

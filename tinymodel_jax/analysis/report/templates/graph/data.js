@@ -77,7 +77,7 @@ function title(node) {
   return known ? `${name(node)} ${known[0]}` : name(node);
 }
 
-// The state of the page. `change` is the only way to change it: the listeners redraw, and write the address soon after.
+// The state of the page. `change` changes all of it but the names of groups: the listeners redraw, and write the address soon after.
 const state = { chosen: null, hovered: null, pinned: [], groups: [], nodes: 0.95, links: 0.9, all: false, places: {} };
 const listeners = [];
 function change(news) {

@@ -70,7 +70,7 @@ function lookBox(look) {
   return element("div", { class: "look" }, box);
 }
 
-function linkList(heading, about, node, links, end) {
+function linkList(heading, about, links, end) {
   const decimals = decimalsOf(links.map((e) => edges.weight[e]));
   const list = element("div", { class: "links" });
   const row = (e) => {
@@ -118,17 +118,24 @@ const KINDS = {
   error: "What the dictionary does not predict of the value at this position.",
 };
 
+function markPin() {
+  const pin = document.getElementById("pin");
+  if (!pin) return;
+  pin.setAttribute("aria-pressed", String(isPinned(state.chosen)));
+  pin.textContent = isPinned(state.chosen) ? "Unpin" : "Pin";
+}
+
 function nodePanel() {
   const node = state.chosen;
   shownLook = null;
   if (!node) return [element("h2", {}, "Choose a node"), element("p", {}, "Point at a node to see its links, and click it to see what adds up to its value. Shift-click pins it.")];
-  const pin = element("button", { type: "button", id: "pin", "aria-pressed": String(isPinned(node)), click: () => togglePin(node) }, isPinned(node) ? "Unpin" : "Pin");
+  const pin = element("button", { type: "button", id: "pin", click: () => togglePin(node) });
   const parts = [element("h2", {}, title(node), element("span", { class: "soft" }, at(node))), pin];
   if (KINDS[node.kind]) parts.push(element("p", {}, KINDS[node.kind]));
   if (node.expanded) {
-    parts.push(equation(node), linkList("Inputs", `What each adds to the ${measure(node)}, and through which heads.`, node, node.in, "source"));
+    parts.push(equation(node), linkList("Inputs", `What each adds to the ${measure(node)}, and through which heads.`, node.in, "source"));
   }
-  if (node.out.length) parts.push(linkList("Outputs", "What it adds to each of these.", node, node.out, "target"));
+  if (node.out.length) parts.push(linkList("Outputs", "What it adds to each of these.", node.out, "target"));
   if (node.record) parts.push(...featureParts(node));
   if (!node.isTarget) parts.push(element("p", { class: "soft" }, `Influence on the targets: ${number(node.influence)}`));
   return parts;

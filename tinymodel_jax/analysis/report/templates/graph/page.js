@@ -15,11 +15,14 @@ function applyThresholds() {
 
 listeners.push((news) => {
   if (["nodes", "links", "pinned", "chosen"].some((part) => part in news)) applyThresholds();
-  if ("chosen" in news || "pinned" in news) panel.replaceChildren(...nodePanel());
   if ("chosen" in news) {
+    const focused = panel.contains(document.activeElement);
+    panel.replaceChildren(...nodePanel());
+    if (focused) (document.getElementById("pin") ?? canvas).focus({ preventScroll: true });
     panel.scrollTop = 0;
     document.getElementById("announced").textContent = state.chosen ? `${title(state.chosen)}${at(state.chosen)}${state.chosen.expanded ? `, ${measure(state.chosen)} ${signed(state.chosen.pre)}` : ""}` : "";
   }
+  if ("chosen" in news || "pinned" in news) markPin();
   if (["pinned", "groups", "places"].some((part) => part in news)) drawPins();
   for (const part of ["nodes", "links"]) {
     document.getElementById(part).value = state[part];
@@ -64,15 +67,16 @@ document.addEventListener("pointerdown", (event) => {
   if (!event.target.closest("#search")) results.hidden = true;
 });
 
+const isTyping = (event) => event.target.matches("input:not([type=range], [type=checkbox])");
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
     if (!results.hidden || document.activeElement === find) {
       find.value = "";
       search();
       canvas.focus({ preventScroll: true });
-    } else change({ chosen: null, hovered: null });
+    } else if (!isTyping(event)) change({ chosen: null, hovered: null });
   }
-  if (event.key === "/" && !event.target.matches("input")) {
+  if (event.key === "/" && !isTyping(event)) {
     event.preventDefault();
     find.focus();
   }

@@ -18,11 +18,19 @@ function drawPins() {
     return element("span", { class: "chip" }, element("button", { type: "button", "aria-pressed": String(selected.has(node)), title: "select for a group", click: select }, title(node), element("span", { class: "soft" }, node.position < 0 ? "" : ` @${node.position}`)), element("button", { type: "button", "aria-label": `unpin ${title(node)}`, click: () => togglePin(node) }, "×"));
   };
   const groups = state.groups.map((group) => {
-    const called = element("input", { "aria-label": "name of the group", value: group.name, change: (event) => change({ groups: state.groups.map((other) => (other === group ? { ...group, name: event.target.value || "group" } : other)) }) });
+    // The name changes in place: new chips would lose the focus, or the click, that ends the change.
+    const rename = () => {
+      group.name = called.value ||= "group";
+      dissolve.setAttribute("aria-label", `dissolve ${group.name}`);
+      drawSketch();
+      writeAddressSoon();
+    };
+    const called = element("input", { "aria-label": "name of the group", value: group.name, change: rename });
+    const dissolve = element("button", { type: "button", "aria-label": `dissolve ${group.name}`, click: () => change({ groups: state.groups.filter((other) => other !== group) }) }, "×");
     const members = group.members.map((node) => element("span", { class: "member" }, title(node)));
-    return element("span", { class: "chip group" }, called, ...members, element("button", { type: "button", "aria-label": `dissolve ${group.name}`, click: () => change({ groups: state.groups.filter((other) => other !== group) }) }, "×"));
+    return element("span", { class: "chip group" }, called, ...members, dissolve);
   });
-  chips.replaceChildren(...groups, ...state.pinned.filter((node) => !isGrouped(node)).map(chip));
+  replaceFocused(chips, ...groups, ...state.pinned.filter((node) => !isGrouped(node)).map(chip));
   document.getElementById("group").disabled = !selected.size;
   document.getElementById("clear").disabled = !state.pinned.length;
   drawSketch();
@@ -32,7 +40,7 @@ document.getElementById("group").addEventListener("click", () => {
   const members = [...selected];
   selected.clear();
   change({ groups: [...state.groups, { name: title(members[0]), members }] });
-  chips.querySelector(".group:last-of-type input")?.focus();
+  [...chips.querySelectorAll(".group input")].at(-1).focus();
 });
 document.getElementById("clear").addEventListener("click", () => change({ pinned: [], groups: [], places: {} }));
 
@@ -113,16 +121,25 @@ function drawSketch() {
   const drawn = made.map((box) => {
     const text = (y, what, kind) => draw("text", { x: box.width / 2, y, class: kind }, shortened(what, Math.floor((box.width - 8) / 6.8)));
     const part = draw("g", { class: box.group ? "box group" : "box", transform: `translate(${box.x} ${box.y})`, tabindex: 0, role: "button", "aria-label": `${box.text}, ${box.detail}` }, draw("rect", { width: box.width, height: 40, rx: 5 }), text(17, box.text, "name"), text(32, box.detail, "detail"));
-    drag(part, box, width);
+    drag(part, box);
     return part;
   });
-  sketch.replaceChildren(...lines, ...drawn);
+  replaceFocused(sketch, ...lines, ...drawn);
+}
+
+// Puts new parts in place of the old; the focus goes to the control at the same place of the order, or to the last one.
+function replaceFocused(parent, ...parts) {
+  const controls = () => [...parent.querySelectorAll("button, input, [tabindex]")];
+  const focused = controls().indexOf(document.activeElement);
+  parent.replaceChildren(...parts);
+  if (focused >= 0) (controls()[focused] ?? controls().at(-1) ?? canvas).focus({ preventScroll: true });
 }
 
 // A drag moves a box; a click chooses its node.
 function drag(part, box) {
   let start = null;
   part.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
     part.setPointerCapture(event.pointerId);
     start = [event.clientX - box.x, event.clientY - box.y, event.clientX, event.clientY];
   });
@@ -138,5 +155,10 @@ function drag(part, box) {
     if (far < 4) choose(box.members[0]);
     else change({ places: { ...state.places, [box.id]: [box.x, box.y] } });
   });
-  part.addEventListener("keydown", (event) => event.key === "Enter" && choose(box.members[0]));
+  part.addEventListener("pointercancel", drawSketch);
+  part.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    choose(box.members[0]);
+  });
 }

@@ -21,6 +21,7 @@ function hover(node) {
 }
 
 canvas.addEventListener("pointerdown", (event) => {
+  if (event.button) return;
   canvas.setPointerCapture(event.pointerId);
   pressed.set(event.pointerId, placeOf(event));
   moved = pressed.size > 1;
