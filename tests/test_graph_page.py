@@ -381,6 +381,16 @@ def test_it_fits_phones_and_desks_in_light_and_dark(files, browser, width, theme
         browser.execute_script("document.querySelector('#legend summary').click()")
         assert text(browser, "#legend p").startswith("○ feature")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        opened = "node.in.some((e) => headButtons(e).length)"
+        browser.execute_script(f"change({{ chosen: nodes.find((node) => {opened}) }})")
+        browser.execute_script("document.querySelector('.inputs .more-rows')?.click()")
+        edge = "getBoundingClientRect()"
+        beside = f"part.{edge}.left >= part.closest('.link').querySelector('.gauge').{edge}.right"
+        heads = browser.execute_script(f"return [...document.querySelectorAll('.head')].map((part) => {beside})")
+        assert len(heads) > 0
+        assert all(heads)
+        fits = "return ['a long token', 'token', 'i'].map((one) => pen.measureText(fitting(one, 34)).width)"
+        assert max(browser.execute_script(fits)) <= 34
         background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (background == "rgb(253, 252, 249)") == (theme == "light")
         drawn = "const at = [size.width - 3, 3]; draw(); return [...pen.getImageData(...at, 1, 1).data].slice(0, 3)"

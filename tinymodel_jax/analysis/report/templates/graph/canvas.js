@@ -219,6 +219,13 @@ function drawName(node, align) {
 
 const shortened = (text, n) => (text.length > n ? `${text.slice(0, n - 1)}…` : text);
 
+// The text, shortened to a width in pixels of the pen's font.
+function fitting(text, width) {
+  let n = text.length;
+  while (n > 1 && pen.measureText(shortened(text, n)).width > width) n--;
+  return shortened(text, n);
+}
+
 // The names of rows and the tokens stay in view at the edges.
 function drawEdges() {
   pen.font = `12px ${colours.font}`;
@@ -253,7 +260,7 @@ function drawEdges() {
     }
     if (i % every) continue;
     const text = column.position < 0 ? "all" : data.tokens[column.position].trim() || "␣";
-    pen.fillText(shortened(text, Math.max(1, Math.floor((every * width) / 7))), x, size.height - BOTTOM / 2);
+    pen.fillText(fitting(text, every * width - 4), x, size.height - BOTTOM / 2);
   }
 }
 

@@ -77,8 +77,8 @@ function linkList(heading, about, links, end) {
     const weight = edges.weight[e];
     const bar = element("span", { class: weight < 0 ? "bar less" : "bar more", style: `width: ${Math.max(2, 44 * Math.sqrt(edges.share[e]))}px` });
     const other = nodes[edges[end][e]];
-    const line = element("div", { class: other.shown ? "link" : "link hidden" }, element("span", { class: "weight" }, sign(weight, fixed(weight, decimals))), element("span", { class: "gauge" }, bar), nodeButton(other));
-    line.append(...headButtons(e, line));
+    const line = element("div", { class: other.shown ? "link" : "link hidden" }, element("span", { class: "weight" }, sign(weight, fixed(weight, decimals))), element("span", { class: "gauge" }, bar));
+    line.append(element("span", { class: "called" }, nodeButton(other), ...headButtons(e, line)));
     return line;
   };
   list.append(...links.slice(0, ROWS).map(row));
