@@ -31,7 +31,8 @@ class HeadPaths(NamedTuple):
     heads: Float[np.ndarray, "edges layers heads"]
     """Through one head alone."""
     several: Float[np.ndarray, " edges"]
-    """Through several heads, one after the other; for edges from the node "rest", all of the weight."""
+    """Through several heads, one after the other. From biases, also through one head, which reads them at all
+    positions; from the node "rest", all of the weight."""
 
 
 class _Written(NamedTuple):
@@ -59,11 +60,7 @@ def head_paths(frozen: FrozenPass, targets: Sequence[Target], nodes: np.ndarray,
         frozen: the frozen pass of the graph's prompt, with the graph's dictionaries.
         targets: the graph's targets, which are its last nodes.
         nodes, edges: the graph's, which may be pruned.
-
-    Raises:
-        ValueError: a transcoder with a skip connection excludes tokens of the prompt.
     """
-    _require_skips_everywhere(frozen)
     n_layers, n_heads = frozen.config.n_layers, frozen.config.n_heads
     patterns = np.asarray(frozen.patterns, np.float64)
     written, read, position = _written(frozen, nodes), _read(frozen, targets, nodes), nodes["position"]
@@ -79,20 +76,9 @@ def head_paths(frozen: FrozenPass, targets: Sequence[Target], nodes: np.ndarray,
         direct[part] = np.where(everywhere | one_position, local, 0)
         for layer in range(n_layers):
             seen = patterns[layer][:, position[t], np.maximum(position[s], 0)].T
-            of_all = np.einsum("hst,nt->nsh", patterns[layer], present)
-            seen = np.where(everywhere[:, None], of_all[number[s], position[t]], seen)
+            seen = np.where(everywhere[:, None], 0, seen)
             heads[part, layer] = seen * np.einsum("ehk,ehk->eh", written.values[layer][s], read.values[layer][t])
     return HeadPaths(direct, heads, edges["weight"] - direct - heads.sum(axis=(1, 2)))
-
-
-def _require_skips_everywhere(frozen: FrozenPass) -> None:
-    for dictionary in frozen.dictionaries:
-        if dictionary.W_skip is not None and int(dictionary.acting.sum()) < int(frozen.length):
-            raise ValueError(
-                f"head_paths: {dictionary.tag} has a skip connection and excludes tokens of this prompt, so what a "
-                "bias adds through a head differs by position; give a prompt without these tokens, or a dictionary "
-                "that excludes none."
-            )
 
 
 def _present(frozen: FrozenPass, nodes: np.ndarray) -> Float[np.ndarray, "biases s"]:
@@ -128,8 +114,7 @@ def _written(frozen: FrozenPass, nodes: np.ndarray) -> _Written:
         values.append(np.einsum("nd,hdk->nhk", stream, np.asarray(frozen.W_V[layer], np.float64)))
         after_attn = [3 * layer + 2] if frozen.at("attn", layer) else [3 * layer + 1]
         stream = stream + np.where(np.isin(writers, after_attn)[:, None], vectors, 0)
-        W_skip = _skip(frozen, layer)
-        stream = stream + (0 if W_skip is None else stream @ W_skip)
+        stream = stream + _skipped(frozen, layer, stream, nodes["position"])
         stream = stream + np.where((writers == 3 * layer + 3)[:, None], vectors, 0)
     return _Written(vectors, writers, values)
 
@@ -145,8 +130,7 @@ def _read(frozen: FrozenPass, targets: Sequence[Target], nodes: np.ndarray) -> _
     g, of_writer, values = read(n_layers, "before_attn"), [], []
     for layer in reversed(range(n_layers)):
         of_mlp = g + read(layer, "mlp")
-        W_skip = _skip(frozen, layer)
-        g = g + read(layer, "before_mlp") + (0 if W_skip is None else of_mlp @ W_skip.T)
+        g = g + read(layer, "before_mlp") + _skipped(frozen, layer, of_mlp, nodes["position"], backward=True)
         alone = frozen.at("attn", layer) is not None  # then the SAE's encoder alone reads the attention's output
         of_attn = read(layer, "attn") + (0 if alone else g)
         of_writer += [of_mlp, g, of_attn]
@@ -172,7 +156,13 @@ def _directions(
     return found, places
 
 
-def _skip(frozen: FrozenPass, layer: int) -> np.ndarray | None:
+def _skipped(
+    frozen: FrozenPass, layer: int, vectors: Float[np.ndarray, "nodes d"], position: np.ndarray, backward: bool = False
+) -> Float[np.ndarray, "nodes d"]:
+    """Return what the transcoder's skip connection makes of vectors at positions: 0 where it does not act."""
     transcoder = frozen.at("mlp", layer)
     assert transcoder is not None
-    return None if transcoder.W_skip is None else np.asarray(transcoder.W_skip, np.float64)
+    if transcoder.W_skip is None:
+        return np.zeros_like(vectors)
+    W_skip = np.asarray(transcoder.W_skip, np.float64)
+    return np.where(np.asarray(transcoder.acting)[position][:, None], vectors @ (W_skip.T if backward else W_skip), 0)
