@@ -12,7 +12,6 @@ what ablating the node does. Means are taken over all positions of a place, in t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,18 +57,19 @@ class Batch(NamedTuple):
     """Tokens whose logits are compared."""
 
 
-class Gated(NamedTuple):
+@struct.dataclass
+class Gated:
     """A model with gates: everything that its passes need, apart from the gates."""
 
     model: HookedModel
     dictionaries: tuple[Dictionary, ...]
-    space: NodeSpace
+    space: NodeSpace = struct.field(pytree_node=False)
 
     def means(self, aligned: Aligned) -> tuple[LayerMeans, ...]:
         """Return the means of all nodes over some prompts."""
         totals = None
         for batch, _ in self.batches(aligned, np.zeros((len(aligned.tok_ids), 2), np.int32)):
-            found = _sums(self.model, self.dictionaries, batch, n_places=self.space.n_places)
+            found = _sums(self, batch)
             totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
         assert totals is not None
         counts, sums = totals
@@ -80,7 +80,7 @@ class Gated(NamedTuple):
     ) -> Float[np.ndarray, " prompts"]:
         """Return the logit difference of each prompt."""
         found = [
-            np.asarray(_differences(*self, means, jnp.asarray(gates, jnp.float32), batch))[:n]
+            np.asarray(_differences(self, means, jnp.asarray(gates, jnp.float32), batch))[:n]
             for batch, n in self.batches(aligned, tokens)
         ]
         return np.concatenate(found)
@@ -91,7 +91,7 @@ class Gated(NamedTuple):
         """Return the derivative of the mean logit difference with respect to each gate."""
         given = jnp.asarray(gates, jnp.float32)
         found = [
-            np.asarray(_slopes(*self, means, given, batch), np.float64) for batch, _ in self.batches(aligned, tokens)
+            np.asarray(_slopes(self, means, given, batch), np.float64) for batch, _ in self.batches(aligned, tokens)
         ]
         return np.sum(found, axis=0) / len(tokens)
 
@@ -157,14 +157,12 @@ def activations(params: Any, config: DictionaryConfig, acts: Any) -> Float[Array
     return jnp.where(config.acts_at(acts["tok_ids"])[..., None], found, 0) if config.exclude else found
 
 
-@partial(fast_jit, static_argnames=("n_places",))
-def _sums(
-    model: HookedModel, dictionaries: tuple[Dictionary, ...], batch: Batch, *, n_places: int
-) -> tuple[Float[Array, " places"], tuple[LayerMeans, ...]]:
+@fast_jit
+def _sums(gated: Gated, batch: Batch) -> tuple[Float[Array, " places"], tuple[LayerMeans, ...]]:
     """Return the number of positions of each place, and the sums over them."""
-    places = jnp.where(batch.place[..., None] == jnp.arange(n_places), batch.weight[..., None], 0)
-    blocks = [(dictionary, *_hooks_of(dictionary)) for dictionary in dictionaries]
-    _, kept = model.run(batch.tok_ids, [name for _, *names in blocks for name in names])
+    places = jnp.where(batch.place[..., None] == jnp.arange(gated.space.n_places), batch.weight[..., None], 0)
+    blocks = [(dictionary, *_hooks_of(dictionary)) for dictionary in gated.dictionaries]
+    _, kept = gated.model.run(batch.tok_ids, [name for _, *names in blocks for name in names])
     kept["tok_ids"] = batch.tok_ids
 
     def total(values: Array) -> Array:
@@ -182,36 +180,23 @@ def _hooks_of(dictionary: Dictionary) -> tuple[str, str, str]:
     return f"{block}attn.hook_z", dictionary.config.hook_in, dictionary.config.hook_out
 
 
-def _logit_differences(
-    model: HookedModel,
-    dictionaries: tuple[Dictionary, ...],
-    space: NodeSpace,
-    means: tuple[LayerMeans, ...],
-    gates: Float[Array, " nodes"],
-    batch: Batch,
+@fast_jit
+def _differences(
+    gated: Gated, means: tuple[LayerMeans, ...], gates: Float[Array, " nodes"], batch: Batch
 ) -> Float[Array, " batch"]:
-    hooks = Gated(model, dictionaries, space).hooks(means, gates, batch.place)
-    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
-    _, kept = model.with_hooks(hooks).run(batch.tok_ids, final)
+    hooks = gated.hooks(means, gates, batch.place)
+    final = f"blocks.{gated.model.config.n_layers - 1}.hook_resid_post"
+    _, kept = gated.model.with_hooks(hooks).run(batch.tok_ids, final)
     rows = jnp.arange(len(batch.last))
-    logits = model.unembed(kept[final][rows, batch.last])
+    logits = gated.model.unembed(kept[final][rows, batch.last])
     return logits[rows, batch.tokens[:, 0]] - logits[rows, batch.tokens[:, 1]]
 
 
-_differences = fast_jit(_logit_differences, static_argnames=("space",))
-
-
-@partial(fast_jit, static_argnames=("space",))
+@fast_jit
 def _slopes(
-    model: HookedModel,
-    dictionaries: tuple[Dictionary, ...],
-    space: NodeSpace,
-    means: tuple[LayerMeans, ...],
-    gates: Float[Array, " nodes"],
-    batch: Batch,
+    gated: Gated, means: tuple[LayerMeans, ...], gates: Float[Array, " nodes"], batch: Batch
 ) -> Float[Array, " nodes"]:
     def total(gates: Array) -> Array:
-        found = _logit_differences(model, dictionaries, space, means, gates, batch)
-        return jnp.sum(found * batch.weight[:, 0])  # 0 for rows of padding
+        return jnp.sum(_differences(gated, means, gates, batch) * batch.weight[:, 0])  # 0 for rows of padding
 
     return jax.grad(total)(gates)
