@@ -224,6 +224,10 @@ def test_circuits_are_saved_and_loaded(small, tmp_path):
     one, other = (circuits.run(small, each, PROMPTS, places={"end": -1}) for each in (circuit, again))
     np.testing.assert_array_equal(one, other)
     assert "holds no circuit" in error_of(lambda: circuits.Circuit.load(tmp_path), FileNotFoundError)
+    (tmp_path / "damaged").mkdir()
+    for name, content in (("circuit.safetensors", b"short"), ("circuit.json", b"{}")):
+        (tmp_path / "damaged" / name).write_bytes(content)
+    assert "holds a damaged circuit" in error_of(lambda: circuits.Circuit.load(tmp_path / "damaged"))
 
 
 def test_bad_input_is_refused_in_one_line(small, everything, golden_lm, no_type_checks):

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tinymodel_jax.analysis.circuits.frozen import FrozenPass
+from tinymodel_jax.analysis.circuits.stored import stored
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.atomic_files import replace_file
 
@@ -195,23 +196,10 @@ class AttributionGraph:
             FileNotFoundError: the folder holds no graph.
             ValueError: its files are damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        folder = Path(folder).expanduser()
-        missing = [name for name in ("graph.safetensors", "graph.json") if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} holds no graph ({', '.join(missing)} not found); graph.save(folder) writes one."
-            )
-        try:
-            texts = json.loads((folder / "graph.json").read_text("utf-8"))
-            numbers = load_file(folder / "graph.safetensors")
+        with stored(folder, "graph") as (texts, numbers):
             nodes = _table(NODE, {**{f"nodes.{n}": texts[n] for n in ("kind", "site")}, **numbers}, "nodes")
             tokens, labels, unexplained = tuple(texts["tokens"]), tuple(texts["labels"]), texts["unexplained"]
             return cls(nodes, _table(EDGE, numbers, "edges"), tokens, numbers["weights"], unexplained, labels)
-        except (KeyError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds a damaged graph ({error}); save it again.") from error
 
     def _largest_first(self, end: str, node: int) -> np.ndarray:
         found = self.edges[self.edges[end] == node]

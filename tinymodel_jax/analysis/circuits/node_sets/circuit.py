@@ -16,6 +16,7 @@ from tinymodel_jax.analysis.circuits.neurons import NEURONS, neurons, neurons_ta
 from tinymodel_jax.analysis.circuits.node_sets.mean_ablation import Gated, LayerMeans
 from tinymodel_jax.analysis.circuits.node_sets.nodes import CIRCUIT_NODE, NodeSpace, labels
 from tinymodel_jax.analysis.circuits.node_sets.places import OTHER, Aligned, Places, align
+from tinymodel_jax.analysis.circuits.stored import stored
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import forward
@@ -61,24 +62,14 @@ class Circuit:
 
         Raises:
             FileNotFoundError: the folder holds no circuit.
+            ValueError: its files are damaged.
         """
-        from safetensors.numpy import load_file
-
-        folder = Path(folder).expanduser()
-        missing = [name for name in ("circuit.safetensors", "circuit.json") if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} holds no circuit ({', '.join(missing)} not found); circuit.save(folder) writes one."
-            )
-        texts, means = (
-            json.loads((folder / "circuit.json").read_text("utf-8")),
-            load_file(folder / "circuit.safetensors"),
-        )
-        names = CIRCUIT_NODE.names or ()
-        nodes = np.array([tuple(node[name] for name in names) for node in texts["nodes"]], CIRCUIT_NODE)
-        layers = range(len(means) // len(_MEANS))
-        found = tuple(LayerMeans(*(jnp.asarray(means[f"{layer}.{n}"]) for n in _MEANS)) for layer in layers)
-        return cls(nodes, tuple(texts["places"]), tuple(texts["dictionaries"]), found)
+        with stored(folder, "circuit") as (texts, means):
+            names = CIRCUIT_NODE.names or ()
+            nodes = np.array([tuple(node[name] for name in names) for node in texts["nodes"]], CIRCUIT_NODE)
+            layers = range(len(means) // len(_MEANS))
+            found = tuple(LayerMeans(*(jnp.asarray(means[f"{layer}.{n}"]) for n in _MEANS)) for layer in layers)
+            return cls(nodes, tuple(texts["places"]), tuple(texts["dictionaries"]), found)
 
     def gates(self, space: NodeSpace) -> Bool[np.ndarray, " nodes"]:
         """Return which of all nodes belong to the circuit."""
