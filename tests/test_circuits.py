@@ -313,6 +313,7 @@ def test_bad_input_is_refused_in_one_line(lm, no_type_checks):
             lm, PROMPT, circuits.direction("blocks.1.mlp.hook_post", np.ones(32))
         ),
         "has shape (3,); give (16,)": lambda: graph(lm, PROMPT, circuits.direction("blocks.1.hook_mlp_in", np.ones(3))),
+        "give circuits.feature('M1N3', position)": lambda: graph(lm, PROMPT, "M1N3"),
         "is 0 or not finite": lambda: graph(lm, PROMPT, circuits.direction("blocks.1.hook_mlp_in", np.zeros(16))),
         "the prediction of the spliced A1": lambda: graph(
             lm.splice("A1"), PROMPT, circuits.direction("blocks.1.hook_attn_out", np.ones(16))

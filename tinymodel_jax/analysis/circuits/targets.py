@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,7 +127,7 @@ def _resolved(lm: TinyModel, frozen: FrozenPass, target: Any) -> Target:
         return _direction(lm, frozen, target)
     if isinstance(target, LogitDifference):
         return _difference(lm, frozen, target)
-    if isinstance(target, str) and re.fullmatch(r"[A-Za-z]+\d+N\d+", target):
+    if isinstance(target, str) and _names_feature(target):
         raise ValueError(
             f"attribution_graph: {target!r} names a feature; as a target, give circuits.feature({target!r}, position)."
         )
@@ -138,6 +137,13 @@ def _resolved(lm: TinyModel, frozen: FrozenPass, target: Any) -> Target:
         f"attribution_graph: target {target!r:.80} is a {type(target).__name__}; expected a token's id or text, "
         "logit_difference(a, b), circuits.feature(tag, position) or circuits.direction(hook, vector, position)."
     )
+
+
+def _names_feature(text: str) -> bool:
+    try:
+        return Site.parse(text)[1] is not None
+    except ValueError:
+        return False
 
 
 def _logit(lm: TinyModel, frozen: FrozenPass, token: int) -> Target:

@@ -8,7 +8,6 @@ attribution patching (Nanda 2023; Syed et al. 2023), repeated as the circuit shr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from tinymodel_jax.analysis.circuits.node_sets.circuit import (
 from tinymodel_jax.analysis.circuits.node_sets.mean_ablation import Gated, LayerMeans
 from tinymodel_jax.analysis.circuits.node_sets.places import Places, align
 from tinymodel_jax.analysis.effects.metrics import LogitDifference, check_metric
-from tinymodel_jax.analysis.evaluation.row_sums import NORMAL_95, Estimate, RowSums
+from tinymodel_jax.analysis.evaluation.row_sums import Estimate, RowSums
 from tinymodel_jax.lm import TinyModel
 
 
@@ -138,16 +137,15 @@ def score(
     candidates = _varying(gated, circuit.means, circuit.dictionaries)
     for number in range(n_random):
         sets[f"random {number}"] = _random_like(gated, inside, candidates, np.random.default_rng((seed, number)))
-    sums = RowSums(tuple(sets))
+    sums = RowSums((*sets, "prompts"))
     values = {name: gated.differences(circuit.means, gates, aligned, tokens) for name, gates in sets.items()}
-    sums.add(values)
+    sums.add({**values, "prompts": np.ones(len(tokens))})
     whole = ("model", "nothing")
-    carried = values["model"] - values["nothing"]
-    margin = NORMAL_95 * carried.std(ddof=1) / math.sqrt(len(carried)) if len(carried) > 1 else 0.0
-    if abs(carried.mean()) <= max(margin, 1e-6):
+    carried = sums.ratio(whole, "prompts")
+    if abs(carried.value) <= max(1e-6, carried.margin):  # the margin of a single prompt is NaN
         raise ValueError(
-            f"circuits.score: all nodes together add {carried.mean():.3g} ± {margin:.2g} to the logit difference, "
-            "which may be nothing; choose tokens that the model tells apart on these prompts, or give more prompts."
+            f"circuits.score: all nodes together add {carried.value:.3g} ± {carried.margin:.2g} to the logit difference"
+            ", which may be nothing; choose tokens that the model tells apart on these prompts, or give more prompts."
         )
     return CircuitScore(
         sums.ratio(("circuit", "nothing"), whole),
