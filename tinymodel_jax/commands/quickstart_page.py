@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tinymodel_jax.analysis.concepts.labels import NAMED_FROM
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.bundled import storyworld
-from tinymodel_jax.commands.quickstart_steps import NAMED_FROM, PROMPT, SITE, Named
+from tinymodel_jax.commands.quickstart_steps import PROMPT, SITE, Named
 from tinymodel_jax.lm import TinyModel
 
 BARS = 24

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from tinymodel_jax.analysis.concepts.labels import concepts_of_units
+from tinymodel_jax.analysis.concepts.labels import NAMED_FROM, concepts_of_units
 from tinymodel_jax.analysis.concepts.recovery import concept_table, n_found, recover_concepts
 from tinymodel_jax.analysis.effects import sweeps
 from tinymodel_jax.analysis.evaluation.evaluation import evaluate
@@ -38,8 +38,6 @@ PROMPT = "Once upon a time"
 STORY_TOKENS, CONTINUATION_TOKENS = 250, 40
 SITE = "Rm2"
 """Site whose features are shown: an SAE of the residual stream."""
-NAMED_FROM = 0.5
-"""F1 below which a feature's concept is shown as a weak guess."""
 TURNED_UP = "plot."
 """Prefix of the concepts among whose features one is turned up: the one that changes the next word most."""
 STRONG = 0.9

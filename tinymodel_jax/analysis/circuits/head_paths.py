@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from tinymodel_jax.analysis.circuits.frozen import FrozenPass
+from tinymodel_jax.analysis.circuits.frozen import FrozenDictionary, FrozenPass
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
 from tinymodel_jax.analysis.circuits.targets import Target
 
@@ -99,15 +99,15 @@ def _written(frozen: FrozenPass, nodes: np.ndarray) -> _Written:
         vectors[own], writers[own] = np.asarray(frozen.b_O[layer], np.float64), 3 * layer + 1
         for dictionary in frozen.of_layer(layer):
             W_dec, error = np.asarray(dictionary.W_dec, np.float64), np.asarray(dictionary.error, np.float64)
-            index = {int(feature): i for i, feature in enumerate(np.asarray(dictionary.features)) if feature >= 0}
+            rows = _rows(dictionary)
             of_tag = nodes["site"] == dictionary.tag
             bias = nodes["site"] == f"{dictionary.tag} b_dec"
             wrong = of_tag & (nodes["kind"] == "error")
             active = of_tag & (nodes["kind"] == "feature") & (nodes["value"] > 0)
             vectors[bias] = np.asarray(dictionary.b_dec, np.float64)
             vectors[wrong] = error[nodes["position"][wrong]]
-            rows = [index[feature] for feature in nodes["feature"][active].tolist()]
-            vectors[active] = nodes["value"][active][:, None] * W_dec[rows]
+            used = [rows[feature] for feature in nodes["feature"][active].tolist()]
+            vectors[active] = nodes["value"][active][:, None] * W_dec[used]
             writers[of_tag | bias] = 3 * layer + (2 if dictionary.part == "attn" else 3)
     stream, values = np.where((writers == 0)[:, None], vectors, 0), []
     for layer in range(n_layers):
@@ -146,14 +146,18 @@ def _directions(
     """Return the direction that each node reads, and the number of the place; -1 for nodes that read nothing."""
     found, places = [np.zeros(frozen.config.d_model)] * len(nodes), np.full(len(nodes), -1)
     for dictionary in frozen.dictionaries:
-        W_enc, features = np.asarray(dictionary.W_enc, np.float64), np.asarray(dictionary.features)
-        index = {int(feature): i for i, feature in enumerate(features) if feature >= 0}
+        W_enc, rows = np.asarray(dictionary.W_enc, np.float64), _rows(dictionary)
         for number in np.flatnonzero((nodes["site"] == dictionary.tag) & (nodes["kind"] == "feature")):
-            if (row := index.get(int(nodes["feature"][number]))) is not None:
+            if (row := rows.get(int(nodes["feature"][number]))) is not None:
                 found[number], places[number] = W_enc[row], encoder_place(dictionary).number
     for number, target in enumerate(targets, len(nodes) - len(targets)):
         found[number], places[number] = np.asarray(target.direction, np.float64), target.place.number
     return found, places
+
+
+def _rows(dictionary: FrozenDictionary) -> dict[int, int]:
+    """Return the row of each feature in the matrices of a frozen dictionary."""
+    return {feature: row for row, feature in enumerate(np.asarray(dictionary.features).tolist()) if feature >= 0}
 
 
 def _skipped(

@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 
 LEVELS = np.array([2.0**-power for power in range(1, 13)])
 """Shares of the positions above a unit's thresholds; two more thresholds are 0 and -inf."""
+NAMED_FROM = 0.5
+"""F1 from which a feature is named by its best concept; below, that is a weak guess."""
 CHUNK = 256
 """Units that are scored together."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, Integer
 
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph, texts_of
 from tinymodel_jax.analysis.circuits.neurons import dictionary_at, is_neurons
+from tinymodel_jax.analysis.concepts.labels import NAMED_FROM
 from tinymodel_jax.analysis.report.dashboard.build import A_SHARD, GRAPHS, read_data
 from tinymodel_jax.analysis.report.dashboard.folders import FOLDER, INDEX
 from tinymodel_jax.analysis.report.dashboard.records import context_records, rounded
@@ -30,8 +31,6 @@ from tinymodel_jax.runtime.progress import Track, no_progress
 
 TOKENS, CONTEXTS, CONCEPTS = 6, 5, 3
 """Tokens promoted and suppressed, contexts, and concepts that the page shows of each feature."""
-NAMED_FROM = 0.5
-"""F1 from which a feature is named by its best concept."""
 
 Record = dict[str, Any]
 Records = dict[str, dict[int, Record]]

@@ -20,8 +20,9 @@ from tinymodel_jax.analysis.circuits.graph import AttributionGraph, token_texts
 from tinymodel_jax.analysis.circuits.head_paths import HeadPaths, head_paths
 from tinymodel_jax.analysis.circuits.qk import divided_score
 from tinymodel_jax.analysis.circuits.targets import Target, resolve, target_names
+from tinymodel_jax.analysis.concepts.labels import NAMED_FROM
 from tinymodel_jax.analysis.report.dashboard.records import rounded
-from tinymodel_jax.analysis.report.graph.features import NAMED_FROM, FeatureFacts, logit_facts, words_of
+from tinymodel_jax.analysis.report.graph.features import FeatureFacts, logit_facts, words_of
 from tinymodel_jax.analysis.report.graph.links import link_from_dashboards, node_ids, relative_address
 from tinymodel_jax.analysis.report.page import token_text, write_page
 from tinymodel_jax.lm import TinyModel
@@ -92,10 +93,9 @@ def save_page(
 def _require_same(lm: TinyModel, graph: AttributionGraph, frozen: FrozenPass, targets: Sequence[Target]) -> None:
     if graph.tokens != token_texts(lm, frozen):
         raise ValueError("save_page: the graph is of another prompt; give the one that it was made of.")
-    written = {site for dictionary in frozen.dictionaries for site in (dictionary.tag, f"{dictionary.tag} b_dec")}
-    kinds = ("feature", "error")
-    sites = graph.nodes["site"][np.isin(graph.nodes["kind"], kinds) & (graph.weights == 0)]
-    if unknown := sorted(set(sites.tolist()) - written):
+    of_dictionary = np.isin(graph.nodes["kind"], ("feature", "error")) & (graph.weights == 0)
+    given = {dictionary.tag for dictionary in frozen.dictionaries}
+    if unknown := sorted(set(graph.nodes["site"][of_dictionary].tolist()) - given):
         raise ValueError(
             f"save_page: the graph has nodes of {', '.join(unknown)}; give the `dictionaries` that it was made with."
         )
