@@ -1,8 +1,10 @@
 """A real browser for tests of pages: headless Chromium, and the errors on its console."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,28 @@ def chromium() -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def open_and_wait(browser: Any, page: Path, address: str, busy: str) -> None:
+    """Load a page anew, and wait until an element is no longer `aria-busy`."""
+    browser.get("about:blank")
+    browser.get(f"{page.as_uri()}{address}")
+    wait(browser, f"!document.querySelector('{busy}').hasAttribute('aria-busy')")
+
+
+def wait(browser: Any, condition: str) -> None:
+    """Wait until a JavaScript expression is true, 20 seconds at most."""
+    deadline = time.monotonic() + 20
+    while not browser.execute_script(f"return Boolean({condition})"):
+        assert time.monotonic() < deadline, f"never: {condition}"
+        time.sleep(0.02)
+
+
+def texts(browser: Any, selector: str) -> list[str]:
+    """Return the text of every element that a CSS selector finds."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
+    )
 
 
 def problems(driver: Any) -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """The pages of a dashboard in a real browser: of the bundled model, and of 25,000 features."""
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browsers import chromium, needs_browser, problems
+from browsers import chromium, needs_browser, open_and_wait, problems, texts, wait
 from conftest import as_users_run_it
 
 from tinymodel_jax.analysis.effects.importance import CausalImportance, MeanEffect
@@ -182,16 +181,7 @@ def invented(n: int) -> tuple[Facts, np.ndarray]:
 
 def open_page(browser: Any, page: Path, address: str = "") -> None:
     """Load a page anew, and wait until it shows what it was asked for."""
-    browser.get("about:blank")
-    browser.get(f"{(page / 'index.html').as_uri()}{address}")
-    wait(browser, "!document.querySelector('main').hasAttribute('aria-busy')")
-
-
-def wait(browser: Any, condition: str) -> None:
-    deadline = time.monotonic() + 20
-    while not browser.execute_script(f"return Boolean({condition})"):
-        assert time.monotonic() < deadline, f"never: {condition}"
-        time.sleep(0.02)
+    open_and_wait(browser, page / "index.html", address, "main")
 
 
 def go(browser: Any, address: str) -> None:
@@ -199,12 +189,6 @@ def go(browser: Any, address: str) -> None:
     browser.execute_script("location.hash = arguments[0]", address)
     heading = f"feature {address.removeprefix('#feature/')}"
     wait(browser, f"document.querySelector('h1').textContent.endsWith('{heading}')")
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
 
 
 def press(browser: Any, *keys: str) -> None:

@@ -2,14 +2,13 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browsers import chromium, needs_browser, problems
+from browsers import chromium, needs_browser, open_and_wait, problems, texts, wait
 from conftest import as_users_run_it
 from test_graph_command import PROMPT, run
 
@@ -46,26 +45,11 @@ def browser() -> Iterator[Any]:
 
 
 def open_page(browser: Any, folder: Path, address: str = "") -> None:
-    browser.get("about:blank")
-    browser.get(f"{(folder / 'graph.html').as_uri()}{address}")
-    wait(browser, "!document.body.hasAttribute('aria-busy')")
-
-
-def wait(browser: Any, condition: str) -> None:
-    deadline = time.monotonic() + 20
-    while not browser.execute_script(f"return Boolean({condition})"):
-        assert time.monotonic() < deadline, f"never: {condition}"
-        time.sleep(0.02)
+    open_and_wait(browser, folder / "graph.html", address, "body")
 
 
 def text(browser: Any, selector: str) -> str:
     return browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
-
-
-def texts(browser: Any, selector: str) -> list[str]:
-    return browser.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)", selector
-    )
 
 
 def press(browser: Any, *keys: str) -> None:
