@@ -70,6 +70,9 @@ class ByHand:
                 for row, largest in enumerate(np.argsort(-pre, axis=1, kind="stable")[:, : own.config.k]):
                     kept[row, largest] = acts[row, largest]
                 acts = kept
+            if own.config.architecture == "groupmax":
+                groups = acts.reshape(len(acts), own.config.k or 1, -1)
+                acts = np.where(groups == groups.max(axis=2, keepdims=True), groups, 0).reshape(acts.shape)
         found[tag] = pre
         acts = acts * acting
         self.acts.setdefault(tag, acts)

@@ -28,7 +28,7 @@ import pytest
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.dictionary import param_shapes as dictionary_shapes
+from tinymodel_jax.dictionaries.encoding import param_shapes as dictionary_shapes
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io.convert import convert_dictionary
 from tinymodel_jax.lm import TinyModel

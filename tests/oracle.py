@@ -136,9 +136,21 @@ def encode(params: Mapping[str, Any], config: DictionaryConfig, x: Any) -> np.nd
     """Return float64 feature activations, position by position and feature by feature."""
     w = {name: np.asarray(array, np.float64) for name, array in params.items()}
     rows = np.asarray(x, np.float64).reshape(-1, config.d_in)
+    rows = np.array([_normalized(config, row)[0] for row in rows])
     rows = rows - w["b_dec"] if config.subtract_b_dec else rows
     acts = np.array([_encode_position(w, config, row @ w["W_enc"]) for row in rows])
     return acts.reshape(*np.shape(x)[:-1], config.n_features)
+
+
+def _normalized(config: DictionaryConfig, row: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Return a vector with its normalization, and the scale and shift that undo it."""
+    if config.normalize == "layer_norm":
+        scale = float(np.std(row, ddof=1))
+        return (row - row.mean()) / (scale + 1e-5), scale, float(row.mean())
+    if config.normalize == "constant_norm":
+        scale = float(np.linalg.norm(row) / np.sqrt(len(row)))
+        return row / scale, scale, 0.0
+    return row, 1.0, 0.0
 
 
 def _encode_position(w: Mapping[str, np.ndarray], config: DictionaryConfig, linear: np.ndarray) -> list[float]:
@@ -152,6 +164,10 @@ def _encode_position(w: Mapping[str, np.ndarray], config: DictionaryConfig, line
     if config.architecture == "topk":
         best = sorted(features, key=lambda f: -pre[f])[: config.k]
         return [max(pre[f], 0.0) if f in best else 0.0 for f in features]
+    if config.architecture == "groupmax":
+        group = config.n_features // (config.k or 1)
+        best = [max(range(start, start + group), key=lambda f: pre[f]) for start in range(0, config.n_features, group)]
+        return [max(pre[f], 0.0) if f in best else 0.0 for f in features]
     threshold = np.broadcast_to(w["threshold"], pre.shape)
     return [pre[f] if pre[f] > max(threshold[f], 0.0) else 0.0 for f in features]
 
@@ -160,4 +176,8 @@ def reconstruct(params: Mapping[str, Any], config: DictionaryConfig, x: Any) -> 
     """Return the dictionary's float64 prediction."""
     w = {name: np.asarray(array, np.float64) for name, array in params.items()}
     prediction = encode(params, config, x) @ w["W_dec"] + w["b_dec"]
+    if config.hook_in == config.hook_out:
+        undone = [_normalized(config, row)[1:] for row in np.asarray(x, np.float64).reshape(-1, config.d_in)]
+        scale, shift = np.array(undone).T.reshape(2, *np.shape(x)[:-1], 1)
+        prediction = prediction * scale + shift
     return prediction + np.asarray(x, np.float64) @ w["W_skip"] if config.skip else prediction

@@ -23,6 +23,7 @@ FINAL = "blocks.1.hook_resid_post"
 ARCHITECTURES: list[dict[str, Any]] = [
     {"architecture": "relu"},
     {"architecture": "topk", "k": 4},
+    {"architecture": "groupmax", "k": 4},
     {"architecture": "batch_topk", "k": 4},
     {"architecture": "jumprelu"},
     {"architecture": "gated"},

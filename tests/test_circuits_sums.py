@@ -11,7 +11,7 @@ from oracle import F32, assert_close
 from tinymodel_jax.analysis import circuits
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.dictionary import param_shapes as dictionary_shapes
+from tinymodel_jax.dictionaries.encoding import param_shapes as dictionary_shapes
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 

@@ -31,8 +31,9 @@ def dictionary_configs(draw) -> DictionaryConfig:
     architecture = draw(st.sampled_from(ARCHITECTURES))
     transcoder, width, features = draw(st.booleans()), draw(sizes), draw(sizes)
     drawn = {
-        "k": draw(st.integers(1, features)) if architecture in ("topk", "batch_topk") else None,
-        "skip": transcoder and draw(st.booleans()),
+        "k": {"topk": draw(st.integers(1, features)), "batch_topk": 1, "groupmax": features}.get(architecture),
+        "skip": draw(st.booleans()),
+        "normalize": draw(st.sampled_from(["none", "layer_norm", "constant_norm"])),
         "subtract_b_dec": draw(st.booleans()),
         "exclude": tuple(draw(st.sets(sizes, max_size=3))),
         "dtype": draw(st.sampled_from(DTYPES)),
@@ -108,7 +109,11 @@ def test_unknown_and_missing_fields_are_all_named_with_a_near_miss():
         ({"architecture": "topk", "k": "3"}, "k='3' must be a whole number"),
         ({"architecture": "relu", "k": 3}, "'relu' takes no k, got k=3"),
         ({"d_out": 5}, "d_in=4 and d_out=5 must be equal"),
-        ({"skip": True}, "skip=True needs a transcoder"),
+        (
+            {"normalize": "batch_norm"},
+            "normalize 'batch_norm' is unknown; choose one of none, layer_norm, constant_norm",
+        ),
+        ({"architecture": "groupmax", "k": 3}, "n_features=8 do not divide into k=3 groups"),
         ({"hook_out": "blocks.0.hook_mlp_out", "d_out": 5, "subtract_b_dec": True}, "needs d_in == d_out, got 4 and 5"),
         ({"n_features": 0}, "n_features=0 must be"),
     ],

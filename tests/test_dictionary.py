@@ -12,31 +12,36 @@ from hypothesis import strategies as st
 from oracle import F32, GOLDEN, assert_close, error_of
 
 from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, keep_top_k, param_shapes, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
+from tinymodel_jax.dictionaries.encoding import keep_top_k, param_shapes
 
 SAE = ("blocks.0.hook_mlp_out", "blocks.0.hook_mlp_out")
 TRANSCODER = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out")
 VARIANTS = [
-    (architecture, hooks, skip, subtract)
+    (architecture, hooks, {"skip": skip, "subtract_b_dec": subtract})
     for architecture in ARCHITECTURES
     for hooks, skip in ((SAE, False), (TRANSCODER, False), (TRANSCODER, True))
     for subtract in (False, True)
 ]
+VARIANTS += [
+    ("topk", hooks, {"normalize": normalize, "subtract_b_dec": True, "skip": True})
+    for hooks in (SAE, TRANSCODER)
+    for normalize in ("layer_norm", "constant_norm")
+]
 
 
-def make(architecture, hooks=SAE, skip=False, subtract=False):
-    k = 3 if architecture in ("topk", "batch_topk") else None
-    hook_in, hook_out = hooks
-    return make_dictionary(hook_in, hook_out, architecture=architecture, k=k, skip=skip, subtract_b_dec=subtract)
+def make(architecture, hooks=SAE, **options):
+    k = 3 if architecture in ("topk", "batch_topk", "groupmax") else None
+    return make_dictionary(*hooks, architecture=architecture, k=k, **options)
 
 
 def inputs(seed=0, shape=(2, 5, 16)):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-@pytest.mark.parametrize(("architecture", "hooks", "skip", "subtract"), VARIANTS)
-def test_encoding_and_prediction_equal_numpy_s(architecture, hooks, skip, subtract):
-    dictionary, x = make(architecture, hooks, skip, subtract), inputs()
+@pytest.mark.parametrize(("architecture", "hooks", "options"), VARIANTS)
+def test_encoding_and_prediction_equal_numpy_s(architecture, hooks, options):
+    dictionary, x = make(architecture, hooks, **options), inputs()
     acts = dictionary.encode(x)
     expected = oracle.encode(dictionary.params, dictionary.config, x)
     assert_close(acts, expected, F32)
@@ -55,7 +60,7 @@ def test_indices_give_the_columns_of_the_whole(architecture, indices):
     assert_close(dictionary.encode(x, indices=indices), np.asarray(dictionary.encode(x))[..., indices], F32)
 
 
-@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "topk"])
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a not in ("topk", "groupmax")])
 def test_some_features_alone_encode_and_write_as_they_did_among_all(architecture):
     dictionary, x, chosen = make(architecture, TRANSCODER, skip=True), inputs(), [4, 0, 7]
     part = dictionary.with_features(chosen)
@@ -89,6 +94,20 @@ def test_exactly_k_features_are_active_where_enough_are_positive(k):
     params = {**dictionary.params, "b_enc": dictionary.params["b_enc"] + 50}
     acts = Dictionary.from_params(dictionary.config, params).encode(inputs())
     np.testing.assert_array_equal((acts > 0).sum(-1), np.full((2, 5), k))
+
+
+def test_features_of_a_groupmax_dictionary_are_not_taken_out_of_their_groups():
+    assert "keep it whole" in error_of(lambda: make("groupmax").with_features([0, 1, 2]))
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+def test_an_input_without_size_is_encoded_and_has_finite_gradients(normalize):
+    dictionary = make("relu", normalize=normalize)
+    zeros = jnp.zeros((2, 16))
+    bias = np.maximum(dictionary.params["b_enc"], 0)
+    assert_close(dictionary.encode(zeros), np.stack([bias, bias]), F32)
+    assert_close(dictionary(zeros), np.zeros((2, 16)), F32)
+    assert np.isfinite(jax.grad(lambda x: dictionary(x).sum())(zeros)).all()
 
 
 def test_a_negative_threshold_is_no_threshold():

@@ -6,7 +6,7 @@ import pytest
 from eight_devices import on_eight_devices
 from jax.sharding import PartitionSpec as P
 
-from tinymodel_jax.config import ARCHITECTURES, Architecture
+from tinymodel_jax.config import TRAINED_ARCHITECTURES, TrainedArchitecture
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics
 from tinymodel_jax.training.sharding import DICTIONARY_RULES, partition_specs, path_name
@@ -73,7 +73,7 @@ print(json.dumps(result))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_every_mesh_gives_the_loss_curves_of_one_device_and_moves_no_dictionary(architecture: str) -> None:
     curves = on_eight_devices(CURVES.replace("ARCHITECTURE", architecture))
     one = curves.pop("one")
@@ -125,8 +125,8 @@ def test_every_mesh_keeps_the_same_of_equal_activations(architecture: str) -> No
     assert all(each == found[""] for each in found.values()), found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_array_of_a_sweep_has_its_place(architecture: Architecture) -> None:
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
+def test_every_array_of_a_sweep_has_its_place(architecture: TrainedArchitecture) -> None:
     members = parse_members({"seed": "0,1"})
     recipe = recipe_preset("house", architecture, 24, 100, skip=True)
     statistics = ActivationStatistics.zero(8)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.config import ARCHITECTURES
+from tinymodel_jax.config import TRAINED_ARCHITECTURES
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.training.dictionary_forward import Execution, execution_for, loss_and_gradient
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe, recipe_preset
@@ -72,7 +72,7 @@ def test_statistics_scale_the_mean_norm_to_the_root_of_the_width():
     assert ActivationStatistics.zero(3).update(jnp.zeros((4, 3))).scale == 1
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_training_starts_at_the_mean_with_a_tied_encoder(architecture):
     recipe = small_recipe(architecture, encoder_norm=0.7, decoder_norm=0.2)
     state = start(recipe, batch())
@@ -165,7 +165,7 @@ def test_the_decay_ends_where_it_should_under_a_warm_up_of_any_length():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_rescaling_encoder_and_decoder_reciprocally_changes_nothing(architecture):
     recipe, x = small_recipe(architecture), batch()
     state, _ = train(recipe, start(recipe, x), 30)
@@ -185,7 +185,7 @@ KINDS = ("SAE that subtracts b_dec", "transcoder", "transcoder with skip")
 
 
 @pytest.mark.parametrize("kind", ["SAE", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_a_dictionary_learns_and_finished_gives_what_training_gave_on_unscaled_activations(architecture, kind):
     changes = {"subtract_b_dec": kind.endswith("b_dec"), "skip": kind.endswith("skip")}
     recipe, x = small_recipe(architecture, **changes), batch()
@@ -211,7 +211,7 @@ def test_a_dictionary_learns_and_finished_gives_what_training_gave_on_unscaled_a
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mapping", ["map", "vmap"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_every_member_of_a_sweep_equals_its_solo_run_and_order_does_not_matter(architecture, mapping):
     recipe = small_recipe(architecture, reinit_every=40, dead_after=20 * BATCH, reservoir_size=50)
     if architecture == "relu":
@@ -282,7 +282,7 @@ def test_a_recipe_survives_json():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_the_reference_preset_trains_every_architecture(architecture):
     narrow = {"sparsity": 0.3} if architecture in ("relu", "gated") else {}
     recipe, x = recipe_preset("reference", architecture, 64, 40, **narrow), batch(0)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import as_users_run_it
 
-from tinymodel_jax.config import Architecture
+from tinymodel_jax.config import TrainedArchitecture
 from tinymodel_jax.training.array_training import train_on_arrays
 from tinymodel_jax.training.data import batch_indices
 from tinymodel_jax.training.dead_features import add_aux_gradient, reinitialise_dead, update_reservoir
@@ -144,7 +144,7 @@ def test_dead_features_come_back_and_the_loss_is_better(architecture, without, c
     assert loss_cured < 0.9 * loss
 
 
-def small_state(architecture: Architecture = "topk", transcoder=False, **changes):
+def small_state(architecture: TrainedArchitecture = "topk", transcoder=False, **changes):
     x = 5 + jax.random.normal(jax.random.key(0), (40, 6))
     fields = {"k": 2} if architecture == "topk" else {}
     fields |= {"dead_after": 100, "reinit_every": 10, "reservoir_size": 8}

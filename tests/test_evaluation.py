@@ -12,7 +12,8 @@ from conftest import param_shapes as model_shapes
 from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate, model_passes
 from tinymodel_jax.analysis.evaluation.reconstruction import evaluate_reconstruction, reconstruct
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, param_shapes
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.encoding import param_shapes
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.interventions import Scale

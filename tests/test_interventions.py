@@ -165,7 +165,7 @@ SITES = [("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out"), ("blocks.1.hook_resi
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("hook_in", "hook_out"), SITES)
 def test_clamping_sets_features_and_leaves_all_else(check, architecture, hook_in, hook_out):
-    k = 3 if architecture in ("topk", "batch_topk") else None
+    k = 3 if architecture in ("topk", "batch_topk", "groupmax") else None
     dictionary = make_dictionary(hook_in, hook_out, architecture=architecture, k=k)
     hooks = interventions.clamp(dictionary, [2, -1], 1.5)
     check(hooks, {hook_out: changed(dictionary, [2, 11], lambda old: 1.5)}, keep=(hook_out,))

@@ -37,7 +37,7 @@ def after_edits(lm: TinyModel, tag: str, ids, *edits):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("tag", ["Rm1", "M1"])
 def test_turning_every_feature_off_leaves_the_bias_of_the_decoder(lm, tok_ids, tag, architecture):
-    k = 3 if architecture in ("topk", "batch_topk") else None
+    k = 3 if architecture in ("topk", "batch_topk", "groupmax") else None
     site = Site.parse(tag)[0]
     dictionary = make_dictionary(site.hook_in, site.hook_out, architecture=architecture, k=k)
     lm.attach(tag, dictionary)

@@ -26,7 +26,7 @@ from runs import (
 )
 from safetensors.numpy import load_file
 
-from tinymodel_jax.config import ARCHITECTURES, ModelConfig
+from tinymodel_jax.config import TRAINED_ARCHITECTURES, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
@@ -293,7 +293,7 @@ def test_a_finished_run_measures_again_and_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_every_architecture_trains_as_transcoder_with_skip_and_loads(
     model: Path, data: Path, tmp_path: Path, architecture: str
 ) -> None:

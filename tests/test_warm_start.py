@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
 
-from tinymodel_jax.config import ARCHITECTURES
+from tinymodel_jax.config import TRAINED_ARCHITECTURES
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.training import (
     ActivationStatistics,
@@ -58,7 +58,7 @@ def test_both_rows_of_a_feature_start_with_the_same_norm() -> None:
     np.testing.assert_allclose(encoder, decoder, rtol=F32)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_training_starts_as_the_dictionary_on_activations_of_any_scale(architecture: str, skip: bool) -> None:
     k = {"k": 3} if architecture in ("topk", "batch_topk") else {}

@@ -15,9 +15,13 @@ from typing import Any, Literal, TypeVar, get_args
 import ml_dtypes
 import numpy as np
 
-Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
+TrainedArchitecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
+"""An architecture that this package trains."""
+Architecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated", "groupmax"]
+Normalization = Literal["none", "layer_norm", "constant_norm"]
 MLPActivation = Literal["relu", "jumprelu"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+TRAINED_ARCHITECTURES: tuple[TrainedArchitecture, ...] = get_args(TrainedArchitecture)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -184,9 +188,13 @@ class DictionaryConfig(_JsonConfig):
     architecture: Architecture = "relu"
     """Activation function: which pre-activations become active features."""
     k: int | None = None
-    """Active features per position (`topk`: exactly, `batch_topk`: on average in training); None for the others."""
+    """Active features per position (`topk`: exactly, `batch_topk`: on average in training, `groupmax`: one of each of k
+    groups of neighbouring features); None for the others."""
     skip: bool = False
-    """Whether the prediction includes a linear map of the input, `x @ W_skip` (transcoders only)."""
+    """Whether the prediction includes a linear map of the input, `x @ W_skip`."""
+    normalize: Normalization = "none"
+    """What is done to each input vector before `b_dec` is subtracted, and undone on an SAE's prediction: `layer_norm`
+    subtracts its mean and divides by its standard deviation, `constant_norm` gives it the norm sqrt(d_in)."""
     subtract_b_dec: bool = False
     """Whether the encoder reads `x - b_dec`, as in some other libraries; the published dictionaries read `x`."""
     exclude: tuple[int, ...] = ()
@@ -202,21 +210,17 @@ class DictionaryConfig(_JsonConfig):
         object.__setattr__(self, "param_dtype", dtype_name(self.param_dtype))
         for name in ("d_in", "d_out", "n_features"):
             _require_positive("DictionaryConfig", name, getattr(self, name))
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"DictionaryConfig: architecture {self.architecture!r} is unknown; "
-                f"choose one of {', '.join(ARCHITECTURES)}."
-            )
+        for name, known in (("architecture", ARCHITECTURES), ("normalize", get_args(Normalization))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"DictionaryConfig: {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}."
+                )
         self._check_k()
         object.__setattr__(self, "exclude", _token_ids("DictionaryConfig: exclude", self.exclude))
         if not self.is_transcoder and self.d_in != self.d_out:
             raise ValueError(
                 f"DictionaryConfig: an SAE reads and predicts the same hook point {self.hook_in!r}, "
                 f"so d_in={self.d_in} and d_out={self.d_out} must be equal."
-            )
-        if self.skip and not self.is_transcoder:
-            raise ValueError(
-                "DictionaryConfig: skip=True needs a transcoder (hook_in != hook_out): an SAE would copy its input."
             )
         if self.subtract_b_dec and self.d_in != self.d_out:
             raise ValueError(f"DictionaryConfig: subtract_b_dec needs d_in == d_out, got {self.d_in} and {self.d_out}.")
@@ -226,6 +230,16 @@ class DictionaryConfig(_JsonConfig):
         """Whether the dictionary predicts a different hook point from the one it reads."""
         return self.hook_in != self.hook_out
 
+    @property
+    def compares_features(self) -> bool:
+        """Whether a feature's activation depends on other features, so that none can be computed alone."""
+        return self.architecture in ("topk", "groupmax")
+
+    @property
+    def rescales_output(self) -> bool:
+        """Whether features write different amounts at different inputs: whether it is an SAE that normalizes."""
+        return self.normalize != "none" and not self.is_transcoder
+
     def acts_at(self, tok_ids: Any) -> Any:
         """Return a mask of the shape of `tok_ids`: the tokens at which the dictionary acts."""
         acting = np.ones(np.shape(tok_ids), bool)
@@ -234,7 +248,7 @@ class DictionaryConfig(_JsonConfig):
         return acting
 
     def _check_k(self) -> None:
-        takes_k = self.architecture in ("topk", "batch_topk")
+        takes_k = self.architecture in ("topk", "batch_topk", "groupmax")
         if takes_k != (self.k is not None):
             wants = f"needs k, 1 to n_features={self.n_features}" if takes_k else f"takes no k, got k={self.k}"
             raise ValueError(f"DictionaryConfig: architecture {self.architecture!r} {wants}.")
@@ -243,6 +257,8 @@ class DictionaryConfig(_JsonConfig):
         _require_positive("DictionaryConfig", "k", self.k)
         if self.k > self.n_features:
             raise ValueError(f"DictionaryConfig: k={self.k} is outside 1..n_features={self.n_features}.")
+        if self.architecture == "groupmax" and self.n_features % self.k:
+            raise ValueError(f"DictionaryConfig: n_features={self.n_features} do not divide into k={self.k} groups.")
 
 
 def dtype_name(dtype: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import tyro
 
-from tinymodel_jax.config import Architecture
+from tinymodel_jax.config import TrainedArchitecture
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.dictionary_recipe import PRESETS, DictionaryHyper, DictionaryRecipe, recipe_preset
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState, init_state
@@ -24,7 +24,7 @@ from tinymodel_jax.training.dictionary_step import stack_members
 from train.activations import Place
 
 
-def of_recipe(architecture: Architecture, field: str) -> Any:
+def of_recipe(architecture: TrainedArchitecture, field: str) -> Any:
     """Return the annotation of an option whose default is the house recipe's for large dictionaries."""
 
     def hint(default: str) -> str:
@@ -43,7 +43,7 @@ class SweepOptions:
 
     n_features: int
     """features per dictionary"""
-    architecture: Architecture = "batch_topk"
+    architecture: TrainedArchitecture = "batch_topk"
     """activation function"""
     recipe: str = "house"
     """house, reference, or a .json file with fields of DictionaryRecipe"""
@@ -178,7 +178,7 @@ def recorded_sweep(settings: Mapping[str, Any]) -> Sweep:
 
 def site_recipe(
     preset: str,
-    architecture: Architecture,
+    architecture: TrainedArchitecture,
     n_features: int,
     steps: int,
     width: int,

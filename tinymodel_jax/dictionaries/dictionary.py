@@ -1,12 +1,6 @@
-"""Sparse dictionaries: SAEs and transcoders of five architectures, as pure functions and one value.
+"""`Dictionary`: an SAE or a transcoder, as a tree of parameters with its configuration.
 
-`encode` and `decode` are functions of a parameter tree; a `Dictionary` is such a tree with its configuration.
-
-    pre   = (x - b_dec if subtract_b_dec else x) @ W_enc + b_enc
-    acts  = relu: max(pre, 0)                        topk: relu of the k largest of a position
-            jumprelu: pre where pre > max(threshold, 0)   batch_topk: the same with one threshold for all features
-            gated: relu(x @ W_enc * exp(r_mag) + b_mag) where x @ W_enc + b_gate > 0
-    out   = acts @ W_dec + b_dec (+ x @ W_skip)
+The functions that it computes are in `encoding.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -25,102 +18,17 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.encoding import (
+    DictionaryParams,
+    Indices,
+    decode,
+    encode,
+    param_shapes,
+    per_feature,
+    reconstruct,
+)
 from tinymodel_jax.dictionaries.neighbours import Neighbours, nearest_rows
 from tinymodel_jax.params import own_array, require_shapes, require_tree, uniform_fan_in
-
-DictionaryParams = Mapping[str, Any]
-Indices = Any
-"""Features to compute: None for all, an int (drops the feature axis), or a slice, list or array of ints."""
-
-
-def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every parameter of a dictionary."""
-    d_in, d_out, features = config.d_in, config.d_out, config.n_features
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, features), "W_dec": (features, d_out), "b_dec": (d_out,)}
-    if config.architecture == "gated":
-        shapes |= {"b_gate": (features,), "b_mag": (features,), "r_mag": (features,)}
-    else:
-        shapes["b_enc"] = (features,)
-    if config.architecture in ("jumprelu", "batch_topk"):
-        shapes["threshold"] = (features,) if config.architecture == "jumprelu" else ()
-    if config.skip:
-        shapes["W_skip"] = (d_in, d_out)
-    return shapes
-
-
-def per_feature(config: DictionaryConfig) -> tuple[str, ...]:
-    """Return the names of the encoder's parameters with one entry per feature, on the last axis."""
-    own = ("W_enc", "b_enc", "b_gate", "b_mag", "r_mag")
-    return (*own, "threshold") if config.architecture == "jumprelu" else own
-
-
-def pre_activations(
-    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
-) -> Float[Array, "..."]:
-    """Return the encoder's linear output at the given features; for `gated`, without biases."""
-    dtype = config.dtype
-    x = x.astype(dtype)
-    if config.subtract_b_dec:
-        x = x - params["b_dec"].astype(dtype)
-    pre = x @ _columns(params["W_enc"], indices).astype(dtype)
-    return pre if config.architecture == "gated" else pre + _columns(params["b_enc"], indices).astype(dtype)
-
-
-def encode(
-    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], indices: Indices = None
-) -> Float[Array, "..."]:
-    """Return the feature activations of `x`.
-
-    With `indices`, only these features are computed, except for `topk`, which compares all features. Indices are not
-    checked here; `resolve_indices` checks them outside of compiled code.
-    """
-    if config.architecture == "topk":
-        assert config.k is not None
-        return _columns(keep_top_k(pre_activations(params, config, x), config.k), indices)
-    pre = pre_activations(params, config, x, indices)
-    if config.architecture == "relu":
-        return jax.nn.relu(pre)
-    if config.architecture == "gated":
-        b_gate, b_mag, r_mag = (_columns(params[n], indices).astype(pre.dtype) for n in ("b_gate", "b_mag", "r_mag"))
-        return jnp.where(pre + b_gate > 0, jax.nn.relu(pre * jnp.exp(r_mag) + b_mag), 0)
-    threshold = params["threshold"].astype(pre.dtype)
-    if config.architecture == "jumprelu":
-        threshold = _columns(threshold, indices)
-    return jnp.where(pre > jax.nn.relu(threshold), pre, 0)
-
-
-def decode(
-    params: DictionaryParams, config: DictionaryConfig, acts: Float[Array, "*batch n_features"]
-) -> Float[Array, "*batch d_out"]:
-    """Return `acts @ W_dec + b_dec`, the prediction without the skip connection."""
-    dtype = config.dtype
-    return acts.astype(dtype) @ params["W_dec"].astype(dtype) + params["b_dec"].astype(dtype)
-
-
-def reconstruct(
-    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"]
-) -> Float[Array, "*batch d_out"]:
-    """Return the prediction for `x`, including the skip connection."""
-    return predict(params, config, x, encode(params, config, x))
-
-
-def predict(
-    params: DictionaryParams,
-    config: DictionaryConfig,
-    x: Float[Array, "*batch d_in"],
-    acts: Float[Array, "*batch n_features"],
-) -> Float[Array, "*batch d_out"]:
-    """Return the prediction for `x`, whose feature activations are `acts`, including the skip connection."""
-    prediction = decode(params, config, acts)
-    if config.skip:
-        prediction = prediction + x.astype(config.dtype) @ params["W_skip"].astype(config.dtype)
-    return prediction
-
-
-def keep_top_k(pre: Float[Array, "*batch n_features"], k: int) -> Float[Array, "*batch n_features"]:
-    """Zero all but the `k` largest values of the last axis (ties go to the lower index), then apply ReLU."""
-    values, positions = jax.lax.top_k(pre, k)
-    return jnp.put_along_axis(jnp.zeros_like(pre), positions, jax.nn.relu(values), axis=-1, inplace=False)
 
 
 @struct.dataclass(eq=False)  # compared by identity, so that `jax.jit(dictionary.encode)` works
@@ -155,7 +63,9 @@ class Dictionary:
         return encode(self._known_params(), self.config, x, resolve_indices(indices, self.config.n_features))
 
     def decode(self, acts: Float[Array, "*batch n_features"]) -> Float[Array, "*batch d_out"]:
-        """Return `acts @ W_dec + b_dec`. Only `__call__` adds the skip connection, which needs the input.
+        """Return `acts @ W_dec + b_dec`.
+
+        Only `__call__` adds what needs the input: the skip connection, and an SAE's undoing of `normalize`.
 
         Raises:
             ValueError: `acts` has another width than n_features.
@@ -227,8 +137,11 @@ class Dictionary:
         Its predictions lack the contributions of all other features.
 
         Raises:
-            ValueError: no features are given, or fewer than topk's k, or an index is out of range or repeated.
+            ValueError: no features are given, or fewer than topk's k, an index is out of range or repeated, or the
+                architecture is groupmax, whose groups would change.
         """
+        if self.config.architecture == "groupmax":
+            raise ValueError("with_features: a groupmax dictionary compares all features of a group; keep it whole.")
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"with_features: got {indices!r:.80}; give one or more features, each once.")
@@ -324,10 +237,6 @@ def _of_width(array: Any, name: str, size_name: str, size: int) -> Array:
     if array.ndim < 1 or array.shape[-1] != size:
         raise ValueError(f"{name} has shape {array.shape}; its last axis must be {size_name}={size}.")
     return array
-
-
-def _columns(array: Array, indices: Indices) -> Array:
-    return array if indices is None else array[..., indices]
 
 
 def _initializer(name: str, config: DictionaryConfig) -> nn.initializers.Initializer:

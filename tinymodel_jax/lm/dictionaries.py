@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array
 
 from tinymodel_jax.config import ModelConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, Indices, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite, resolve_indices
+from tinymodel_jax.dictionaries.encoding import Indices
 from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at

@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionaries.dictionary import encode, reconstruct
+from tinymodel_jax.dictionaries.encoding import encode, reconstruct, size_and_mean
 from tinymodel_jax.model.edit_arrays import AfterPrompt, Padding, fitting, where
 from tinymodel_jax.model.hook_points import (
     Hook,
@@ -157,7 +157,8 @@ class Reading:
 class EditFeatures:
     """Change features of a dictionary along their decoder directions. The error and all other features remain.
 
-    Adds `(new - old activation) @ W_dec[features]` to the value at the dictionary's `hook_out`.
+    Adds `(new - old activation) @ W_dec[features]` to the value at the dictionary's `hook_out`, times the size of its
+    input for an SAE that normalizes it.
     """
 
     params: Any
@@ -186,6 +187,8 @@ class EditFeatures:
         new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
         new = where(_acting(self.config, acts), new, old)
         change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
+        if self.config.rescales_output:
+            change = change * size_and_mean(self.config, reading.source.astype(old.dtype))[0]
         reading.edited.append((features, new))
         reading.change += change
         return value + change.astype(value.dtype).reshape(value.shape)

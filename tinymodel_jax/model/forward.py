@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.block_order import resumes_at, stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams
+from tinymodel_jax.dictionaries.encoding import DictionaryParams
 from tinymodel_jax.model.edits import Replace, is_array_tree
 from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors
 from tinymodel_jax.model.interventions import combine

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinymodel_jax.config import ARCHITECTURES, Architecture, _JsonConfig
+from tinymodel_jax.config import TRAINED_ARCHITECTURES, TrainedArchitecture, _JsonConfig
 
 Penalty = Literal["l1", "log"]
 PRESETS = ("house", "reference")
@@ -55,7 +55,7 @@ class DictionaryHyper(NamedTuple):
 class DictionaryRecipe(_JsonConfig):
     """How to train one dictionary. Build one with `recipe_preset`, or field by field."""
 
-    architecture: Architecture
+    architecture: TrainedArchitecture
     """Activation function, which decides which features are active."""
     n_features: int
     """Dictionary size (features)."""
@@ -184,8 +184,9 @@ class DictionaryRecipe(_JsonConfig):
         return problems
 
     def _problems_of_architecture(self) -> list[str]:
-        if self.architecture not in ARCHITECTURES:
-            return [f"architecture {self.architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}"]
+        if self.architecture not in TRAINED_ARCHITECTURES:
+            known = ", ".join(TRAINED_ARCHITECTURES)
+            return [f"architecture {self.architecture!r} cannot be trained; choose one of {known}"]
         if self.penalty not in ("l1", "log"):
             return [f"penalty {self.penalty!r} is unknown; choose l1 or log"]
         problems = []
@@ -219,7 +220,7 @@ class DictionaryRecipe(_JsonConfig):
 
 
 def recipe_preset(
-    name: str, architecture: Architecture, n_features: int, steps: int, **changes: Any
+    name: str, architecture: TrainedArchitecture, n_features: int, steps: int, **changes: Any
 ) -> DictionaryRecipe:
     """Return the recipe of a preset with some fields changed.
 

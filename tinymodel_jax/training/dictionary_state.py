@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams
+from tinymodel_jax.dictionaries.encoding import DictionaryParams
 from tinymodel_jax.training.dictionary_losses import TINY, row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 

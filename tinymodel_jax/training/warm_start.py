@@ -27,7 +27,8 @@ def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d
         d_in, d_out: widths of the inputs and the targets.
 
     Raises:
-        ValueError: sizes differ, only one of the two is gated, or the recipe lacks the dictionary's skip connection.
+        ValueError: sizes differ, only one of the two is gated, the recipe lacks the dictionary's skip connection, or
+            the dictionary normalizes its input.
     """
     problems = [
         f"{name} is {there} there and {here} here"
@@ -40,6 +41,8 @@ def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d
     ]
     if (config.architecture == "gated") != (recipe.architecture == "gated"):
         problems.append(f"a {recipe.architecture} dictionary cannot start from a {config.architecture} one")
+    if config.normalize != "none":
+        problems.append(f"it normalizes its input (normalize={config.normalize!r}), which training does not")
     if config.skip and not recipe.skip:
         problems.append("it has a skip connection, and the recipe has none")
     if problems:

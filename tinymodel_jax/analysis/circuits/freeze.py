@@ -24,6 +24,7 @@ from tinymodel_jax.analysis.circuits.frozen import (
 )
 from tinymodel_jax.analysis.circuits.neurons import NEURONS, dictionary_at, is_neurons, neurons_tag
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.linear import require_linear_encoder, require_no_copy
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.forward import encode, forward
@@ -91,6 +92,9 @@ def _sites(lm: TinyModel, dictionaries: str | Iterable[str] | None) -> list[tupl
         found.setdefault((layer, "mlp"), neurons_tag(layer) if only_neurons else f"M{layer}")
     for tag in lm.spliced:
         _require_as_attached(lm, tag)
+    for config in (lm[tag].dictionary.config for tag in found.values() if not is_neurons(tag)):
+        require_linear_encoder(config, "circuits")
+        require_no_copy(config, "circuits")
     return [(part, layer, tag) for (layer, part), tag in sorted(found.items())]
 
 

@@ -117,18 +117,17 @@ def _first_switch(
     """Return the smallest positive delta at which a feature switches, and that feature; inf if none does."""
     length = int(frozen.length)
     margins = _margins(lm, dictionary, read[:length], change[:length])
-    if len(margins) == 1 and _takes_top_k(lm, dictionary):
-        at = _until_ranks_change(*margins[0], dictionary_at(lm, dictionary.tag).config.k or 0)
+    config = dictionary_at(lm, dictionary.tag).config
+    if config.compares_features:
+        groups, kept = (1, config.k or 0) if config.architecture == "topk" else (config.k or 0, 1)
+        pre, slope = (array.reshape(length * groups, -1) for array in margins[0])
+        at = _until_ranks_change(pre, slope, kept).reshape(length, -1)
     else:
         at = _until_sign_changes(margins)
     at[~np.asarray(dictionary.acting)[:length]] = np.inf
     position, feature = np.unravel_index(np.argmin(at), at.shape)
     first = float(at[position, feature])
     return first, f"{dictionary.tag}N{feature} @{position}" if np.isfinite(first) else ""
-
-
-def _takes_top_k(lm: TinyModel, dictionary: FrozenDictionary) -> bool:
-    return dictionary_at(lm, dictionary.tag).config.architecture == "topk"
 
 
 def _margins(

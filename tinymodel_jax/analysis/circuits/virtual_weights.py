@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.search.stream_directions import reaches, read, written
 from tinymodel_jax.block_order import block_and_hook, comes_after
+from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.linear import require_fixed_directions, require_linear_encoder
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -47,7 +49,8 @@ def virtual_weights(
         top: links per feature, at most the features of the target.
 
     Raises:
-        ValueError: what the source writes is not in what the target reads, or the head does not lie between.
+        ValueError: what the source writes is not in what the target reads, the head does not lie between, or
+            a dictionary normalizes its input.
     """
     own, theirs = lm[source].dictionary, lm[target].dictionary
     of_heads = through is not None and _reads_heads(theirs)
@@ -56,6 +59,8 @@ def virtual_weights(
             f"virtual_weights: what {source} writes is not in the residual stream that {target} reads; name a source "
             "that writes to the stream and a target that reads it later, or a head with through=(layer, head)."
         )
+    require_fixed_directions(own.config, "virtual_weights")
+    require_linear_encoder(theirs.config, "virtual_weights")
     if not top >= 1:
         raise ValueError(f"virtual_weights: top={top}; it must be at least 1.")
     directions = rows_written(lm, own)
@@ -63,6 +68,11 @@ def virtual_weights(
         directions = _through_head(lm, own, theirs, directions, through)
     rows = _encoder_rows(theirs) if of_heads else rows_read(lm, theirs)
     return strongest_products(directions, rows, min(top, theirs.config.n_features))
+
+
+def are_fixed(source: DictionaryConfig, target: DictionaryConfig) -> bool:
+    """Whether the weights are the same for every input: whether nothing between the two features is normalized."""
+    return not source.rescales_output and target.normalize == "none"
 
 
 def rows_written(lm: TinyModel, dictionary: Dictionary) -> Float[Array, "n_features d_model"]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.metrics import Kind, Metric, Weights, value_from_logits
-from tinymodel_jax.analysis.effects.sweep_input import activations, decoder_rows, prepare
+from tinymodel_jax.analysis.effects.sweep_input import activations, decoder_rows, prepare, written_per_unit
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.model.forward import HookedModel
@@ -65,7 +65,7 @@ def attribute(
         kind=prepared.metric.kind,
     )
     along = np.asarray(gradient, np.float32) @ decoder_rows(reader, chosen).T
-    return Attribution(chosen, -np.einsum("nbs,bsn->n", acts, along))
+    return Attribution(chosen, -np.einsum("nbs,bsn->n", acts * written_per_unit(reader, prepared), along))
 
 
 def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:

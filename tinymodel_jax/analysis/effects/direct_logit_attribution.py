@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tinymodel_jax.block_order import BLOCK_HOOKS, STREAM, WRITERS, block_and_hook
+from tinymodel_jax.dictionaries.linear import require_fixed_directions, require_no_copy
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import token_ids
@@ -53,7 +54,8 @@ def direct_logit_attribution(
             last counts.
 
     Raises:
-        ValueError: an argument is not valid for the model, or a dictionary is at another hook point.
+        ValueError: an argument is not valid for the model, a dictionary is at another hook point, or it is an SAE
+            that normalizes its input or has a skip connection.
     """
     chosen, readers = token_ids(lm, tokens), _readers(lm, dictionaries)
     ids = check_tok_ids(lm.to_tokens(tok_ids), lm.config)
@@ -86,6 +88,9 @@ def _readers(lm: TinyModel, dictionaries: str | Iterable[str]) -> dict[str, Feat
                 f"residual stream; give one at {', '.join((*WRITERS, *STREAM))}."
             )
     sites += [site for site in map(Site.whole, lm.spliced) if _is_divided(site)]
+    for config in (lm[site.tag].dictionary.config for site in sites):
+        require_fixed_directions(config, "direct_logit_attribution")
+        require_no_copy(config, "direct_logit_attribution")
     return {site.hook_out: lm[site.tag] for site in sorted(sites, key=lambda site: site.order)}
 
 

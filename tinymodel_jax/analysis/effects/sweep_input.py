@@ -26,6 +26,7 @@ from tinymodel_jax.analysis.effects.stream_entry import Entry, entry_of
 from tinymodel_jax.analysis.effects.upper_layers import Clean, clean_streams
 from tinymodel_jax.block_order import comes_after
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
+from tinymodel_jax.dictionaries.encoding import size_and_mean
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
@@ -127,6 +128,14 @@ def activations(
 def acting_mask(reader: FeatureReader, prepared: SweepInput) -> Bool[np.ndarray, "batch seq"]:
     """Return where the intervention acts and the dictionary does."""
     return prepared.mask & reader.dictionary.config.acts_at(prepared.ids)
+
+
+def written_per_unit(reader: FeatureReader, prepared: SweepInput) -> Any:
+    """Return the multiple of its decoder row that one unit of a feature writes, (batch, seq); 1 is everywhere 1."""
+    config = reader.dictionary.config
+    if not config.rescales_output:
+        return 1
+    return np.asarray(size_and_mean(config, prepared.clean.sources[0].astype(np.float32))[0][..., 0])
 
 
 def decoder_rows(reader: FeatureReader, features: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n width"]:

@@ -28,6 +28,7 @@ from tinymodel_jax.analysis.effects.sweep_input import (
     decoder_rows,
     finite,
     prepare,
+    written_per_unit,
 )
 from tinymodel_jax.analysis.effects.upper_layers import ChangeEffects, Changes, effects_of_changes
 from tinymodel_jax.dictionaries.sites import Site
@@ -102,7 +103,7 @@ def ablate(
     reader = FeatureReader.of(lm, tag)
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
     chosen, acts = activations(reader, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), -acts, track)
+    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), -acts * written_per_unit(reader, prepared), track)
 
 
 def clamp(
@@ -123,7 +124,7 @@ def clamp(
     reader = FeatureReader.of(lm, tag)
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
     chosen, acts = activations(reader, prepared, features)
-    amounts = acting_mask(reader, prepared) * (held - acts)
+    amounts = acting_mask(reader, prepared) * (held - acts) * written_per_unit(reader, prepared)
     return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), amounts, track)
 
 
@@ -143,6 +144,8 @@ def steer(
 ) -> FeatureEffects:
     """Add `strength x decoder direction` of each feature, or `strength x vector`, at the dictionary's `hook_out`.
 
+    For an SAE that normalizes its input, directions are multiplied by the input's size.
+
     Directions of features are added where the dictionary acts, so not at tokens that it excludes.
 
     Args:
@@ -158,7 +161,8 @@ def steer(
     if vectors is None:
         assert reader is not None
         chosen, _ = activations(reader, prepared, features)
-        directions, mask = decoder_rows(reader, chosen), acting_mask(reader, prepared)
+        directions = decoder_rows(reader, chosen)
+        mask = acting_mask(reader, prepared) * written_per_unit(reader, prepared)
     else:
         directions, mask = as_vectors(vectors, features, lm.config.d_model), prepared.mask
         chosen = np.arange(len(directions))

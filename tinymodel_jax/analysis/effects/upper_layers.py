@@ -26,7 +26,7 @@ from tinymodel_jax.analysis.effects.metrics import Weights
 from tinymodel_jax.analysis.effects.stream_entry import Entry
 from tinymodel_jax.block_order import comes_after
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
+from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import Hooks, hooks_after
 from tinymodel_jax.model.interventions import Replace

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams, encode, predict
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode, predict
 from tinymodel_jax.runtime.compilation import fast_jit
 
 

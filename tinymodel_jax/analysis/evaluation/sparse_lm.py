@@ -27,7 +27,8 @@ from jaxtyping import Array
 from tinymodel_jax.analysis.evaluation.model_passes import batches_of, clean_pass, losses_against, require_unspliced
 from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, DictionaryParams
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.encoding import DictionaryParams
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.lm.text import rows_of
@@ -169,8 +170,13 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
     name = config.hook_in.rsplit(".", 1)[-1], config.hook_out.rsplit(".", 1)[-1]
     if name != ("hook_mlp_in", "hook_mlp_out"):
         raise ValueError(f"export_sparse_lm: {tag!r} is not a transcoder of an MLP; give sites M0, M1, ….")
-    if config.architecture == "topk" or config.skip:
-        what = "topk keeps only the k largest features" if not config.skip else "its skip connection is linear"
+    reasons = {
+        "its skip connection is linear": config.skip,
+        f"{config.architecture} keeps only the k largest features": config.compares_features,
+        f"it normalizes its input (normalize={config.normalize!r})": config.normalize != "none",
+    }
+    what = next((reason for reason, holds in reasons.items() if holds), None)
+    if what is not None:
         raise ValueError(
             f"export_sparse_lm: the dictionary at {tag} cannot be an MLP: {what}. Splice it instead: "
             f"lm.splice([{tag!r}]); or train a relu, jumprelu, batch_topk or gated one without a skip connection."

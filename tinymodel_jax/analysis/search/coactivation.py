@@ -25,7 +25,7 @@ from scipy import sparse
 
 from tinymodel_jax.analysis.search.contexts import uniform
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode
+from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 3

@@ -122,7 +122,7 @@ def concept_f1(
     config, real = reader.dictionary.config, reader.counts(rows)
     x, told = _inputs(reader, rows)[real], truth[real]
     chosen = np.arange(config.n_features) if features is None else features
-    together = ALL_COMPARED if config.architecture == "topk" else CHUNK
+    together = ALL_COMPARED if config.compares_features else CHUNK
     parts = [
         best_f1_of_all(_encoded(reader, x, chosen[start : start + together]), told)
         for start in track(range(0, len(chosen), together), "concepts")

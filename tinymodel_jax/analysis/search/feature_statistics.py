@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_feature
+from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode, per_feature
 from tinymodel_jax.runtime.compilation import fast_jit
 
 TOGETHER = 1024
@@ -51,10 +51,10 @@ def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
 
 
 def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
-    """Return the encoder's parameters in chunks of features. `topk`, which compares all features, has one chunk."""
+    """Return the encoder's parameters in chunks of features; in one if the architecture compares features."""
     own = per_feature(config)
     encoder = encoder_parameters(params)
-    size = config.n_features if config.architecture == "topk" else TOGETHER
+    size = config.n_features if config.compares_features else TOGETHER
     return [
         {name: a[..., start : start + size] if name in own else a for name, a in encoder.items()}
         for start in range(0, config.n_features, size)

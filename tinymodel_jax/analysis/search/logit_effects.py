@@ -3,9 +3,9 @@
     effect = W_dec @ W_U, minus its mean over the vocabulary (which the softmax ignores)
 
 The effect is direct: it follows the path from the dictionary's output to the unembedding and skips all later layers.
-There is no layer norm, so it is exact and the same for every input: one unit of activation adds it to the logits. It is
-defined where `hook_out` is the residual stream or is added to it, and for the outputs of heads and neurons
-(`attn.hook_z`, `mlp.hook_post`), which W_O and W_out map to the stream.
+There is no layer norm, so it is exact and the same for every input: one unit of activation adds it to the logits, times
+the input's size for an SAE that normalizes its input. It is defined where `hook_out` is the residual stream or is added
+to it, and for the outputs of heads and neurons (`attn.hook_z`, `mlp.hook_post`), which W_O and W_out map to the stream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.search.stream_directions import WRITTEN, is_written, written
-from tinymodel_jax.dictionaries.dictionary import Indices, resolve_indices
+from tinymodel_jax.dictionaries.dictionary import resolve_indices
+from tinymodel_jax.dictionaries.encoding import Indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.analysis.circuits.node_sets.nodes import NodeSpace
 from tinymodel_jax.analysis.circuits.node_sets.places import Aligned
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import Dictionary, encode
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.encoding import encode
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import Hooks
 from tinymodel_jax.model.padding import pad_below

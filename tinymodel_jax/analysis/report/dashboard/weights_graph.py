@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tinymodel_jax.analysis.circuits.virtual_weights import Links, rows_read, rows_written, strongest_products
+from tinymodel_jax.analysis.circuits.virtual_weights import (
+    Links,
+    are_fixed,
+    rows_read,
+    rows_written,
+    strongest_products,
+)
 from tinymodel_jax.analysis.search.stream_directions import adds_to_stream, reaches
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.progress import Track, no_progress
@@ -36,7 +42,7 @@ def weights_graph(
 
     Args:
         others: tags of dictionaries to link to; those that are neither upstream nor downstream in the forward pass
-            are skipped.
+            are skipped, and those whose weights differ between inputs because of `normalize`.
         top: largest number of links of a feature to each dictionary.
         track: wraps the iterator over dictionaries, for example with a progress bar.
 
@@ -47,9 +53,10 @@ def weights_graph(
     upstream, downstream = {}, {}
     for other in track(list(others), "weights"):
         theirs = lm[other].dictionary
+        up, down = ((theirs.config, own.config), (own.config, theirs.config))
         n = min(top, theirs.config.n_features)
-        if reaches(theirs.config, own.config) and adds_to_stream(theirs.config.hook_out):
+        if reaches(*up) and are_fixed(*up) and adds_to_stream(theirs.config.hook_out):
             upstream[other] = strongest_products(rows_read(lm, own), rows_written(lm, theirs), n)
-        if reaches(own.config, theirs.config):
+        if reaches(*down) and are_fixed(*down):
             downstream[other] = strongest_products(rows_written(lm, own), rows_read(lm, theirs), n)
     return WeightsGraph(upstream, downstream)

@@ -21,7 +21,7 @@ from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import encoder_parameters
 from tinymodel_jax.analysis.search.top_activations import TopActivations
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.dictionary import DictionaryParams, encode, per_feature
+from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode, per_feature
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.model import forward
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -115,7 +115,7 @@ def _by_feature(params: DictionaryParams, config: DictionaryConfig) -> dict[str,
 
 def _measure_of(params: DictionaryParams, config: DictionaryConfig) -> Callable[..., np.ndarray]:
     """Return a function of (x, features, rows of x, positions) that computes the features' activations there."""
-    if config.architecture == "topk":
+    if config.compares_features:
 
         def compared(x: Array, features: np.ndarray, in_batch: np.ndarray, places: np.ndarray) -> np.ndarray:
             acts = np.asarray(forward.encode(params, config, x))
