@@ -3,9 +3,10 @@
     python convert_torch_weights.py lm SRC.pt DEST_DIR
     python convert_torch_weights.py dictionary SRC.pt DEST_DIR --site M2
     python convert_torch_weights.py export-lm SRC_DIR DEST.pt|DEST.safetensors
+    python convert_torch_weights.py export-lm SRC_DIR DEST.safetensors --format transformer-lens
     python convert_torch_weights.py inspect SRC.pt
 
-SRC may also be a safetensors file with the reference's names, as export-lm writes. Installed as `tinymodel-convert`.
+SRC may also be a safetensors file, as export-lm writes. Installed as `tinymodel-convert`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -43,16 +44,16 @@ def convert_lm(
     """Convert a language model's file, and the dictionaries registered in it, to a folder.
 
     Args:
-        src: file with the reference's names, .pt or .safetensors.
+        src: file with the reference's names or TransformerLens's, .pt or .safetensors. TransformerLens's
+            configuration is read from the file beside it with the ending .json.
         dest: folder to write: config.json, model.safetensors. An earlier model in it is replaced.
         n_heads: number of attention heads, for a width other than the published 768.
         tokenizer: folder or tokenizer.json with GPT-2's BPE, to save the published tokenizer with the model.
     """
-    from tinymodel_jax.io.artifacts import read_tensors, save_model
-    from tinymodel_jax.io.convert import convert_model
+    from tinymodel_jax.io.artifacts import read_model_file, save_model
 
     replaced = _replaced(dest)
-    converted = convert_model(read_tensors(src), n_heads)
+    converted = read_model_file(src, n_heads)
     found = None
     if tokenizer is not None:
         from tinymodel_jax.text.tokenizer import Tokenizer
@@ -88,17 +89,21 @@ def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
     )
 
 
-def export_lm(src: Source, dest: Destination) -> None:
-    """Write a model's folder as one file with the reference's key names.
+def export_lm(
+    src: Source, dest: Destination, *, format: Literal["reference", "transformer-lens"] = "reference"
+) -> None:
+    """Write a model's folder as one file with the names of another library.
 
     Args:
         src: folder of the model.
         dest: file to write, .pt or .safetensors.
+        format: whose names: the reference's, or TransformerLens's, with its configuration beside the file (.json).
     """
     from safetensors.numpy import save
 
     from tinymodel_jax.io.artifacts import load_model
     from tinymodel_jax.io.convert import export_model
+    from tinymodel_jax.io.formats.transformer_lens import to_transformer_lens, write_config
     from tinymodel_jax.io.torch_files import save_torch_file
     from tinymodel_jax.runtime.atomic_files import replace_file
 
@@ -107,8 +112,14 @@ def export_lm(src: Source, dest: Destination) -> None:
     if not src.is_dir():
         raise FileNotFoundError(f"{src} is not a folder; convert a file with 'lm' first.")
     files = load_model(src)
-    state = export_model(files.config, files.params)
+    fields = None
+    if format == "reference":
+        state = export_model(files.config, files.params)
+    else:
+        fields, state = to_transformer_lens(files.config, files.params)
     dest.parent.mkdir(parents=True, exist_ok=True)
+    if fields is not None:
+        write_config(fields, dest)
     if dest.suffix == ".pt":
         save_torch_file(state, dest)
     else:

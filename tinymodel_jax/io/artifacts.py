@@ -23,7 +23,8 @@ from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
-from tinymodel_jax.io.convert import convert_dictionary, convert_model, model_tensors
+from tinymodel_jax.io.convert import ConvertedModel, convert_dictionary, convert_model, model_tensors
+from tinymodel_jax.io.formats import transformer_lens
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
@@ -77,7 +78,7 @@ def save_model(
 
 
 def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
-    """Read a model by its published name, folder, training run's folder, or file with the reference's names.
+    """Read a model by its published name, folder, training run's folder, or file, as in `read_model_file`.
 
     Raises:
         FileNotFoundError: the name or path does not exist; the message lists what would work.
@@ -85,8 +86,8 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
     """
     path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
-        converted = _about(path, lambda: convert_model(read_tensors(path), n_heads))
-        return ModelFiles(converted.config, converted.params, dict(converted.dictionaries), None)
+        config, params, dictionaries = read_model_file(path, n_heads)
+        return ModelFiles(config, params, dict(dictionaries), None)
     if not path.is_dir():
         from tinymodel_jax.io import hub  # the network part loads when it is needed
 
@@ -102,6 +103,27 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
     if n_heads is not None:
         raise ValueError(f"n_heads={n_heads} is for files; {folder / CONFIG_FILE} already states the number of heads.")
     return _load_model_folder(folder)
+
+
+def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) -> ConvertedModel:
+    """Read a language model from one file: with the reference's names, or with TransformerLens's.
+
+    Args:
+        n_heads: as in `convert_model`; a file with TransformerLens's names has it in the configuration beside it.
+
+    Raises:
+        FileNotFoundError: the file, or the configuration beside it, does not exist.
+        ValueError: the file does not hold a language model that a TinyModel can represent.
+    """
+    path = user_path(path)
+    tensors = read_tensors(path)
+    if not transformer_lens.is_transformer_lens(tensors):
+        return _about(path, lambda: convert_model(tensors, n_heads))
+    fields = transformer_lens.read_config(path)
+    if n_heads is not None:
+        raise ValueError(f"n_heads={n_heads}: {transformer_lens.config_path(path)} already states the number of heads.")
+    config, params = _about(path, lambda: transformer_lens.from_transformer_lens(fields, tensors))
+    return ConvertedModel(config, params, {})
 
 
 def require_model_params(config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from tinymodel_jax.dictionaries.readers import Reader
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
+from tinymodel_jax.io.formats import transformer_lens
 from tinymodel_jax.lm import generation, text
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.model.edits import can_be_padded, pad_edits
@@ -54,7 +55,7 @@ class TinyModel(WeightViews):
     Args:
         name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`),
             `mini`, which comes with the package and needs no network, a folder written by `save_pretrained` or by a
-            training run, or a `.pt` or `.safetensors` file with the reference's names.
+            training run, or a `.pt` or `.safetensors` file with the reference's names or TransformerLens's.
         n_heads: number of attention heads, for a file whose width is not the published 768.
         dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
 
@@ -86,6 +87,22 @@ class TinyModel(WeightViews):
                 vocabulary size differs, or the configuration's dtype is neither float32 nor bfloat16.
         """
         return cls._of(config, _checked_arrays(params, config), tokenizer, ModelDictionaries(config))
+
+    @classmethod
+    def from_transformer_lens(
+        cls, config: Mapping[str, Any], state: Mapping[str, Any], tokenizer: Tokenizer | None = None
+    ) -> TinyModel:
+        """Build a model from a `HookedTransformer`: its `cfg.to_dict()` and its `state_dict()`.
+
+        Args:
+            state: NumPy arrays, or PyTorch tensors on the CPU; TransformerLens 4 gives it as `tl_parameters()`.
+
+        Raises:
+            ValueError: it has layer norm, another activation function or anything else that a TinyModel cannot
+                represent, which the message names; or as `from_params`.
+        """
+        found, params = transformer_lens.from_transformer_lens(config, state)
+        return cls.from_params(found, unflatten(params), tokenizer)
 
     def with_params(self, config: ModelConfig, params: Mapping[str, Any]) -> TinyModel:
         """Return a model with these parameters and this model's tokenizer, without dictionaries.
@@ -347,6 +364,16 @@ class TinyModel(WeightViews):
             artifacts.require_vocabulary(found, self.config)
             self._tokenizer = found
         return self._tokenizer
+
+    def to_transformer_lens(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the configuration and the state dict from which `HookedTransformer` computes the same logits.
+
+        They hold the language model only. The configuration is JSON-ready; the state dict has no buffers.
+
+        Raises:
+            ValueError: the model has JumpReLU neurons.
+        """
+        return transformer_lens.to_transformer_lens(self.config, flatten(self.params))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.

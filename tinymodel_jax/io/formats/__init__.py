@@ -1,0 +1,1 @@
+"""Models and dictionaries in the formats of other libraries, one file for each library."""
