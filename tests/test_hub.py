@@ -29,8 +29,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.io import artifacts, default_tokenizer, hub
+from tinymodel_jax.io import artifacts, default_tokenizer
 from tinymodel_jax.io.convert import dictionary_tensors, export_model, model_tensors
+from tinymodel_jax.io.hub import published as hub
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.lm.dictionaries import ModelDictionaries
@@ -555,7 +556,7 @@ def test_processes_at_once_find_the_hub_by_the_environment_and_download_once(
     publish: Callable[..., None], server: HubServer, cache: Path, tmp_path: Path
 ) -> None:
     publish("tiny_model_1_epoch")  # which has no known checksum
-    program = "from tinymodel_jax.io import hub; print(hub.model_folder('tiny_model_1_epoch'))"
+    program = "from tinymodel_jax.io.hub import published as hub; print(hub.model_folder('tiny_model_1_epoch'))"
     own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
     environment = {**os.environ, **own}
     processes = [

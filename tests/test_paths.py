@@ -15,7 +15,8 @@ from tinymodel_jax.analysis.search.top_activations import load_top_activations, 
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands import cli
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.io import default_tokenizer, hub
+from tinymodel_jax.io import default_tokenizer
+from tinymodel_jax.io.hub import published
 from tinymodel_jax.io.torch_files import describe_torch_file, load_torch_file, save_torch_file
 from tinymodel_jax.runtime.paths import CACHE_VARIABLE, user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def test_tokenizers_are_saved_and_loaded_at_home(home, monkeypatch):
 
 def test_the_cache_may_be_at_home(home, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, "~/cache")
-    assert home / "cache" in hub.cache_folder().parents
+    assert home / "cache" in published.cache_folder().parents
 
 
 def test_torch_files_are_written_and_read_at_home(home, capsys):

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.io.default_tokenizer import default_tokenizer, saved_tokenizer
-from tinymodel_jax.io.hub import cache_folder
+from tinymodel_jax.io.hub.published import cache_folder
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.text.tokenizer import Tokenizer
 from tinymodel_jax.training.data import MAX_SEED

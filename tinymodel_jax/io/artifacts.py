@@ -89,9 +89,9 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
         config, params, dictionaries = read_model_file(path, n_heads)
         return ModelFiles(config, params, dict(dictionaries), None)
     if not path.is_dir():
-        from tinymodel_jax.io import hub  # the network part loads when it is needed
+        from tinymodel_jax.io.hub import published  # the network part loads when it is needed
 
-        path = hub.model_folder(str(name_or_path))
+        path = published.model_folder(str(name_or_path))
     folder = next(
         (p for p in (path, path / "model") if (p / CONFIG_FILE).is_file() and (p / MODEL_FILE).is_file()), None
     )
@@ -182,9 +182,9 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
             raise ValueError(f"{path}: a file does not store the site of its dictionary; give site=, such as 'M2'.")
         return _about(path, lambda: convert_dictionary(read_tensors(path), site))
     if not path.is_dir():
-        from tinymodel_jax.io import hub  # the network part loads when it is needed
+        from tinymodel_jax.io.hub import published  # the network part loads when it is needed
 
-        path = hub.dictionary_folder(str(path_or_name))
+        path = published.dictionary_folder(str(path_or_name))
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
     config = _read_config("dictionary", DictionaryConfig, path)

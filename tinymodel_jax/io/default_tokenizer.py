@@ -37,9 +37,9 @@ def default_tokenizer() -> Tokenizer:
         folder = user_path(named)
         saved = saved_tokenizer(folder)
         return Tokenizer.from_gpt2(folder) if saved is None else saved
-    from tinymodel_jax.io import hub  # the network part loads when it is needed
+    from tinymodel_jax.io.hub import published  # the network part loads when it is needed
 
-    return Tokenizer.from_pretrained(hub.tokenizer_folder())
+    return Tokenizer.from_pretrained(published.tokenizer_folder())
 
 
 def tokenizer_of_model(folder: Path | None, config: ModelConfig) -> Tokenizer:

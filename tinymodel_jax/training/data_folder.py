@@ -219,7 +219,7 @@ def _local_copy(address: str) -> Path:
     """Copy a prepared folder to the cache, unless it is there. The hash of `data.json` identifies it."""
     from etils import epath  # an extra, needed for addresses only
 
-    from tinymodel_jax.io.hub import cache_folder
+    from tinymodel_jax.io.hub.published import cache_folder
 
     remote = epath.Path(address)
     if not (remote / DESCRIPTION_FILE).exists():

@@ -1,4 +1,4 @@
-"""The model hub: published models, dictionaries and GPT-2's BPE, downloaded once and cached in this package's format.
+"""Published models, dictionaries and GPT-2's BPE, downloaded once and cached in this package's format.
 
 The cache is `$TINYMODEL_CACHE`, by default `~/.cache/tinymodel_jax`. A complete conversion is used without any request
 and without `huggingface_hub`; an incomplete one is made again. Conversions are built in a scratch folder and moved into
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import hashlib
 import json
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,6 +22,8 @@ from typing import NamedTuple
 from tinymodel_jax.dictionaries.sites import KINDS, Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
+from tinymodel_jax.io.hub.client import SHA256 as SHA256_PATTERN
+from tinymodel_jax.io.hub.client import endpoint, reason, require_client, sha256
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import CACHE_VARIABLE, cache_root
@@ -46,7 +45,6 @@ SHA256 = {
 """Known checksums. For other large files, the checksum that the hub announces is verified."""
 
 _SOURCE_FILE = "source.json"
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class _Source(NamedTuple):
@@ -178,12 +176,9 @@ def _converted(folder: Path, sources: Sequence[_Source], build: Callable[..., No
     """
     if _is_complete(folder):
         return folder
-    try:
-        from huggingface_hub.utils import WeakFileLock
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"downloading {sources[0]} needs huggingface_hub: pip install 'tinymodel-jax[hub]'. {otherwise}"
-        ) from error
+    require_client(f"downloading {sources[0]}", otherwise)
+    from huggingface_hub.utils import WeakFileLock
+
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
@@ -230,49 +225,43 @@ def _first_available(sources: Sequence[_Source], scratch: Path, otherwise: str) 
 
 def _fetch(repository: str, name: str, scratch: Path, otherwise: str) -> _File:
     """Return a hub file, from Hugging Face's cache if it is intact there, otherwise downloaded into `scratch`."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     expected = SHA256.get(f"{repository}/{name}")
     cached = try_to_load_from_cache(repository, name)
     if isinstance(cached, str):
-        file = _File(name, Path(cached), _sha256(Path(cached)))
+        file = _File(name, Path(cached), sha256(Path(cached)))
         if expected in (None, file.sha256):
             return file
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-    path, announced = _download(repository, name, endpoint, scratch, otherwise)
-    file = _File(name, path, _sha256(path))
+    path, announced = _download(repository, name, scratch, otherwise)
+    file = _File(name, path, sha256(path))
     expected = expected or announced
     if expected not in (None, file.sha256):
         raise ValueError(
-            f"{repository}/{name} from {endpoint} has sha256 {file.sha256}, expected {expected}; the download was "
-            f"deleted. Try again; if this repeats, {endpoint} does not serve the published file."
+            f"{repository}/{name} from {endpoint()} has sha256 {file.sha256}, expected {expected}; the download was "
+            f"deleted. Try again; if this repeats, {endpoint()} does not serve the published file."
         )
     return file
 
 
-def _download(repository: str, name: str, endpoint: str, scratch: Path, otherwise: str) -> tuple[Path, str | None]:
+def _download(repository: str, name: str, scratch: Path, otherwise: str) -> tuple[Path, str | None]:
     """Return the path of the downloaded file, and the sha256 that the hub announces for it (large files only)."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
+    hub = endpoint()
     try:
         # The download makes the same request, but without a network it retries for 23 seconds.
-        etag = get_hf_file_metadata(hf_hub_url(repository, name, endpoint=endpoint), endpoint=endpoint).etag
-        path = Path(hf_hub_download(repository, name, endpoint=endpoint, cache_dir=scratch))
+        etag = get_hf_file_metadata(hf_hub_url(repository, name, endpoint=hub), endpoint=hub).etag
+        path = Path(hf_hub_download(repository, name, endpoint=hub, cache_dir=scratch))
     except RemoteEntryNotFoundError as error:
-        raise _NotThereError(f"{endpoint} has no {name} in {repository}") from error
+        raise _NotThereError(f"{hub} has no {name} in {repository}") from error
     except RepositoryNotFoundError as error:
-        raise _NotThereError(f"{endpoint} has no repository {repository}, or gives no access to it") from error
+        raise _NotThereError(f"{hub} has no repository {repository}, or gives no access to it") from error
     except Exception as error:  # errors of its HTTP library, which differs between versions of huggingface_hub
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        message = f"{repository}/{name} cannot be downloaded from {endpoint}: {reason}. {otherwise}"
+        message = f"{repository}/{name} cannot be downloaded from {hub}: {reason(error)}. {otherwise}"
         raise FileNotFoundError(message) from None
-    return path, etag if etag is not None and _SHA256.fullmatch(etag) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path, etag if etag is not None and SHA256_PATTERN.fullmatch(etag) else None
 
 
 def _write_source(folder: Path, source: _Source, files: Sequence[_File]) -> None:
