@@ -6,7 +6,7 @@
     python convert_torch_weights.py export-lm SRC_DIR DEST.safetensors --format transformer-lens
     python convert_torch_weights.py inspect SRC.pt
 
-SRC may also be a safetensors file, as export-lm writes. Installed as `tinymodel-convert`.
+SRC may also be a safetensors file, as export-lm writes, and hub:OWNER/NAME/PATH. Installed as `tinymodel-convert`.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def export_lm(
     """
     from safetensors.numpy import save
 
+    from tinymodel_jax.commands.options import is_missing
     from tinymodel_jax.io.artifacts import load_model
     from tinymodel_jax.io.convert import export_model
     from tinymodel_jax.io.formats.transformer_lens import to_transformer_lens, write_config
@@ -109,7 +110,7 @@ def export_lm(
 
     if dest.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{dest}: the name of the file must end in .pt or .safetensors.")
-    if not src.is_dir():
+    if is_missing(src) or src.is_file():
         raise FileNotFoundError(f"{src} is not a folder; convert a file with 'lm' first.")
     files = load_model(src)
     fields = None
@@ -134,7 +135,7 @@ def inspect(src: Source, *, json: bool = False) -> None:
         src: any .pt or .safetensors file.
         json: print one JSON object.
     """
-    summary = _summary(src)
+    summary = _summary(_local(src))
     if json:
         tensors = [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "is_view": t.is_view} for t in summary.tensors
@@ -170,6 +171,14 @@ def _summary(src: Path) -> TorchFileSummary:
         TensorEntry(name, array.shape, array.dtype.name, is_view=False) for name, array in read_tensors(src).items()
     )
     return TorchFileSummary("safetensors", src.stat().st_size, (), (), tuple(entries))
+
+
+def _local(src: Path) -> Path:
+    """Return a file on this machine; an address on the hub is downloaded."""
+    from tinymodel_jax.io.hub.addresses import HubAddress, download
+
+    address = HubAddress.of(src)
+    return src if address is None else download(address, []).path
 
 
 def _replaced(dest: Path) -> str:

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +25,14 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from hub_server import HubServer, running_server
 
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import param_shapes as dictionary_shapes
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io import default_tokenizer
 from tinymodel_jax.io.convert import convert_dictionary
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.transformer import Transformer
@@ -243,3 +246,36 @@ def return_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty hub that the environment names, empty caches, no token, and no way to any other machine."""
+    from huggingface_hub import close_session, constants  # slow to import
+
+    elsewhere = []
+    connect = socket.socket.connect
+
+    def connect_to_loopback(self: socket.socket, address: Any) -> None:
+        if address[0] not in ("127.0.0.1", "::1"):
+            elsewhere.append(address)
+            raise OSError(f"{address} is not loopback")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", default_tokenizer.ENVIRONMENT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("TINYMODEL_CACHE", str(tmp_path / "cache"))
+    # huggingface_hub reads its environment only when it is imported.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    with running_server() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        yield running
+    close_session()
+    assert not elsewhere

@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from hub_server import HubServer, running_server
-from huggingface_hub import close_session, constants, hf_hub_download
+from hub_server import HubServer
+from huggingface_hub import constants, hf_hub_download
 from tokenizers import decoders, models, pre_tokenizers
 
 from tinymodel_jax.config import ModelConfig
@@ -72,34 +72,10 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty hub that the environment names, empty caches, no known checksum, and no way to any other machine."""
-    elsewhere = []
-    connect = socket.socket.connect
-
-    def connect_to_loopback(self: socket.socket, address: Any) -> None:
-        if address[0] not in ("127.0.0.1", "::1"):
-            elsewhere.append(address)
-            raise OSError(f"{address} is not loopback")
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", default_tokenizer.ENVIRONMENT_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("TINYMODEL_CACHE", str(cache))
-    # huggingface_hub reads its environment only when it is imported.
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "huggingface"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def server(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """An empty hub that the environment names, empty caches, and no known checksum."""
     monkeypatch.setattr(hub, "SHA256", {})
-    close_session()
-    with running_server() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        yield running
-    close_session()
-    assert not elsewhere
+    return hub_server
 
 
 @pytest.fixture

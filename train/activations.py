@@ -55,7 +55,8 @@ class ActivationOptions:
     """Where a run's vectors come from: sites of a language model, or files."""
 
     model: str = "mini"
-    """language model: a published name or a folder; with --compile-for also a preset of `python -m train lm`"""
+    """language model: a published name, a folder or hub:OWNER/NAME; with --compile-for also a preset of
+    `python -m train lm`"""
     sites: str = ""
     """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer, or a hook point's name"""
     data: str | None = None

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from tinymodel_jax.analysis.search.resumable import fingerprint
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import DICTIONARY_FILE
+from tinymodel_jax.io.hub.addresses import pinned
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
@@ -82,7 +83,8 @@ def dictionaries(
         sweep: dictionaries to train.
         source: activations to train on.
         out: folder of the run, or gs://…: dictionaries go to OUT/dictionaries, their metrics to OUT/sweep.json.
-        init_from: folder of a finished dictionary (not of a run) of the same sizes, from which every dictionary starts.
+        init_from: folder or hub:OWNER/NAME/PATH of a finished dictionary (not of a run) of the same sizes, from which
+            every dictionary starts.
         save_every: steps between checkpoints.
         eval_every: steps between evaluations on held-out data (L0, explained variance, CE recovered).
         mesh: device mesh, such as data=2,model=4 or sweep=8; by default all devices are on data.
@@ -96,6 +98,7 @@ def dictionaries(
     if min(steps, save_every, eval_every) < 1:
         raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     start = None if init_from is None else _finished(init_from)
+    source = dataclasses.replace(source, model=pinned(source.model))
     devices = make_mesh(mesh, devices_for(compile_for))
     activations, origin = open_activations(source, devices, only_compiled=compile_for is not None)
     planned = make_sweep(sweep, activations.places, _planned_steps(out, steps), source.batch_size)

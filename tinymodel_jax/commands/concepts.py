@@ -39,7 +39,8 @@ def concepts(
 
     Args:
         sites: tags of the model's dictionaries, such as M0,Rm2; by default all, unless --dictionaries are given.
-        dictionaries: folders of dictionaries, or folders of such folders; each dictionary stores its site.
+        dictionaries: folders of dictionaries, or folders of such folders, also hub:OWNER/NAME/PATH; each dictionary
+            stores its site.
         stories: number of unseen stories to read; half of them choose the features, half score them.
         out: JSON file for the score of every concept in every dictionary and baseline.
         plot: PNG file for a heat map of these scores.

@@ -118,6 +118,9 @@ def _load(
         return _load_directions(model, sites[0], directions)
     own = [model] * len(sites)
     if len(sites) > 1 and (folder := model.dictionary) is not None:
+        from tinymodel_jax.io.artifacts import local_dictionaries
+
+        folder = local_dictionaries(folder)
         own = [dataclasses.replace(model, dictionary=folder / site.tag) for site in sites]
         missing = [str(one.dictionary) for one in own if one.dictionary and not one.dictionary.exists()]
         if missing:

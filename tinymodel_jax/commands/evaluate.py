@@ -55,7 +55,8 @@ def evaluate(
     Args:
         data: folder of `python -m train prepare`, file of stories (.jsonl, .txt, also .gz), or `storyworld`.
         sites: tags of the model's own or published dictionaries to measure, such as M0,A1.
-        dictionaries: folders of dictionaries to measure, or folders of such folders; each dictionary stores its site.
+        dictionaries: folders of dictionaries to measure, or folders of such folders, also hub:OWNER/NAME/PATH; each
+            dictionary stores its site.
         sparse_model: also measure the model with every MLP replaced by its transcoder, of --dictionaries or its own.
         limit: largest number of rows (stories) to read.
         count_begin: count [BEGIN], the same in every story, in all measures except cross-entropy and KL.

@@ -53,8 +53,8 @@ def graph(
         vs: explain the logit of --target minus that of this token.
         sites: tags of dictionaries, such as A1,A2, whose features are nodes in addition to those of the transcoders
             M0, M1, …; or `neurons`, for the neurons of the MLPs in their place.
-        dictionaries: folder that holds dictionaries, each in a folder named by its tag, to use instead of the model's
-            own or the published ones.
+        dictionaries: folder, also hub:OWNER/NAME/PATH, that holds dictionaries, each in a folder named by its tag, to
+            use instead of the model's own or the published ones.
         max_nodes: largest number of nodes.
         node_share: keep the fewest nodes with this share of the influence on the targets.
         edge_share: keep the fewest links with this share of the influence that links carry.

@@ -31,7 +31,8 @@ class ModelOptions:
     """Which language model a command runs."""
 
     name: Annotated[str, tyro.conf.arg(name="model")] = "tiny_model"
-    """published name (downloaded once), `mini` (bundled, no network), folder, or file with the reference's names."""
+    """published name (downloaded once), `mini` (bundled, no network), folder, file with the reference's names, or
+    hub:OWNER/NAME."""
     n_heads: int | None = None
     """attention heads, for a file whose width is not the published 768."""
 
@@ -47,7 +48,8 @@ class ModelAndDictionaryOptions(ModelOptions):
     """Which language model a command runs, with which dictionary."""
 
     dictionary: Path | None = None
-    """folder or file of a dictionary to use at the site, instead of the model's own or the published one."""
+    """folder, file or hub:OWNER/NAME/PATH of a dictionary to use at the site, instead of the model's own or the
+    published one."""
 
     def load_with_dictionary(self, site: Site) -> TinyModel:
         """Load the model, and attach the dictionary if one is given.
@@ -56,7 +58,7 @@ class ModelAndDictionaryOptions(ModelOptions):
             FileNotFoundError: the dictionary does not exist.
             ValueError: no dictionary is given, and the model has none at the site.
         """
-        if self.dictionary is not None and not self.dictionary.exists():
+        if self.dictionary is not None and is_missing(self.dictionary):
             raise FileNotFoundError(f"--dictionary {self.dictionary} does not exist.")
         lm = self.load()
         if self.dictionary is not None:
@@ -81,6 +83,13 @@ class ModelAndDictionaryOptions(ModelOptions):
 
 Model = Annotated[ModelOptions, tyro.conf.arg(name="")]
 ModelAndDictionary = Annotated[ModelAndDictionaryOptions, tyro.conf.arg(name="")]
+
+
+def is_missing(path: Path) -> bool:
+    """Whether a path does not exist on this machine, and is not an address on the hub."""
+    from tinymodel_jax.io.hub.addresses import HubAddress
+
+    return HubAddress.of(path) is None and not path.exists()
 
 
 def quoted(text: object) -> str:
@@ -134,12 +143,16 @@ def parse_sites(option: str, text: str) -> list[str]:
 def dictionary_folders(folder: Path) -> list[Path]:
     """Return the folder if it holds a dictionary, otherwise the folders in it that do.
 
+    Args:
+        folder: also an address on the hub, which is downloaded.
+
     Raises:
         FileNotFoundError: the folder does not exist, or holds no dictionary.
         NotADirectoryError: it is a file.
     """
-    from tinymodel_jax.io.artifacts import DICTIONARY_FILE
+    from tinymodel_jax.io.artifacts import DICTIONARY_FILE, local_dictionaries
 
+    folder = local_dictionaries(folder)
     if folder.is_file():
         raise NotADirectoryError(
             f"--dictionaries {folder} is a file; name a dictionary's folder, or a folder of such folders."

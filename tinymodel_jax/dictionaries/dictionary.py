@@ -115,7 +115,8 @@ class Dictionary:
 
         Args:
             path_or_name: a folder written by `save_pretrained`, a file with the reference's names (`.pt`,
-                `.safetensors`), or the tag of a published dictionary.
+                `.safetensors`), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION` where needed), or the
+                tag of a published dictionary.
             site: the dictionary's tag, such as "M2". A file needs it, because it stores no site.
         """
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above

@@ -9,6 +9,7 @@ Checkpoints of training runs have a different format, which is not read here.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
 from tinymodel_jax.io.convert import ConvertedModel, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.formats import transformer_lens
+from tinymodel_jax.io.hub.addresses import HubAddress, download
 from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replace_file, replaced
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "token_table.json")
+DICTIONARIES = "dictionaries"
+"""The folder, in that of a model, that holds its dictionaries by tag."""
+_DICTIONARY_KINDS = ("*.json", "*.yaml", "*.safetensors", "*.pt", "*.npz")
+"""Files of a repository's folder that may belong to a dictionary."""
 
 
 class ModelFiles(NamedTuple):
@@ -43,8 +50,8 @@ class ModelFiles(NamedTuple):
     config: ModelConfig
     params: dict[str, np.ndarray]
     """Flat: `blocks.0.attn.W_Q` -> array."""
-    dictionaries: dict[str, Dictionary | Path]
-    """Tag -> dictionary that came with the model, or its folder."""
+    dictionaries: dict[str, Dictionary | Path | str]
+    """Tag -> dictionary that came with the model, its folder, or its address on the hub."""
     directory: Path | None
     """Folder that may hold a tokenizer; None for a file."""
 
@@ -74,17 +81,23 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for tag, dictionary in (dictionaries or {}).items():
-        save_dictionary(dictionary, folder / "dictionaries" / tag)
+        save_dictionary(dictionary, folder / DICTIONARIES / tag)
 
 
 def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None) -> ModelFiles:
-    """Read a model by its published name, folder, training run's folder, or file, as in `read_model_file`.
+    """Read a model by its published name, folder, training run's folder, file as in `read_model_file`, or address.
+
+    Of a model on the hub (`hub:OWNER/NAME`), dictionaries are downloaded when they are used.
 
     Raises:
         FileNotFoundError: the name or path does not exist; the message lists what would work.
         ValueError: the file or folder does not hold a model, or the name is empty.
     """
-    path = MINI if name_or_path == "mini" else _named("model", name_or_path)
+    address = HubAddress.of(name_or_path)
+    if address is not None:
+        path, address = _download_model(address)
+    else:
+        path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
         config, params, dictionaries = read_model_file(path, n_heads)
         return ModelFiles(config, params, dict(dictionaries), None)
@@ -102,7 +115,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
         )
     if n_heads is not None:
         raise ValueError(f"n_heads={n_heads} is for files; {folder / CONFIG_FILE} already states the number of heads.")
-    return _load_model_folder(folder)
+    return _load_model_folder(folder, address)
 
 
 def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) -> ConvertedModel:
@@ -115,7 +128,8 @@ def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) ->
         FileNotFoundError: the file, or the configuration beside it, does not exist.
         ValueError: the file does not hold a language model that a TinyModel can represent.
     """
-    path = user_path(path)
+    address = HubAddress.of(path)
+    path = user_path(path) if address is None else _download_model(address)[0]
     tensors = read_tensors(path)
     if not transformer_lens.is_transformer_lens(tensors):
         return _about(path, lambda: convert_model(tensors, n_heads))
@@ -158,7 +172,7 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str]) -
 
 
 def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | None = None) -> Dictionary:
-    """Read a dictionary from its folder, a reference `.pt` file, or the hub by its tag; see `Dictionary`.
+    """Read a dictionary from its folder, a reference `.pt` file, or the hub by tag or address; see `Dictionary`.
 
     Raises:
         FileNotFoundError: the path or tag does not exist; the message lists what would work.
@@ -191,6 +205,12 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     return Dictionary(config, _read_safetensors(path / DICTIONARY_FILE))
 
 
+def local_dictionaries(folder: Path) -> Path:
+    """Return a folder of one or several dictionaries; download it first if it is an address on the hub."""
+    address = HubAddress.of(folder)
+    return folder if address is None else download(address, _DICTIONARY_KINDS, ["*/*/*"]).path
+
+
 def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """Return the tensors of a `.safetensors` file, or of a PyTorch file: name -> array.
 
@@ -210,7 +230,8 @@ def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
 def _named(kind: str, name_or_path: Any) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
-    return user_path(name_or_path)
+    address = HubAddress.of(name_or_path)
+    return user_path(name_or_path) if address is None else download(address, _DICTIONARY_KINDS, ["*/*"]).path
 
 
 def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
@@ -223,12 +244,31 @@ def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLi
         )
 
 
-def _load_model_folder(folder: Path) -> ModelFiles:
+def _load_model_folder(folder: Path, address: HubAddress | None) -> ModelFiles:
     config = _read_config("model", ModelConfig, folder)
     params = _read_safetensors(folder / MODEL_FILE)
     _about(folder / MODEL_FILE, lambda: require_model_params(config, params))
-    found = sorted(p for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
-    return ModelFiles(config, params, {p.name: p for p in found}, folder)
+    found = _dictionaries_in(folder, DICTIONARY_FILE if address is None else CONFIG_FILE)
+    places = {p.name: p if address is None else str(address.joined(DICTIONARIES, p.name)) for p in found}
+    return ModelFiles(config, params, {**places}, folder)
+
+
+def _dictionaries_in(folder: Path, file: str) -> list[Path]:
+    """Return the folders of a model's dictionaries, those that have this file."""
+    return sorted(p for p in (folder / DICTIONARIES).glob("*") if (p / file).is_file())
+
+
+def _download_model(address: HubAddress) -> tuple[Path, HubAddress]:
+    """Download a model without its dictionaries, or a file; another program's model is refused before its weights."""
+    path, address = download(address, [CONFIG_FILE, f"{DICTIONARIES}/*/{CONFIG_FILE}"])
+    if path.is_file():
+        beside = address._replace(path=address.path.rpartition("/")[0])
+        download(beside, [glob.escape(path.name), glob.escape(transformer_lens.config_path(path).name)])
+        return path, address
+    if (path / CONFIG_FILE).is_file():
+        _config_values("model", path / CONFIG_FILE)
+    download(address, [CONFIG_FILE, MODEL_FILE, *TOKENIZER_FILES])
+    return path, address
 
 
 def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
@@ -247,10 +287,10 @@ def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
 
 def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[str, Any]) -> None:
     """Refuse a folder where parts of an earlier model would remain and be mistaken for the new model's."""
-    found = sorted(p.name for p in (folder / "dictionaries").glob("*") if (p / DICTIONARY_FILE).is_file())
-    left = [f"dictionaries/{tag}" for tag in found if tag not in dictionaries]
+    found = [p.name for p in _dictionaries_in(folder, DICTIONARY_FILE)]
+    left = [f"{DICTIONARIES}/{tag}" for tag in found if tag not in dictionaries]
     if not has_tokenizer:
-        left += [name for name in ("tokenizer.json", "token_table.json") if (folder / name).exists()]
+        left += [name for name in TOKENIZER_FILES if (folder / name).exists()]
     if left:
         raise ValueError(
             f"{folder} holds parts of another model that this one lacks: {', '.join(left)}. Nothing was written; "

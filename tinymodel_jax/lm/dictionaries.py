@@ -37,8 +37,8 @@ class ModelDictionaries:
     pass, in its order.
     """
 
-    def __init__(self, config: ModelConfig, own: Mapping[str, Dictionary | Path] | None = None):
-        """Start with the dictionaries that came with the model: `own`, tag -> dictionary or its folder."""
+    def __init__(self, config: ModelConfig, own: Mapping[str, Dictionary | Path | str] | None = None):
+        """Start with the dictionaries that came with the model: `own`, tag -> dictionary, its folder or address."""
         self.config = config
         self.loaded: dict[str, Dictionary] = {}
         self.splices: dict[str, Splice] = {}

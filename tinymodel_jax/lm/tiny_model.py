@@ -55,7 +55,8 @@ class TinyModel(WeightViews):
     Args:
         name_or_path: a published name (`tiny_model`, `tiny_model_1_epoch`, `tiny_model_2L_1E`, `tiny_model_2L_3E`),
             `mini`, which comes with the package and needs no network, a folder written by `save_pretrained` or by a
-            training run, or a `.pt` or `.safetensors` file with the reference's names or TransformerLens's.
+            training run, a `.pt` or `.safetensors` file with the reference's names or TransformerLens's, or any of
+            these on the hub: `hub:OWNER/NAME`, with `/PATH` and `@REVISION` where needed.
         n_heads: number of attention heads, for a file whose width is not the published 768.
         dtype: number format of the computation, `"float32"` or `"bfloat16"`; parameters are float32.
 
@@ -272,9 +273,9 @@ class TinyModel(WeightViews):
         """Put a dictionary at a site, for `lm[tag]` and `splice`.
 
         Args:
-            dictionary: a folder written by `save_pretrained`, which must be for this site; or a file with the
-                reference's names, a `Dictionary` or another model's `lm[tag]`, which may go to any site of the same
-                width.
+            dictionary: a folder written by `save_pretrained`, also on the hub (`hub:OWNER/NAME/PATH`), which must be
+                for this site; or a file with the reference's names, a `Dictionary` or another model's `lm[tag]`, which
+                may go to any site of the same width.
 
         Raises:
             FileNotFoundError: the file or folder does not exist.

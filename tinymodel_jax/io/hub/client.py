@@ -6,6 +6,9 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+from tinymodel_jax.runtime.progress import SECONDS_OF_SILENCE
 
 SHA256 = re.compile("[0-9a-f]{64}")
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -35,6 +38,17 @@ def endpoint() -> str:
 
     # huggingface_hub reads its environment only when it is imported.
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+
+
+def late_progress() -> type:
+    """Return the client's progress bar, which then appears after two seconds only: what is cached needs none."""
+    from huggingface_hub.utils import tqdm
+
+    class LateProgress(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{"delay": SECONDS_OF_SILENCE, **options})
+
+    return LateProgress
 
 
 def reason(error: BaseException) -> str:
