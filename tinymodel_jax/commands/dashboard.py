@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -25,6 +25,7 @@ from tinymodel_jax.dictionaries.sites import Site
 if TYPE_CHECKING:
     import numpy as np
 
+    from tinymodel_jax.analysis.report.dashboard.neuronpedia import Source
     from tinymodel_jax.commands.dashboard_steps import Clock, Place
     from tinymodel_jax.lm import TinyModel
 
@@ -40,6 +41,7 @@ def dashboard(
     others: Annotated[str, tyro.conf.arg(name="with")] = "",
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     effects: int = 0,
+    export: tuple[Literal["neuronpedia"], Path] | None = None,
     json: bool = False,
 ) -> None:
     """Write pages about all features of dictionaries; open index.html in the folder, no server needed.
@@ -58,6 +60,7 @@ def dashboard(
             set its own.
         text: text to make a page about; can be given several times.
         effects: number of rows on which every feature is turned off to measure its effect; 0 leaves effects out.
+        export: also write what the pages show in the layout of Neuronpedia's exports, into this folder.
         json: print a JSON object about the pages instead of a sentence.
     """
     require_positive("--limit", limit)
@@ -66,12 +69,14 @@ def dashboard(
         raise ValueError(f"--effects {effects} must be 0 (none) or the number of rows to measure on.")
     require_data(data)
     make_output_folder("--out", out.absolute().parent)
+    from tinymodel_jax.analysis.report.dashboard.neuronpedia import write_source
     from tinymodel_jax.analysis.search.resumable import OtherWorkError
     from tinymodel_jax.commands.dashboard_steps import Clock, Work, build_one, build_set
     from tinymodel_jax.runtime.allocator import keep_freed_memory
 
     keep_freed_memory()
     lm, places = _load(model, sites, directions)
+    sources = [] if export is None else _new_sources(export[1], model.name, places)
     linked = _linked_tags(lm, sites, others)
     rows, texts = open_rows(lm, data, limit), [_encoded(lm, one) for one in text]
     measured = _effect_rows(lm, rows, effects)
@@ -84,6 +89,10 @@ def dashboard(
             f"--out {out}: {out.absolute()}.partial holds unfinished work on a dashboard with other options; give "
             "those options to resume it, or delete that folder to start again."
         ) from error
+    if export is not None:
+        for place, source in zip(places, sources, strict=True):
+            folder = out if len(places) == 1 else out / place.tag
+            write_source(folder, export[1], source, place.reader, place.heading, data, rows.shape[1])
     _report(out, pages, clock, json)
 
 
@@ -172,6 +181,24 @@ def _load_directions(model: ModelAndDictionaryOptions, site: Site, path: Path) -
     )
     about = f"directions of {path.name} at {site.hook_in}, activation max(0, direction · value)"
     return lm, [Place(lm[site.tag], about, setup)]
+
+
+def _new_sources(dest: Path, model: str, places: Sequence[Place]) -> list[Source]:
+    """Return what Neuronpedia calls each dictionary.
+
+    Raises:
+        ValueError: the folder of one exists.
+    """
+    from tinymodel_jax.analysis.report.dashboard.neuronpedia import source_of
+
+    make_output_folder("--export", dest)
+    sources = [source_of(model, place.reader.site) for place in places]
+    for source in sources:
+        if (dest / source.folder).exists():
+            raise ValueError(
+                f"--export neuronpedia {dest}: {dest / source.folder} exists; remove it or name another folder."
+            )
+    return sources
 
 
 def _linked_tags(lm: TinyModel, sites: Sequence[Site], others: str) -> list[str]:

@@ -65,6 +65,28 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
     return LogitEffects(chosen, *strongest_tokens(lm, directions, top))
 
 
+def logit_histogram(
+    lm: TinyModel, tag: str, features: Indices, n_bins: int
+) -> tuple[Int[np.ndarray, "n bins"], Float[np.ndarray, "n bins"]]:
+    """Return, for each feature, how many tokens' logit effects lie in each of equal bins, and the bins' centres.
+
+    The bins of a feature reach from its smallest to its largest effect, in logits per unit of activation.
+
+    Raises:
+        ValueError: as `logit_effects`.
+    """
+    dictionary = lm[Site.whole(tag, "logit_histogram: ").tag].dictionary
+    chosen = np.atleast_1d(resolve_indices(features, dictionary.config.n_features))
+    counts, centres = np.zeros((len(chosen), n_bins), np.int64), np.zeros((len(chosen), n_bins))
+    for start in range(0, len(chosen), TOGETHER):
+        part = dictionary.params["W_dec"][chosen[start : start + TOGETHER]]
+        effects = np.asarray(_effects(written(lm, dictionary.config.hook_out, part), lm.params["W_U"]))
+        for row, of_feature in enumerate(effects, start):
+            counts[row], edges = np.histogram(of_feature, n_bins)
+            centres[row] = (edges[1:] + edges[:-1]) / 2
+    return counts, centres
+
+
 def strongest_tokens(
     lm: TinyModel, directions: Float[Any, "n d_model"], top: int = 10
 ) -> tuple[Int[np.ndarray, "n top"], Float[np.ndarray, "n top"], Int[np.ndarray, "n top"], Float[np.ndarray, "n top"]]:
@@ -86,8 +108,13 @@ def strongest_tokens(
 def _strongest(
     W_dec: Float[Array, "n d_model"], W_U: Float[Array, "d_model d_vocab"], *, top: int
 ) -> tuple[Array, Array, Array, Array]:
-    effects = W_dec.astype(jnp.float32) @ W_U.astype(jnp.float32)
-    effects = effects - jnp.mean(effects, axis=-1, keepdims=True)
+    effects = _effects(W_dec, W_U)
     up, promoted = jax.lax.top_k(effects, top)
     down, suppressed = jax.lax.top_k(-effects, top)
     return up, promoted, -down, suppressed
+
+
+@fast_jit
+def _effects(W_dec: Float[Array, "n d_model"], W_U: Float[Array, "d_model d_vocab"]) -> Float[Array, "n d_vocab"]:
+    effects = W_dec.astype(jnp.float32) @ W_U.astype(jnp.float32)
+    return effects - jnp.mean(effects, axis=-1, keepdims=True)

@@ -143,8 +143,8 @@ def read_config(weights: Path) -> dict[str, Any]:
     path = config_path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{weights} has TransformerLens's names, but its configuration {path} does not exist. Write it with "
-            f"json.dump(model.cfg.to_dict(), open({path.name!r}, 'w'), default=str)."
+            f"{weights} has TransformerLens's names, but its configuration {path} does not exist. Write there what "
+            "json.dumps(model.cfg.to_dict(), default=str) returns."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
