@@ -1,7 +1,8 @@
 """Convert TinyModel checkpoints between PyTorch's names and this package's folders; needs no PyTorch.
 
     python convert_torch_weights.py lm SRC.pt DEST_DIR
-    python convert_torch_weights.py dictionary SRC.pt DEST_DIR --site M2
+    python convert_torch_weights.py dictionary SRC DEST_DIR --site M2
+    python convert_torch_weights.py dictionary SRC DEST --format saelens
     python convert_torch_weights.py export-lm SRC_DIR DEST.pt|DEST.safetensors
     python convert_torch_weights.py export-lm SRC_DIR DEST.safetensors --format transformer-lens
     python convert_torch_weights.py inspect SRC.pt
@@ -68,20 +69,31 @@ def convert_lm(
     )
 
 
-def convert_dictionary(src: Source, dest: Destination, *, site: str) -> None:
-    """Convert a dictionary's file to a folder.
+def convert_dictionary(
+    src: Source,
+    dest: Destination,
+    *,
+    site: str | None = None,
+    format: Literal["saelens", "dictionary_learning", "sparsify", "circuit-tracer", "tinymodel-pt"] | None = None,
+) -> None:
+    """Convert a dictionary to a folder of this package or to another format.
 
     Args:
-        src: file with the reference's names, .pt or .safetensors.
-        dest: folder to write: config.json, dictionary.safetensors. An earlier dictionary in it is replaced.
-        site: tag of the dictionary's site, such as M2.
+        src: file with the reference's names, .pt or .safetensors, or a folder of this package, SAELens,
+            dictionary_learning, sparsify or circuit-tracer, recognized by its content.
+        dest: folder to write, or for tinymodel-pt the file. An earlier dictionary in it is replaced.
+        site: tag of the dictionary's site, such as M2. Files that do not say it need it.
+        format: whose files to write; by default this package's config.json and dictionary.safetensors.
     """
     from tinymodel_jax.dictionaries.sites import Site
     from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
 
-    replaced = _replaced(dest)
-    dictionary = read_dictionary(src, Site.whole(site))
-    save_dictionary(dictionary, dest)
+    if format is None:
+        replaced = _replaced(dest)
+    else:  # writing refuses other content
+        replaced = "; it replaces what was there" if dest.is_file() or (dest.is_dir() and any(dest.iterdir())) else ""
+    dictionary = read_dictionary(src, None if site is None else Site.whole(site))
+    save_dictionary(dictionary, dest, format)
     config = dictionary.config
     kind = "transcoder" if config.is_transcoder else "SAE"
     print(
@@ -165,7 +177,7 @@ def _summary(src: Path) -> TorchFileSummary:
 
     if src.suffix != ".safetensors":
         return describe_torch_file(src)
-    from tinymodel_jax.io.artifacts import read_tensors  # loads JAX, which PyTorch files do without
+    from tinymodel_jax.io.data_files import read_tensors  # loads JAX, which PyTorch files do without
 
     entries = (
         TensorEntry(name, array.shape, array.dtype.name, is_view=False) for name, array in read_tensors(src).items()

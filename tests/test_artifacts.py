@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from tinymodel_jax.config import ARCHITECTURES, DTYPES, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.io import artifacts
+from tinymodel_jax.io import data_files
 from tinymodel_jax.io.artifacts import (
     config_at,
     load_dictionary,
@@ -201,7 +201,7 @@ def test_a_full_disk_is_an_error_of_the_system_s_kind(tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(artifacts, "save_file", full)
+    monkeypatch.setattr(data_files, "save_file", full)
     message = error_of(lambda: save_model(CONFIG, flat_params(), tmp_path), OSError)
     assert f"to the folder {tmp_path}: I/O error: No space left on device" in message
     assert os.listdir(tmp_path) == []

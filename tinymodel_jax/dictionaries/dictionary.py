@@ -115,9 +115,10 @@ class Dictionary:
 
         Args:
             path_or_name: a folder written by `save_pretrained`, a file with the reference's names (`.pt`,
-                `.safetensors`), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION` where needed), or the
-                tag of a published dictionary.
-            site: the dictionary's tag, such as "M2". A file needs it, because it stores no site.
+                `.safetensors`), what SAELens, dictionary_learning, sparsify or circuit-tracer wrote (recognized by its
+                content, docs/interop.md), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION` where
+                needed), or the tag of a published dictionary.
+            site: the dictionary's tag, such as "M2". Files that store no site need it.
         """
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above
 
@@ -164,11 +165,19 @@ class Dictionary:
         W_dec, chosen = self._known_params()["W_dec"], resolve_indices(feature, self.config.n_features)
         return nearest_rows(W_dec, np.arange(len(W_dec)) if chosen is None else chosen, n)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads."""
+    def save_pretrained(self, directory: str | os.PathLike[str], format: str | None = None) -> None:
+        """Write `dictionary.safetensors` and `config.json`, which `from_pretrained` reads, or another library's files.
+
+        Args:
+            format: `saelens`, `dictionary_learning`, `sparsify`, `circuit-tracer`, or `tinymodel-pt`, the reference's
+                file; its library computes the same from it.
+
+        Raises:
+            ValueError: the format is unknown or has no room for the dictionary, or the folder holds something else.
+        """
         from tinymodel_jax.io.artifacts import save_dictionary  # saving is a layer above
 
-        save_dictionary(self, directory)
+        save_dictionary(self, directory, format)
 
     def _known_params(self) -> dict[str, Any]:
         if not self.params:

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file, save_file
 
 from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
 from tinymodel_jax.io.convert import ConvertedModel, convert_dictionary, convert_model, model_tensors
+from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors, read_tensors, write_safetensors
 from tinymodel_jax.io.formats import transformer_lens
+from tinymodel_jax.io.formats.choose import FORMATS, read_as, write_as
 from tinymodel_jax.io.hub.addresses import HubAddress, download
-from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.params import require_shapes
-from tinymodel_jax.runtime.atomic_files import replace_file, replaced
+from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def save_model(
         require_vocabulary(tokenizer, config)
     folder = _own_folder("model", directory)
     _refuse_leftovers(folder, tokenizer is not None, dictionaries or {})
-    _write_tensors(params, folder / MODEL_FILE)
+    write_safetensors(params, folder / MODEL_FILE)
     _write_config("model", config.to_dict(), folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -132,11 +131,11 @@ def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) ->
     path = user_path(path) if address is None else _download_model(address)[0]
     tensors = read_tensors(path)
     if not transformer_lens.is_transformer_lens(tensors):
-        return _about(path, lambda: convert_model(tensors, n_heads))
+        return about(path, lambda: convert_model(tensors, n_heads))
     fields = transformer_lens.read_config(path)
     if n_heads is not None:
         raise ValueError(f"n_heads={n_heads}: {transformer_lens.config_path(path)} already states the number of heads.")
-    config, params = _about(path, lambda: transformer_lens.from_transformer_lens(fields, tensors))
+    config, params = about(path, lambda: transformer_lens.from_transformer_lens(fields, tensors))
     return ConvertedModel(config, params, {})
 
 
@@ -164,15 +163,24 @@ def require_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocabulary {config.d_vocab}.")
 
 
-def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str]) -> None:
-    """Write a dictionary's folder. Each file replaces an earlier one only when it is complete."""
+def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], format: str | None = None) -> None:
+    """Write a dictionary's folder, or the files of another format; see `Dictionary.save_pretrained`.
+
+    Each file replaces an earlier one only when it is complete.
+
+    Raises:
+        ValueError: the folder holds something else, or the format is unknown or has no room for the dictionary.
+    """
+    if format is not None:
+        write_as(dictionary, user_path(directory), format)
+        return
     folder = _own_folder("dictionary", directory)
-    _write_tensors(dictionary.params, folder / DICTIONARY_FILE)
+    write_safetensors(dictionary.params, folder / DICTIONARY_FILE)
     _write_config("dictionary", dictionary.config.to_dict(), folder)
 
 
 def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | None = None) -> Dictionary:
-    """Read a dictionary from its folder, a reference `.pt` file, or the hub by tag or address; see `Dictionary`.
+    """Read a dictionary from its folder, a file, another library's folder, or the hub; see `Dictionary`.
 
     Raises:
         FileNotFoundError: the path or tag does not exist; the message lists what would work.
@@ -191,35 +199,30 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> Dictionary:
     """Do as `load_dictionary`, but keep the file's NumPy arrays and number format, and check nothing."""
     path = _named("dictionary", path_or_name)
+    other = read_as(path, site) if path.exists() and not (path / DICTIONARY_FILE).is_file() else None
+    if other is not None:
+        return other
     if path.is_file():
         if site is None:
             raise ValueError(f"{path}: a file does not store the site of its dictionary; give site=, such as 'M2'.")
-        return _about(path, lambda: convert_dictionary(read_tensors(path), site))
+        return about(path, lambda: convert_dictionary(read_tensors(path), site))
     if not path.is_dir():
         from tinymodel_jax.io.hub import published  # the network part loads when it is needed
 
         path = published.dictionary_folder(str(path_or_name))
     if not (path / DICTIONARY_FILE).is_file():
-        raise FileNotFoundError(f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
+        raise FileNotFoundError(
+            f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of "
+            f"{', '.join(FORMATS[:4])} (docs/interop.md)."
+        )
     config = _read_config("dictionary", DictionaryConfig, path)
-    return Dictionary(config, _read_safetensors(path / DICTIONARY_FILE))
+    return Dictionary(config, read_safetensors(path / DICTIONARY_FILE))
 
 
 def local_dictionaries(folder: Path) -> Path:
     """Return a folder of one or several dictionaries; download it first if it is an address on the hub."""
     address = HubAddress.of(folder)
     return folder if address is None else download(address, _DICTIONARY_KINDS, ["*/*/*"]).path
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    """Return the tensors of a `.safetensors` file, or of a PyTorch file: name -> array.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged or does not hold tensors, as in `load_torch_file`.
-    """
-    path = user_path(path)
-    return _read_safetensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
@@ -246,8 +249,8 @@ def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLi
 
 def _load_model_folder(folder: Path, address: HubAddress | None) -> ModelFiles:
     config = _read_config("model", ModelConfig, folder)
-    params = _read_safetensors(folder / MODEL_FILE)
-    _about(folder / MODEL_FILE, lambda: require_model_params(config, params))
+    params = read_safetensors(folder / MODEL_FILE)
+    about(folder / MODEL_FILE, lambda: require_model_params(config, params))
     found = _dictionaries_in(folder, DICTIONARY_FILE if address is None else CONFIG_FILE)
     places = {p.name: p if address is None else str(address.joined(DICTIONARIES, p.name)) for p in found}
     return ModelFiles(config, params, {**places}, folder)
@@ -298,28 +301,6 @@ def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[s
         )
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}); write or download it again."
-        ) from error
-
-
-def _write_tensors(tensors: Mapping[str, Any], path: Path) -> None:
-    # Written without copies in memory: a published dictionary is 154 MB.
-    with replaced(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # np.ascontiguousarray would add an axis to a scalar
-        try:
-            save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, temporary)
-        except safetensors.SafetensorError as error:  # raised when the disk is full
-            raise OSError(str(error)) from error
-        temporary.chmod(mode)  # save_file makes the file readable for its owner only
-
-
 def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:
     content = {"format": f"tinymodel_jax/{kind}", "format_version": FORMAT_VERSION, **values}
     replace_file(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
@@ -331,25 +312,13 @@ def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}.")
-    return _about(path, lambda: config_class.from_dict(values))
+    return about(path, lambda: config_class.from_dict(values))
 
 
 def _config_values(kind: str, path: Path) -> dict[str, Any]:
     """Return the values of a configuration file of this kind."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    found = values.pop("format", None) if isinstance(values, dict) else None
+    values = read_json_object(path)
+    found = values.pop("format", None)
     if found != f"tinymodel_jax/{kind}":
         raise ValueError(f"{path} describes {found!r}, expected 'tinymodel_jax/{kind}'.")
     return values
-
-
-def _about(path: Path, read: Any) -> Any:
-    """Call `read`; put the path in front of the message of a ValueError."""
-    try:
-        return read()
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error

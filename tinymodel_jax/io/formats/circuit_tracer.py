@@ -1,0 +1,208 @@
+"""Transcoder sets of circuit-tracer: `config.yaml` and one `layer_{l}.safetensors` per layer.
+
+relu and jumprelu transcoders, optionally with a skip connection. Sets of cross-layer transcoders have another form.
+Source: circuit-tracer 0.5.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.data_files import read_safetensors, replaced_tensors
+from tinymodel_jax.io.formats.hook_names import between
+from tinymodel_jax.io.formats.rewriting import as_jumprelu, with_b_dec_subtracted
+from tinymodel_jax.io.formats.stored import Stored, numbers, placed
+from tinymodel_jax.io.formats.yaml_settings import read_settings
+from tinymodel_jax.runtime.atomic_files import replaced
+from tinymodel_jax.runtime.paths import user_path
+
+CONFIG, KIND = "config.yaml", "transcoder_set"
+_LAYER = re.compile(r"layer_(\d{1,4})\.safetensors")
+_NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_OPTIONAL = {"activation_function.threshold": "threshold", "W_skip": "W_skip"}
+_WRITTEN = {"hook_mlp_in": "mlp.hook_in", "hook_mlp_out": "mlp.hook_out"}
+"""Hook points under names that circuit-tracer's replacement model always has."""
+
+
+def load_transcoder_set(folder: str | Path) -> dict[str, Dictionary]:
+    """Return the transcoders of a set, by tag, from the lowest layer.
+
+    Raises:
+        FileNotFoundError: the folder has no config.yaml, or lacks a layer's file.
+        ValueError: a file is damaged or not of a transcoder set, or its hook points are not those of a site here.
+    """
+    folder = user_path(folder)
+    found = {}
+    for path in layers(folder).values():
+        stored = placed(read(path), None, path)
+        config = stored.config
+        found[Site.at(config.hook_in, config.hook_out).tag] = Dictionary.from_params(config, stored.params)
+    return found
+
+
+def save_transcoder_set(dictionaries: Mapping[str, Dictionary], folder: str | Path) -> None:
+    """Write transcoders as a set, which circuit-tracer loads if they are of layers 0, 1, … without a gap.
+
+    Args:
+        dictionaries: tag -> transcoder; all read and predict hook points of the same names.
+
+    Raises:
+        ValueError: the format has no room for one of them, they are of different hook points, or the folder holds
+            other layers, which would be mistaken for this set's.
+    """
+    folder = user_path(folder)
+    parts = [_written(dictionary) for dictionary in dictionaries.values()]
+    hooks = {hooks for _, hooks, _ in parts}
+    if len(hooks) != 1:
+        raise ValueError(
+            f"a transcoder set has the same hook points in every layer; got {sorted(hooks)}. Nothing was written."
+        )
+    names = [f"layer_{layer}.safetensors" for layer, _, _ in parts]
+    left = sorted(path.name for path in folder.glob("layer_*.safetensors") if path.name not in names)
+    if left:
+        raise ValueError(f"{folder} holds other layers: {', '.join(left)}. Nothing was written; delete them first.")
+    _write(folder, parts)
+
+
+def recognizes(path: Path) -> bool:
+    """Whether a path is a folder of a set, or a layer's file."""
+    if path.is_dir():
+        return (path / CONFIG).is_file() and "model_kind" in (path / CONFIG).read_text("utf-8", "ignore")
+    return path.is_file() and _LAYER.fullmatch(path.name) is not None
+
+
+def layers(folder: Path) -> dict[int, Path]:
+    """Return the file of each layer of a set, in order.
+
+    Raises:
+        FileNotFoundError: there is no config.yaml, or a file that it lists.
+        ValueError: it describes something else, or lists files of the hub.
+    """
+    settings = _settings(folder)
+    listed_files = settings.get("transcoders")
+    if listed_files is None:
+        found = {int(m[1]): path for path in folder.iterdir() if (m := _LAYER.fullmatch(path.name))}
+        if not found:
+            raise FileNotFoundError(f"{folder} has no layer_0.safetensors, nor another layer of a transcoder set.")
+        return dict(sorted(found.items()))
+    files = {layer: folder / name for layer, name in enumerate(listed_files)}
+    missing = [listed_files[layer] for layer, path in files.items() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder / CONFIG} lists files that are not in the folder: {', '.join(missing[:3])}. Download them, and "
+            "list their names."
+        )
+    return files
+
+
+def read(path: Path) -> Stored:
+    """Read one layer's file.
+
+    Raises:
+        ValueError: the file is damaged or not of a transcoder, or has thresholds below 0, which let negative
+            activations through.
+    """
+    tensors = read_safetensors(path)
+    names = _NAMES | {theirs: ours for theirs, ours in _OPTIONAL.items() if theirs in tensors}
+    params = numbers(tensors, names, path)
+    if params["W_enc"].shape != params["W_dec"].shape or params["W_enc"].ndim != 2:
+        raise ValueError(
+            f"{path}: W_enc is {params['W_enc'].shape} and W_dec {params['W_dec'].shape}; expected both as (features, "
+            "width). Files of circuit-tracer before 0.2 have another W_dec; convert them with its own loader."
+        )
+    params["W_enc"] = params["W_enc"].T
+    if "W_skip" in params:
+        params["W_skip"] = params["W_skip"].T
+    if "threshold" in params and (params["threshold"] < 0).any():
+        raise ValueError(f"{path}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
+    fields = {"architecture": "jumprelu" if "threshold" in params else "relu", "skip": "W_skip" in params}
+    return Stored(fields, params, **_place(path))
+
+
+def write(dictionary: Dictionary, folder: Path) -> None:
+    """Write one layer's file and the set's config.yaml; other layers of the same set remain.
+
+    Raises:
+        ValueError: the format has no room for the dictionary, or the folder's set is of other hook points.
+    """
+    part = _written(dictionary)
+    if (folder / CONFIG).exists() and _hooks(_settings(folder)) != part[1]:
+        raise ValueError(f"{folder} is a set of {_hooks(_settings(folder))}, not {part[1]}. Nothing was written.")
+    _write(folder, [part])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no transcoder set: there is no {CONFIG} in it.")
+    settings = read_settings(path)
+    if settings.get("model_kind") != KIND:
+        raise ValueError(f"{path}: model_kind is {settings.get('model_kind')!r}; expected {KIND!r}.")
+    return settings
+
+
+def _hooks(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    return settings.get("feature_input_hook"), settings.get("feature_output_hook")
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Return the hook points of a layer's file, from the set's configuration beside it."""
+    match = _LAYER.fullmatch(path.name)
+    if not (path.parent / CONFIG).is_file():
+        return {"is_transcoder": True}
+    settings = _settings(path.parent)
+    names = _hooks(settings)
+    files = settings.get("transcoders")
+    layer = files.index(path.name) if files and path.name in files else int(match[1]) if match else None
+    named = f"feature_input_hook {names[0]!r}, feature_output_hook {names[1]!r}"
+    return {
+        "hooks": between(*(f"blocks.{layer}.{name}" for name in names)),
+        "is_transcoder": True,
+        "named": named,
+    }
+
+
+def _written(dictionary: Dictionary) -> tuple[int, tuple[str, str], dict[str, np.ndarray]]:
+    """Return the layer, the names of the hook points and the tensors of a transcoder."""
+    config = dictionary.config
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", config.hook_in)
+    out = re.fullmatch(r"blocks\.(\d+)\.(.+)", config.hook_out)
+    known = "relu, jumprelu, batch_topk and gated"
+    for fits, what in (
+        (match is not None and out is not None and match[1] == out[1], "are of the hook points of one block"),
+        (not config.compares_features, f"are {known}, not {config.architecture}; format='sparsify' has room for it"),
+        (config.normalize == "none", f"do not normalize inputs ({config.normalize}); format='saelens' has room for it"),
+        (config.d_in == config.d_out, f"have equal widths, not {config.d_in} and {config.d_out}; use format='saelens'"),
+        (not config.exclude, f"cannot leave out tokens {config.exclude}; format='saelens' has room for them"),
+    ):
+        if not fits:
+            raise ValueError(f"transcoders of circuit-tracer {what}. Nothing was written.")
+    assert match is not None
+    assert out is not None
+    plain = with_b_dec_subtracted(dictionary, False)
+    plain = plain if config.architecture == "relu" else as_jumprelu(plain)
+    params = {name: np.asarray(array) for name, array in plain.params.items()}
+    params |= {name: params[name].T for name in ("W_enc", "W_skip") if name in params}
+    theirs = {ours: theirs for theirs, ours in (_NAMES | _OPTIONAL).items()}
+    hooks = tuple(_WRITTEN.get(name, name) for name in (match[2], out[2]))
+    return int(match[1]), (hooks[0], hooks[1]), {theirs[name]: array for name, array in params.items()}
+
+
+def _write(folder: Path, parts: list[tuple[int, tuple[str, str], dict[str, np.ndarray]]]) -> None:
+    """Write layers and the configuration; they replace earlier files only when all are complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hook_in, hook_out = parts[0][1]
+    settings = {"model_kind": KIND, "feature_input_hook": hook_in, "feature_output_hook": hook_out, "scan": ""}
+    with contextlib.ExitStack() as files:
+        for layer, _, tensors in parts:
+            files.enter_context(replaced_tensors(tensors, folder / f"layer_{layer}.safetensors"))
+        temporary = files.enter_context(replaced(folder / CONFIG))
+        temporary.write_text("".join(f'{name}: "{value}"\n' for name, value in settings.items()), encoding="utf-8")
