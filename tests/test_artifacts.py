@@ -235,7 +235,7 @@ def written(name, content):
         (written("config.json", b"{"), "config.json cannot be read"),
         (written("config.json", b"\xff\xfe"), "config.json cannot be read"),
         (written("config.json", b"[" * 100_000), "config.json cannot be read"),
-        (written("config.json", b"[1, 2]"), "describes None, expected 'tinymodel_jax/model'"),
+        (written("config.json", b"[1, 2]"), "holds a list; expected a JSON object"),
         (
             edited(format="tinymodel_jax/dictionary"),
             "describes 'tinymodel_jax/dictionary', expected 'tinymodel_jax/model'",

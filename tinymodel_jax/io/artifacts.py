@@ -23,7 +23,14 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
 from tinymodel_jax.io.convert import ConvertedModel, convert_dictionary, convert_model, model_tensors
-from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors, read_tensors, write_safetensors
+from tinymodel_jax.io.data_files import (
+    DICTIONARY_FILE,
+    about,
+    read_json_object,
+    read_safetensors,
+    read_tensors,
+    write_safetensors,
+)
 from tinymodel_jax.io.formats import transformer_lens
 from tinymodel_jax.io.formats.choose import FORMATS, read_as, write_as
 from tinymodel_jax.io.hub.addresses import HubAddress, download
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
     from tinymodel_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-MODEL_FILE, DICTIONARY_FILE, CONFIG_FILE = "model.safetensors", "dictionary.safetensors", "config.json"
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "token_table.json")
 DICTIONARIES = "dictionaries"
 """The folder, in that of a model, that holds its dictionaries by tag."""

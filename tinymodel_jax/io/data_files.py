@@ -18,6 +18,8 @@ from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.runtime.paths import user_path
 
 Result = TypeVar("Result")
+DICTIONARY_FILE = "dictionary.safetensors"
+"""The weights in this package's folder of a dictionary."""
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:

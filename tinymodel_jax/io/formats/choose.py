@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.data_files import DICTIONARY_FILE
 from tinymodel_jax.io.formats import circuit_tracer, dictionary_learning, saelens, sparsify, tinymodel_pt
 from tinymodel_jax.io.formats.stored import Stored, listed, placed
 
@@ -73,7 +74,7 @@ def write_as(dictionary: Dictionary, path: Path, name: str) -> None:
     if name not in _WRITERS:
         raise ValueError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}.")
     if name in _READERS:
-        found = format_of(path)
+        found = "this package" if (path / DICTIONARY_FILE).exists() else format_of(path)
         if found != name and (found is not None or (path / _READERS[name].config).exists()):
             what = f"a dictionary of {found}" if found else f"a {_READERS[name].config} of something else"
             raise ValueError(f"{path} holds {what}. Nothing was written; choose another folder.")

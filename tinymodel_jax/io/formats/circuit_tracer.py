@@ -177,6 +177,7 @@ def _written(dictionary: Dictionary) -> tuple[int, tuple[str, str], dict[str, np
     out = re.fullmatch(r"blocks\.(\d+)\.(.+)", config.hook_out)
     known = "relu, jumprelu, batch_topk and gated"
     for fits, what in (
+        (config.is_transcoder, "are not SAEs; format='saelens' has room for those"),
         (match is not None and out is not None and match[1] == out[1], "are of the hook points of one block"),
         (not config.compares_features, f"are {known}, not {config.architecture}; format='sparsify' has room for it"),
         (config.normalize == "none", f"do not normalize inputs ({config.normalize}); format='saelens' has room for it"),

@@ -89,7 +89,7 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     config = dictionary.config
     alike = config.is_transcoder or config.skip  # its transcoders may also read and predict the same hook point
     if config.skip and not config.is_transcoder and config.normalize != "none":
-        raise ValueError("SAELens has no SAE with a skip connection that normalizes its input; nothing was written.")
+        raise ValueError("SAELens has no SAE with a skip connection that normalizes its input. Nothing was written.")
     written, architecture = (_as_transcoder if alike else _as_sae)(dictionary)
     params = {name: np.asarray(array) for name, array in written.params.items()}
     if config.skip:
