@@ -133,12 +133,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = urlsplit(self.path).path.lstrip("/")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self._read_body()
         for pattern, route in _ROUTES:
             if found := re.fullmatch(pattern, path):
                 route(self, *map(unquote, found.groups()))
                 return
         raise AssertionError(f"{self.command} {path}: the hub of the tests does not know this request")
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _asked(self, name: str, step: str = "") -> bool:
         """Note a request; return whether it is to fail, having answered it then."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from command_lines import PROGRAMS, command_lines, options_of, run, split_program
 from conftest import return_memory, save_story_model
+from hub_server import TOKEN
 
 from tinymodel_jax.commands import quickstart
 
@@ -38,9 +39,19 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its httpx
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_snippets_run_in_order(page: Path, standard_promotion: None, checkout: Path) -> None:
+def test_python_snippets_run_in_order(
+    page: Path,
+    standard_promotion: None,
+    checkout: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     namespace: dict[str, object] = {}
+    if page.name == "hub.md":
+        request.getfixturevalue("hub_server")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
     for snippet in blocks(page, "python"):
         if NEEDS_THE_HUB not in snippet:
             exec(compile(snippet, page.name, "exec"), namespace)

@@ -179,6 +179,24 @@ class Dictionary:
 
         save_dictionary(self, directory, format)
 
+    def push_to_hub(self, address: str, *, license: str | None = None, private: bool | None = None) -> str:
+        """Upload what `save_pretrained` writes, and a card, in one commit; return its address.
+
+        `from_pretrained` of the address that is returned loads exactly this upload.
+
+        Args:
+            address: OWNER/NAME/PATH, a folder of a repository, with @BRANCH for another branch than main. The
+                repository and the branch are created if they do not exist.
+            license: the dictionary's licence for the card, in the hub's spelling, such as "mit"; None states none.
+            private: whether a new repository is private; None takes the owner's default.
+
+        Raises:
+            ModuleNotFoundError, OSError, ValueError: as `TinyModel.push_to_hub`.
+        """
+        from tinymodel_jax.io.hub.upload import push_dictionary  # the hub is a layer above
+
+        return push_dictionary(self, address, license, private)
+
     def _known_params(self) -> dict[str, Any]:
         if not self.params:
             raise ValueError(

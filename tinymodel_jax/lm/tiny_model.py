@@ -28,7 +28,7 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import artifacts
 from tinymodel_jax.io.default_tokenizer import saved_tokenizer, tokenizer_of_model
 from tinymodel_jax.io.formats import transformer_lens
-from tinymodel_jax.lm import generation, text
+from tinymodel_jax.lm import generation, publication, text
 from tinymodel_jax.lm.dictionaries import FeatureReader, ModelDictionaries
 from tinymodel_jax.model.edits import can_be_padded, pad_edits
 from tinymodel_jax.model.forward import HookedModel, Output, forward, mean_loss, token_losses
@@ -384,6 +384,8 @@ class TinyModel(WeightViews):
         tokenizer = saved_tokenizer(self._tokenizer) if isinstance(self._tokenizer, Path) else self._tokenizer
         dictionaries = self._dictionaries.load_own()
         artifacts.save_model(self.config, flatten(self.params), directory, tokenizer, dictionaries)
+
+    push_to_hub = publication.push_to_hub
 
 
 def _residual_name(layer: int, n_layers: int) -> str:
