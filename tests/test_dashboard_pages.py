@@ -449,7 +449,7 @@ def test_a_text_opens_coloured_by_the_feature_that_is_most_active_in_it(mini, br
 
 def test_the_python_of_a_page_computes_what_it_shows(mini, browser):
     names: dict[str, Any] = {}
-    for address in ("#text/1", "#feature/147"):
+    for address in ("#text/1", "#feature/96"):
         open_page(browser, mini, address)
         [code] = texts(browser, ".python")
         *setup, call = code.splitlines()
@@ -462,7 +462,7 @@ def test_the_python_of_a_page_computes_what_it_shows(mini, browser):
         else:
             excerpt = call.partition("(")[2].strip('()"').encode().decode("unicode_escape").replace("\n", "↵")
             assert excerpt == "".join(browser.execute_script(FIRST_CONTEXT))
-            assert call.startswith('lm["M2N147"](')
+            assert call.startswith('lm["M2N96"](')
     assert problems(browser) == []
 
 
