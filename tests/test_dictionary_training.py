@@ -315,7 +315,7 @@ def test_a_wrong_recipe_names_everything_that_is_wrong():
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"architecture": "swish"}, "architecture 'swish' is unknown"),
+        ({"architecture": "swish"}, "architecture 'swish' cannot be trained"),
         ({"architecture": "topk"}, "'topk' needs a k"),
         ({"k": 3}, "'relu' takes no k"),
         ({"target_l0": 3.0}, "target_l0 needs a sparsity coefficient"),
