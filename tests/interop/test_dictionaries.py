@@ -5,7 +5,7 @@ a table of the largest differences.
 """
 
 import importlib
-import itertools
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,19 @@ def test_a_transcoder_set_of_several_layers_is_exchanged(tmp_path):
 
 @pytest.fixture(scope="session")
 def differences():
-    """Collect (direction, library, what, largest difference), and print them as tables at the end."""
+    """Collect (direction, library, "architecture: what", largest difference), and print a table at the end."""
     found: list[tuple[str, str, str, float]] = []
     yield found
-    print("\n\nLargest difference of activations and predictions, float32:")
-    for library, rows in itertools.groupby(sorted(found, key=lambda row: LIBRARIES.index(row[1])), lambda row: row[1]):
-        print(f"\n{PACKAGES[library]} {version(PACKAGES[library])}\n\n| | file | largest difference |\n|---|---|---|")
-        for direction, _, what, value in sorted(rows, key=lambda row: row[0]):
-            print(f"| {direction} | {what} | {value:.1e} |")
+    print("\n\n| format | | architecture | files | largest difference |\n|---|---|---|---|---|")
+    for library in LIBRARIES:
+        shown = f"{PACKAGES[library]} {version(PACKAGES[library])}"
+        for direction in ("read", "written"):
+            groups: dict[str, list[float]] = {}
+            for *key, what, value in found:
+                if key == [direction, library]:
+                    groups.setdefault(re.split("[ :]", what)[0], []).append(value)
+            for architecture, values in groups.items():
+                print(f"| {shown} | {direction} | `{architecture}` | {len(values)} | {max(values):.1e} |")
 
 
 def save_vectors(folder: Path) -> None:
