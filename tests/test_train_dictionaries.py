@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hub_server import TOKEN, HubServer
 from runs import (
     ROW,
     VOCAB,
@@ -467,3 +468,23 @@ def test_a_changed_option_is_an_error_that_prints_the_difference(
     assert train_here(*arguments(model, data, sweep, *SWEEP), "--data-seed", "5") == 1
     assert "data_seed: 0 -> 5" in capsys.readouterr().err
     assert final_bytes(sweep) == before
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its httpx
+def test_the_dictionaries_of_a_finished_run_are_uploaded_each_with_its_card(
+    sweep: Path, model: Path, data: Path, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert train_here(*arguments(model, data, sweep, *SWEEP, "--push-to", "user/sweep@next")) == 0
+    files = hub_server.branches["user/sweep", "next"]
+    assert (len(hub_server.messages), hub_server.tree("user/sweep", "main")) == (1, {})
+    assert {"README.md", "sweep.json", "pareto.png"} < files.keys()
+    for folder in folders(sweep):
+        uploaded = Dictionary.from_pretrained(f"hub:user/sweep/dictionaries/{folder.name}@next")
+        np.testing.assert_array_equal(uploaded.params["W_dec"], Dictionary.from_pretrained(folder).params["W_dec"])
+        numbers = json.loads((folder / "training.json").read_text())["results"]
+        card = files[f"dictionaries/{folder.name}/README.md"].decode()
+        assert f"| CE recovered | {numbers['ce_recovered']:.3f} |" in card
+        assert "architecture topk" in card
+        line = f"| [`dictionaries/{folder.name}`](dictionaries/{folder.name}/README.md) | {numbers['l0']:.1f} |"
+        assert line in files["README.md"].decode()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import error_line
+from hub_server import TOKEN, HubServer
 from runs import (
     ROW,
     VOCAB,
@@ -258,3 +260,39 @@ def test_a_preset_with_a_fixed_vocabulary_refuses_other_data(
 ) -> None:
     assert train_here("lm", "--preset", "tiny_model", "--data", data, "--out", tmp_path / "out") == 1
     assert "10000 ids, the data 64" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its httpx
+def test_a_finished_model_is_uploaded_with_what_is_known_about_it(
+    whole: Path,
+    data: Path,
+    hub_server: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    push = (*arguments(data, whole), "--push-to", "user/counting", "--license", "mit")
+    assert train_here(*push) == 1
+    assert "Log in with `hf auth login`" in error_line(capsys)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub_server.statuses["commit"] = 500
+    assert train_here(*push) == 1
+    error = capsys.readouterr().err
+    assert f"{whole} is finished, but the upload to hub:user/counting failed, and changed nothing there" in error
+    hub_server.statuses.clear()
+    assert train_here(*push) == 0
+    assert f"{whole}: uploaded to hub:user/counting@{hub_server.commit('user/counting')}" in capsys.readouterr().out
+    uploaded, loss = TinyModel("hub:user/counting"), metrics_of(whole)[-1]["held_out_loss"]
+    np.testing.assert_array_equal(uploaded.W_E, TinyModel(whole).W_E)
+    card = hub_server.files["user/counting/README.md"].decode()
+    assert "license: mit" in card
+    assert f"| held-out loss | {loss:.4f} nats per token |" in card
+    assert "| data | `counting`, 150 rows of 24 tokens and 50 held-out ones" in card
+    assert "preset `smoke`: 12 steps of 8 rows" in card
+
+
+def test_options_of_an_upload_need_an_address(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here(*arguments(data, tmp_path / "a"), "--license", "mit") == 1
+    assert "give --push-to OWNER/NAME" in error_line(capsys)
+    assert train_here(*arguments(data, tmp_path / "a"), "--push-to", "counting") == 1
+    assert "'counting' is not an address on the hub" in error_line(capsys)
+    assert not (tmp_path / "a").exists()

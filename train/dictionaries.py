@@ -28,6 +28,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.artifacts import DICTIONARY_FILE
 from tinymodel_jax.io.hub.addresses import pinned
 from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.training.data_folder import open_data
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
 from tinymodel_jax.training.dictionary_step import (
@@ -44,6 +45,7 @@ from train.activations import ActivationOptions, ActivationSource, Place, open_a
 from train.compile_for import devices_for, report_step
 from train.dictionary_results import held_out_metrics, write_results
 from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
+from train.publication import NOT_PUBLISHED, Publication, push_dictionaries, require_publication
 from train.run import Run, open_run
 from train.run_folder import has_begun, recorded_options, run_settings
 from train.sweep import Sweep, SweepOptions, init_members, make_sweep
@@ -71,6 +73,7 @@ def dictionaries(
     mesh: str = "",
     compile_for: str | None = None,
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
+    publication: tyro.conf.OmitArgPrefixes[Publication] = NOT_PUBLISHED,
     hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
     """Train dictionaries on activations of a language model or of files, or resume a stopped run.
@@ -91,10 +94,12 @@ def dictionaries(
         compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
             estimated time.
         tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
+        publication: repository on the hub that gets the finished dictionaries.
         hosts: processes of the run; each runs this same command.
     """
     join_hosts(hosts)
     require_trackers(tracking)
+    require_publication(publication)
     if min(steps, save_every, eval_every) < 1:
         raise ValueError(f"--steps {steps}, --save-every {save_every} and --eval-every {eval_every} must be 1 or more.")
     start = None if init_from is None else _finished(init_from)
@@ -127,6 +132,8 @@ def dictionaries(
     may_change = ("save_every", "eval_every", "mesh", "held_out_stories", "source")
     with open_run(out, settings, may_change, tracking) as run:
         _train(run, activations, program, trained, start)
+        if run.is_finished:
+            push_dictionaries(publication, run.folder, open_data(source.data).meta if source.data else None)
 
 
 def _finished(init_from: Path) -> Dictionary:

@@ -65,6 +65,7 @@ from train.presets import (
     of_presets,
     sized_preset,
 )
+from train.publication import NOT_PUBLISHED, Publication, push_model, require_publication
 from train.run import Run, open_run
 from train.run_files import local_folder
 from train.run_folder import whole_path
@@ -94,6 +95,7 @@ def lm(
     fsdp: bool = False,
     compile_for: str | None = None,
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
+    publication: tyro.conf.OmitArgPrefixes[Publication] = NOT_PUBLISHED,
     hosts: tyro.conf.OmitArgPrefixes[Hosts] = ONE_PROCESS,
 ) -> None:
     """Train a language model, or resume a stopped run.
@@ -117,10 +119,12 @@ def lm(
         compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
             estimated time. Rows have 128 tokens unless --data is given; --out is not used.
         tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
+        publication: repository on the hub that gets the finished model.
         hosts: processes of the run; each runs this same command.
     """
     join_hosts(hosts)
     require_trackers(tracking)
+    require_publication(publication)
     sized_preset(preset, sizes)  # an error here comes before anything is read
     token_data = None if data is None else open_data(data)
     devices = make_mesh(mesh, devices_for(compile_for))
@@ -151,6 +155,8 @@ def lm(
     with open_run(out, settings, MAY_CHANGE, tracking) as run:
         say(chosen.describe())
         _train(run, config, program, token_data, devices)
+        if run.is_finished:
+            push_model(publication, run.folder, token_data.meta)
 
 
 def _report_compiled(program: Program, config: ModelConfig, shape: tuple[int, int], devices: Mesh) -> None:

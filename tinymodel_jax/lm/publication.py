@@ -34,5 +34,6 @@ def push_to_hub(lm: TinyModel, address: str, *, license: str | None = None, priv
     with tempfile.TemporaryDirectory() as folder:
         lm.save_pretrained(folder)
         configs = {tag: lm[tag].dictionary.config for tag in lm.dictionary_tags}
-        card = cards.model_card(place, lm.config, configs, license=license)
-        return upload.push(place, upload.files_in(Path(folder)), {"": card}, private)
+        files = upload.files_in(Path(folder))
+        card = cards.model_card(place, lm.config, configs, "tokenizer.json" in files, license=license)
+        return upload.push(place, files, {"": card}, private)

@@ -6,6 +6,7 @@ as it is, so that what people write there is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,13 +39,15 @@ class Card(NamedTuple):
         from huggingface_hub import ModelCardData
 
         metadata = ModelCardData(**self.metadata).to_yaml().strip()
-        return f"---\n{metadata}\n---\n\n{self.marker}\n\n{self.text.strip()}\n".encode()
+        text = re.sub("\n{3,}", "\n\n", self.text.strip())
+        return f"---\n{metadata}\n---\n\n{self.marker}\n\n{text}\n".encode()
 
 
 def model_card(
     address: HubAddress,
     config: ModelConfig,
     dictionaries: Mapping[str, DictionaryConfig],
+    has_tokenizer: bool,
     facts: Facts = (),
     license: str | None = None,
     datasets: Sequence[str] = (),
@@ -65,7 +68,7 @@ def model_card(
 
 A language model of {config.n_params:,} parameters, a transformer without layer norm, in the format of `{LIBRARY}`.
 
-{_snippet(f'lm = TinyModel("{address}")', 'lm.generate("Once upon a time")')}
+{_snippet(f'lm = TinyModel("{address}")', *(['lm.generate("Once upon a time")'] if has_tokenizer else []))}
 {_table(("", ""), [(name, f"{number:,}") for name, number in sizes])}
 {_section("Dictionaries", ("tag", *_COLUMNS), listed)}{_made(facts)}"""
     return Card("model", metadata, text)
@@ -115,7 +118,7 @@ def run_card(
     picture = "" if plot is None else f"\n![Sparsity against quality]({plot})\n"
     text = f"""# {_title(address)}
 
-{len(dictionaries)} dictionaries of one training run, in the format of `{LIBRARY}`.
+The dictionaries of a training run, in the format of `{LIBRARY}`.
 
 {_snippet(f'dictionary = Dictionary.from_pretrained("{address.joined(first)}")')}
 {_table(results[0], results[1:])}
