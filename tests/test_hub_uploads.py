@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import make_dictionary
@@ -67,6 +68,21 @@ def test_a_dictionary_goes_to_a_folder_with_its_card_and_the_repository_gets_one
     hub.files[f"{OWN}/README.md"] = b"written by hand"
     make_dictionary(*SAE).push_to_hub(f"{OWN}/saes/other")
     assert hub.files[f"{OWN}/README.md"] == b"written by hand"
+
+
+def test_a_dictionary_is_exchanged_in_another_librarys_format(hub: HubServer) -> None:
+    dictionary = make_dictionary(*SAE)
+    address = dictionary.push_to_hub(f"{OWN}/A1", format="saelens")
+    weights = f"{OWN}/A1/sae_weights.safetensors"
+    assert {weights, f"{OWN}/A1/cfg.json"} < hub.files.keys()
+    metadata, _ = card_of(hub, f"{OWN}/A1/README.md")
+    assert (metadata["library_name"], metadata["tags"][-1]) == ("saelens", "saelens")
+    for name in (address, f"hub:{weights}"):
+        loaded = Dictionary.from_pretrained(name)
+        assert (loaded.config.hook_in, loaded.config.n_features) == (SAE[0], dictionary.config.n_features)
+        np.testing.assert_allclose(loaded.params["W_dec"], dictionary.params["W_dec"], rtol=1e-6)
+    message = refused(ValueError, lambda: dictionary.push_to_hub(f"{OWN}/A1"))
+    assert f"hub:{OWN}/A1 has parts of another upload that this one lacks" in message
 
 
 def test_a_branch_is_made_and_main_stays(hub: HubServer, shared_lm: TinyModel) -> None:
@@ -153,6 +169,6 @@ def test_an_upload_does_not_overwrite_or_continue_something_else(
     shared_lm.push_to_hub(OWN)
     alone = lm.with_params(lm.config, lm.params)
     message = refused(ValueError, lambda: alone.push_to_hub(OWN))
-    assert "parts of another model that this one lacks" in message
+    assert "parts of another upload that this one lacks" in message
     assert "dictionaries/Mo1/config.json" in message
     assert len(hub.messages) == 1

@@ -179,7 +179,9 @@ class Dictionary:
 
         save_dictionary(self, directory, format)
 
-    def push_to_hub(self, address: str, *, license: str | None = None, private: bool | None = None) -> str:
+    def push_to_hub(
+        self, address: str, *, license: str | None = None, private: bool | None = None, format: str | None = None
+    ) -> str:
         """Upload what `save_pretrained` writes, and a card, in one commit; return its address.
 
         `from_pretrained` of the address that is returned loads exactly this upload.
@@ -189,13 +191,14 @@ class Dictionary:
                 repository and the branch are created if they do not exist.
             license: the dictionary's licence for the card, in the hub's spelling, such as "mit"; None states none.
             private: whether a new repository is private; None takes the owner's default.
+            format: another library's, as in `save_pretrained`; its folders only.
 
         Raises:
-            ModuleNotFoundError, OSError, ValueError: as `TinyModel.push_to_hub`.
+            ModuleNotFoundError, OSError, ValueError: as `TinyModel.push_to_hub` and `save_pretrained`.
         """
         from tinymodel_jax.io.hub.upload import push_dictionary  # the hub is a layer above
 
-        return push_dictionary(self, address, license, private)
+        return push_dictionary(self, address, license, private, format)
 
     def _known_params(self) -> dict[str, Any]:
         if not self.params:

@@ -46,7 +46,8 @@ MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "token_table.json")
 DICTIONARIES = "dictionaries"
 """The folder, in that of a model, that holds its dictionaries by tag."""
-_DICTIONARY_KINDS = ("*.json", "*.yaml", "*.safetensors", "*.pt", "*.npz")
+_SETTINGS = ("*.json", "*.yaml")
+_DICTIONARY_KINDS = (*_SETTINGS, "*.safetensors", "*.pt")
 """Files of a repository's folder that may belong to a dictionary."""
 
 
@@ -241,7 +242,13 @@ def _named(kind: str, name_or_path: Any) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
     address = HubAddress.of(name_or_path)
-    return user_path(name_or_path) if address is None else download(address, _DICTIONARY_KINDS, ["*/*"]).path
+    if address is None:
+        return user_path(name_or_path)
+    path, address = download(address, _DICTIONARY_KINDS, ["*/*"])
+    if path.is_file():  # its settings lie beside it
+        beside = address._replace(path=address.path.rpartition("/")[0])
+        download(beside, [glob.escape(path.name), *_SETTINGS], ["*/*"])
+    return path
 
 
 def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:

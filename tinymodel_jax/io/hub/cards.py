@@ -80,21 +80,27 @@ def dictionary_card(
     facts: Facts = (),
     license: str | None = None,
     base_model: str | None = None,
+    format: str | None = None,
 ) -> Card:
     """Return the card of a dictionary.
 
     Args:
         license, base_model: as in `model_card` and `run_card`.
+        format: the other library whose files are uploaded, as in `Dictionary.save_pretrained`.
     """
     kind = "A transcoder" if config.is_transcoder else "A sparse autoencoder"
+    also = "" if format is None else f", which `{LIBRARY}` reads, too"
+    metadata = _of_dictionaries([config], license, base_model)
+    if format is not None:
+        metadata |= {"library_name": format, "tags": [*metadata["tags"], format]}
     text = f"""# {_title(address)}
 
-{kind} of {config.n_features:,} features, in the format of `{LIBRARY}`.
+{kind} of {config.n_features:,} features, in the format of `{format or LIBRARY}`{also}.
 
 {_snippet(f'dictionary = Dictionary.from_pretrained("{address}")', "acts = dictionary.encode(x)  # x: what it reads")}
 {_table(_COLUMNS, [_described(config)])}
 {_made(facts)}"""
-    return Card("dictionary", _of_dictionaries([config], license, base_model), text)
+    return Card("dictionary", metadata, text)
 
 
 def run_card(

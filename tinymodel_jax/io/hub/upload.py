@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from tinymodel_jax.dictionaries.dictionary import Dictionary
 
 CARD, CONFIG = "README.md", "config.json"
-PARTS = {"model": ("dictionaries/*/config.json", "tokenizer.json", "token_table.json")}
+PARTS = {
+    "model": ("dictionaries/*/config.json", "tokenizer.json", "token_table.json"),
+    "dictionary": ("dictionary.safetensors", "sae_weights.safetensors", "sae.safetensors", "ae.pt"),
+}
 """Kind of an upload -> files that its loader reads if they are there."""
 
 Files = Mapping[str, Path | bytes]
@@ -78,12 +81,14 @@ def push(address: HubAddress, files: Files, cards: Mapping[str, Card], private: 
     return str(address._replace(revision=commit.oid))
 
 
-def push_dictionary(dictionary: Dictionary, address: str, license: str | None, private: bool | None) -> str:
+def push_dictionary(
+    dictionary: Dictionary, address: str, license: str | None, private: bool | None, format: str | None
+) -> str:
     """Do `Dictionary.push_to_hub`."""
     place = HubAddress.parse(address)
     with tempfile.TemporaryDirectory() as folder:
-        dictionary.save_pretrained(folder)
-        card = dictionary_card(place, dictionary.config, license=license)
+        dictionary.save_pretrained(folder, format)
+        card = dictionary_card(place, dictionary.config, license=license, format=format)
         return push(place, files_in(Path(folder)), {"": card}, private)
 
 
@@ -121,7 +126,7 @@ def _require_own_place(api: HfApi, address: HubAddress, content: Files, there: S
     left = [name for name in there if name not in content and any(fnmatch(name, part) for part in parts)]
     if left:
         raise ValueError(
-            f"{address} has parts of another model that this one lacks, so nothing was uploaded: {', '.join(left)}. "
+            f"{address} has parts of another upload that this one lacks, so nothing was uploaded: {', '.join(left)}. "
             "Delete them there, or name another folder, repository or branch."
         )
 
