@@ -80,8 +80,8 @@ CALLS = {
         "has d_out=8, but blocks.0.hook_mlp_out (M0) is 16 wide",
     ),
     "attach transcoder": (
-        lambda lm: lm.attach("A0", make_dictionary("a", "b", skip=True)),
-        "skip=True needs a transcoder",
+        lambda lm: lm.attach("A0", make_dictionary("a", "b", normalize="layer_norm")),
+        "the dictionary is a transcoder that normalizes its input, and A0 is the site of an SAE",
     ),
     "attach not finite": (
         lambda lm: lm.attach("M0", not_finite()),

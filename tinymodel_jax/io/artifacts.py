@@ -234,8 +234,20 @@ def local_dictionaries(folder: Path) -> Path:
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
-    """Return the configuration with the hook points of a site."""
-    return DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
+    """Return the configuration with the hook points of a site.
+
+    Raises:
+        ValueError: an SAE that normalizes its input, and undoes this on its output, would become a transcoder, which
+            does not; or the other way round.
+    """
+    at = DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
+    if at.normalize != "none" and at.is_transcoder != config.is_transcoder:
+        kinds = ("an SAE", "a transcoder")
+        raise ValueError(
+            f"the dictionary is {kinds[config.is_transcoder]} that normalizes its input, and {site.tag} is the site of "
+            f"{kinds[at.is_transcoder]}: only an SAE undoes this on its output. Attach it at another site."
+        )
+    return at
 
 
 def _named(kind: str, name_or_path: Any) -> Path:

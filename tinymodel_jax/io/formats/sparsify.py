@@ -51,7 +51,7 @@ def read(path: Path) -> Stored:
     require_stated(stated, params, path, folder / WEIGHTS)
     fields = {
         "architecture": architecture,
-        "k": about(path, lambda: whole(settings.get("k"), "k")),
+        "k": about(path, lambda: whole(settings.get("k", 32), "k")),  # sparsify's default
         "skip": skip,
         "subtract_b_dec": not transcode,
     }
