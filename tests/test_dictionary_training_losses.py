@@ -63,12 +63,12 @@ def test_target_l0_loss_is_the_squared_relative_distance():
 
 def test_aux_loss_is_the_share_of_the_residuals_variance_left():
     residual = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]) + 7
-    zero = jnp.zeros((4, 1))
+    zero = jnp.zeros((4, 2))
     # predicting nothing leaves variance 10 and four times the squared mean, 98
-    assert losses.aux_loss(residual, zero, jnp.ones((1, 2))) == pytest.approx((10 + 4 * 98) / 10, rel=F32)
-    assert losses.aux_loss(residual, jnp.full((4, 1), 7.0), jnp.ones((1, 2))) == pytest.approx(1, rel=F32)
-    assert losses.aux_loss(residual, jnp.eye(4), residual) == 0
-    scaled = losses.aux_loss(residual * 100, jnp.full((4, 1), 700.0), jnp.ones((1, 2)))
+    assert losses.aux_loss(residual, zero) == pytest.approx((10 + 4 * 98) / 10, rel=F32)
+    assert losses.aux_loss(residual, zero + 7) == pytest.approx(1, rel=F32)
+    assert losses.aux_loss(residual, residual) == 0
+    scaled = losses.aux_loss(residual * 100, zero + 700)
     assert scaled == pytest.approx(1, rel=F32)
 
 

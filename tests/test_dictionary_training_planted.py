@@ -245,7 +245,7 @@ def test_aux_gradient_is_that_of_the_dead_features_predicting_the_residual():
         acts = jnp.where(dead, jax.nn.relu((x - state.params["b_dec"]) @ params["W_enc_T"].T + params["b_enc"]), 0)
         z = acts * jnp.linalg.norm(state.params["W_dec"], axis=1)
         acts = jnp.where(z >= jnp.sort(z, axis=1)[:, -2:-1], acts, 0)  # the two largest of an input
-        return 3 * aux_loss(residual, acts, params["W_dec"])
+        return 3 * aux_loss(residual, acts @ params["W_dec"])
 
     zero = jax.tree.map(jnp.zeros_like, params)
     execution = execution_for(recipe)

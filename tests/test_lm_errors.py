@@ -73,11 +73,11 @@ CALLS = {
     "attach layer": (lambda lm: lm.attach("M5", lm.dictionaries["M0"]), "layer 5 does not exist"),
     "attach width": (
         lambda lm: lm.attach("A0", make_dictionary("a", "a", d_in=8, d_out=8)),
-        "has d_in=8, but blocks.0.hook_attn_out (A0) is 16 wide",
+        "has d_in=8, but blocks.0.hook_attn_out is 16 wide",
     ),
     "attach output": (
         lambda lm: lm.attach("M0", make_dictionary("a", "b", d_out=8)),
-        "has d_out=8, but blocks.0.hook_mlp_out (M0) is 16 wide",
+        "has d_out=8, but blocks.0.hook_mlp_out is 16 wide",
     ),
     "attach transcoder": (
         lambda lm: lm.attach("A0", make_dictionary("a", "b", normalize="layer_norm")),

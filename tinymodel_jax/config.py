@@ -172,24 +172,28 @@ class ModelConfig(_JsonConfig):
 class DictionaryConfig(_JsonConfig):
     """Shape, architecture and placement of one sparse dictionary.
 
-    A dictionary is a sparse autoencoder (SAE) when `hook_in == hook_out`, a transcoder otherwise.
+    A dictionary is a sparse autoencoder (SAE) when `hook_in == hook_out`, a transcoder otherwise. Several hook points,
+    joined by "+" in the order of the forward pass, make a crosscoder, which is an SAE of their concatenated values, or
+    a cross-layer transcoder: feature i is of layer `i // features_per_layer`, reads only the layer's hook point of
+    `hook_in`, and writes to that of `hook_out` and to those of later layers.
     """
 
     hook_in: str
-    """Hook point the encoder reads."""
+    """Hook point the encoder reads, or several joined by "+"."""
     hook_out: str
-    """Hook point the decoder predicts; equal to `hook_in` for an SAE."""
+    """Hook point the decoder predicts, or several; equal to `hook_in` for an SAE."""
     d_in: int
-    """Width of what the encoder reads."""
+    """Width of what the encoder reads: of all hook points together."""
     d_out: int
-    """Width of what the decoder predicts."""
+    """Width of what the decoder predicts: of all hook points together."""
     n_features: int
     """Dictionary size, in features."""
     architecture: Architecture = "relu"
     """Activation function: which pre-activations become active features."""
     k: int | None = None
     """Active features per position (`topk`: exactly, `batch_topk`: on average in training, `groupmax`: one of each of k
-    groups of neighbouring features); None for the others."""
+    groups of neighbouring features); None for the others. In a cross-layer transcoder, `topk` and `groupmax` count the
+    features of each layer."""
     skip: bool = False
     """Whether the prediction includes a linear map of the input, `x @ W_skip`."""
     normalize: Normalization = "none"
@@ -215,6 +219,7 @@ class DictionaryConfig(_JsonConfig):
                 raise ValueError(
                     f"DictionaryConfig: {name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}."
                 )
+        self._check_hook_points()
         self._check_k()
         object.__setattr__(self, "exclude", _token_ids("DictionaryConfig: exclude", self.exclude))
         if not self.is_transcoder and self.d_in != self.d_out:
@@ -240,6 +245,31 @@ class DictionaryConfig(_JsonConfig):
         """Whether features write different amounts at different inputs: whether it is an SAE that normalizes."""
         return self.normalize != "none" and not self.is_transcoder
 
+    @property
+    def hooks_in(self) -> tuple[str, ...]:
+        """The hook points that `hook_in` joins."""
+        return split_hooks(self.hook_in)
+
+    @property
+    def hooks_out(self) -> tuple[str, ...]:
+        """The hook points that `hook_out` joins."""
+        return split_hooks(self.hook_out)
+
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether the dictionary is an SAE of several hook points."""
+        return len(self.hooks_in) > 1 and not self.is_transcoder
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers that a cross-layer transcoder's features are divided into; 1 for all other dictionaries."""
+        return len(self.hooks_in) if self.is_transcoder else 1
+
+    @property
+    def features_per_layer(self) -> int:
+        """Features of each layer of a cross-layer transcoder; all of them for other dictionaries."""
+        return self.n_features // self.n_layers
+
     def acts_at(self, tok_ids: Any) -> Any:
         """Return a mask of the shape of `tok_ids`: the tokens at which the dictionary acts."""
         acting = np.ones(np.shape(tok_ids), bool)
@@ -257,8 +287,42 @@ class DictionaryConfig(_JsonConfig):
         _require_positive("DictionaryConfig", "k", self.k)
         if self.k > self.n_features:
             raise ValueError(f"DictionaryConfig: k={self.k} is outside 1..n_features={self.n_features}.")
-        if self.architecture == "groupmax" and self.n_features % self.k:
+        if self.architecture == "groupmax" and self.features_per_layer % self.k:
             raise ValueError(f"DictionaryConfig: n_features={self.n_features} do not divide into k={self.k} groups.")
+        if self.architecture == "topk" and self.k > self.features_per_layer:
+            raise ValueError(
+                f"DictionaryConfig: k={self.k} is above {self.features_per_layer}, the features of each of the "
+                f"{self.n_layers} layers; topk keeps k of each layer."
+            )
+
+    def _check_hook_points(self) -> None:
+        ins, outs = self.hooks_in, self.hooks_out
+        if len(ins) != len(outs):
+            raise ValueError(
+                f"DictionaryConfig: hook_in joins {len(ins)} hook points and hook_out {len(outs)}; a cross-layer "
+                "transcoder predicts one for each that it reads."
+            )
+        for name, size, divisor in (
+            ("d_in", self.d_in, len(ins)),
+            ("d_out", self.d_out, len(outs)),
+            ("n_features", self.n_features, self.n_layers),
+        ):
+            if size % divisor:
+                raise ValueError(
+                    f"DictionaryConfig: {name}={size} is not a multiple of {divisor}, the number of hook points of "
+                    f"{self.hook_in!r:.80}; all have the same width, and as many features."
+                )
+        given = [name for name in ("skip", "normalize", "subtract_b_dec") if getattr(self, name) not in (False, "none")]
+        if self.n_layers > 1 and given:
+            raise ValueError(f"DictionaryConfig: a cross-layer transcoder takes no {', '.join(given)}.")
+
+
+def split_hooks(name: str) -> tuple[str, ...]:
+    """Return the hook points that a name joins by "+", such as `blocks.0.hook_mlp_in+blocks.1.hook_mlp_in`.
+
+    The value there is that of all of them, concatenated along the last axis. A single hook point is one by itself.
+    """
+    return tuple(name.split("+"))
 
 
 def dtype_name(dtype: Any) -> str:

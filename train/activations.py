@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import DictionaryEvaluation, evaluate
 from tinymodel_jax.analysis.evaluation.reconstruction import ReconstructionEvaluation, evaluate_reconstruction
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.config import ModelConfig, split_hooks
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import TinyModel
@@ -58,7 +58,8 @@ class ActivationOptions:
     """language model: a published name, a folder or hub:OWNER/NAME; with --compile-for also a preset of
     `python -m train lm`"""
     sites: str = ""
-    """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer, or a hook point's name"""
+    """sites, separated by commas, such as M0,M1,A0: a kind (A, M, T, Mo, Ra, Rm) and a layer, or a hook point's name;
+    Ra0+Ra1 trains a crosscoder, M0+M1 a cross-layer transcoder"""
     data: str | None = None
     """folder written by `python -m train prepare`; without it, --compile-for assumes stories of 128 tokens"""
     activations: Path | None = None
@@ -94,6 +95,16 @@ class Place:
     def is_sae(self) -> bool:
         """Whether it predicts what it reads."""
         return self.hook_in == self.hook_out
+
+    @property
+    def parts(self) -> int:
+        """Number of hook points whose vectors are concatenated."""
+        return len(split_hooks(self.hook_in))
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of a cross-layer transcoder; 1 for other dictionaries."""
+        return 1 if self.is_sae else self.parts
 
 
 class ActivationSource(Protocol):
@@ -317,6 +328,8 @@ def _open_model(options: ActivationOptions, mesh: Mesh, only_compiled: bool) -> 
     config, params = _load_model(options.model, number_format(options.dtype, mesh), mesh, only_compiled)
     for site in sites:
         require_layer(site, config, "--sites ")
+        if len({vector_width(hook, config) for hook in split_hooks(site.hook_in)}) > 1:
+            raise ValueError(f"--sites {site.tag}: joined hook points must have the same width.")
     data = None if options.data is None else open_data(options.data)
     found = ModelActivations(config, params, sites, data, options, mesh)
     origin = {

@@ -153,7 +153,7 @@ def _finished(init_from: Path) -> Dictionary:
 def _require_fit(start: Dictionary, sweep: Sweep, places: Mapping[str, Place], init_from: Path | None) -> None:
     for name, place in places.items():
         try:
-            require_fit(start.config, sweep.recipes[name], place.d_in, place.d_out)
+            require_fit(start.config, sweep.recipes[name], place.d_in, place.d_out, place.layers)
         except ValueError as error:
             raise ValueError(f"--init-from {init_from}, {name}: {error}") from None
 
@@ -296,7 +296,10 @@ def _started_from(start: Dictionary, program: Program, states: States, sweep: Sw
 
 def _no_statistics(places: Mapping[str, Place]) -> dict[str, Any]:
     zero = ActivationStatistics.zero
-    return {name: (zero(place.d_in), None if place.is_sae else zero(place.d_out)) for name, place in places.items()}
+    return {
+        name: (zero(place.d_in, place.parts), None if place.is_sae else zero(place.d_out, place.parts))
+        for name, place in places.items()
+    }
 
 
 def _init(statistics: dict[str, Any], sweep: Sweep) -> States:
@@ -317,7 +320,7 @@ def settle(program: Program, source: ActivationSource, states: States, sweep: Sw
 
 def _flops_per_vector(source: ActivationSource, sweep: Sweep) -> float:
     of_members = sum(
-        dictionary_flops_per_vector(sweep.recipes[name], place.d_in, place.d_out)
+        dictionary_flops_per_vector(sweep.recipes[name], place.d_in, place.d_out, place.layers)
         for name, place in source.places.items()
     )
     return source.flops_per_vector + len(sweep.members) * of_members

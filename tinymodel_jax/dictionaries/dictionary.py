@@ -18,17 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
-from tinymodel_jax.dictionaries.encoding import (
-    DictionaryParams,
-    Indices,
-    decode,
-    encode,
-    param_shapes,
-    per_feature,
-    reconstruct,
-)
-from tinymodel_jax.dictionaries.neighbours import Neighbours, nearest_rows
-from tinymodel_jax.params import own_array, require_shapes, require_tree, uniform_fan_in
+from tinymodel_jax.dictionaries.layers import is_written
 
 
 @struct.dataclass(eq=False)  # compared by identity, so that `jax.jit(dictionary.encode)` works
@@ -272,7 +262,11 @@ def _of_width(array: Any, name: str, size_name: str, size: int) -> Array:
 
 def _initializer(name: str, config: DictionaryConfig) -> nn.initializers.Initializer:
     if name in ("W_enc", "b_enc"):
-        return uniform_fan_in(config.d_in)
+        return uniform_fan_in(config.d_in // config.n_layers)
     if name in ("W_dec", "b_dec"):
-        return uniform_fan_in(config.n_features)
+        draw = uniform_fan_in(config.n_features)
+        if name == "W_dec" and config.n_layers > 1:
+            written = is_written(config.n_features, config.d_out, config.n_layers)
+            return lambda *args: jnp.where(written, draw(*args), 0)
+        return draw
     return nn.initializers.zeros

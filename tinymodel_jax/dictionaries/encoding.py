@@ -8,10 +8,15 @@ acts  = relu: max(pre, 0)                        topk: relu of the k largest of 
         groupmax: relu of the largest of each of k groups of neighbouring features
 out   = acts @ W_dec + b_dec                     an SAE that normalizes its input: * size + mean
         (+ input @ W_skip)
+
+A crosscoder is an SAE whose input is the concatenation of several hook points' values. In a cross-layer transcoder,
+each layer's features read their own part of the input, and the entries of W_dec for earlier layers are zero
+(`layers.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.layers import read, read_some, write
 
 DictionaryParams = Mapping[str, Any]
 Indices = Any
@@ -32,7 +38,8 @@ LAYER_NORM_EPSILON = 1e-5
 def param_shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every parameter of a dictionary."""
     d_in, d_out, features = config.d_in, config.d_out, config.n_features
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, features), "W_dec": (features, d_out), "b_dec": (d_out,)}
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in // config.n_layers, features)}
+    shapes |= {"W_dec": (features, d_out), "b_dec": (d_out,)}
     if config.architecture == "gated":
         shapes |= {"b_gate": (features,), "b_mag": (features,), "r_mag": (features,)}
     else:
@@ -65,7 +72,13 @@ def pre_activations(
         x = (x - mean) / jnp.where(size + added > 0, size + added, 1)
     if config.subtract_b_dec:
         x = x - params["b_dec"].astype(dtype)
-    pre = x @ _columns(params["W_enc"], indices).astype(dtype)
+    columns = _columns(params["W_enc"], indices).astype(dtype)
+    if indices is None:
+        pre = read(x, columns)
+    elif config.n_layers > 1:
+        pre = read_some(x, columns, jnp.asarray(indices) // config.features_per_layer)
+    else:
+        pre = x @ columns
     return pre if config.architecture == "gated" else pre + _columns(params["b_enc"], indices).astype(dtype)
 
 
@@ -95,7 +108,8 @@ def encode(
     if config.compares_features:
         assert config.k is not None
         keep = keep_top_k if config.architecture == "topk" else keep_largest_of_groups
-        return _columns(keep(pre_activations(params, config, x), config.k), indices)
+        of_layers = pre_activations(params, config, x).reshape(*x.shape[:-1], config.n_layers, -1)
+        return _columns(keep(of_layers, config.k).reshape(*x.shape[:-1], -1), indices)
     pre = pre_activations(params, config, x, indices)
     if config.architecture == "relu":
         return jax.nn.relu(pre)
@@ -113,7 +127,7 @@ def decode(
 ) -> Float[Array, "*batch d_out"]:
     """Return `acts @ W_dec + b_dec`, the prediction without what needs the input: see `predict`."""
     dtype = config.dtype
-    return acts.astype(dtype) @ params["W_dec"].astype(dtype) + params["b_dec"].astype(dtype)
+    return write(acts.astype(dtype), params["W_dec"].astype(dtype), config.n_layers) + params["b_dec"].astype(dtype)
 
 
 def reconstruct(
@@ -140,6 +154,32 @@ def predict(
     if config.skip:
         prediction = prediction + x.astype(config.dtype) @ params["W_skip"].astype(config.dtype)
     return prediction
+
+
+def first_layers(params: DictionaryParams, config: DictionaryConfig, n: int) -> tuple[dict[str, Any], DictionaryConfig]:
+    """Return the first layers of a cross-layer transcoder, which are one themselves (or, if n is 1, a transcoder)."""
+    kept, own, d_out = n * config.features_per_layer, per_feature(config), n * config.d_out // config.n_layers
+    found = {name: array[..., :kept] if name in own else array for name, array in params.items()}
+    found |= {"W_dec": params["W_dec"][:kept, :d_out], "b_dec": params["b_dec"][:d_out]}
+    changes: dict[str, Any] = {"hook_in": "+".join(config.hooks_in[:n]), "hook_out": "+".join(config.hooks_out[:n])}
+    sizes = {"d_in": n * config.d_in // config.n_layers, "d_out": d_out, "n_features": kept}
+    return found, dataclasses.replace(config, **changes, **sizes)
+
+
+def predict_part(
+    params: DictionaryParams, config: DictionaryConfig, x: Float[Array, "*batch d_in"], part: int
+) -> Float[Array, "*batch d"]:
+    """Return the prediction of one of the hook points of `hook_out`.
+
+    Args:
+        x: what a crosscoder reads; of a cross-layer transcoder, the inputs of the layers up to that of the hook point.
+    """
+    if len(config.hooks_out) == 1:
+        return reconstruct(params, config, x)
+    if config.n_layers > 1:
+        params, config = first_layers(params, config, part + 1)
+    width = config.d_out // len(config.hooks_out)
+    return reconstruct(params, config, x)[..., part * width : (part + 1) * width]
 
 
 def keep_top_k(pre: Float[Array, "*batch n_features"], k: int) -> Float[Array, "*batch n_features"]:

@@ -2,6 +2,8 @@
 
 `M1` names a kind and a layer, `M1N123` also a feature, and `M1_S-2_R1_P0` a published file. Any other hook point of a
 block is a site by its name: `blocks.1.attn.hook_z`, `blocks.1.attn.hook_zN123`; an SAE reads and replaces its value.
+Several sites of one kind of dictionary, joined by "+" in the order of the forward pass, are a site as well: `Ra0+Ra1`
+is that of a crosscoder, `M0+M1+M2+M3` that of a cross-layer transcoder.
 Parsing does not check whether the layer and the feature exist; callers with a model or a dictionary do, for the layer
 with `require_layer`.
 """
@@ -11,11 +13,12 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tinymodel_jax.block_order import BLOCK_HOOKS, forward_order
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.config import ModelConfig, split_hooks
 
 
 class SiteKind(NamedTuple):
@@ -54,6 +57,8 @@ HOOKS = tuple(hook for hook in BLOCK_HOOKS if not hook.endswith(("hook_attn_scor
 """Hook points of a block that are sites by their name: all but scores and pattern, whose last axis is a position."""
 _KIND_OF_HOOK = {kind.reads: name for name, kind in KINDS.items() if kind.reads == kind.predicts}
 
+_JOINT = re.compile(r"\+(?=[^0-9])")
+"""Between joined sites; a "+" before a digit separates a feature from its site, as any character may."""
 _TAG = re.compile(
     r"(?:(?P<kind>Ra|Rm|Mo|M|T|A)(?P<layer>[0-9]{1,9})(?P<suffix>_S[-0-9]+.{0,6}_P[0-9]+)?"
     rf"|blocks\.(?P<block>[0-9]{{1,9}})\.(?P<hook>{'|'.join(map(re.escape, HOOKS))}))"
@@ -66,23 +71,32 @@ class Site:
     """Where a dictionary is attached: a kind (`A M T Mo Ra Rm`) and a layer, and optionally one published file."""
 
     kind: str
-    """Key of `KINDS`, or a hook point of a block that none of them is an SAE of, such as `attn.hook_z`."""
+    """Key of `KINDS`, or a hook point of a block that none of them is an SAE of, such as `attn.hook_z`; "+" if the site
+    joins others."""
     layer: int
-    """Block, counted from 0."""
+    """Block, counted from 0; the last one of joined sites."""
     suffix: str = ""
     """Rest of a published file's stem (`_S-2_R1_P0`); empty for the site itself."""
+    joined: tuple[Site, ...] = ()
+    """The sites that a crosscoder or cross-layer transcoder joins, in the order of the forward pass."""
 
     @staticmethod
     def parse(tag: str) -> tuple[Site, int | None]:
         """Split a tag into its site and its feature (None if it names none).
 
-        Examples: `M1`, `M1N123`, `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`, `blocks.1.attn.hook_zN12`. Any character except a
-        digit may replace the N. The name of a hook point that has a kind is that kind: `blocks.1.hook_resid_pre` is
-        `Ra1`.
+        Examples: `M1`, `M1N123`, `M0_S-3_R1_P0`, `A2_S-3_R1_P0N12`, `blocks.1.attn.hook_zN12`, `Ra0+Ra1N12`. Any
+        character except a digit may replace the N. The name of a hook point that has a kind is that kind:
+        `blocks.1.hook_resid_pre` is `Ra1`.
 
         Raises:
             ValueError: the text is not a tag; the message names the closest ones.
         """
+        parts = _JOINT.split(tag) if isinstance(tag, str) and tag.isprintable() else []
+        if len(parts) > 1 and all(map(_TAG.fullmatch, parts)):
+            sites, features = zip(*map(Site.parse, parts), strict=True)
+            if any(feature is not None for feature in features[:-1]):
+                raise ValueError(f"{tag!r:.80} names a feature before its end; features of joined sites come last.")
+            return Site.join(sites), features[-1]
         match = _TAG.fullmatch(tag) if isinstance(tag, str) and tag.isprintable() else None
         if match is None:
             close = f" Closest: {', '.join(_closest(tag))}." if isinstance(tag, str) else ""
@@ -112,6 +126,25 @@ class Site:
         return site
 
     @staticmethod
+    def join(sites: Sequence[Site]) -> Site:
+        """Return the site of a crosscoder of several SAEs' sites, or of a cross-layer transcoder of several MLPs.
+
+        Raises:
+            ValueError: they are not two or more of one of these, each once, in the order of the forward pass.
+        """
+        found, tag = tuple(sites), "+".join(site.tag for site in sites)
+        saes = [site.hook_in == site.hook_out for site in found]
+        if any(site.suffix or site.joined for site in found) or len(set(saes)) != 1:
+            raise ValueError(
+                f"{tag!r:.80} joins sites of different kinds; join SAEs' sites, as in 'Ra0+Ra1', or MLPs', as in "
+                "'M0+M1'."
+            )
+        orders = [forward_order(site.hook_out) for site in found]
+        if any(one >= other for one, other in itertools.pairwise(orders)):
+            raise ValueError(f"{tag!r:.80}: name each site once, in the order of the forward pass.")
+        return Site("+", found[-1].layer, joined=found)
+
+    @staticmethod
     def at(hook_in: str, hook_out: str) -> Site:
         """Return the site of a dictionary with these hook points; for a transcoder of an MLP, `M` rather than `T`.
 
@@ -119,6 +152,9 @@ class Site:
             ValueError: no kind of site has these hook points.
         """
         require_site(hook_in, hook_out)
+        ins, outs = split_hooks(hook_in), split_hooks(hook_out)
+        if len(ins) == len(outs) > 1:
+            return Site.join([Site.at(*pair) for pair in zip(ins, outs, strict=True)])
         if hook_in == hook_out:
             return Site.whole(hook_in)
         for layer, kind in itertools.product(re.findall(r"^blocks\.([0-9]{1,9})\.", hook_in), ("M", "T")):
@@ -132,26 +168,42 @@ class Site:
     @property
     def tag(self) -> str:
         """The site's tag, without a feature."""
+        if self.joined:
+            return "+".join(site.tag for site in self.joined)
         return f"{self.kind}{self.layer}{self.suffix}" if self.kind in KINDS else self.hook_in
 
     @property
+    def parts(self) -> tuple[Site, ...]:
+        """The sites that it joins, or itself."""
+        return self.joined or (self,)
+
+    @property
     def hook_in(self) -> str:
-        """Hook point that the dictionary reads."""
+        """Hook point that the dictionary reads, or several joined by "+"."""
+        if self.joined:
+            return "+".join(site.hook_in for site in self.joined)
         return f"blocks.{self.layer}.{self._of_kind.reads}"
 
     @property
     def hook_out(self) -> str:
-        """Hook point that the dictionary predicts, and replaces when spliced in."""
+        """Hook point that the dictionary predicts, and replaces when spliced in, or several joined by "+"."""
+        if self.joined:
+            return "+".join(site.hook_out for site in self.joined)
         return f"blocks.{self.layer}.{self._of_kind.predicts}"
 
     @property
     def meaning(self) -> str:
         """What a dictionary at the site is, in words."""
+        if self.joined:
+            what = "crosscoder" if self.hook_in == self.hook_out else "cross-layer transcoder"
+            return f"{what} of {', '.join(site.tag for site in self.joined)}"
         return f"{self._of_kind.meaning}, layer {self.layer}"
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Sort key: the order in which the forward pass meets what the dictionaries replace."""
+        """Sort key: the order in which the forward pass meets what the dictionaries replace, or the last part of it."""
+        if self.joined:
+            return self.joined[-1].order
         return *forward_order(self.hook_out), list(KINDS).index(self.kind) if self.kind in KINDS else 0
 
     @property
@@ -183,7 +235,7 @@ def require_site(hook_in: str, hook_out: str) -> None:
     Raises:
         ValueError: the dictionary was trained on arrays.
     """
-    if {hook_in, hook_out} <= NO_SITE:
+    if {*split_hooks(hook_in), *split_hooks(hook_out)} <= NO_SITE:
         raise ValueError(
             "this dictionary has no site yet: it was trained on arrays. Attach it to the site whose activations it was "
             "trained on, for example lm.attach('M2', dictionary), then use lm['M2'].dictionary."

@@ -7,6 +7,7 @@ loaded when they are first used.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,8 +23,8 @@ from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.io.artifacts import config_at
 from tinymodel_jax.model.forward import features
-from tinymodel_jax.model.hook_points import Hooks, vector_width
-from tinymodel_jax.model.interventions import Splice, combine
+from tinymodel_jax.model.hook_points import Hooks, require_widths
+from tinymodel_jax.model.interventions import Splice, at_hook_points, combine
 from tinymodel_jax.model.padding import cut, feature_bucket, pad_to_bucket
 
 if TYPE_CHECKING:
@@ -86,13 +87,7 @@ class ModelDictionaries:
             dictionary = dictionary_of(dictionary)
             require_finite(dictionary.params, f"attach: the dictionary for {site.tag}")
         config = config_at(dictionary.config, site)
-        for name, hook, width in (("d_in", config.hook_in, config.d_in), ("d_out", config.hook_out, config.d_out)):
-            expected = vector_width(hook, self.config)
-            if width != expected:
-                raise ValueError(
-                    f"attach: the dictionary has {name}={width}, "
-                    f"but {hook} ({site.tag}) is {expected} wide in this model."
-                )
+        require_widths(config, self.config, f"attach ({site.tag})")
         self.loaded[site.tag] = Dictionary.from_params(config, dictionary.params)
 
     def spliced(
@@ -111,9 +106,18 @@ class ModelDictionaries:
         return other
 
     def hooks(self, before: Site | None = None) -> Hooks:
-        """Return the hooks of the splices, or only of the splices that act before a site is read."""
-        acting = [s for tag, s in self.splices.items() if before is None or _order(tag) < before.order]
-        return combine(*({splice.config.hook_out: splice} for splice in acting))
+        """Return the hooks of the splices, or only of the splices that act before a site is read.
+
+        A crosscoder reads a pass without splices of crosscoders.
+        """
+        reads_ahead = before is not None and len(before.parts) > 1 and before.hook_in == before.hook_out
+        parts = [
+            (part.order, {name: edit})
+            for tag, splice in self.splices.items()
+            for part, (name, edit) in zip(Site.whole(tag).parts, at_hook_points(splice).items(), strict=True)
+            if before is None or (part.order < before.order and not (reads_ahead and splice.reads_ahead))
+        ]
+        return combine(*(hooks for _, hooks in sorted(parts, key=operator.itemgetter(0))))
 
     @property
     def _has_published_sizes(self) -> bool:

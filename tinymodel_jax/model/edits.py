@@ -20,16 +20,18 @@ from flax import struct
 from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionaries.encoding import encode, reconstruct, size_and_mean
+from tinymodel_jax.dictionaries.encoding import encode, first_layers, predict_part, size_and_mean
 from tinymodel_jax.model.edit_arrays import AfterPrompt, Padding, fitting, where
 from tinymodel_jax.model.hook_points import (
     Hook,
     Hooks,
+    in_first_pass,
     masked_score,
     naming_the_hook,
     position_axes,
     value_shape,
     vectors,
+    vectors_at,
 )
 from tinymodel_jax.model.padding import feature_bucket, is_traced
 
@@ -134,19 +136,43 @@ class Scale:
 
 
 @dataclasses.dataclass
+class Drift:
+    """What earlier hook points of crosscoders changed in the value at a hook point, as far as it is still there.
+
+    A crosscoder has a decoder row for each of its hook points. Along the residual stream, a change at one hook point
+    arrives at the next, where the feature has a row of its own. So that the two do not add up, a feature that changes
+    there is changed in the value of the first pass: the drift is taken away.
+    """
+
+    left: Array
+    """Value minus that of the first pass, as vectors."""
+
+    def take(self, where_to: Array) -> Array:
+        """Return the drift at some positions, 0 elsewhere; it is then no longer there."""
+        taken = jnp.where(where_to, self.left, 0)
+        self.left = jnp.where(where_to, 0, self.left)
+        return taken
+
+
+@dataclasses.dataclass
 class Reading:
     """The input of a dictionary, and its activations after the edits so far."""
 
     source: Array
-    """Value that the encoder reads."""
+    """Value that the encoder reads; of a cross-layer transcoder, the inputs of the layers that write to the value."""
     edited: list[tuple[Array, Array]] = dataclasses.field(default_factory=list)
     """For each edit so far, its features (n,) and their new activations (batch, seq, n)."""
     change: Any = 0.0
     """Sum of what the edits so far added to the value at `hook_out`, in the dictionary's dtype."""
+    drift: Drift | None = None
+    """For crosscoders."""
 
     def activations(self, edit: EditFeatures, features: Array) -> Array:
         """Return the activations (batch, seq, n) of features after the edits so far."""
-        acts = encode(edit.params, edit.config, self.source, features)
+        params, config = edit.params, edit.config
+        if config.n_layers > 1:
+            params, config = first_layers(params, config, edit.part + 1)
+        acts = encode(params, config, self.source, features)
         for changed, new in self.edited:
             same = features[:, None] == changed
             acts = jnp.where(same.any(axis=1), new[..., same.argmax(axis=1)], acts)
@@ -173,9 +199,16 @@ class EditFeatures:
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
     change: Literal["set", "scale", "add"] = struct.field(pytree_node=False, kw_only=True)
     """What `amount` does to the old activation."""
+    part: int = struct.field(pytree_node=False, default=0, kw_only=True)
+    """Which of the hook points of the dictionary's `hook_out` is edited."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, _reading(self.config, value, acts), acts)
+        return self.edit(value, _reading(self, value, acts, _drift(self, value, acts)), acts)
+
+    @property
+    def reads_ahead(self) -> tuple[str, ...]:
+        """Hook points whose values of a first pass are read."""
+        return _reads_ahead(self)
 
     def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the edited value, and record the new activations in the reading."""
@@ -186,12 +219,29 @@ class EditFeatures:
         new = {"set": amount, "scale": old * amount, "add": old + amount}[self.change]
         new = jnp.where(features < self.config.n_features, where(self.positions, new, old), old)
         new = where(_acting(self.config, acts), new, old)
-        change = (new - old) @ self.params["W_dec"][features].astype(old.dtype)
+        change = (new - old) @ self._rows(features).astype(old.dtype)
         if self.config.rescales_output:
             change = change * size_and_mean(self.config, reading.source.astype(old.dtype))[0]
         reading.edited.append((features, new))
         reading.change += change
+        if reading.drift is not None:
+            change = change - reading.drift.take(self._acts_on(old, new, acts))
         return value + change.astype(value.dtype).reshape(value.shape)
+
+    def _acts_on(self, old: Array, new: Array, acts: Acts) -> Array:
+        """Return where the edit acts on features that are active before or after it, (batch, seq, 1).
+
+        Activations that it happens to leave unchanged count, so that gradients are those of a small change.
+        """
+        active = (old != 0) | (new != 0)
+        active = where(self.positions, active, jnp.zeros_like(active))
+        active = where(_acting(self.config, acts), active, jnp.zeros_like(active))
+        return jnp.any(active, axis=-1, keepdims=True)
+
+    def _rows(self, features: Array) -> Array:
+        """Return what the features write to the part; features of later layers of a cross-layer transcoder write 0."""
+        width = self.config.d_out // len(self.config.hooks_out)
+        return self.params["W_dec"][features][:, self.part * width : (self.part + 1) * width]
 
     def padded(self, padding: Padding) -> EditFeatures:
         """Return the edit for the padded value, with the number of features rounded up."""
@@ -218,18 +268,27 @@ class Splice:
     """Stop the gradient through the error term."""
     detach_pred: bool = struct.field(pytree_node=False, default=False, kw_only=True)
     """Stop the gradient through the dictionary."""
+    part: int = struct.field(pytree_node=False, default=0, kw_only=True)
+    """Which of the hook points of the dictionary's `hook_out` is replaced."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, _reading(self.config, value, acts), acts)
+        return self.edit(value, _reading(self, value, acts, _drift(self, value, acts)), acts)
+
+    @property
+    def reads_ahead(self) -> tuple[str, ...]:
+        """Hook points whose values of a first pass are read."""
+        return _reads_ahead(self)
 
     def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the prediction plus the changes that edits recorded in the reading."""
-        prediction = reconstruct(self.params, self.config, reading.source)
+        prediction = predict_part(self.params, self.config, reading.source, self.part)
         if self.detach_pred:
             prediction = jax.lax.stop_gradient(prediction)
         prediction = (prediction + reading.change).astype(value.dtype).reshape(value.shape)
         prediction = where(_acting(self.config, acts), prediction, value)
         if not self.include_error:
+            if reading.drift is not None:
+                reading.drift.left = jnp.zeros_like(reading.drift.left)
             return prediction
         # prediction + (value - prediction) would round; this adds an exact 0 whose gradient is the prediction's
         value = jax.lax.stop_gradient(value) if self.detach_error else value
@@ -243,7 +302,7 @@ class Splice:
 
 @struct.dataclass
 class Chain:
-    """Several edits of one hook point, applied in order."""
+    """Several edits of one hook point, applied in order; those that read ahead come last."""
 
     edits: tuple[Any, ...]
     readers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
@@ -254,21 +313,35 @@ class Chain:
     def __call__(self, value: Array, acts: Acts) -> Array:
         unspliced: Array | None = None  # the value before the first splice of an SAE
         readings: dict[int, Reading] = {}
+        drift: Drift | None = None  # one for all crosscoders, which build on the same first pass
         for reader, edit in zip(self.readers or range(len(self.edits)), self.edits, strict=True):
             if isinstance(edit, Splice | EditFeatures):
                 if reader not in readings:
                     # a second splice predicts what the first one wrote; edits change what the splice decodes
                     here = value if unspliced is None or isinstance(edit, Splice) else unspliced
-                    readings[reader] = _reading(edit.config, here, acts)
-                if isinstance(edit, Splice) and not edit.config.is_transcoder and unspliced is None:
+                    drift = drift or _drift(edit, value, acts)
+                    readings[reader] = _reading(edit, here, acts, drift)
+                if isinstance(edit, Splice) and _reads_the_value(edit.config) and unspliced is None:
                     unspliced = value
                 value = edit.edit(value, readings[reader], acts)
                 continue
             value = edit(value, acts)
             value = jnp.maximum(value, masked_score(value.dtype)) if self.of_scores else value
             if unspliced is None:  # SAEs read the edited value; transcoders read another hook point's
-                readings = {r: known for r, known in readings.items() if self.edits[r].config.is_transcoder}
+                readings = {r: known for r, known in readings.items() if not _reads_the_value(self.edits[r].config)}
         return value
+
+    @property
+    def reads_ahead(self) -> tuple[str, ...]:
+        """Hook points whose values of a first pass are read."""
+        return tuple(name for edit in self.edits for name in getattr(edit, "reads_ahead", ()))
+
+    @property
+    def before_reading_ahead(self) -> Chain | None:
+        """The edits that the first pass has; None if there are none."""
+        n = sum(not getattr(edit, "reads_ahead", ()) for edit in self.edits)
+        readers = None if self.readers is None else self.readers[:n]
+        return dataclasses.replace(self, edits=self.edits[:n], readers=readers) if n else None
 
     def padded(self, padding: Padding) -> Chain:
         """Return the chain of the padded edits."""
@@ -283,5 +356,31 @@ def _acting(config: DictionaryConfig, acts: Acts) -> Array | None:
     return config.acts_at(acts["tok_ids"]) if config.exclude else None
 
 
-def _reading(config: DictionaryConfig, value: Array, acts: Acts) -> Reading:
-    return Reading(vectors(acts[config.hook_in] if config.is_transcoder else value))
+def _reads_the_value(config: DictionaryConfig) -> bool:
+    """Whether a dictionary reads the value that it predicts, as SAEs of one hook point do."""
+    return not (config.is_transcoder or config.is_crosscoder)
+
+
+def _reads_ahead(edit: EditFeatures | Splice) -> tuple[str, ...]:
+    return edit.config.hooks_in if edit.config.is_crosscoder else ()
+
+
+def _reading(edit: EditFeatures | Splice, value: Array, acts: Acts, drift: Drift | None) -> Reading:
+    config = edit.config
+    if config.is_crosscoder:
+        return Reading(vectors_at(acts, "+".join(map(in_first_pass, config.hooks_in))), drift=drift)
+    if not config.is_transcoder:
+        return Reading(vectors(value))
+    names = config.hooks_in[: edit.part + 1]
+    if missing := [name for name in names if name not in acts]:
+        raise ValueError(
+            f"a cross-layer transcoder reads {missing[0]}, which a pass that resumes at a later layer does not compute."
+        )
+    return Reading(vectors_at(acts, "+".join(names)))
+
+
+def _drift(edit: EditFeatures | Splice, value: Array, acts: Acts) -> Drift | None:
+    if not edit.config.is_crosscoder:
+        return None
+    first = acts[in_first_pass(edit.config.hooks_out[edit.part])]
+    return Drift(vectors(value).astype(edit.config.dtype) - vectors(first).astype(edit.config.dtype))

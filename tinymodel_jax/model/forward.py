@@ -21,7 +21,7 @@ from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.encoding import DictionaryParams
 from tinymodel_jax.model.edits import Replace, is_array_tree
-from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors
+from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors_at
 from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -139,9 +139,9 @@ def features(
     dictionary_config: DictionaryConfig,
 ) -> Float[Array, "..."]:
     """Return a dictionary's activations (batch, seq, n); without the last axis for a scalar index."""
-    name = dictionary_config.hook_in
-    _, acts = model.run(tok_ids, name)
-    found = dictionary.encode(dictionary_params, dictionary_config, vectors(acts[name]), indices)
+    _, acts = model.run(tok_ids, dictionary_config.hooks_in)
+    x = vectors_at(acts, dictionary_config.hook_in)
+    found = dictionary.encode(dictionary_params, dictionary_config, x, indices)
     acting = dictionary_config.acts_at(tok_ids)
     return jnp.where(acting.reshape(*acting.shape, *[1] * (found.ndim - 2)), found, 0)
 

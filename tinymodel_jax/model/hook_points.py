@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tinymodel_jax.block_order import BLOCK_HOOKS, comes_after
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.config import DictionaryConfig, ModelConfig, split_hooks
 
 Hook = Callable[[jax.Array, Mapping[str, jax.Array]], jax.Array]
 """An edit: `(value, acts) -> new value` of the same shape.
@@ -79,13 +79,44 @@ def has_heads(name: str) -> bool:
 
 
 def vector_width(name: str, config: ModelConfig) -> int | None:
-    """Return the width of a hook point's `vectors`; None for scores and pattern."""
+    """Return the width of a hook point's `vectors`, or of several joined by "+"; None for scores and pattern."""
+    if len(parts := split_hooks(name)) > 1:
+        widths = [vector_width(part, config) for part in parts]
+        return None if None in widths else sum(widths)  # type: ignore[arg-type]
     return config.n_heads * config.d_head if has_heads(name) else hook_width(name, config)
+
+
+def require_widths(dictionary: DictionaryConfig, config: ModelConfig, asker: str) -> None:
+    """Check that a dictionary is as wide as the hook points that it reads and predicts.
+
+    Args:
+        asker: start of the error message.
+
+    Raises:
+        ValueError: it is not, or joined hook points have different widths.
+    """
+    for name, hooks, width in (
+        ("d_in", dictionary.hooks_in, dictionary.d_in),
+        ("d_out", dictionary.hooks_out, dictionary.d_out),
+    ):
+        for hook in hooks:
+            if vector_width(hook, config) != width // len(hooks):
+                joined = f", {width // len(hooks)} for each of {len(hooks)} hook points" if len(hooks) > 1 else ""
+                raise ValueError(
+                    f"{asker}: the dictionary has {name}={width}{joined}, but {hook} is {vector_width(hook, config)} "
+                    "wide in this model."
+                )
 
 
 def vectors(value: jax.Array) -> jax.Array:
     """Return a value as one vector per position, (batch, seq, width); the heads of q, k, v and z are concatenated."""
     return value.reshape(*value.shape[:2], -1)
+
+
+def vectors_at(acts: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """Return the `vectors` at a hook point, or at several joined by "+", concatenated."""
+    parts = [vectors(acts[part]) for part in split_hooks(name)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def value_shape(name: str, config: ModelConfig, batch: int, length: int) -> tuple[int, ...]:
@@ -205,7 +236,9 @@ def apply_with_hooks(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Run `model.apply` with hooks; return its output and the values of the hook points in `keep`.
 
-    Kept values are those after the edit. Hooks act only during this call and cannot reach a function that was compiled
+    Kept values are those after the edit. Edits of crosscoders, which read hook points that come later than those they
+    write, have an attribute `reads_ahead`. With them, a first pass runs without them; they find its values in `acts`
+    under the names `in_first_pass(name)`. Hooks act only during this call and cannot reach a function that was compiled
     before it, so compile the function that calls this one.
 
     Args:
@@ -217,6 +250,15 @@ def apply_with_hooks(
     """
     require_edits(hooks)
     seen: dict[str, jax.Array] = {"tok_ids": tok_ids}
+    if ahead := {name for hook in hooks.values() for name in getattr(hook, "reads_ahead", ())}:
+        if method is not None:
+            raise ValueError(
+                f"{next(iter(sorted(ahead)))}: splices and edits of a crosscoder read a first pass over whole rows, "
+                "which generation and passes that resume at a later layer do not have."
+            )
+        earlier = {name: kept for name, hook in hooks.items() if (kept := _before_reading_ahead(hook)) is not None}
+        _, first = apply_with_hooks(model, variables, *args, tok_ids=tok_ids, hooks=earlier, keep=sorted(ahead))
+        seen |= {in_first_pass(name): value for name, value in first.items()}
 
     def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         value = call(*args, **kwargs)
@@ -233,6 +275,16 @@ def apply_with_hooks(
     if unmet:
         raise ValueError(f"hook points not reached by {method or '__call__'}: {', '.join(unmet)}.")
     return output, {name: seen[name] for name in keep}
+
+
+def in_first_pass(name: str) -> str:
+    """Return the name under which an edit that reads ahead finds a hook point's value of the first pass."""
+    return f"first_pass.{name}"
+
+
+def _before_reading_ahead(hook: Hook) -> Hook | None:
+    """Return the part of a hook that acts in the first pass."""
+    return getattr(hook, "before_reading_ahead", None) if getattr(hook, "reads_ahead", ()) else hook
 
 
 @contextlib.contextmanager

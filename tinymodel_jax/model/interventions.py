@@ -8,6 +8,10 @@ both the transformer and dictionaries.
 An edit of features acts on the value that a splice of the dictionary reads: the value before the first splice of an
 SAE at that hook point. It changes the activations that earlier edits left, and adds its change after all splices there.
 In a model that is spliced with a dictionary, edits therefore change the activations that the splice decodes.
+
+An edit of a crosscoder's or cross-layer transcoder's features acts at every hook point that they write to. A crosscoder
+reads hook points that come later than those it writes, so its activations are those of a first pass, which has all
+other edits. Where its features change, the value becomes that of the first pass plus the change.
 """
 
 from __future__ import annotations
@@ -100,7 +104,12 @@ def splice(
     excluded = {} if exclude is None else {"exclude": _ids(exclude)}
     configs = [dataclasses.replace(d.config, **excluded) for d in found]
     pairs = zip(found, configs, strict=True)
-    return combine(*({config.hook_out: Splice(d.params, config=config, **switches)} for d, config in pairs))
+    return combine(*(at_hook_points(Splice(d.params, config=config, **switches)) for d, config in pairs))
+
+
+def at_hook_points(edit: Splice | EditFeatures) -> Hooks:
+    """Return the hooks of a dictionary's edit: one for each hook point that the dictionary predicts."""
+    return {name: dataclasses.replace(edit, part=part) for part, name in enumerate(edit.config.hooks_out)}
 
 
 def combine(*hooks: Mapping[str, Hook]) -> Hooks:
@@ -123,6 +132,7 @@ def _chain(edits: list[Hook], of_scores: bool) -> Chain:
     for edit in edits:
         inner = edit if isinstance(edit, Chain) else Chain((edit,))
         flat += [(e, (id(edit), r)) for e, r in zip(inner.edits, inner.readers or range(len(inner.edits)), strict=True)]
+    flat.sort(key=lambda pair: bool(getattr(pair[0], "reads_ahead", ())))  # they build on the others' values
     readers: list[int] = []
     for edit, mark in flat:
         same = (r for r, (other, m) in zip(readers, flat, strict=False) if m == mark or _same_dictionary(other, edit))
@@ -150,8 +160,7 @@ def _edit_features(
     if not is_traced(indices) and len(np.unique(indices)) < np.size(indices):
         raise ValueError("features: one is named twice, and would be edited twice; name each once.")
     _refuse_words(positions)
-    edit = EditFeatures(dictionary.params, indices, amount, positions, config=config, change=change)
-    return {config.hook_out: edit}
+    return at_hook_points(EditFeatures(dictionary.params, indices, amount, positions, config=config, change=change))
 
 
 def _at_hook_points(given: Dictionary | Reader) -> Dictionary:

@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from tinymodel_jax.dictionaries.layers import is_written, own_part, read, write
 from tinymodel_jax.training import dictionary_losses as losses
 from tinymodel_jax.training.dictionary_forward import Execution, effective_bias, largest
 from tinymodel_jax.training.dictionary_losses import TINY
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import DictionaryTrainState, Reservoir, TrainParams, empty_reservoir
+from tinymodel_jax.training.dictionary_state import (
+    DictionaryTrainState,
+    Reservoir,
+    TrainParams,
+    empty_reservoir,
+    layers_of,
+)
 from tinymodel_jax.training.sparse_rows import kept_of_rows
 
 
@@ -40,21 +47,23 @@ def add_aux_gradient(
     active on each input. This takes products with `aux_features` rows instead of a second search over all features. The
     encoder gets gradient; the residual does not.
     """
-    width = residual.shape[-1]
-    size = min(recipe.aux_features or 2 * width, recipe.n_features)
+    width, layers = residual.shape[-1], layers_of(params, x.shape[-1])
+    size = min(recipe.aux_features or 2 * width, recipe.n_features) // layers * layers
     active = min(recipe.aux_k or max(1, width // 8), size)
 
     def with_aux() -> tuple[TrainParams, Array]:
-        lots = jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0)
-        drawn, rows = jax.lax.top_k(lots, size)
+        lots = jnp.where(dead, jax.random.uniform(key, dead.shape), -1.0).reshape(layers, -1)
+        drawn, rows = jax.lax.top_k(lots, size // layers)
+        rows = (rows + lots.shape[1] * jnp.arange(layers)[:, None]).reshape(-1)  # as many of each layer, in order
+        drawn = drawn.reshape(-1)
         chosen = {name: params[name][rows] for name in ("W_enc_T", "W_dec", "b_enc")}
 
         def loss_of(chosen: TrainParams) -> Array:
             bias = effective_bias(chosen | {"b_dec": params["b_dec"]}, recipe)
-            acts = jnp.where(drawn >= 0, jax.nn.relu(x @ chosen["W_enc_T"].T + bias), 0)
+            acts = jnp.where(drawn >= 0, jax.nn.relu(read(x, chosen["W_enc_T"].T) + bias), 0)
             z = jax.lax.stop_gradient(acts * losses.row_norms(chosen["W_dec"]))
             acts = jnp.where(kept_of_rows(z, *largest(z, active, execution), active), acts, 0)
-            return losses.aux_loss(residual, acts, chosen["W_dec"])
+            return losses.aux_loss(residual, write(acts, chosen["W_dec"], layers))
 
         loss, extra = jax.value_and_grad(loss_of)(chosen)
         return gradient | {name: gradient[name].at[rows].add(weight * g) for name, g in extra.items()}, loss
@@ -83,10 +92,13 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
 
     The new decoder row points along that input's residual and has the mean norm of the living rows. An SAE's encoder
     also reads along the residual. A transcoder's encoder reads along the input, with an activation that reaches zero
-    halfway to the mean input. On its input, a feature writes a share of the residual. The share is the same for all
-    features: the largest, up to 1, at which together they do not increase the error on the reservoir. Without this
-    limit, hundreds of features, which are also active on each other's inputs and all active on far outliers, would make
-    the reconstruction much worse. If the reservoir has fewer inputs than there are dead features, the rest stay dead
+    halfway to the mean input. A cross-layer transcoder's feature reads the input of its layer, and writes to the parts
+    of the residual that its layer reaches.
+
+    On its input, a feature writes a share of the residual. The share is the same for all features: the largest, up to
+    1, at which together they do not increase the error on the reservoir. Without this limit, hundreds of features,
+    which are also active on each other's inputs and all active on far outliers, would make the reconstruction much
+    worse. If the reservoir has fewer inputs than there are dead features, the rest stay dead
     until the next re-initialisation.
     """
     assert state.reservoir is not None
@@ -98,14 +110,18 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
     alive_norm = jnp.sum(jnp.where(dead, 0, losses.row_norms(params["W_dec"]))) / jnp.maximum(jnp.sum(~dead), 1)
     norm = jnp.where(jnp.any(~dead), alive_norm, 1.0)
 
-    x, residual = reservoir.x[source], reservoir.residual[source]
+    x, residual, mean_in = reservoir.x[source], reservoir.residual[source], state.mean_in
+    layers = layers_of(params, mean_in.size)
+    if layers > 1:
+        x, mean_in = (own_part(vectors, recipe.n_features, layers) for vectors in (x, mean_in))
+        residual = jnp.where(is_written(recipe.n_features, residual.shape[-1], layers), residual, 0)
     size = losses.row_norms(residual)
     direction = residual / size[:, None]
     if is_sae:
         reads = direction
     else:
-        distance = losses.row_norms(x - state.mean_in)
-        reads = (2 * size / (distance * distance))[:, None] * (x - state.mean_in)
+        distance = losses.row_norms(x - mean_in)
+        reads = (2 * size / (distance * distance))[:, None] * (x - mean_in)
     bias = size - jnp.sum(reads * x, axis=-1)
     share = _bearable_share(
         reservoir, jnp.where(chosen[:, None], reads, 0), jnp.where(chosen, bias, 0), direction, recipe
@@ -141,11 +157,12 @@ def reinitialise_dead(state: DictionaryTrainState, recipe: DictionaryRecipe, is_
 def _bearable_share(reservoir: Reservoir, reads: Array, bias: Array, rows: Array, recipe: DictionaryRecipe) -> Array:
     """Return the largest factor, up to 1, on features' activations that adds no error on the reservoir's inputs."""
     held = reservoir.priority > -jnp.inf
-    acts = jax.nn.relu(reservoir.x @ reads.T + bias)
+    acts, layers = jax.nn.relu(read(reservoir.x, reads.T) + bias), reservoir.x.shape[-1] // reads.shape[-1]
     if recipe.architecture == "topk":  # which never has more than k active
-        k = recipe.k or 1
-        acts = jnp.where(kept_of_rows(acts, *jax.lax.top_k(acts, k), k), acts, 0)
-    together = acts @ rows
+        k, of_layers = recipe.k or 1, acts.reshape(-1, recipe.n_features // layers)
+        kept = kept_of_rows(of_layers, *jax.lax.top_k(of_layers, k), k).reshape(acts.shape)
+        acts = jnp.where(kept, acts, 0)
+    together = write(acts, rows, layers)
     together, residual = (jnp.where(held[:, None], a, 0) for a in (together, reservoir.residual))
     return jnp.clip(2 * jnp.sum(together * residual) / (jnp.sum(together * together) + TINY), 0, 1)
 

@@ -9,6 +9,8 @@ weighted: it multiplies the unnormalised decoder row.
     batch_topk: acts = relu(pre) for the k * batch largest z of the whole batch
         (among equal z, lower inputs and then lower features are kept)
     jumprelu: acts = pre where z > threshold        relu, gated: as in `tinymodel_jax.dictionaries.dictionary`
+
+Cross-layer transcoders are always dense. Their topk keeps k of each layer.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from tinymodel_jax.dictionaries.layers import read, write
 from tinymodel_jax.training import dictionary_losses as losses
 from tinymodel_jax.training.batch_selection import BatchSelection, select_of_batch
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import TrainParams
+from tinymodel_jax.training.dictionary_state import TrainParams, layers_of
 from tinymodel_jax.training.sparse_rows import (
     gather_decode,
     kept_of_rows,
@@ -114,10 +117,10 @@ def loss_and_gradient(
     """Return the outcome of a forward pass on scaled `x` and `y`, and the gradient of its loss (without AuxK).
 
     `hyper.sparsity` is this step's coefficient, after warm-up and controller. With `extra_loss`, which reads all
-    activations, the forward pass is dense.
+    activations, and for a cross-layer transcoder, the forward pass is dense.
     """
-
-    if extra_loss is not None or not (recipe.takes_k and execution.sparse):
+    is_sparse = recipe.takes_k and execution.sparse and layers_of(params, x.shape[-1]) == 1
+    if extra_loss is not None or not is_sparse:
         gradient, outcome = jax.grad(_dense_outcome, has_aux=True)(
             params, recipe, execution, hyper, x, y, widths, extra_loss
         )
@@ -158,7 +161,7 @@ def weighted_activations(
     params: TrainParams, recipe: DictionaryRecipe, x: Float[Array, "batch d_in"]
 ) -> Float[Array, "batch f"]:
     """Return positive pre-activations times decoder norms, by which topk and batch_topk choose active features."""
-    linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
+    linear = read(x, params["W_enc_T"].T) + effective_bias(params, recipe)
     return jax.nn.relu(linear) * losses.row_norms(params["W_dec"])
 
 
@@ -197,7 +200,8 @@ def _sparse_outcome(params, recipe, execution, selection, x, y, widths) -> tuple
 def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -> tuple[Array, Outcome]:
     norms = losses.row_norms(params["W_dec"])
     shares = losses.prefix_shares(jnp.asarray(widths), recipe.n_features)
-    linear = x @ params["W_enc_T"].T + effective_bias(params, recipe)
+    layers = layers_of(params, x.shape[-1])
+    linear = read(x, params["W_enc_T"].T) + effective_bias(params, recipe)
     gate_loss, threshold, extra = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
     if recipe.architecture in ("relu", "gated"):
         if recipe.architecture == "relu":
@@ -206,7 +210,7 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -
             penalised = jax.nn.relu(linear + params["b_gate"])
             acts = jax.nn.relu(linear * jnp.exp(params["r_mag"]) + params["b_mag"])
             acts = jnp.where(penalised > 0, acts, 0)
-            gate_loss = _gate_loss(params, recipe, penalised, x, y)
+            gate_loss = _gate_loss(params, recipe, penalised, x, y, layers)
             # magnitudes can compensate for a smaller decoder, so a penalty on its norm would shrink it without limit
             norms = jax.lax.stop_gradient(norms)
         if recipe.penalty == "l1":
@@ -224,10 +228,14 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -
             sparsity = losses.variance(y) * losses.target_l0_loss(l0, hyper.target_l0)
     else:
         z = jax.lax.stop_gradient(jax.nn.relu(linear) * norms)
-        kept, threshold = _kept(z, recipe, execution, hyper.k)
+        kept, threshold = _kept(z, recipe, execution, hyper.k, layers)
         acts = jnp.where(kept, jax.nn.relu(linear), 0)
         sparsity = jnp.zeros(())
-    prediction = _predict(params, recipe, x, losses.decode_prefixes(acts, params["W_dec"], widths))
+    if layers > 1:
+        decoded = write(acts, params["W_dec"], layers)[:, None]
+    else:
+        decoded = losses.decode_prefixes(acts, params["W_dec"], widths)
+    prediction = _predict(params, recipe, x, decoded)
     reconstruction = losses.squared_error(y, prediction)
     if extra_loss is not None:
         extra = extra_loss(x, y, acts * norms, prediction[:, -1])
@@ -239,11 +247,13 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -
     return loss, Outcome(loss, reconstruction, sparsity, l0, counts > 0, residual, threshold, extra)
 
 
-def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array) -> tuple[Array, Array]:
+def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array, layers: int) -> tuple[Array, Array]:
     """Return which weighted activations are kept, and the smallest of them (0 except for batch_topk)."""
     if recipe.architecture == "batch_topk":
         return largest_of_all(z, k * z.shape[0])
-    return kept_of_rows(z, *largest(z, recipe.k or 0, execution), k), jnp.zeros(())
+    of_layers = z.reshape(-1, recipe.n_features // layers)
+    kept = kept_of_rows(of_layers, *largest(of_layers, recipe.k or 0, execution), k)
+    return kept.reshape(z.shape), jnp.zeros(())
 
 
 def largest(z: Array, k: int, execution: Execution) -> tuple[Array, Array]:
@@ -264,13 +274,13 @@ def _residual(y: Array, prediction: Array) -> Array:
     return jax.lax.stop_gradient(y - prediction[:, -1])
 
 
-def _gate_loss(params, recipe: DictionaryRecipe, gate: Array, x: Array, y: Array) -> Array:
+def _gate_loss(params, recipe: DictionaryRecipe, gate: Array, x: Array, y: Array, layers: int) -> Array:
     """Return the error of a prediction from the gate's activations and a frozen decoder.
 
     This gives the gate a gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), eq. 8.
     """
     frozen = jax.lax.stop_gradient(params)
-    prediction = gate @ frozen["W_dec"] + frozen["b_dec"]
+    prediction = write(gate, frozen["W_dec"], layers) + frozen["b_dec"]
     if recipe.skip:
         prediction = prediction + x @ frozen["W_skip"]
     return losses.squared_error(y, prediction[:, None, :])

@@ -94,12 +94,12 @@ def target_l0_loss(l0: Float[Array, ""], target: Float[Array, ""]) -> Float[Arra
     return jnp.square(l0 / target - 1)
 
 
-def aux_loss(residual: Float[Array, "b d"], acts: Float[Array, "b k"], rows: Float[Array, "k d"]) -> Float[Array, ""]:
-    """Return the share of the residual's variance that dead features leave: `|e - acts @ rows|^2 / |e - mean e|^2`.
+def aux_loss(residual: Float[Array, "b d"], prediction: Float[Array, "b d"]) -> Float[Array, ""]:
+    """Return the share of the residual's variance that dead features leave: `|e - prediction|^2 / |e - mean e|^2`.
 
     `b_dec` is not added, because it is already subtracted from the residual. Source: Gao et al. 2024, appendix A.2.
     """
-    error = jnp.mean(jnp.sum(jnp.square(residual - acts @ rows), axis=-1))
+    error = jnp.mean(jnp.sum(jnp.square(residual - prediction), axis=-1))
     return error / (variance(residual) + TINY)
 
 

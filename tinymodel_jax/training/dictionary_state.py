@@ -5,6 +5,10 @@ bit-exactly, and states stacked along a leading axis form a sweep. The first axi
 features' (the encoder is stored transposed, as `W_enc_T`), so gradients and re-initialisation update whole rows.
 `finalize` returns a dictionary for unscaled activations that computes what training computed. Only batch_topk differs:
 it keeps activations above a fixed threshold instead of the largest of a batch.
+
+Crosscoders and cross-layer transcoders are trained by the same functions on the concatenated vectors of several hook
+points, each with a scale of its own: statistics of n parts make one. With targets, they make a cross-layer transcoder,
+whose encoder rows have the width of one part. So `layers_of` tells the number of layers from the shapes.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.encoding import DictionaryParams
+from tinymodel_jax.dictionaries.layers import is_written, own_part, read
 from tinymodel_jax.training.dictionary_losses import TINY, row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 
@@ -31,19 +36,31 @@ class ActivationStatistics(NamedTuple):
     """Number of vectors."""
     sum: Float[Array, " d"]
     """Sum of the vectors."""
-    norm_sum: Float[Array, ""]
-    """Sum of their Euclidean norms."""
+    norm_sum: Float[Array, "*parts"]
+    """Sum of their Euclidean norms; of each part if the vectors concatenate those of several hook points."""
 
     @classmethod
-    def zero(cls, width: int) -> ActivationStatistics:
-        """Return the statistics of no vectors."""
-        return cls(jnp.zeros(()), jnp.zeros(width), jnp.zeros(()))
+    def zero(cls, width: int, parts: int = 1) -> ActivationStatistics:
+        """Return the statistics of no vectors.
+
+        Args:
+            parts: number of hook points whose vectors are concatenated.
+        """
+        return cls(jnp.zeros(()), jnp.zeros(width), jnp.zeros(() if parts == 1 else parts))
 
     def update(self, x: Float[Array, "batch d"]) -> ActivationStatistics:
         """Return the statistics with a batch of vectors added."""
         x = x.astype(jnp.float32)
-        norms = jnp.sqrt(jnp.sum(x * x, axis=-1))
-        return ActivationStatistics(self.vectors + x.shape[0], self.sum + x.sum(axis=0), self.norm_sum + norms.sum())
+        of_parts = x.reshape(len(x), *self.norm_sum.shape, -1)
+        norms = jnp.sqrt(jnp.sum(of_parts * of_parts, axis=-1))
+        return ActivationStatistics(
+            self.vectors + x.shape[0], self.sum + x.sum(axis=0), self.norm_sum + norms.sum(axis=0)
+        )
+
+    @property
+    def parts(self) -> int:
+        """Number of hook points whose vectors are concatenated."""
+        return self.norm_sum.size
 
     @property
     def mean(self) -> Float[Array, " d"]:
@@ -51,10 +68,15 @@ class ActivationStatistics(NamedTuple):
         return self.sum / jnp.maximum(self.vectors, 1)
 
     @property
-    def scale(self) -> Float[Array, ""]:
-        """Factor that makes the mean norm the square root of the width; 1 if all vectors are 0."""
+    def scale(self) -> Float[Array, "*d"]:
+        """Factor that makes the mean norm the square root of the width; 1 if all vectors are 0.
+
+        With several parts, each has its own, and the result is a vector of factors.
+        """
+        width = self.sum.shape[0] // self.parts
         mean_norm = self.norm_sum / jnp.maximum(self.vectors, 1)
-        return jnp.where(mean_norm > 0, self.sum.shape[0] ** 0.5 / jnp.where(mean_norm > 0, mean_norm, 1), 1)
+        scale = jnp.where(mean_norm > 0, width**0.5 / jnp.where(mean_norm > 0, mean_norm, 1), 1)
+        return scale if scale.ndim == 0 else jnp.repeat(scale, width)
 
 
 class Reservoir(NamedTuple):
@@ -72,18 +94,19 @@ class DictionaryTrainState(NamedTuple):
     """Everything that one training step passes to the next. In a sweep, every leaf has a leading axis of members."""
 
     params: TrainParams
-    """`W_enc_T [F, d_in]`, `W_dec [F, d_out]`, `b_dec [d_out]`, and by architecture `b_enc`, `threshold`, `b_gate`,
-    `b_mag`, `r_mag` (all `[F]`) and `W_skip [d_in, d_out]`; float32, for scaled inputs."""
+    """`W_enc_T [F, d_in]` (`[F, d_in / layers]` of a cross-layer transcoder), `W_dec [F, d_out]`, `b_dec [d_out]`, and
+    by architecture `b_enc`, `threshold`, `b_gate`, `b_mag`, `r_mag` (all `[F]`) and `W_skip [d_in, d_out]`; float32,
+    for scaled inputs."""
     moments: Any
     """Adam's step count and moments (`optax.ScaleByAdamState`), or the state of the caller's own optimizer."""
     step: Int[Array, ""]
     """Steps done."""
     mean_in: Float[Array, " d_in"]
     """Mean scaled input, computed before training."""
-    scale_in: Float[Array, ""]
-    """Factor from activations to training inputs."""
-    scale_out: Float[Array, ""]
-    """Factor from targets to training targets."""
+    scale_in: Float[Array, "*d_in"]
+    """Factor from activations to training inputs; a vector if they concatenate several hook points'."""
+    scale_out: Float[Array, "*d_out"]
+    """Factor from targets to training targets; a vector if they concatenate several hook points'."""
     silent_for: Int[Array, " n_features"]
     """Inputs since each feature was last active."""
     sparsity_factor: Float[Array, ""]
@@ -95,6 +118,15 @@ class DictionaryTrainState(NamedTuple):
     """Inputs to re-initialise dead features from; None if the recipe does not re-initialise any."""
     key: UInt32[Array, "..."]
     """Key data of the random key; every step folds its number into it."""
+
+
+def layers_of(params: TrainParams, d_in: int) -> int:
+    """Return the number of layers of a cross-layer transcoder, 1 for other dictionaries.
+
+    Args:
+        d_in: width of the inputs.
+    """
+    return d_in // params["W_enc_T"].shape[-1]
 
 
 def init_state(
@@ -116,9 +148,13 @@ def init_state(
         optimizer: the one that `train_step` gets, if it is not the recipe's Adam.
 
     Raises:
-        ValueError: the recipe has a skip connection for an SAE, or `subtract_b_dec` for a transcoder.
+        ValueError: the recipe has a skip connection for an SAE, or `subtract_b_dec` for a transcoder, or does not suit
+            a cross-layer transcoder.
     """
     is_sae = statistics_out is None
+    layers = 1 if is_sae else statistics_in.parts
+    if layers > 1:
+        _require_layers(recipe, layers)
     if is_sae and recipe.skip:
         raise ValueError("init_state: skip=True needs a transcoder (give targets): an SAE would copy its input.")
     if not is_sae and recipe.subtract_b_dec:
@@ -128,7 +164,7 @@ def init_state(
     scale_in = statistics_in.scale if recipe.scale_inputs else jnp.ones(())
     scale_out = statistics_out.scale if recipe.scale_inputs else jnp.ones(())
     mean_in = statistics_in.mean * scale_in
-    params = _init_params(key, recipe, mean_in, statistics_out.mean * scale_out, is_sae)
+    params = _init_params(key, recipe, mean_in, statistics_out.mean * scale_out, is_sae, layers)
     return DictionaryTrainState(
         params=params,
         moments=(optimizer or optax.scale_by_adam()).init(params),  # type: ignore[arg-type]
@@ -149,35 +185,37 @@ def finalize(
 ) -> tuple[DictionaryConfig, DictionaryParams]:
     """Fold scales and decoder norms into the parameters of a `Dictionary`, whose decoder rows have norm 1.
 
-    Its activations are then in units of the target. Features keep their order, so the prefixes of a Matryoshka
+    Its activations are then in units of the target. With several hook points, the rows have norm 1 where each hook
+    point is in units of its own mean norm, relative to the mean over the hook points; so activations are selected as in
+    training. Features keep their order, so the prefixes of a Matryoshka
     dictionary are its first features.
 
     Args:
         state: state of one member.
-        hook_in, hook_out: hook points of the inputs and the targets; equal for an SAE.
+        hook_in, hook_out: hook points of the inputs and the targets; equal for an SAE. Several are joined by "+".
         k: the member's k if the sweep varies it; None takes the recipe's.
     """
     params = state.params
-    norms = row_norms(params["W_dec"])
-    gain = norms / state.scale_out
+    norms, scale_out = row_norms(params["W_dec"]), jnp.mean(state.scale_out)
+    gain = norms / scale_out
     folded = {
-        "W_enc": (params["W_enc_T"] * (gain * state.scale_in)[:, None]).T,
-        "W_dec": params["W_dec"] / norms[:, None],
+        "W_enc": (params["W_enc_T"] * (gain[:, None] * scales_read(state))).T,
+        "W_dec": params["W_dec"] / norms[:, None] * (scale_out / state.scale_out),
         "b_dec": params["b_dec"] / state.scale_out,
     }
     folded |= {name: params[name] * gain for name in ("b_enc", "b_gate", "b_mag") if name in params}
     if recipe.architecture == "gated":
         folded["r_mag"] = params["r_mag"]
     if recipe.architecture == "jumprelu":
-        folded["threshold"] = jnp.maximum(params["threshold"], 0) / state.scale_out
+        folded["threshold"] = jnp.maximum(params["threshold"], 0) / scale_out
     if recipe.architecture == "batch_topk":
-        folded["threshold"] = jnp.maximum(state.threshold, 0) / state.scale_out
+        folded["threshold"] = jnp.maximum(state.threshold, 0) / scale_out
     if recipe.skip:
         folded["W_skip"] = params["W_skip"] * (state.scale_in / state.scale_out)
     config = DictionaryConfig(
         hook_in=hook_in,
         hook_out=hook_out,
-        d_in=params["W_enc_T"].shape[1],
+        d_in=state.mean_in.size,
         d_out=params["W_dec"].shape[1],
         n_features=recipe.n_features,
         architecture=recipe.architecture,
@@ -188,18 +226,39 @@ def finalize(
     return config, folded
 
 
+def scales_read(state: DictionaryTrainState) -> Array:
+    """Return the factors from activations to training inputs as the encoder rows read them."""
+    rows, layers = state.params["W_enc_T"], layers_of(state.params, state.mean_in.size)
+    return state.scale_in if layers == 1 else own_part(state.scale_in, len(rows), layers)
+
+
 def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoir:
     """Return an empty reservoir."""
     size = recipe.reservoir_size
     return Reservoir(jnp.full(size, -jnp.inf), jnp.zeros((size, d_in)), jnp.zeros((size, d_out)))
 
 
-def _init_params(key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out: Array, is_sae: bool) -> TrainParams:
-    features, written, read = recipe.n_features, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-    W_dec = _directions(written, features, mean_out.size, recipe.decoder_norm)
-    W_enc_T = _directions(written if is_sae else read, features, mean_in.size, recipe.encoder_norm)
+def _require_layers(recipe: DictionaryRecipe, layers: int) -> None:
+    """Check that a recipe suits a cross-layer transcoder."""
+    options = {
+        "skip": recipe.skip,
+        "Matryoshka prefixes": recipe.n_prefixes > 1,
+        f"a k above the {recipe.n_features // layers} features of a layer": recipe.architecture == "topk"
+        and (recipe.k or 0) > recipe.n_features // layers,
+        f"a number of features ({recipe.n_features}) that {layers} layers do not divide": recipe.n_features % layers,
+    }
+    if found := [name for name, given in options.items() if given]:
+        raise ValueError(f"init_state: a cross-layer transcoder takes no {', '.join(found)}.")
+
+
+def _init_params(
+    key: Array, recipe: DictionaryRecipe, mean_in: Array, mean_out: Array, is_sae: bool, layers: int
+) -> TrainParams:
+    features, of_decoder, of_encoder = recipe.n_features, jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    W_dec = _directions(of_decoder, features, mean_out.size, recipe.decoder_norm, layers)
+    W_enc_T = _directions(of_decoder if is_sae else of_encoder, features, mean_in.size // layers, recipe.encoder_norm)
     params = {"W_enc_T": W_enc_T, "W_dec": W_dec, "b_dec": mean_out}
-    bias = jnp.zeros(features) if recipe.subtract_b_dec else -W_enc_T @ mean_in
+    bias = jnp.zeros(features) if recipe.subtract_b_dec else -read(mean_in, W_enc_T.T)
     if recipe.architecture == "gated":
         params |= {"b_gate": bias, "b_mag": jnp.copy(bias), "r_mag": jnp.zeros(features)}
     else:
@@ -222,6 +281,8 @@ def _first_threshold(recipe: DictionaryRecipe) -> Array:
     return recipe.encoder_norm * recipe.decoder_norm * jax.scipy.special.ndtri(jnp.float32(1 - share))
 
 
-def _directions(key: Array, rows: int, width: int, norm: float) -> Array:
+def _directions(key: Array, rows: int, width: int, norm: float, layers: int = 1) -> Array:
+    """Return random rows of a norm, with zeros where the features of later layers do not write."""
     normal = jax.random.normal(key, (rows, width))
+    normal = normal if layers == 1 else jnp.where(is_written(rows, width, layers), normal, 0)
     return norm * normal / jnp.sqrt(jnp.sum(normal * normal, axis=-1, keepdims=True) + TINY)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.dictionaries.layers import is_written
 from tinymodel_jax.training.dead_features import (
     add_aux_gradient,
     dead_mask,
@@ -31,7 +32,7 @@ from tinymodel_jax.training.dictionary_forward import (
 )
 from tinymodel_jax.training.dictionary_losses import TINY, random_widths, variance
 from tinymodel_jax.training.dictionary_recipe import DictionaryHyper, DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams, layers_of
 from tinymodel_jax.training.sparse_rows import kth_largest
 
 THRESHOLD_RATE, THRESHOLD_SHARE = 0.01, 0.05
@@ -253,7 +254,10 @@ def _update(
             "train_step: the state was made for another optimizer; make it with init_state(..., optimizer=optimizer)."
         )
     updates, moments = optimizer.update(gradient, state.moments, state.params)  # type: ignore[arg-type]
-    return optax.apply_updates(state.params, updates), moments  # type: ignore[arg-type,return-value]
+    params: TrainParams = optax.apply_updates(state.params, updates)  # type: ignore[arg-type,assignment]
+    if (layers := layers_of(params, state.mean_in.size)) > 1:  # Adam's updates are 0 where gradients always are
+        params["W_dec"] = jnp.where(is_written(*params["W_dec"].shape, layers), params["W_dec"], 0)
+    return params, moments
 
 
 def _count(

@@ -37,12 +37,15 @@ def peak_flops(device: Any) -> float | None:
     return next((peak for name, peak in _DENSE_BF16_PEAK.items() if name in device.device_kind), None)
 
 
-def dictionary_flops_per_vector(recipe: DictionaryRecipe, d_in: int, d_out: int) -> float:
+def dictionary_flops_per_vector(recipe: DictionaryRecipe, d_in: int, d_out: int, layers: int = 1) -> float:
     """Return the floating-point operations of training a dictionary on one vector.
 
     Dense training takes two products with the encoder (it needs no gradient for the input) and three with the decoder.
-    topk and batch_topk need all features only in the encoder's forward product.
+    topk and batch_topk need all features only in the encoder's forward product. A cross-layer transcoder of several
+    layers is dense; each feature reads one part of the input and writes on average to (layers + 1) / 2 of the output.
     """
+    if layers > 1:
+        return 2.0 * recipe.n_features * (2 * d_in / layers + 3 * d_out * (layers + 1) / (2 * layers))
     if recipe.takes_k:
         return 2.0 * d_in * recipe.n_features + 2.0 * (recipe.k or 0) * (d_in + 3 * d_out)
     return 2.0 * recipe.n_features * (2 * d_in + 3 * d_out)

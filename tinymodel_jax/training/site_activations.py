@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.config import ModelConfig, split_hooks
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.model.transformer import run_with_hooks
 
@@ -52,11 +52,14 @@ def site_vectors(
         layout: sharding of the vectors; None leaves it to the compiler.
         exclude: ids of tokens that are not drawn, besides `[PAD]`.
     """
-    names = tuple(sorted({hook for site in sites for hook in (site.hook_in, site.hook_out)}))
+    joined = {hook for site in sites for hook in (site.hook_in, site.hook_out)}
+    names = tuple(sorted({name for hook in joined for name in split_hooks(hook)}))
     _, acts = run_with_hooks(params, config, tok_ids, {}, names)
     places = draw_tokens(tok_ids, (config.pad_id, *exclude), n, key)
     rows = {name: acts[name].reshape(tok_ids.size, -1) for name in names}  # the heads of q, k, v and z concatenated
     drawn = {name: rows[name][places].astype(jnp.float32) for name in names}
+    for hook in sorted(joined - set(names)):
+        drawn[hook] = jnp.concatenate([drawn[name] for name in split_hooks(hook)], axis=-1)
     if layout is not None:
         drawn = {name: jax.lax.with_sharding_constraint(vectors, layout) for name, vectors in drawn.items()}
     return {

@@ -14,17 +14,18 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.readers import Reader, dictionary_of
 from tinymodel_jax.training.dictionary_losses import row_norms
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams
+from tinymodel_jax.training.dictionary_state import DictionaryTrainState, TrainParams, layers_of, scales_read
 
 SMALLEST_NORM = 1e-3
 """Smallest initial norm of a decoder row."""
 
 
-def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d_out: int) -> None:
+def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d_out: int, layers: int = 1) -> None:
     """Check that a training with this recipe can start from a dictionary.
 
     Args:
         d_in, d_out: widths of the inputs and the targets.
+        layers: those of a cross-layer transcoder.
 
     Raises:
         ValueError: sizes differ, only one of the two is gated, the recipe lacks the dictionary's skip connection, or
@@ -36,6 +37,7 @@ def require_fit(config: DictionaryConfig, recipe: DictionaryRecipe, d_in: int, d
             ("n_features", config.n_features, recipe.n_features),
             ("the input's width", config.d_in, d_in),
             ("the target's width", config.d_out, d_out),
+            ("the number of layers", config.n_layers, layers),
         )
         if there != here
     ]
@@ -55,23 +57,24 @@ def start_from(
     """Return the state of `init_state` with the parameters of a dictionary or of what `lm[tag]` returns.
 
     How a feature's scale is divided between encoder and decoder does not change the dictionary: both rows get the same
-    norm. Thresholds carry over where both architectures have them, and
-    jumprelu's are 0 otherwise. A recipe with a skip connection starts it at 0, if the dictionary has none.
+    norm. Thresholds carry over where both architectures have them, and jumprelu's are 0 otherwise. A recipe with a skip
+    connection starts it at 0, if the dictionary has none.
 
     Raises:
         ValueError: it is not a dictionary, or as `require_fit`.
     """
     dictionary = dictionary_of(dictionary)
     before, config = state.params, dictionary.config
-    require_fit(config, recipe, before["W_enc_T"].shape[1], before["W_dec"].shape[1])
+    d_in = state.mean_in.size
+    require_fit(config, recipe, d_in, before["W_dec"].shape[1], layers_of(before, d_in))
     given = {name: jnp.asarray(array, jnp.float32) for name, array in dictionary.params.items()}
-    size = row_norms(given["W_dec"])
-    encoder_rows = given["W_enc"].T
-    norms = jnp.maximum(jnp.sqrt(row_norms(encoder_rows) * size * state.scale_out / state.scale_in), SMALLEST_NORM)
-    gain = size * state.scale_out / norms
+    encoder_rows, decoder_rows = given["W_enc"].T / scales_read(state), given["W_dec"] * state.scale_out
+    size = row_norms(decoder_rows)
+    norms = jnp.maximum(jnp.sqrt(row_norms(encoder_rows) * size), SMALLEST_NORM)
+    gain = size / norms
     params = {
-        "W_enc_T": encoder_rows * (gain / state.scale_in)[:, None],
-        "W_dec": given["W_dec"] * (norms / size)[:, None],
+        "W_enc_T": encoder_rows * gain[:, None],
+        "W_dec": decoder_rows / gain[:, None],
         "b_dec": given["b_dec"] * state.scale_out,
     }
     params |= {name: given[name] * gain for name in ("b_enc", "b_gate", "b_mag") if name in given}
@@ -80,7 +83,7 @@ def start_from(
     subtracted = int(config.subtract_b_dec) - int(recipe.subtract_b_dec)
     shift = subtracted * (params["W_enc_T"] @ (given["b_dec"] * state.scale_in)) if subtracted else 0
     params |= _shifted(params, shift)
-    threshold = jnp.maximum(given.get("threshold", jnp.zeros(())), 0) * size * state.scale_out
+    threshold = jnp.maximum(given.get("threshold", jnp.zeros(())), 0) * size
     if recipe.architecture == "jumprelu":
         params["threshold"] = threshold
     if recipe.skip:

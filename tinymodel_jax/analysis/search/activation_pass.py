@@ -17,6 +17,7 @@ from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value
 from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.lm.collection import BatchedPass
+from tinymodel_jax.model.hook_points import vectors_at
 from tinymodel_jax.model.padding import check_tok_ids, pad_below
 
 
@@ -42,12 +43,12 @@ class DictionaryInputs(BatchedPass):
 
     def __init__(self, reader: FeatureReader, per_device: int):
         self.config, self.counts = reader.dictionary.config, reader.counts
-        super().__init__(reader.lm.hooked(before=reader.site), (self.config.hook_in,), per_device)
+        super().__init__(reader.lm.hooked(before=reader.site), self.config.hooks_in, per_device)
         self.dictionary = jax.device_put(reader.dictionary.params, self.everywhere)
 
     def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
         """Return the inputs, (batch, seq, d_in); rows beyond the given ones are padding."""
-        return self.run(tok_ids)[self.config.hook_in]
+        return vectors_at(self.run(tok_ids), self.config.hook_in)
 
 
 class ActivationPass:

@@ -51,10 +51,13 @@ def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
 
 
 def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
-    """Return the encoder's parameters in chunks of features; in one if the architecture compares features."""
+    """Return the encoder's parameters in chunks of features.
+
+    There is one chunk if the architecture compares features, or the features of layers read different inputs.
+    """
     own = per_feature(config)
     encoder = encoder_parameters(params)
-    size = config.n_features if config.compares_features else TOGETHER
+    size = config.n_features if config.compares_features or config.n_layers > 1 else TOGETHER
     return [
         {name: a[..., start : start + size] if name in own else a for name, a in encoder.items()}
         for start in range(0, config.n_features, size)
