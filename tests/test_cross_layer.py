@@ -11,6 +11,7 @@ from conftest import make_dictionary
 from oracle import F32, assert_close, error_of
 
 from tinymodel_jax import interventions
+from tinymodel_jax.analysis import attribution, sweeps
 from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import encode
@@ -270,3 +271,18 @@ def test_joined_hook_points_of_different_widths_are_refused(lm: TinyModel) -> No
     tag = "Ra0+blocks.0.mlp.hook_post"
     message = error_of(lambda: lm.attach(tag, dictionary_at(tag)))
     assert "16 for each of 2 hook points, but blocks.0.mlp.hook_post is 32 wide" in message
+
+
+@pytest.mark.parametrize("tag", [CROSSCODER, TRANSCODER])
+def test_a_sweep_gives_what_each_edit_alone_gives(joined: TinyModel, tok_ids: np.ndarray, tag: str) -> None:
+    positions = np.arange(tok_ids.shape[1]) < 8
+    clean = joined.loss(tok_ids, np.ones(tok_ids.shape))
+    swept = sweeps.ablate(joined, tag, tok_ids, [1, 8, 10], positions=positions, metric="loss")
+    steered = sweeps.steer(joined, tag, tok_ids, [0.5, -1.0], [3], readout="Mo1")
+    for found, edit in (
+        (swept.loss, [interventions.ablate(joined[tag], f, positions) for f in (1, 8, 10)]),
+        (steered.loss[0], [interventions.steer_features(joined[tag], 3, s) for s in (0.5, -1.0)]),
+    ):
+        alone = [joined.loss(tok_ids, np.ones(tok_ids.shape), hooks=one) - clean for one in edit]
+        assert_close(found, np.asarray(alone), F32)
+    assert "write to several hook points" in error_of(lambda: attribution.attribute(joined, tag, tok_ids))

@@ -181,7 +181,7 @@ def test_planted_features_that_span_layers_are_found() -> None:
     for i in range(recipe.steps):
         picked = jax.random.randint(jax.random.key(i), (512,), 0, count)
         state, metrics = step(state, recipe.hyper(), x[picked], y[picked])
-    assert metrics["explained_variance"] > 0.95
+    assert metrics["explained_variance"] > 0.95  # pyright: ignore[reportPossiblyUnboundVariable]
     rows_found = np.array(state.params["W_dec"] / state.scale_out)
     rows_found /= np.linalg.norm(rows_found, axis=1, keepdims=True)
     wanted = writes.reshape(features, -1) / np.linalg.norm(writes.reshape(features, -1), axis=1, keepdims=True)

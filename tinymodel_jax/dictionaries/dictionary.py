@@ -18,7 +18,18 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.dictionaries.encoding import (
+    DictionaryParams,
+    Indices,
+    decode,
+    encode,
+    param_shapes,
+    per_feature,
+    reconstruct,
+)
 from tinymodel_jax.dictionaries.layers import is_written
+from tinymodel_jax.dictionaries.neighbours import Neighbours, nearest_rows
+from tinymodel_jax.params import own_array, require_shapes, require_tree, uniform_fan_in
 
 
 @struct.dataclass(eq=False)  # compared by identity, so that `jax.jit(dictionary.encode)` works

@@ -20,22 +20,18 @@ from flax import struct
 from jaxtyping import Array
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
-from tinymodel_jax.dictionaries.encoding import encode, first_layers, predict_part, size_and_mean
+from tinymodel_jax.dictionaries.encoding import predict_part, size_and_mean
 from tinymodel_jax.model.edit_arrays import AfterPrompt, Padding, fitting, where
 from tinymodel_jax.model.hook_points import (
     Hook,
     Hooks,
-    in_first_pass,
     masked_score,
     naming_the_hook,
     position_axes,
     value_shape,
-    vectors,
-    vectors_at,
 )
 from tinymodel_jax.model.padding import feature_bucket, is_traced
-
-Acts = Mapping[str, Array]
+from tinymodel_jax.model.readings import Acts, Drift, Reading, drift_of, reading_of, reads_ahead, reads_the_value
 
 
 def pad_edits(hooks: Mapping[str, Any], config: ModelConfig, shape: tuple[int, int], width: int) -> Hooks:
@@ -135,50 +131,6 @@ class Scale:
         return Scale(padding.operand(self.factor), padding.mask(self.positions))
 
 
-@dataclasses.dataclass
-class Drift:
-    """What earlier hook points of crosscoders changed in the value at a hook point, as far as it is still there.
-
-    A crosscoder has a decoder row for each of its hook points. Along the residual stream, a change at one hook point
-    arrives at the next, where the feature has a row of its own. So that the two do not add up, a feature that changes
-    there is changed in the value of the first pass: the drift is taken away.
-    """
-
-    left: Array
-    """Value minus that of the first pass, as vectors."""
-
-    def take(self, where_to: Array) -> Array:
-        """Return the drift at some positions, 0 elsewhere; it is then no longer there."""
-        taken = jnp.where(where_to, self.left, 0)
-        self.left = jnp.where(where_to, 0, self.left)
-        return taken
-
-
-@dataclasses.dataclass
-class Reading:
-    """The input of a dictionary, and its activations after the edits so far."""
-
-    source: Array
-    """Value that the encoder reads; of a cross-layer transcoder, the inputs of the layers that write to the value."""
-    edited: list[tuple[Array, Array]] = dataclasses.field(default_factory=list)
-    """For each edit so far, its features (n,) and their new activations (batch, seq, n)."""
-    change: Any = 0.0
-    """Sum of what the edits so far added to the value at `hook_out`, in the dictionary's dtype."""
-    drift: Drift | None = None
-    """For crosscoders."""
-
-    def activations(self, edit: EditFeatures, features: Array) -> Array:
-        """Return the activations (batch, seq, n) of features after the edits so far."""
-        params, config = edit.params, edit.config
-        if config.n_layers > 1:
-            params, config = first_layers(params, config, edit.part + 1)
-        acts = encode(params, config, self.source, features)
-        for changed, new in self.edited:
-            same = features[:, None] == changed
-            acts = jnp.where(same.any(axis=1), new[..., same.argmax(axis=1)], acts)
-        return acts
-
-
 @struct.dataclass
 class EditFeatures:
     """Change features of a dictionary along their decoder directions. The error and all other features remain.
@@ -203,12 +155,12 @@ class EditFeatures:
     """Which of the hook points of the dictionary's `hook_out` is edited."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, _reading(self, value, acts, _drift(self, value, acts)), acts)
+        return self.edit(value, reading_of(self, value, acts, drift_of(self, value, acts)), acts)
 
     @property
     def reads_ahead(self) -> tuple[str, ...]:
         """Hook points whose values of a first pass are read."""
-        return _reads_ahead(self)
+        return reads_ahead(self.config)
 
     def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the edited value, and record the new activations in the reading."""
@@ -272,12 +224,12 @@ class Splice:
     """Which of the hook points of the dictionary's `hook_out` is replaced."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
-        return self.edit(value, _reading(self, value, acts, _drift(self, value, acts)), acts)
+        return self.edit(value, reading_of(self, value, acts, drift_of(self, value, acts)), acts)
 
     @property
     def reads_ahead(self) -> tuple[str, ...]:
         """Hook points whose values of a first pass are read."""
-        return _reads_ahead(self)
+        return reads_ahead(self.config)
 
     def edit(self, value: Array, reading: Reading, acts: Acts) -> Array:
         """Return the prediction plus the changes that edits recorded in the reading."""
@@ -319,16 +271,16 @@ class Chain:
                 if reader not in readings:
                     # a second splice predicts what the first one wrote; edits change what the splice decodes
                     here = value if unspliced is None or isinstance(edit, Splice) else unspliced
-                    drift = drift or _drift(edit, value, acts)
-                    readings[reader] = _reading(edit, here, acts, drift)
-                if isinstance(edit, Splice) and _reads_the_value(edit.config) and unspliced is None:
+                    drift = drift or drift_of(edit, value, acts)
+                    readings[reader] = reading_of(edit, here, acts, drift)
+                if isinstance(edit, Splice) and reads_the_value(edit.config) and unspliced is None:
                     unspliced = value
                 value = edit.edit(value, readings[reader], acts)
                 continue
             value = edit(value, acts)
             value = jnp.maximum(value, masked_score(value.dtype)) if self.of_scores else value
             if unspliced is None:  # SAEs read the edited value; transcoders read another hook point's
-                readings = {r: known for r, known in readings.items() if not _reads_the_value(self.edits[r].config)}
+                readings = {r: known for r, known in readings.items() if not reads_the_value(self.edits[r].config)}
         return value
 
     @property
@@ -354,33 +306,3 @@ OwnEdit = Add | Replace | Scale | EditFeatures | Splice
 def _acting(config: DictionaryConfig, acts: Acts) -> Array | None:
     """Return where the dictionary acts; None if at all tokens, because edits called by hand then need no `tok_ids`."""
     return config.acts_at(acts["tok_ids"]) if config.exclude else None
-
-
-def _reads_the_value(config: DictionaryConfig) -> bool:
-    """Whether a dictionary reads the value that it predicts, as SAEs of one hook point do."""
-    return not (config.is_transcoder or config.is_crosscoder)
-
-
-def _reads_ahead(edit: EditFeatures | Splice) -> tuple[str, ...]:
-    return edit.config.hooks_in if edit.config.is_crosscoder else ()
-
-
-def _reading(edit: EditFeatures | Splice, value: Array, acts: Acts, drift: Drift | None) -> Reading:
-    config = edit.config
-    if config.is_crosscoder:
-        return Reading(vectors_at(acts, "+".join(map(in_first_pass, config.hooks_in))), drift=drift)
-    if not config.is_transcoder:
-        return Reading(vectors(value))
-    names = config.hooks_in[: edit.part + 1]
-    if missing := [name for name in names if name not in acts]:
-        raise ValueError(
-            f"a cross-layer transcoder reads {missing[0]}, which a pass that resumes at a later layer does not compute."
-        )
-    return Reading(vectors_at(acts, "+".join(names)))
-
-
-def _drift(edit: EditFeatures | Splice, value: Array, acts: Acts) -> Drift | None:
-    if not edit.config.is_crosscoder:
-        return None
-    first = acts[in_first_pass(edit.config.hooks_out[edit.part])]
-    return Drift(vectors(value).astype(edit.config.dtype) - vectors(first).astype(edit.config.dtype))

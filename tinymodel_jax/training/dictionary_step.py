@@ -256,7 +256,8 @@ def _update(
     updates, moments = optimizer.update(gradient, state.moments, state.params)  # type: ignore[arg-type]
     params: TrainParams = optax.apply_updates(state.params, updates)  # type: ignore[arg-type,assignment]
     if (layers := layers_of(params, state.mean_in.size)) > 1:  # Adam's updates are 0 where gradients always are
-        params["W_dec"] = jnp.where(is_written(*params["W_dec"].shape, layers), params["W_dec"], 0)
+        written = is_written(len(params["W_dec"]), params["W_dec"].shape[1], layers)
+        params["W_dec"] = jnp.where(written, params["W_dec"], 0)
     return params, moments
 
 

@@ -52,6 +52,10 @@ def attribute(
         ValueError: as for `sweeps.ablate`.
     """
     reader = FeatureReader.of(lm, tag)
+    if reader.site.joined:
+        raise ValueError(
+            f"attribution: the features of {reader.site.tag} write to several hook points; sweeps.ablate measures them."
+        )
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, metric=metric)
     assert prepared.metric is not None
     chosen, acts = activations(reader, prepared, features)

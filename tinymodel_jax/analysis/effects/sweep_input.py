@@ -42,6 +42,7 @@ class SweepInput(NamedTuple):
     """Where the intervention acts."""
     clean: Clean
     entry: Entry
+    """Where changes enter the residual stream: at the first hook point that the site's dictionary writes to."""
     weights: Weights
     readout: FeatureReader | None
     metric: Measured | None
@@ -69,9 +70,11 @@ def prepare(
     real = ids != lm.config.pad_id
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
-    entry = entry_of(site.hook_out)
+    entry = entry_of(site.parts[0].hook_out)
     measured = None if metric is None else check_metric(lm, metric, len(ids))
     reader = None if readout is None else FeatureReader.of(lm, readout, "readout ")
+    if reader is not None and reader.site.joined:
+        raise ValueError(f"readout {reader.site.tag!r} reads several hook points; name a dictionary of one.")
     if reader is not None and not comes_after(reader.dictionary.config.hook_in, entry.edited):
         raise ValueError(
             f"readout {reader.site.tag!r} reads {reader.dictionary.config.hook_in}, and {site.tag} writes to "
@@ -131,9 +134,12 @@ def acting_mask(reader: FeatureReader, prepared: SweepInput) -> Bool[np.ndarray,
 
 
 def written_per_unit(reader: FeatureReader, prepared: SweepInput) -> Any:
-    """Return the multiple of its decoder row that one unit of a feature writes, (batch, seq); 1 is everywhere 1."""
+    """Return the multiple of its decoder row that one unit of a feature writes, (batch, seq); 1 is everywhere 1.
+
+    For features that write to several hook points it is 1, because they are edited, not their rows added.
+    """
     config = reader.dictionary.config
-    if not config.rescales_output:
+    if not config.rescales_output or reader.site.joined:
         return 1
     return np.asarray(size_and_mean(config, prepared.clean.sources[0].astype(np.float32))[0][..., 0])
 

@@ -4,8 +4,9 @@ Entry `f` of a result equals that of `lm.run_with_hooks` with the edit of featur
 `amount x direction` at the dictionary's `hook_out`; the dictionary's error and all other features remain. A feature
 whose amounts are all zero, such as an inactive one that is ablated, is not run, and its effect is exactly 0.
 
-Features are run in chunks of similar first position, and only from there on (`upper_layers`); with several devices, a
-chunk's features are spread over them. `[PAD]` is excluded from all averages.
+The features of crosscoders and cross-layer transcoders write to several hook points, so each of them takes a pass of
+the whole model. Other features are run in chunks of similar first position, and only from there on (`upper_layers`);
+with several devices, a chunk's features are spread over them. `[PAD]` is excluded from all averages.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from tinymodel_jax.analysis.effects.sweep_input import (
     prepare,
     written_per_unit,
 )
-from tinymodel_jax.analysis.effects.upper_layers import ChangeEffects, Changes, effects_of_changes
+from tinymodel_jax.analysis.effects.upper_layers import ChangeEffects, Changes, FeatureChanges, effects_of_changes
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
@@ -103,7 +105,7 @@ def ablate(
     reader = FeatureReader.of(lm, tag)
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
     chosen, acts = activations(reader, prepared, features)
-    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), -acts * written_per_unit(reader, prepared), track)
+    return _sweep(lm, prepared, chosen, _written(reader, chosen), -acts * written_per_unit(reader, prepared), track)
 
 
 def clamp(
@@ -125,7 +127,7 @@ def clamp(
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
     chosen, acts = activations(reader, prepared, features)
     amounts = acting_mask(reader, prepared) * (held - acts) * written_per_unit(reader, prepared)
-    return _sweep(lm, prepared, chosen, decoder_rows(reader, chosen), amounts, track)
+    return _sweep(lm, prepared, chosen, _written(reader, chosen), amounts, track)
 
 
 def steer(
@@ -157,39 +159,53 @@ def steer(
     amounts = finite("strengths", strengths, ndim=1)
     reader = None if vectors is not None and isinstance(tag, str) else FeatureReader.of(lm, tag)
     site = Site.whole(str(tag)) if reader is None else reader.site
+    if vectors is not None and site.joined:
+        raise ValueError(f"steer: vectors are added at one hook point; {site.tag!r} joins {len(site.joined)}.")
     prepared = prepare(lm, site, tok_ids, positions, next_ids, readout, metric)
     if vectors is None:
         assert reader is not None
         chosen, _ = activations(reader, prepared, features)
-        directions = decoder_rows(reader, chosen)
+        written = _written(reader, chosen)
         mask = acting_mask(reader, prepared) * written_per_unit(reader, prepared)
     else:
-        directions, mask = as_vectors(vectors, features, lm.config.d_model), prepared.mask
-        chosen = np.arange(len(directions))
+        written, mask = as_vectors(vectors, features, lm.config.d_model), prepared.mask
+        chosen = np.arange(len(written))
     added = np.broadcast_to(mask * amounts[..., None, None], (len(chosen), *amounts.shape, *prepared.ids.shape))
-    return _sweep(lm, prepared, chosen, directions, added, track)
+    return _sweep(lm, prepared, chosen, written, added, track)
+
+
+def _written(reader: FeatureReader, features: Int[np.ndarray, " n"]) -> np.ndarray | FeatureReader:
+    """Return the directions that features write, or the reader itself if they write to several hook points."""
+    return reader if reader.site.joined else decoder_rows(reader, features)
 
 
 def _sweep(
     lm: TinyModel,
     prepared: SweepInput,
     features: np.ndarray,
-    directions: Float[np.ndarray, "n d_model"],
+    written: np.ndarray | FeatureReader,
     amounts: Float[np.ndarray, "n *strengths batch seq"],
     track: Track,
 ) -> FeatureEffects:
-    """Run each feature with each of its strengths, and return results of the same shape."""
+    """Run each feature with each of its strengths, and return results of the same shape.
+
+    Args:
+        written: directions (n, d_model) to add, or the dictionary whose activations are edited.
+    """
     shape = amounts.shape[:-2]
     flat = amounts.reshape(-1, *amounts.shape[-2:])
-    of_item = np.repeat(np.arange(len(directions)), len(flat) // max(1, len(directions)))
+    of_item = np.repeat(np.arange(len(features)), len(flat) // max(1, len(features)))
     found, of_metric = np.zeros((3, len(flat)), np.float32), np.zeros(len(flat), np.float32)
     streams = np.zeros((len(flat), lm.config.d_model), np.float32)
     n_read = 0 if prepared.readout is None else prepared.readout.dictionary.config.n_features
     top, widest = min(READOUT_TOP, n_read), max(lm.config.d_vocab, n_read)
     changed, by = np.zeros((len(flat), top), np.int32), np.zeros((len(flat), top), np.float32)
     for items, size, length in track(list(_chunks(flat, widest)), "sweeping"):
-        changes = _changes(directions[of_item[items]], flat[items], size, length)
-        one = _run(lm, prepared, changes, length)
+        if isinstance(written, FeatureReader):
+            changes, length = _feature_changes(written, features[of_item[items]], flat[items], size), flat.shape[-1]
+        else:
+            changes = _changes(written[of_item[items]], flat[items], size, length)
+        one = _run(lm, prepared, changes, length, written.dictionary if isinstance(written, FeatureReader) else None)
         found[:, items] = np.asarray(one.effects)[:, : len(items)]
         streams[items] = np.asarray(one.final_stream)[: len(items)]
         of_metric[items] = _metric_changes(prepared, one, len(items))
@@ -254,7 +270,19 @@ def _changes(directions: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], 
     return Changes(*map(jnp.asarray, (rows, filled, values)))
 
 
-def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> ChangeEffects:
+def _feature_changes(
+    reader: FeatureReader, features: np.ndarray, amounts: Float[np.ndarray, "n batch seq"], size: int
+) -> FeatureChanges:
+    missing = size - len(features)
+    filled = np.pad(amounts, ((0, missing), (0, 0), (0, 0))).astype(np.float32)
+    return FeatureChanges(
+        reader.dictionary.params, jnp.asarray(np.pad(features, (0, missing)), jnp.int32), jnp.asarray(filled)
+    )
+
+
+def _run(
+    lm: TinyModel, prepared: SweepInput, changes: Changes | FeatureChanges, length: int, edited: Dictionary | None
+) -> ChangeEffects:
     reader, metric = prepared.readout, prepared.metric
     dictionary = None if reader is None else reader.dictionary
     return effects_of_changes(
@@ -269,6 +297,7 @@ def _run(lm: TinyModel, prepared: SweepInput, changes: Changes, length: int) -> 
         entry=prepared.entry,
         length=length,
         readout_config=None if dictionary is None else dictionary.config,
+        edited_config=None if edited is None else edited.config,
         sharding=_over_devices(),
     )
 

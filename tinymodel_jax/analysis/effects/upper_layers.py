@@ -25,11 +25,11 @@ from jaxtyping import Array, Float, Int
 from tinymodel_jax.analysis.effects.metrics import Weights
 from tinymodel_jax.analysis.effects.stream_entry import Entry
 from tinymodel_jax.block_order import comes_after
-from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.config import DictionaryConfig, split_hooks
 from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import Hooks, hooks_after
-from tinymodel_jax.model.interventions import Replace
+from tinymodel_jax.model.hook_points import Hooks, hooks_after, vectors_at
+from tinymodel_jax.model.interventions import EditFeatures, Replace, at_hook_points
 from tinymodel_jax.model.transformer import LayerCache
 from tinymodel_jax.runtime.compilation import fast_jit
 
@@ -67,6 +67,15 @@ class Changes(NamedTuple):
     amounts: Float[Array, " places"]
 
 
+class FeatureChanges(NamedTuple):
+    """Changes of the activations of a dictionary that writes to several hook points; they need whole passes."""
+
+    params: DictionaryParams
+    features: Int[Array, " n"]
+    amounts: Float[Array, "n batch seq"]
+    """What is added to the activations; features whose amounts are all 0 are padding."""
+
+
 class ChangeEffects(NamedTuple):
     """The effects of changes, one entry of the first axis (of `effects`, the second) for each."""
 
@@ -95,7 +104,7 @@ def clean_streams(
 
     Args:
         below: for each of the `sources`, the hooks that act before the dictionary reads it.
-        sources: hook points that dictionaries read.
+        sources: hook points that dictionaries read, or several joined by "+".
     """
     config = model.config
     linear, attention = entry.linear_hooks(config), entry.attention_hooks(config)
@@ -103,15 +112,17 @@ def clean_streams(
     keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
     final = f"blocks.{config.n_layers - 1}.hook_resid_post"
     pairs = (name for pair in keys_values for name in pair)
-    keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *sources}
+    read_at = (name for source in sources for name in split_hooks(source))
+    keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *read_at}
     logits, acts = model.run(tok_ids, sorted(keep))
     logprobs = jax.nn.log_softmax(logits)
 
-    def read(name: str, below: Hooks) -> Array:
-        if name not in model.hooks:
-            return acts[name]
-        # a spliced dictionary reads a value that this pass does not have; the compiler shares the layers below
-        return dataclasses.replace(model, hooks=below).run(tok_ids, name)[1][name]
+    def read(source: str, below: Hooks) -> Array:
+        names, found = split_hooks(source), acts
+        if not model.hooks.keys().isdisjoint(names):
+            # a spliced dictionary reads a value that this pass does not have; the compiler shares the layers below
+            found = dataclasses.replace(model, hooks=below).run(tok_ids, names)[1]
+        return found[source] if len(names) == 1 else vectors_at(found, source)
 
     return Clean(
         tok_ids=tok_ids,
@@ -127,12 +138,12 @@ def clean_streams(
     )
 
 
-@partial(fast_jit, static_argnames=("entry", "length", "readout_config", "sharding"))
+@partial(fast_jit, static_argnames=("entry", "length", "readout_config", "edited_config", "sharding"))
 def effects_of_changes(
     model: HookedModel,
     clean: Clean,
     weights: Weights,
-    changes: Changes,
+    changes: Changes | FeatureChanges,
     readout: DictionaryParams | None,
     below_readout: Hooks,
     tokens: Int[Array, "batch 2"] | None = None,
@@ -141,12 +152,13 @@ def effects_of_changes(
     entry: Entry,
     length: int,
     readout_config: DictionaryConfig | None = None,
+    edited_config: DictionaryConfig | None = None,
     sharding: NamedSharding | None = None,
 ) -> ChangeEffects:
     """Return the effects of changes.
 
     Args:
-        length: positions at the end of the rows that the changes may reach.
+        length: positions at the end of the rows that the changes may reach; all of them for `FeatureChanges`.
         readout: dictionary whose activations are compared; its input is the last of the clean pass's `sources`.
         below_readout: the hooks that act before it reads.
         tokens: for each row, two tokens whose logits are compared; None computes nothing for them.
@@ -154,15 +166,18 @@ def effects_of_changes(
         sharding: spreads the changes over devices.
     """
     keep = () if readout_config is None else (readout_config.hook_in,)
+    n = len(changes.features if isinstance(changes, FeatureChanges) else changes.directions)
 
     def run(hooks: Hooks) -> tuple[Array, list[Array]]:
-        return _changed_pass(dataclasses.replace(model, hooks=hooks), clean, changes, entry, length, keep, sharding)
+        other = dataclasses.replace(model, hooks=hooks)
+        if isinstance(changes, FeatureChanges):
+            assert edited_config is not None
+            return _whole_passes(other, clean.tok_ids, changes, edited_config, keep)
+        return _changed_pass(other, clean, changes, entry, length, keep, sharding)
 
     final, values = run(model.hooks)
     upper, counted = jax.tree.map(lambda x: x[:, -length:], (clean, weights))
-    effects, moved, by_logit = _compare(
-        _unembedding(model), upper, counted, final.reshape(len(changes.directions), -1, *final.shape[1:])
-    )
+    effects, moved, by_logit = _compare(_unembedding(model), upper, counted, final.reshape(n, -1, *final.shape[1:]))
     found = ChangeEffects(effects, jnp.einsum("nbsd,bs->nd", moved, counted.real))
     if tokens is not None:
         columns = _unembedding(model).T[tokens]
@@ -181,6 +196,26 @@ def effects_of_changes(
     real = jnp.where(readout_config.acts_at(upper.tok_ids), counted.real, 0)
     read = jnp.einsum("nbsf,bs->nf", after - before, real.astype(before.dtype))
     return found._replace(read=read)
+
+
+def _whole_passes(
+    model: HookedModel,
+    tok_ids: Int[Array, "batch seq"],
+    changes: FeatureChanges,
+    config: DictionaryConfig,
+    keep: tuple[str, ...],
+) -> tuple[Float[Array, "rows seq d_model"], list[Array]]:
+    """Do as `_changed_pass` for features that write to several hook points, by a pass of the model for each."""
+    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+
+    def one(feature: Array, amounts: Array) -> list[Array]:
+        edit = EditFeatures(changes.params, feature, amounts[..., None], amounts != 0, config=config, change="add")
+        _, acts = model.with_hooks(at_hook_points(edit)).run(tok_ids, (final, *keep))
+        return [acts[name] for name in (final, *keep)]
+
+    found = jax.vmap(one)(changes.features, changes.amounts)
+    rows, *values = [value.reshape(-1, *value.shape[2:]) for value in found]
+    return rows, values
 
 
 def _changed_pass(

@@ -11,19 +11,25 @@ There are two passes over the rows; the first computes the mean of y, which expl
 `[PAD]` and rows without a token to predict are excluded. Measures of reconstruction also exclude `[BEGIN]`, which has
 the same vector in every story, by default, and the tokens that a dictionary excludes, where splices and ablations keep
 the value. Cross-entropy and KL are over the positions that have a next token.
+
+A cross-layer transcoder replaces all its MLP outputs in one pass. A crosscoder replaces the value of one hook point at
+a time, by its reconstruction from the clean pass; its cross-entropies and KL are averages over its hook points.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.analysis.evaluation.model_passes import (
     batches_of,
     clean_pass,
+    losses_against,
     losses_with_value,
     require_unspliced,
     sum_values,
@@ -33,11 +39,12 @@ from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.block_order import stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.sites import require_site
+from tinymodel_jax.dictionaries.sites import Site, require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import require_hook_names, vector_width, vectors
+from tinymodel_jax.model.hook_points import Hooks, require_hook_names, require_widths, vectors_at
+from tinymodel_jax.model.interventions import Replace, splice
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
@@ -80,11 +87,16 @@ class DictionaryEvaluation(NamedTuple):
     """Number of tokens that the measures of reconstruction are averaged over."""
     margins: dict[str, float]
     """Name of a number above -> half-width of its 95 % confidence interval over rows; NaN for a single row."""
+    sites: dict[str, dict[str, float]]
+    """For crosscoders and cross-layer transcoders: tag of each site that they join -> the numbers of the site. A
+    crosscoder's are those above that depend on the prediction, a cross-layer transcoder's L0 and explained variance."""
     frequency: Float[np.ndarray, " n_features"]
     """Share of the tokens on which each feature was active."""
 
 
 _QUANTITIES = (*RowTotals._fields, "targets", "clean", "spliced", "kl", "zeroed", "averaged")
+_OF_CROSSCODERS, _OF_LAYERS = ("error", "variance", "spliced", "kl", "zeroed", "averaged"), ("error", "variance", "l0")
+"""Quantities that are also summed for each site that a crosscoder, or a cross-layer transcoder, joins."""
 _RATIOS = {
     "l0": ("l0", "tokens"),
     "cosine": ("cosine", "tokens"),
@@ -124,15 +136,15 @@ def evaluate(
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows_of(lm, rows), lm.config)
     model = lm.hooked()
-    means = _means(model, batches, {_ablation(d.config) for d in resolved}, count_begin, track)
-    sums = [RowSums(_QUANTITIES) for _ in resolved]
+    means = _means(model, batches, {at for d in resolved for at in _ablations(d.config)}, count_begin, track)
+    sums = [RowSums((*_QUANTITIES, *_of_sites(d.config))) for d in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
         for i, (totals, found) in enumerate(_measure_batch(model, resolved, means, ids, count_begin)):
             sums[i].add(totals, where=has_targets)
             active[i] += np.asarray(found)
-    return [_divide(s, a, d.config.d_out) for s, a, d in zip(sums, active, resolved, strict=True)]
+    return [_divide(s, a, d.config) for s, a, d in zip(sums, active, resolved, strict=True)]
 
 
 def density_histogram(frequency: Float[np.ndarray, " n_features"]) -> tuple[list[int], int]:
@@ -168,21 +180,29 @@ def _resolve(lm: TinyModel, given: Any) -> list[Dictionary]:
 
 
 def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
-    names = (config.hook_in, config.hook_out)
-    require_site(*names)
+    require_site(config.hook_in, config.hook_out)
+    names = (*config.hooks_in, *config.hooks_out)
     require_hook_names(names, lm.config)
     require_unspliced(lm, names)
-    for name, width in zip(names, (config.d_in, config.d_out), strict=True):
-        expected = vector_width(name, lm.config)
-        if width != expected:
-            raise ValueError(
-                f"evaluate: a dictionary is {width} wide at {name}, where the model is {expected}; "
-                "give dictionaries of this model."
-            )
+    require_widths(config, lm.config, "evaluate")
 
 
-def _ablation(config: DictionaryConfig) -> Ablation:
-    return Ablation(config.hook_out, config.exclude)
+def _ablations(config: DictionaryConfig) -> tuple[Ablation, ...]:
+    """Return where values are replaced: at each hook point that the dictionary predicts."""
+    return tuple(Ablation(place, config.exclude) for place in config.hooks_out)
+
+
+def _sites(config: DictionaryConfig) -> tuple[str, ...]:
+    """Return the tags that the site of a crosscoder or cross-layer transcoder joins; () for other dictionaries."""
+    if len(config.hooks_out) == 1:
+        return ()
+    return tuple(site.tag for site in Site.at(config.hook_in, config.hook_out).parts)
+
+
+def _of_sites(config: DictionaryConfig) -> list[str]:
+    """Return the names of the quantities of single sites."""
+    names = _OF_CROSSCODERS if config.is_crosscoder else _OF_LAYERS
+    return [f"{name} {tag}" for tag in _sites(config) for name in names]
 
 
 def _means(
@@ -215,45 +235,96 @@ def _measure_batch(
 ) -> Iterator[tuple[dict[str, Any], Array]]:
     """Yield, for each dictionary, the rows' totals of each quantity, and on how many tokens each feature is active."""
     config = model.config
-    needed = {name for d in dictionaries for name in (d.config.hook_in, d.config.hook_out)}
+    needed = {name for d in dictionaries for name in (*d.config.hooks_in, *d.config.hooks_out)}
     keep = tuple(sorted(needed | {stream_before(ablation.place) for ablation in means}))
     clean = clean_pass(model, ids, keep=keep)
 
-    def with_value(at: Ablation, value: Any) -> Array:
+    def with_value(at: Ablation, value: Any) -> np.ndarray:
         """Run the layers above with another value at a place, except at excluded tokens."""
         clean_value, stream = clean.acts[at.place], clean.acts[stream_before(at.place)]
         kept = np.isin(ids, at.exclude)
-        return losses_with_value(model, ids, stream, clean_value, value, kept, clean.logprobs, place=at.place)
+        found = losses_with_value(model, ids, stream, clean_value, value, kept, clean.logprobs, place=at.place)
+        return np.asarray(found)
 
-    def with_vector(at: Ablation, vector: np.ndarray) -> np.ndarray:
-        shape = (*ids.shape, len(vector))
-        return np.asarray(with_value(at, np.broadcast_to(vector, shape)))[0]
+    @functools.cache
+    def ablated(ablations: tuple[Ablation, ...]) -> list[np.ndarray]:
+        """Return the cross-entropies with zeros and with means at places, all of them at once."""
+        of_each = {at: (np.zeros_like(means[at]), means[at]) for at in ablations}
+        if len(ablations) == 1:
+            (at,) = ablations
+            return [with_value(at, np.broadcast_to(v, (*ids.shape, len(v))))[0] for v in of_each[at]]
+        return [
+            with_hooks({at.place: Replace(v[i], ~np.isin(ids, at.exclude)) for at, v in of_each.items()})[0]
+            for i in range(2)
+        ]
 
-    ablated = {at: [with_vector(at, v) for v in (np.zeros_like(mean), mean)] for at, mean in means.items()}
+    def with_hooks(hooks: Hooks) -> np.ndarray:
+        return np.asarray(losses_against(model.with_hooks(hooks), ids, clean.logprobs))
+
+    def losses(dictionary: Dictionary, prediction: Array) -> dict[str, Any]:
+        """Return the rows' cross-entropies and KL, of single sites as well."""
+        ablations, tags = _ablations(dictionary.config), _sites(dictionary.config)
+        if dictionary.config.n_layers > 1:
+            return _named(with_hooks(splice(dictionary)), ablated(ablations))
+        values = jnp.split(prediction, len(ablations), axis=-1)
+        found = [_named(with_value(at, v), ablated((at,))) for at, v in zip(ablations, values, strict=True)]
+        of_sites = {f"{name} {tag}": v for tag, one in zip(tags, found, strict=False) for name, v in one.items()}
+        return {name: sum(one[name] for one in found) / len(found) for name in found[0]} | of_sites
+
     shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
-        at, x = _ablation(dictionary.config), vectors(clean.acts[dictionary.config.hook_in])
-        y, mean, counted = vectors(clean.acts[at.place]), means[at], _counted(ids, config, begin, at.exclude)
+        ablations = _ablations(dictionary.config)
+        x, y = (vectors_at(clean.acts, hook) for hook in (dictionary.config.hook_in, dictionary.config.hook_out))
+        mean, counted = (
+            np.concatenate([means[at] for at in ablations]),
+            _counted(ids, config, begin, ablations[0].exclude),
+        )
         prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
-        spliced, kl = np.asarray(with_value(at, prediction))
-        zeroed, averaged = ablated[at]
-        found = {**shared, "spliced": spliced, "kl": kl, "zeroed": zeroed, "averaged": averaged}
-        yield totals._asdict() | found, active
+        yield _of_rows(totals, dictionary.config) | shared | losses(dictionary, prediction), active
 
 
-def _divide(sums: RowSums, active: np.ndarray, width: int) -> DictionaryEvaluation:
+def _named(spliced_and_kl: np.ndarray, ablated: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip(("spliced", "kl", "zeroed", "averaged"), (*spliced_and_kl, *ablated), strict=True))
+
+
+def _of_rows(totals: RowTotals, config: DictionaryConfig) -> dict[str, Any]:
+    """Return the rows' totals of each quantity, of single sites as well."""
+    arrays = {name: np.asarray(value) for name, value in totals._asdict().items()}
+    found: dict[str, Any] = {name: a if a.ndim == 1 else a.sum(axis=1) for name, a in arrays.items()}
+    for part, tag in enumerate(_sites(config)):
+        found |= {f"{name} {tag}": a[:, part] for name, a in arrays.items() if a.ndim > 1 and a.shape[1] > 1}
+    return found
+
+
+def _divide(sums: RowSums, active: np.ndarray, config: DictionaryConfig) -> DictionaryEvaluation:
     found = {name: sums.ratio(*pair) for name, pair in _RATIOS.items()}
     unexplained, error, tokens = sums.ratio("error", "variance"), sums.ratio("error", "tokens"), sums.total("tokens")
     margins = {name: estimate.margin for name, estimate in found.items()}
     return DictionaryEvaluation(
         **{name: estimate.value for name, estimate in found.items()},
         explained_variance=1 - unexplained.value,
-        mse=error.value / width,
+        mse=error.value / config.d_out,
         dead_fraction=float(np.mean(active == 0)),
         tokens=int(tokens),
-        margins=margins | {"explained_variance": unexplained.margin, "mse": error.margin / width},
+        margins=margins | {"explained_variance": unexplained.margin, "mse": error.margin / config.d_out},
+        sites={tag: _of_site(sums, tag, config) for tag in _sites(config)},
         frequency=active / max(tokens, 1),
     )
+
+
+def _of_site(sums: RowSums, tag: str, config: DictionaryConfig) -> dict[str, float]:
+    """Return the numbers of one of the sites that a crosscoder or cross-layer transcoder joins."""
+
+    def ratio(above: str, below: str) -> float:
+        return sums.ratio(f"{above} {tag}", f"{below} {tag}" if below == "variance" else below).value
+
+    explained = {"explained_variance": 1 - ratio("error", "variance")}
+    if config.n_layers > 1:
+        return {"l0": ratio("l0", "tokens"), **explained}
+    names = {"ce_spliced": "spliced", "ce_zero_ablated": "zeroed", "ce_mean_ablated": "averaged", "kl": "kl"}
+    zeroed, spliced = f"zeroed {tag}", f"spliced {tag}"
+    recovered = sums.ratio((zeroed, spliced), (zeroed, "clean")).value
+    return explained | {name: ratio(of, "targets") for name, of in names.items()} | {"ce_recovered": recovered}
 
 
 def _counted(

@@ -21,12 +21,12 @@ class RowTotals(NamedTuple):
     """Sums over the counted tokens of each row."""
 
     tokens: Float[Array, " batch"]
-    l0: Float[Array, " batch"]
-    """Active features."""
-    error: Float[Array, " batch"]
-    """Squared distance of the prediction from the target."""
-    variance: Float[Array, " batch"]
-    """Squared distance of the target from the given mean."""
+    l0: Float[Array, "batch layers"]
+    """Active features of each layer; only cross-layer transcoders have several."""
+    error: Float[Array, "batch hook_points"]
+    """Squared distance of the prediction from the target, at each hook point that the dictionary predicts."""
+    variance: Float[Array, "batch hook_points"]
+    """Squared distance of the target from the given mean, at each hook point."""
     cosine: Float[Array, " batch"]
     """Cosine between prediction and target; 0 where one of them is 0."""
 
@@ -58,15 +58,21 @@ def reconstruct(
     prediction, y = predict(tree, config, x, acts).astype(jnp.float32), y.astype(jnp.float32)
     lengths = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(prediction, axis=-1)
     product = jnp.sum(y * prediction, axis=-1)
+
+    def of_parts(values: Array, parts: int) -> Array:
+        return jnp.sum(values.reshape(*counted.shape, parts, -1), axis=-1, dtype=jnp.float32)
+
+    parts = len(config.hooks_out)
     measures = RowTotals(
         tokens=jnp.ones(counted.shape),
-        l0=jnp.sum(acts > 0, axis=-1, dtype=jnp.float32),
-        error=jnp.sum(jnp.square(y - prediction), axis=-1),
-        variance=jnp.sum(jnp.square(y - mean), axis=-1),
+        l0=of_parts(acts > 0, config.n_layers),
+        error=of_parts(jnp.square(y - prediction), parts),
+        variance=of_parts(jnp.square(y - mean), parts),
         cosine=jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1), 0),
     )
     active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
-    totals = RowTotals(*(jnp.sum(jnp.where(counted, measure, 0), axis=-1) for measure in measures))
+    counts = [counted.reshape(*counted.shape, *[1] * (measure.ndim - 2)) for measure in measures]
+    totals = RowTotals(*(jnp.sum(jnp.where(n, m, 0), axis=1) for n, m in zip(counts, measures, strict=True)))
     return prediction, totals, active
 
 
@@ -89,7 +95,7 @@ def evaluate_reconstruction(
             centre = np.asarray(first + jnp.mean(y - first, axis=0))  # exact where all targets are equal
         counted = np.ones((1, len(x)), bool)
         _, totals, found = reconstruct(dictionary.params, x[None], y[None], centre, counted, config=config)
-        sums += np.concatenate(totals)
+        sums += [np.sum(measure) for measure in totals]
         active += np.asarray(found)
         shift += np.asarray(jnp.sum(jnp.asarray(y, jnp.float32) - centre, axis=0), np.float64)
     tokens, active_features, error, from_centre, _ = sums.tolist()
