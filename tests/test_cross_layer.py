@@ -286,3 +286,9 @@ def test_a_sweep_gives_what_each_edit_alone_gives(joined: TinyModel, tok_ids: np
         alone = [joined.loss(tok_ids, np.ones(tok_ids.shape), hooks=one) - clean for one in edit]
         assert_close(found, np.asarray(alone), F32)
     assert "write to several hook points" in error_of(lambda: attribution.attribute(joined, tag, tok_ids))
+    spliced = joined.splice(tag)
+    assert "need whole passes" in error_of(lambda: sweeps.ablate(spliced, "M1", tok_ids))
+    readout = error_of(lambda: sweeps.ablate(joined, "M0", tok_ids, [0], readout=CROSSCODER))
+    assert "reads several hook points; name a dictionary of one" in readout
+    vectors = np.ones((1, WIDTH))
+    assert "added at one hook point" in error_of(lambda: sweeps.steer(joined, tag, tok_ids, 1.0, vectors=vectors))

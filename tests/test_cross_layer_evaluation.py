@@ -71,3 +71,11 @@ def test_the_numbers_of_joined_sites_are_those_of_passes_with_replaced_values(lm
         )
     assert of_transcoder.l0 == pytest.approx(sum(site["l0"] for site in of_transcoder.sites.values()))
     assert of_sae.sites == {}
+
+
+def test_a_model_that_is_spliced_with_joined_sites_is_evaluated_elsewhere(lm: TinyModel, rows: np.ndarray) -> None:
+    lm.attach(TRANSCODER, dictionary_at(TRANSCODER, 2))
+    spliced = lm.splice(TRANSCODER)
+    (found,) = evaluate(spliced, "Ra1", rows)
+    hooks = interventions.splice(lm["Ra1"])
+    assert found.ce_spliced == pytest.approx(float(spliced.loss(rows, np.ones(rows.shape), hooks=hooks)), abs=CLOSE)

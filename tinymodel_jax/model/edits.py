@@ -73,8 +73,17 @@ def _padded(edit: Any, padding: Padding) -> Any:
 
 def can_be_padded(hooks: Mapping[str, Hook]) -> bool:
     """Whether all hooks are edits of this module, whose arrays `pad_edits` knows, and none of them is traced."""
-    edits = [part for edit in hooks.values() for part in (edit.edits if isinstance(edit, Chain) else (edit,))]
-    return not is_traced(hooks) and all(isinstance(edit, OwnEdit) for edit in edits)
+    return not is_traced(hooks) and all(isinstance(edit, OwnEdit) for edit in _single_edits(hooks))
+
+
+def need_whole_passes(hooks: Mapping[str, Hook]) -> bool:
+    """Whether an edit is of a crosscoder or cross-layer transcoder, so that no pass can resume in the middle."""
+    edits = (edit for edit in _single_edits(hooks) if isinstance(edit, EditFeatures | Splice))
+    return any(len(edit.config.hooks_in) > 1 for edit in edits)
+
+
+def _single_edits(hooks: Mapping[str, Hook]) -> list[Hook]:
+    return [part for edit in hooks.values() for part in (edit.edits if isinstance(edit, Chain) else (edit,))]
 
 
 def is_array_tree(tree: Any) -> bool:

@@ -30,6 +30,7 @@ from tinymodel_jax.dictionaries.encoding import size_and_mean
 from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
+from tinymodel_jax.model.edits import need_whole_passes
 from tinymodel_jax.model.forward import encode
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
@@ -71,6 +72,11 @@ def prepare(
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.parts[0].hook_out)
+    if not site.joined and need_whole_passes(lm.hooked().hooks):
+        raise ValueError(
+            f"a sweep at {site.tag} resumes at later layers, and the splices of {', '.join(lm.spliced)} need whole "
+            "passes; sweep the model without the crosscoder or cross-layer transcoder."
+        )
     measured = None if metric is None else check_metric(lm, metric, len(ids))
     reader = None if readout is None else FeatureReader.of(lm, readout, "readout ")
     if reader is not None and reader.site.joined:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.edits import need_whole_passes
 from tinymodel_jax.model.forward import HookedModel, next_token_losses
 from tinymodel_jax.model.hook_points import vectors
 from tinymodel_jax.model.interventions import Replace
@@ -111,7 +112,7 @@ def losses_with_value(
     `stream` is the clean value at `stream_before(place)`, `own` that at `place`.
     """
     value = jnp.where(kept[..., None], vectors(own), other).reshape(own.shape)
-    if place.startswith("blocks."):
+    if place.startswith("blocks.") and not need_whole_passes(model.hooks):
         return _losses(model.unembed(model.resume_with_value(place, value, stream, ids)), ids, clean, model.config)
     return losses_against(model.with_hooks({place: Replace(value)}), ids, clean)
 
