@@ -35,7 +35,7 @@ def dictionary_at(tag: str, seed: int = 0, **options: Any) -> Dictionary:
 
 
 def options_of(architecture: str) -> dict[str, Any]:
-    return {"architecture": architecture} | ({"k": 2} if architecture in ("topk", "batch_topk") else {})
+    return {"architecture": architecture} | ({"k": 2} if architecture in ("topk", "batch_topk", "groupmax") else {})
 
 
 def numbers(*shape: int, seed: int = 0) -> jax.Array:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from oracle import F32, assert_close, error_of
 
-from tinymodel_jax.config import ARCHITECTURES
+from tinymodel_jax.config import TRAINED_ARCHITECTURES
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.layers import is_written
 from tinymodel_jax.training.dictionary_forward import execution_for, loss_and_gradient
@@ -57,7 +57,7 @@ def test_each_hook_points_vectors_are_scaled_to_the_square_root_of_their_width()
     np.testing.assert_allclose(norms.mean(axis=0), WIDTH**0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_a_crosscoder_trains_as_an_sae_of_the_scaled_vectors(architecture: Any) -> None:
     x = rows(0)
     (found,) = statistics(x)
@@ -98,7 +98,7 @@ def test_the_gradient_is_that_of_a_transcoder_without_the_other_layers_entries(a
     jax.tree.map(lambda one, other: assert_close(one, other, F32), gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINED_ARCHITECTURES)
 def test_a_finished_transcoder_computes_what_training_computed(architecture: Any) -> None:
     x, y = rows(0), rows(1)
     recipe = recipe_of(architecture)
