@@ -195,7 +195,7 @@ def test_a_dictionary_of_another_width_or_where_the_model_is_spliced_is_refused(
     lm = model.splice([])
     lm.attach("M0", transcoder("M0", 20, 5))
     with as_users_run_it():
-        with pytest.raises(ValueError, match=r"6 wide at blocks\.0\.hook_mlp_out, where the model is 8"):
+        with pytest.raises(ValueError, match=r"d_out=6, but blocks\.0\.hook_mlp_out is 8 wide"):
             evaluate(model, [narrow], tok_ids)
         with pytest.raises(ValueError, match=r"spliced at blocks\.0\.hook_mlp_out \(M0\)"):
             evaluate(lm.splice("M0"), [lm["M0"].dictionary], tok_ids)

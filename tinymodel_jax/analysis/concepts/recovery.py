@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from tinymodel_jax.analysis.concepts.labels import ConceptScores, score_concepts
 from tinymodel_jax.analysis.report.charts import heat_map_figure, save_figure
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.config import split_hooks
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
@@ -95,7 +96,7 @@ def recover_concepts(
     readers = _readers(lm, lm.dictionary_tags if dictionaries is None else dictionaries)
     layers = sorted({reader.site.layer for reader in readers.values()})
     neurons = {layer: f"blocks.{layer}.mlp.hook_post" for layer in layers if baselines}
-    names = {reader.site.hook_in for reader in readers.values()} | set(neurons.values())
+    names = {name for reader in readers.values() for name in split_hooks(reader.site.hook_in)} | set(neurons.values())
     middle = len(told) // 2
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
 
@@ -185,7 +186,7 @@ def _units_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], see
 
 
 def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
-    dictionary, x = reader.dictionary, jnp.asarray(half.acts[reader.site.hook_in])
+    dictionary, x = reader.dictionary, jnp.asarray(_input(reader, half))
     starts = range(0, dictionary.config.n_features, ENCODED_TOGETHER)
     parts = [np.asarray(dictionary.encode(x, slice(start, start + ENCODED_TOGETHER))) for start in starts]
     return np.concatenate(parts, axis=1)
@@ -195,7 +196,12 @@ def _projected(reader: FeatureReader, seed: int, half: _Half) -> np.ndarray:
     """Return projections on as many random directions as there are features, the same for each half."""
     config = reader.dictionary.config
     directions = np.random.default_rng(seed).normal(size=(config.d_in, config.n_features)).astype(np.float32)
-    return half.acts[reader.site.hook_in] @ directions
+    return _input(reader, half) @ directions
+
+
+def _input(reader: FeatureReader, half: _Half) -> np.ndarray:
+    """Return what a dictionary reads; several hook points' vectors are concatenated."""
+    return np.concatenate([half.acts[name] for name in split_hooks(reader.site.hook_in)], axis=-1)
 
 
 def _scored(units: _Units, choosing: _Half, scoring: _Half) -> Recovery:
