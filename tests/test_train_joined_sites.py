@@ -1,13 +1,14 @@
 """`python -m train dictionaries` on joined sites: a crosscoder and a cross-layer transcoder in one run."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import metrics_of, signal_at, train_here
+from runs import finish, metrics_of, signal_at, start, train_here
 from test_train_dictionaries import FEATURES, WIDTH, arguments, assert_same_bits, data, model
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
@@ -48,6 +49,18 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run: Path, model: Path, data: Pa
     assert_same_bits(tmp_path, run)
     assert train_here("export", tmp_path, "--step", "15", "-o", tmp_path / "out") == 0
     assert (tmp_path / "out" / "dictionaries" / "M0+M1" / "dictionary.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_eight_devices_go_on_with_the_curves_of_one(run: Path, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "moved"
+    shutil.copytree(run, out)
+    for step in (15, 20):
+        shutil.rmtree(out / "checkpoints" / str(step))
+    finish(start(*arguments(model, data, out, *RUN), "--mesh", "data=4,model=2", devices=8))
+    for tag in TAGS:
+        moved, alone = ([line[tag]["loss"] for line in metrics_of(folder)] for folder in (out, run))
+        np.testing.assert_allclose(moved, alone, rtol=1e-5)
 
 
 def test_a_run_starts_from_a_finished_cross_layer_transcoder(
