@@ -148,6 +148,7 @@ def test_files_without_a_sound_configuration_are_refused_in_one_line(
     capsys.readouterr()
     for content, arguments, says in (
         ('{"d_model": 16}', (), "lm.safetensors: a configuration of TransformerLens needs numbers for n_layers=None"),
+        ('{"d_head": 8, "d_model": "16"}', (), "d_model='16'"),
         ("[]", (), "lm.json holds a list"),
         ("{", (), "lm.json cannot be read"),
         ("{}", ("--n-heads", "2"), "lm.json already states the number of heads"),

@@ -177,13 +177,15 @@ def _model_config(given: Mapping[str, Any]) -> ModelConfig:
 
 def _with_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields with the sizes that TransformerLens derives from others."""
-    fields = dict(given)
-    if fields["n_heads"] == -1 and fields.get("d_head"):
-        fields["n_heads"] = fields["d_model"] // fields["d_head"]
-    if fields["d_mlp"] is None and "d_model" in fields:
-        fields["d_mlp"] = 4 * fields["d_model"]
+    fields, d_model, d_head = dict(given), given.get("d_model"), given.get("d_head")
+    if isinstance(d_model, int):
+        if fields["n_heads"] == -1 and isinstance(d_head, int) and d_head:
+            fields["n_heads"] = d_model // d_head
+        if fields["d_mlp"] is None:
+            fields["d_mlp"] = 4 * d_model
     wrong = [f"{name}={fields.get(name)!r}" for name in _SIZES if not isinstance(fields.get(name), int)]
-    wrong += [f"{name}={fields[name]!r}" for name in ("attn_scale",) if not isinstance(fields[name], int | float)]
+    if not isinstance(fields["attn_scale"], int | float):
+        wrong.append(f"attn_scale={fields['attn_scale']!r}")
     if wrong:
         raise ValueError(f"a configuration of TransformerLens needs numbers for {', '.join(wrong)}.")
     return fields
