@@ -340,7 +340,8 @@ def test_configurations_of_transcoder_sets_are_checked(tmp_path):
     assert list(load_transcoder_set(tmp_path)) == ["M0"]
     for content, says in (
         (text.replace("transcoder_set", "cross_layer_transcoder"), "model_kind is 'cross_layer_transcoder'"),
-        (f"{text}nonsense\n", "config.yaml, line 5: 'nonsense' is not a setting"),
+        (f"{text}transcoders: 3\n", "transcoders is 3; expected a list of files"),
+        (f"{text}nonsense\n", "config.yaml is damaged or not YAML: while scanning"),
         (text.replace("mlp.hook_in", "mlp.hook_on"), "feature_input_hook 'mlp.hook_on'"),
     ):
         config.write_text(content)

@@ -33,7 +33,7 @@ def wide() -> TinyModel:
 
 
 def test_there_and_back_is_the_same_model(wide: TinyModel) -> None:
-    config, state = wide.to_transformer_lens()
+    config, state = wide.to_hooked_transformer_state_dict()
     json.dumps(config)
     for fields in (config, WRITTEN_BY_IT):
         back = TinyModel.from_transformer_lens(fields, state)
@@ -45,7 +45,7 @@ def test_there_and_back_is_the_same_model(wide: TinyModel) -> None:
 
 
 def test_the_state_has_the_names_and_shapes_of_hooked_transformer(wide: TinyModel) -> None:
-    _, state = wide.to_transformer_lens()
+    _, state = wide.to_hooked_transformer_state_dict()
     blocks = {name.partition("1.")[2]: array.shape for name, array in state.items() if name.startswith("blocks.1.")}
     assert blocks == {
         **{f"attn.W_{letter}": (2, 16, 8) for letter in "QKV"},
@@ -86,13 +86,13 @@ def test_the_state_has_the_names_and_shapes_of_hooked_transformer(wide: TinyMode
 def test_a_configuration_of_another_kind_of_model_is_refused_by_the_field(
     wide: TinyModel, field: str, value: Any
 ) -> None:
-    config, state = wide.to_transformer_lens()
+    config, state = wide.to_hooked_transformer_state_dict()
     message = error_of(lambda: TinyModel.from_transformer_lens({**config, field: value}, state))
     assert f"{field}={value!r}" in message
 
 
 def test_what_a_configuration_leaves_out_has_their_default(wide: TinyModel) -> None:
-    config, state = wide.to_transformer_lens()
+    config, state = wide.to_hooked_transformer_state_dict()
     few = {name: config[name] for name in ("n_layers", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab")}
     message = error_of(lambda: TinyModel.from_transformer_lens(few, state))
     assert "normalization_type='LN' (only None)" in message
@@ -102,7 +102,7 @@ def test_what_a_configuration_leaves_out_has_their_default(wide: TinyModel) -> N
 
 
 def test_a_state_with_more_or_less_is_refused_by_the_name(wide: TinyModel) -> None:
-    config, state = wide.to_transformer_lens()
+    config, state = wide.to_hooked_transformer_state_dict()
     buffers = {"blocks.0.attn.mask": np.zeros((16, 16), bool), "blocks.0.attn.IGNORE": np.array(-np.inf, np.float32)}
     assert TinyModel.from_transformer_lens(config, state | buffers).config == WIDE
     for name in ("b_Q", "b_K", "b_V"):
@@ -124,7 +124,7 @@ def test_a_state_with_more_or_less_is_refused_by_the_name(wide: TinyModel) -> No
 def test_neurons_with_thresholds_are_refused() -> None:
     config = dataclasses.replace(WIDE, mlp_activation="jumprelu")
     lm = TinyModel.from_params(config, random_params(param_shapes(config), 0))
-    assert "mlp_activation='jumprelu'" in error_of(lm.to_transformer_lens)
+    assert "mlp_activation='jumprelu'" in error_of(lm.to_hooked_transformer_state_dict)
 
 
 @pytest.mark.parametrize("file", ["lm.safetensors", "lm.pt"])
@@ -132,7 +132,7 @@ def test_exported_files_convert_back_to_the_same_folder(wide: TinyModel, tmp_pat
     wide.save_pretrained(tmp_path / "ours")
     exported = tmp_path / "new" / file
     assert convert(["export-lm", str(tmp_path / "ours"), str(exported), "--format", "transformer-lens"]) == 0
-    assert json.loads((tmp_path / "new" / "lm.json").read_text()) == wide.to_transformer_lens()[0]
+    assert json.loads((tmp_path / "new" / "lm.json").read_text()) == wide.to_hooked_transformer_state_dict()[0]
     assert convert(["lm", str(exported), str(tmp_path / "back")]) == 0
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()

@@ -50,7 +50,7 @@ def their_state(model: Any) -> dict[str, Any]:
 
 
 def loaded(lm: TinyModel) -> Any:
-    config, state = lm.to_transformer_lens()
+    config, state = lm.to_hooked_transformer_state_dict()
     return their_model(config, {name: torch.tensor(array) for name, array in state.items()})
 
 

@@ -366,7 +366,7 @@ class TinyModel(WeightViews):
             self._tokenizer = found
         return self._tokenizer
 
-    def to_transformer_lens(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def to_hooked_transformer_state_dict(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the configuration and the state dict from which `HookedTransformer` computes the same logits.
 
         They hold the language model only. The configuration is JSON-ready; the state dict has no buffers.

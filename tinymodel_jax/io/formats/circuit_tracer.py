@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
@@ -20,7 +21,6 @@ from tinymodel_jax.io.data_files import read_safetensors, replaced_tensors
 from tinymodel_jax.io.formats.hook_names import between
 from tinymodel_jax.io.formats.rewriting import as_jumprelu, with_b_dec_subtracted
 from tinymodel_jax.io.formats.stored import Stored, numbers, placed
-from tinymodel_jax.io.formats.yaml_settings import read_settings
 from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.runtime.paths import user_path
 
@@ -143,9 +143,17 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no transcoder set: there is no {CONFIG} in it.")
-    settings = read_settings(path)
-    if settings.get("model_kind") != KIND:
-        raise ValueError(f"{path}: model_kind is {settings.get('model_kind')!r}; expected {KIND!r}.")
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or not YAML: {reason:.200}; write or download it again.") from error
+    kind = settings.get("model_kind") if isinstance(settings, dict) else None
+    if kind != KIND:
+        raise ValueError(f"{path}: model_kind is {kind!r}; expected {KIND!r}.")
+    files = settings.get("transcoders") or []
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{path}: transcoders is {files!r:.80}; expected a list of files.")
     return settings
 
 
@@ -206,4 +214,4 @@ def _write(folder: Path, parts: list[tuple[int, tuple[str, str], dict[str, np.nd
         for layer, _, tensors in parts:
             files.enter_context(replaced_tensors(tensors, folder / f"layer_{layer}.safetensors"))
         temporary = files.enter_context(replaced(folder / CONFIG))
-        temporary.write_text("".join(f'{name}: "{value}"\n' for name, value in settings.items()), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
