@@ -195,7 +195,7 @@ def _local(src: Path) -> Path:
 
 def _replaced(dest: Path) -> str:
     """Return what to print about an earlier conversion at DEST; refuse a folder of other files."""
-    from tinymodel_jax.io.artifacts import CONFIG_FILE
+    from tinymodel_jax.io.config_files import CONFIG_FILE
 
     found = sorted(path.name for path in dest.iterdir()) if dest.is_dir() else []
     if found and CONFIG_FILE not in found:

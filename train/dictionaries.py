@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.search.resumable import fingerprint
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.io.artifacts import DICTIONARY_FILE
+from tinymodel_jax.io.data_files import DICTIONARY_FILE
 from tinymodel_jax.io.hub.addresses import pinned
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.training.data_folder import open_data

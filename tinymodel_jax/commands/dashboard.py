@@ -127,7 +127,7 @@ def _load(
         return _load_directions(model, sites[0], directions)
     own = [model] * len(sites)
     if len(sites) > 1 and (folder := model.dictionary) is not None:
-        from tinymodel_jax.io.artifacts import local_dictionaries
+        from tinymodel_jax.io.hub.folders import local_dictionaries
 
         folder = local_dictionaries(folder)
         own = [dataclasses.replace(model, dictionary=folder / site.tag) for site in sites]

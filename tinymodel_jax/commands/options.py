@@ -150,7 +150,8 @@ def dictionary_folders(folder: Path) -> list[Path]:
         FileNotFoundError: the folder does not exist, or holds no dictionary.
         NotADirectoryError: it is a file.
     """
-    from tinymodel_jax.io.artifacts import DICTIONARY_FILE, local_dictionaries
+    from tinymodel_jax.io.data_files import DICTIONARY_FILE
+    from tinymodel_jax.io.hub.folders import local_dictionaries
 
     folder = local_dictionaries(folder)
     if folder.is_file():

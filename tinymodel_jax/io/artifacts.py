@@ -9,8 +9,6 @@ Checkpoints of training runs have a different format, which is not read here.
 
 from __future__ import annotations
 
-import glob
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,33 +20,32 @@ from tinymodel_jax.bundled import MINI
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import NO_SITE, Site
+from tinymodel_jax.io.config_files import (
+    CONFIG_FILE,
+    DICTIONARIES,
+    MODEL_FILE,
+    TOKENIZER_FILES,
+    own_folder,
+    read_config,
+    write_config,
+)
 from tinymodel_jax.io.convert import ConvertedModel, convert_dictionary, convert_model, model_tensors
 from tinymodel_jax.io.data_files import (
     DICTIONARY_FILE,
     about,
-    read_json_object,
     read_safetensors,
     read_tensors,
     write_safetensors,
 )
 from tinymodel_jax.io.formats import transformer_lens
 from tinymodel_jax.io.formats.choose import FORMATS, read_as, write_as
-from tinymodel_jax.io.hub.addresses import HubAddress, download
+from tinymodel_jax.io.hub.addresses import HubAddress
+from tinymodel_jax.io.hub.folders import download_dictionary, download_model
 from tinymodel_jax.params import require_shapes
-from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.runtime.paths import user_path
 
 if TYPE_CHECKING:
     from tinymodel_jax.text.tokenizer import Tokenizer
-
-FORMAT_VERSION = 1
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-TOKENIZER_FILES = ("tokenizer.json", "token_table.json")
-DICTIONARIES = "dictionaries"
-"""The folder, in that of a model, that holds its dictionaries by tag."""
-_SETTINGS = ("*.json", "*.yaml")
-_DICTIONARY_KINDS = (*_SETTINGS, "*.safetensors", "*.pt")
-"""Files of a repository's folder that may belong to a dictionary."""
 
 
 class ModelFiles(NamedTuple):
@@ -81,10 +78,10 @@ def save_model(
     """
     if tokenizer is not None:
         require_vocabulary(tokenizer, config)
-    folder = _own_folder("model", directory)
+    folder = own_folder("model", directory)
     _refuse_leftovers(folder, tokenizer is not None, dictionaries or {})
     write_safetensors(params, folder / MODEL_FILE)
-    _write_config("model", config.to_dict(), folder)
+    write_config("model", config.to_dict(), folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for tag, dictionary in (dictionaries or {}).items():
@@ -102,7 +99,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
     """
     address = HubAddress.of(name_or_path)
     if address is not None:
-        path, address = _download_model(address)
+        path, address = download_model(address)
     else:
         path = MINI if name_or_path == "mini" else _named("model", name_or_path)
     if path.is_file():
@@ -136,7 +133,7 @@ def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) ->
         ValueError: the file does not hold a language model that a TinyModel can represent.
     """
     address = HubAddress.of(path)
-    path = user_path(path) if address is None else _download_model(address)[0]
+    path = user_path(path) if address is None else download_model(address).path
     tensors = read_tensors(path)
     if not transformer_lens.is_transformer_lens(tensors):
         return about(path, lambda: convert_model(tensors, n_heads))
@@ -182,9 +179,9 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], f
     if format is not None:
         write_as(dictionary, user_path(directory), format)
         return
-    folder = _own_folder("dictionary", directory)
+    folder = own_folder("dictionary", directory)
     write_safetensors(dictionary.params, folder / DICTIONARY_FILE)
-    _write_config("dictionary", dictionary.config.to_dict(), folder)
+    write_config("dictionary", dictionary.config.to_dict(), folder)
 
 
 def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | None = None) -> Dictionary:
@@ -223,14 +220,8 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
             f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of "
             f"{', '.join(FORMATS[:4])} (docs/interop.md)."
         )
-    config = _read_config("dictionary", DictionaryConfig, path)
+    config = read_config("dictionary", DictionaryConfig, path)
     return Dictionary(config, read_safetensors(path / DICTIONARY_FILE))
-
-
-def local_dictionaries(folder: Path) -> Path:
-    """Return a folder of one or several dictionaries; download it first if it is an address on the hub."""
-    address = HubAddress.of(folder)
-    return folder if address is None else download(address, _DICTIONARY_KINDS, ["*/*/*"]).path
 
 
 def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
@@ -254,13 +245,7 @@ def _named(kind: str, name_or_path: Any) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
     address = HubAddress.of(name_or_path)
-    if address is None:
-        return user_path(name_or_path)
-    path, address = download(address, _DICTIONARY_KINDS, ["*/*"])
-    if path.is_file():  # its settings lie beside it
-        beside = address._replace(path=address.path.rpartition("/")[0])
-        download(beside, [glob.escape(path.name), *_SETTINGS], ["*/*"])
-    return path
+    return user_path(name_or_path) if address is None else download_dictionary(address)
 
 
 def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
@@ -274,7 +259,7 @@ def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLi
 
 
 def _load_model_folder(folder: Path, address: HubAddress | None) -> ModelFiles:
-    config = _read_config("model", ModelConfig, folder)
+    config = read_config("model", ModelConfig, folder)
     params = read_safetensors(folder / MODEL_FILE)
     about(folder / MODEL_FILE, lambda: require_model_params(config, params))
     found = _dictionaries_in(folder, DICTIONARY_FILE if address is None else CONFIG_FILE)
@@ -285,33 +270,6 @@ def _load_model_folder(folder: Path, address: HubAddress | None) -> ModelFiles:
 def _dictionaries_in(folder: Path, file: str) -> list[Path]:
     """Return the folders of a model's dictionaries, those that have this file."""
     return sorted(p for p in (folder / DICTIONARIES).glob("*") if (p / file).is_file())
-
-
-def _download_model(address: HubAddress) -> tuple[Path, HubAddress]:
-    """Download a model without its dictionaries, or a file; another program's model is refused before its weights."""
-    path, address = download(address, [CONFIG_FILE, f"{DICTIONARIES}/*/{CONFIG_FILE}"])
-    if path.is_file():
-        beside = address._replace(path=address.path.rpartition("/")[0])
-        download(beside, [glob.escape(path.name), glob.escape(transformer_lens.config_path(path).name)])
-        return path, address
-    if (path / CONFIG_FILE).is_file():
-        _config_values("model", path / CONFIG_FILE)
-    download(address, [CONFIG_FILE, MODEL_FILE, *TOKENIZER_FILES])
-    return path, address
-
-
-def _own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
-    """Make the folder; refuse one with the configuration of something else, which would be overwritten."""
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        raise ValueError(f"a {kind} is saved to a folder, got {directory!r:.80}; name one, '.' for the current one.")
-    folder = user_path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / CONFIG_FILE).exists():
-        try:
-            _config_values(kind, folder / CONFIG_FILE)
-        except ValueError as error:
-            raise ValueError(f"{error} Nothing was written; choose another folder.") from error
-    return folder
 
 
 def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[str, Any]) -> None:
@@ -325,26 +283,3 @@ def _refuse_leftovers(folder: Path, has_tokenizer: bool, dictionaries: Mapping[s
             f"{folder} holds parts of another model that this one lacks: {', '.join(left)}. Nothing was written; "
             "delete them or choose another folder."
         )
-
-
-def _write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:
-    content = {"format": f"tinymodel_jax/{kind}", "format_version": FORMAT_VERSION, **values}
-    replace_file(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _read_config(kind: str, config_class: Any, folder: Path) -> Any:
-    path = folder / CONFIG_FILE
-    values = _config_values(kind, path)
-    version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this release reads {FORMAT_VERSION}.")
-    return about(path, lambda: config_class.from_dict(values))
-
-
-def _config_values(kind: str, path: Path) -> dict[str, Any]:
-    """Return the values of a configuration file of this kind."""
-    values = read_json_object(path)
-    found = values.pop("format", None)
-    if found != f"tinymodel_jax/{kind}":
-        raise ValueError(f"{path} describes {found!r}, expected 'tinymodel_jax/{kind}'.")
-    return values

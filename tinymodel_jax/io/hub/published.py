@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from tinymodel_jax.dictionaries.sites import KINDS, Site
 from tinymodel_jax.io import artifacts
+from tinymodel_jax.io.config_files import FORMAT_VERSION
 from tinymodel_jax.io.convert import PUBLISHED_N_HEADS, convert_dictionary, convert_model
 from tinymodel_jax.io.hub.client import SHA256 as SHA256_PATTERN
 from tinymodel_jax.io.hub.client import endpoint, reason, require_client, sha256
@@ -145,7 +146,7 @@ def tokenizer_folder() -> Path:
 def cache_folder() -> Path:
     """Return the folder of the conversions, which may not exist yet."""
     # Each format version has its own folder.
-    return cache_root() / f"v{artifacts.FORMAT_VERSION}"
+    return cache_root() / f"v{FORMAT_VERSION}"
 
 
 def _published_site(tag: str) -> Site:
