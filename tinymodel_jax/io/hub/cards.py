@@ -88,7 +88,7 @@ def dictionary_card(
         license, base_model: as in `model_card` and `run_card`.
         format: the other library whose files are uploaded, as in `Dictionary.save_pretrained`.
     """
-    kind = "A transcoder" if config.is_transcoder else "A sparse autoencoder"
+    kind = f"A {_kind(config).replace('sparse-', 'sparse ')}"
     also = "" if format is None else f", which `{LIBRARY}` reads, too"
     metadata = _of_dictionaries([config], license, base_model)
     if format is not None:
@@ -162,8 +162,14 @@ def _of_dictionaries(configs: Any, license: str | None, base_model: str | None) 
 
 def _tags(configs: Any) -> list[str]:
     """Return the tags of dictionaries: what they are, and their architectures."""
-    kinds = {"transcoder" if config.is_transcoder else "sparse-autoencoder" for config in configs}
-    return sorted(kinds) + sorted({config.architecture.replace("_", "-") for config in configs})
+    found = [(_kind(config), config.architecture.replace("_", "-")) for config in configs]
+    return sorted({kind for kind, _ in found}) + sorted({architecture for _, architecture in found})
+
+
+def _kind(config: DictionaryConfig) -> str:
+    if config.is_transcoder:
+        return "transcoder" if config.n_layers == 1 else "cross-layer-transcoder"
+    return "crosscoder" if config.is_crosscoder else "sparse-autoencoder"
 
 
 def _title(address: HubAddress) -> str:
