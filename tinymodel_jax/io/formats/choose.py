@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io.data_files import DICTIONARY_FILE
-from tinymodel_jax.io.formats import circuit_tracer, dictionary_learning, saelens, sparsify, tinymodel_pt
+from tinymodel_jax.io.formats import circuit_tracer, cross_layer, dictionary_learning, saelens, sparsify, tinymodel_pt
 from tinymodel_jax.io.formats.stored import Stored, listed, placed
 
 Format = Literal["saelens", "dictionary_learning", "sparsify", "circuit-tracer", "tinymodel-pt"]
@@ -24,6 +24,7 @@ class _Reader(NamedTuple):
 
 
 _READERS: dict[str, _Reader] = {
+    "circuit-tracer (cross-layer)": _Reader(cross_layer.recognizes, cross_layer.read, cross_layer.CONFIG),
     "saelens": _Reader(saelens.recognizes, saelens.read, saelens.CONFIG),
     "sparsify": _Reader(sparsify.recognizes, sparsify.read, sparsify.CONFIG),
     "dictionary_learning": _Reader(
@@ -73,6 +74,9 @@ def write_as(dictionary: Dictionary, path: Path, name: str) -> None:
     """
     if name not in _WRITERS:
         raise ValueError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}.")
+    if len(dictionary.config.hooks_in) > 1:
+        kind = "crosscoders" if dictionary.config.is_crosscoder else "cross-layer transcoders"
+        raise ValueError(f"format {name!r} is not written for {kind}; leave format= out, for this package's own.")
     if name in _READERS:
         found = "this package" if (path / DICTIONARY_FILE).exists() else format_of(path)
         if found != name and (found is not None or (path / _READERS[name].config).exists()):

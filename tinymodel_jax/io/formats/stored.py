@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymodel_jax.config import DTYPES, DictionaryConfig
+from tinymodel_jax.config import DTYPES, DictionaryConfig, split_hooks
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import param_shapes
 from tinymodel_jax.dictionaries.sites import Site
@@ -59,7 +59,10 @@ def placed(stored: Stored, site: Site | None, path: Path) -> Dictionary:
             f"{path}: it is {kinds[stored.is_transcoder]} that normalizes its input, which only an SAE undoes on its "
             f"output, so it cannot be {kinds[becomes_transcoder]}; give the tag of another site."
         )
-    config = about(path, lambda: DictionaryConfig(*hooks, **sizes_of(stored.params), **stored.fields))
+    sizes = about(path, lambda: sizes_of(stored.params))
+    if becomes_transcoder:  # a cross-layer transcoder's features read one of several hook points
+        sizes["d_in"] *= len(split_hooks(hooks[0]))
+    config = about(path, lambda: DictionaryConfig(*hooks, **sizes, **stored.fields))
     expected = param_shapes(config)
     about(path, lambda: require_shapes(stored.params, expected, f"a dictionary of {config.n_features} features"))
     return Dictionary(config, {name: stored.params[name] for name in expected})
