@@ -19,7 +19,7 @@ from oracle import error_of
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from tinymodel_jax.config import ARCHITECTURES, DTYPES, ModelConfig
+from tinymodel_jax.config import ARCHITECTURES, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io import data_files
@@ -33,6 +33,7 @@ from tinymodel_jax.io.artifacts import (
 )
 from tinymodel_jax.io.convert import export_model, model_tensors
 from tinymodel_jax.io.torch_files import save_torch_file
+from tinymodel_jax.number_formats import DTYPES
 from tinymodel_jax.runtime.atomic_files import replace_file
 from tinymodel_jax.text.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import error_of
 
-from tinymodel_jax.config import ARCHITECTURES, DTYPES, DictionaryConfig, ModelConfig, dtype_name
+from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig, ModelConfig
+from tinymodel_jax.number_formats import DTYPES, dtype_name
 
 sizes = st.integers(1, 64)
 

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     # 0: names, shapes and rules; how programs run here
     "config": 0,
+    "json_config": 0,
+    "number_formats": 0,
     "block_order": 0,
     "params": 0,
     "runtime": 0,
@@ -40,6 +42,9 @@ LAYERS = {
 """A module or folder, and its layer. A file imports lower layers and its own folder."""
 
 SIBLINGS = {
+    # what the configurations are made of
+    ("config", "json_config"),
+    ("config", "number_formats"),
     # the command itself
     ("__main__", "commands"),
 }

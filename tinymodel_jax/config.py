@@ -6,14 +6,14 @@ JSON and back without loss. Weights and training options are elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-import ml_dtypes
 import numpy as np
+
+from tinymodel_jax.json_config import JsonConfig
+from tinymodel_jax.number_formats import dtype_name
 
 TrainedArchitecture = Literal["relu", "topk", "batch_topk", "jumprelu", "gated"]
 """An architecture that this package trains."""
@@ -22,53 +22,10 @@ Normalization = Literal["none", "layer_norm", "constant_norm"]
 MLPActivation = Literal["relu", "jumprelu"]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 TRAINED_ARCHITECTURES: tuple[TrainedArchitecture, ...] = get_args(TrainedArchitecture)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-COMPUTE_DTYPES = ("float32", "bfloat16")
-
-
-Config = TypeVar("Config", bound="_JsonConfig")
-
-
-class _JsonConfig:
-    """JSON round trip for a frozen dataclass; unknown or missing fields are errors that name them."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-    @classmethod
-    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Build the configuration from `to_dict`'s output, also after JSON has turned tuples into lists.
-
-        Raises:
-            ValueError: a field is unknown, or one without a default is missing.
-        """
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        known = [field.name for field in fields]
-        unknown = sorted(set(values) - set(known))
-        missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-        if unknown or missing:
-            problems = [f"unknown field {name!r}{_closest(name, known)}" for name in unknown]
-            problems += [f"missing field {name!r}" for name in missing]
-            raise ValueError(f"{cls.__name__}: {'; '.join(problems)}. Known fields: {', '.join(known)}.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-    @classmethod
-    def require(cls, config: Any, taker: str) -> None:
-        """Require a configuration of this class.
-
-        Raises:
-            ValueError: `config` is something else; the message names `taker`, the function that takes it.
-        """
-        if not isinstance(config, cls):
-            raise ValueError(
-                f"{taker} takes a {cls.__name__}; got a {type(config).__name__}. Models and dictionaries have theirs "
-                f"as .config, and {cls.__name__}.from_dict(values) makes one from a dict."
-            )
 
 
 @dataclass(frozen=True)
-class ModelConfig(_JsonConfig):
+class ModelConfig(JsonConfig):
     """Shape and number formats of one TinyModel transformer. The defaults are the published 44M model's.
 
     Source: the reference's published checkpoints (noanabeshima/tiny_model).
@@ -169,7 +126,7 @@ class ModelConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
-class DictionaryConfig(_JsonConfig):
+class DictionaryConfig(JsonConfig):
     """Shape, architecture and placement of one sparse dictionary.
 
     A dictionary is a sparse autoencoder (SAE) when `hook_in == hook_out`, a transcoder otherwise. Several hook points,
@@ -325,35 +282,6 @@ def split_hooks(name: str) -> tuple[str, ...]:
     return tuple(name.split("+"))
 
 
-def dtype_name(dtype: Any) -> str:
-    """Return the name of a floating-point number format given as a name, a NumPy or a JAX dtype.
-
-    Raises:
-        ValueError: it is not one of float32, bfloat16, float16, float64.
-    """
-    try:
-        if dtype is None:
-            raise TypeError("NumPy would take None for float64")
-        name = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}.")
-    return name
-
-
-def compute_dtype(dtype: Any) -> str:
-    """Return the name of a number format that a TinyModel computes in.
-
-    Raises:
-        ValueError: it is neither float32 nor bfloat16.
-    """
-    name = dtype_name(dtype)
-    if name not in COMPUTE_DTYPES:
-        raise ValueError(f"dtype {name!r}: a TinyModel computes in {' or '.join(COMPUTE_DTYPES)}.")
-    return name
-
-
 def _token_ids(name: str, given: Any) -> tuple[int, ...]:
     """Return token ids, which may come from JSON, in order and each once."""
     items = list(given) if isinstance(given, Iterable) else [given]
@@ -366,8 +294,3 @@ def _token_ids(name: str, given: Any) -> tuple[int, ...]:
 def _require_positive(owner: str, name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{owner}: {name}={value!r} must be a whole number of 1 or more.")
-
-
-def _closest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

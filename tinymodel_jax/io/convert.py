@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymodel_jax.config import DTYPES, DictionaryConfig, ModelConfig
+from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.number_formats import DTYPES
 
 PUBLISHED_D_MODEL, PUBLISHED_N_HEADS = 768, 16
 

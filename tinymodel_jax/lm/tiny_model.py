@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.config import ModelConfig, compute_dtype
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.readers import Reader
 from tinymodel_jax.dictionaries.sites import Site
@@ -43,6 +43,7 @@ from tinymodel_jax.model.hook_points import (
     require_hook_names,
 )
 from tinymodel_jax.model.padding import batch_of, bucket, cut, is_traced, pad_right, target_weights
+from tinymodel_jax.number_formats import compute_dtype
 from tinymodel_jax.params import WeightViews, flatten, own_array, require_tree, unflatten
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from tinymodel_jax.config import TRAINED_ARCHITECTURES, TrainedArchitecture, _JsonConfig
+from tinymodel_jax.config import TRAINED_ARCHITECTURES, TrainedArchitecture
+from tinymodel_jax.json_config import JsonConfig
 
 Penalty = Literal["l1", "log"]
 PRESETS = ("house", "reference")
@@ -52,7 +53,7 @@ class DictionaryHyper(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DictionaryRecipe(_JsonConfig):
+class DictionaryRecipe(JsonConfig):
     """How to train one dictionary. Build one with `recipe_preset`, or field by field."""
 
     architecture: TrainedArchitecture

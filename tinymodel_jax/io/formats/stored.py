@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinymodel_jax.config import DTYPES, DictionaryConfig, split_hooks
+from tinymodel_jax.config import DictionaryConfig, split_hooks
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import param_shapes
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.io.data_files import about, replaced_tensors
+from tinymodel_jax.number_formats import DTYPES
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replaced
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tinymodel_jax.config import DTYPES, ModelConfig
+from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.convert import model_tensors
+from tinymodel_jax.number_formats import DTYPES
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replace_file
 
