@@ -11,7 +11,8 @@ from conftest import make_dictionary
 from oracle import F32, assert_close, error_of
 
 from tinymodel_jax import interventions
-from tinymodel_jax.analysis import attribution, sweeps
+from tinymodel_jax.analysis import attribution, sweeps, top_activations
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import encode
@@ -292,3 +293,21 @@ def test_a_sweep_gives_what_each_edit_alone_gives(joined: TinyModel, tok_ids: np
     assert "reads several hook points; name a dictionary of one" in readout
     vectors = np.ones((1, WIDTH))
     assert "added at one hook point" in error_of(lambda: sweeps.steer(joined, tag, tok_ids, 1.0, vectors=vectors))
+
+
+def test_the_logit_effects_are_of_all_that_stays_in_the_stream(joined: TinyModel) -> None:
+    W_U = joined.params["W_U"]
+    for tag in (CROSSCODER, TRANSCODER):
+        rows = joined[tag].dictionary.params["W_dec"]
+        left = rows[:, WIDTH:] + (rows[:, :WIDTH] if tag == TRANSCODER else 0)
+        effects = np.array(left @ W_U)
+        effects -= effects.mean(axis=1, keepdims=True)
+        found = logit_effects(joined, tag, top=2)
+        assert_close(found.promoted_effect, -np.sort(-effects, axis=1)[:, :2], F32)
+
+
+def test_top_activations_are_found_for_joined_sites(joined: TinyModel, tok_ids: np.ndarray) -> None:
+    for tag in (CROSSCODER, TRANSCODER):
+        found = top_activations.top_activations(joined, tag, tok_ids, k=1)
+        peaks = np.asarray(joined[tag](tok_ids)).max(axis=(0, 1))
+        assert_close(found.largest, peaks, F32)

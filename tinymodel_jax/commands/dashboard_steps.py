@@ -20,6 +20,7 @@ from tinymodel_jax.analysis.search.feature_queries import concept_f1, token_text
 from tinymodel_jax.bundled.storyworld import CONCEPTS
 from tinymodel_jax.commands.inputs import storyworld_truth
 from tinymodel_jax.commands.top import search
+from tinymodel_jax.config import split_hooks
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.runtime.progress import with_progress
 
@@ -91,7 +92,7 @@ class Work:
             facts = dataclasses.replace(facts, f1=concept_f1(reader, self.rows, truth, track=track))
         if not len(self.effect_rows):
             return facts
-        if not has_entry(hook_out := reader.dictionary.config.hook_out):
+        if not all(map(has_entry, split_hooks(hook_out := reader.dictionary.config.hook_out))):
             reason = f"Effects are left out: {hook_out} is neither the residual stream nor added to it."
             return dataclasses.replace(facts, left_out=(*facts.left_out, reason))
         work_file = folder / folders.EFFECTS

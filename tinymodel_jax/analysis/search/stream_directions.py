@@ -6,10 +6,11 @@ direction of the stream, the same for every input.
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tinymodel_jax.block_order import READERS, STREAM, WRITERS, block_and_hook, comes_after
-from tinymodel_jax.config import DictionaryConfig
+from tinymodel_jax.config import DictionaryConfig, split_hooks
 from tinymodel_jax.lm import TinyModel
 
 WRITTEN = (*STREAM, *WRITERS, "attn.hook_z", "mlp.hook_post")
@@ -19,8 +20,11 @@ READ = (*STREAM, *READERS, "attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hoo
 
 
 def is_written(hook_out: str) -> bool:
-    """Whether what a dictionary predicts at a hook point reaches the stream through one matrix at most."""
-    return block_and_hook(hook_out)[1] in WRITTEN
+    """Whether what a dictionary predicts at a hook point reaches the stream through one matrix at most.
+
+    Of several hook points, joined by "+", all must.
+    """
+    return all(block_and_hook(name)[1] in WRITTEN for name in split_hooks(hook_out))
 
 
 def is_read(hook_in: str) -> bool:
@@ -34,19 +38,30 @@ def adds_to_stream(hook_out: str) -> bool:
 
 
 def reaches(source: DictionaryConfig, target: DictionaryConfig) -> bool:
-    """Whether the residual stream contains what `source` predicts when `target` reads it."""
+    """Whether the residual stream contains what `source` predicts when `target` reads it; both of one hook point."""
     written_at, read_at = source.hook_out, target.hook_in
+    if len(source.hooks_out) > 1 or len(target.hooks_in) > 1:
+        return False
     return is_written(written_at) and is_read(read_at) and comes_after(read_at, written_at)
 
 
 def written(lm: TinyModel, hook_out: str, directions: Float[Array, "n width"]) -> Float[Array, "n d_model"]:
     """Return what directions at a hook point, such as decoder rows, add to the residual stream.
 
+    Rows of several hook points, joined by "+", add up where the values are added to the stream. Where they are the
+    stream, a row takes the place of earlier ones, as an edit of a crosscoder does.
+
     Raises:
         ValueError: the value there does not reach the stream through one matrix.
     """
     if not is_written(hook_out):
         raise ValueError(f"{hook_out} does not reach the residual stream through one matrix; {', '.join(WRITTEN)} do.")
+    if len(names := split_hooks(hook_out)) > 1:
+        total = jnp.zeros((len(directions), lm.config.d_model), directions.dtype)
+        for name, rows in zip(names, jnp.split(directions, len(names), axis=-1), strict=True):
+            own = written(lm, name, rows)
+            total = own if block_and_hook(name)[1] in STREAM else total + own
+        return total
     layer, hook = block_and_hook(hook_out)
     block = lm.params[f"blocks_{layer}"]
     if hook == "attn.hook_z":
