@@ -286,7 +286,6 @@ def test_a_sweep_gives_what_each_edit_alone_gives(joined: TinyModel, tok_ids: np
     ):
         alone = [joined.loss(tok_ids, np.ones(tok_ids.shape), hooks=one) - clean for one in edit]
         assert_close(found, np.asarray(alone), F32)
-    assert "write to several hook points" in error_of(lambda: attribution.attribute(joined, tag, tok_ids))
     spliced = joined.splice(tag)
     assert "need whole passes" in error_of(lambda: sweeps.ablate(spliced, "M1", tok_ids))
     readout = error_of(lambda: sweeps.ablate(joined, "M0", tok_ids, [0], readout=CROSSCODER))
@@ -311,3 +310,16 @@ def test_top_activations_are_found_for_joined_sites(joined: TinyModel, tok_ids: 
         found = top_activations.top_activations(joined, tag, tok_ids, k=1)
         peaks = np.asarray(joined[tag](tok_ids)).max(axis=(0, 1))
         assert_close(found.largest, peaks, F32)
+
+
+def test_attribution_is_the_gradient_of_an_edit_of_each_feature(joined: TinyModel, tok_ids: np.ndarray) -> None:
+    features = [1, 8, 10]
+    estimates = attribution.attribute(joined, TRANSCODER, tok_ids, features, metric="loss").change
+
+    def loss(factors: jax.Array) -> jax.Array:
+        edit = interventions.scale_features(joined[TRANSCODER], features, factors)
+        return joined.loss(tok_ids, np.ones(tok_ids.shape), hooks=edit)
+
+    assert_close(estimates, -jax.grad(loss)(jnp.ones(len(features))), F32)
+    message = error_of(lambda: attribution.attribute(joined, CROSSCODER, tok_ids))
+    assert "which no gradient at them estimates" in message

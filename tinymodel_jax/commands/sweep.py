@@ -155,7 +155,8 @@ def _report(
     }
     if difference is not None:
         report["logit_difference"] = [shown(lm, [one], ids) for one in difference]
-    if kind == "ablate" and len(effects.features) > 1:
+    has_estimates = kind == "ablate" and not lm[site].dictionary.config.is_crosscoder
+    if has_estimates and len(effects.features) > 1:
         from tinymodel_jax.analysis.effects import metrics
         from tinymodel_jax.analysis.effects.attribution import attribute, rank_correlation
 

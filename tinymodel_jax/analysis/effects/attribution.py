@@ -49,12 +49,13 @@ def attribute(
     JAX.
 
     Raises:
-        ValueError: as for `sweeps.ablate`.
+        ValueError: as for `sweeps.ablate`, or the dictionary is a crosscoder.
     """
     reader = FeatureReader.of(lm, tag)
-    if reader.site.joined:
+    if reader.dictionary.config.is_crosscoder:
         raise ValueError(
-            f"attribution: the features of {reader.site.tag} write to several hook points; sweeps.ablate measures them."
+            f"attribution: ablating a feature of {reader.site.tag} replaces values, which no gradient at them "
+            "estimates; sweeps.ablate measures it."
         )
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, metric=metric)
     assert prepared.metric is not None
@@ -65,7 +66,7 @@ def attribute(
         prepared.weights,
         prepared.metric.tokens,
         None if prepared.function is None else prepared.function.gradient(),
-        hook_name=prepared.entry.edited,
+        hook_names=reader.dictionary.config.hooks_out,
         kind=prepared.metric.kind,
     )
     along = np.asarray(gradient, np.float32) @ decoder_rows(reader, chosen).T
@@ -80,7 +81,7 @@ def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"
     return float(centred[0] @ centred[1] / norm) if norm else float("nan")
 
 
-@partial(fast_jit, static_argnames=("hook_name", "kind"))
+@partial(fast_jit, static_argnames=("hook_names", "kind"))
 def _gradient(
     model: HookedModel,
     tok_ids: Int[Array, "batch seq"],
@@ -88,20 +89,23 @@ def _gradient(
     tokens: Int[Array, "batch 2"] | None,
     of_logits: Float[Array, "batch seq d_vocab"] | None,
     *,
-    hook_name: str,
+    hook_names: tuple[str, ...],
     kind: Kind,
-) -> Float[Array, "batch seq d_model"]:
-    """Return the gradient of a metric with respect to the value at a hook point.
+) -> Float[Array, "batch seq width"]:
+    """Return the gradient of a metric with respect to the values at hook points, concatenated.
 
     Args:
         of_logits: the gradient with respect to the logits, for a metric that is a function.
     """
 
     def value(added: Array) -> Array:
-        logits, _ = model.with_hooks({hook_name: Add(added)}).run(tok_ids)
+        parts = jnp.split(added, len(hook_names), axis=-1)
+        edits = {name: Add(part) for name, part in zip(hook_names, parts, strict=True)}
+        logits, _ = model.with_hooks(edits).run(tok_ids)
         return value_from_logits(kind, logits, weights, tokens) if of_logits is None else jnp.sum(logits * of_logits)
 
-    return jax.grad(value)(jnp.zeros((*tok_ids.shape, model.config.d_model), model.config.dtype))
+    width = len(hook_names) * model.config.d_model
+    return jax.grad(value)(jnp.zeros((*tok_ids.shape, width), model.config.dtype))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
