@@ -18,19 +18,16 @@ a time, by its reconstruction from the clean pass; its cross-entropies and KL ar
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tinymodel_jax.analysis.evaluation.batch_losses import Ablation, BatchLosses, ablations_of, sites_of
 from tinymodel_jax.analysis.evaluation.model_passes import (
     batches_of,
     clean_pass,
-    losses_against,
-    losses_with_value,
     require_unspliced,
     sum_values,
 )
@@ -39,23 +36,15 @@ from tinymodel_jax.analysis.evaluation.row_sums import RowSums
 from tinymodel_jax.block_order import stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.dictionaries.sites import Site, require_site
+from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import Hooks, require_hook_names, require_widths, vectors_at
-from tinymodel_jax.model.interventions import Replace, splice
+from tinymodel_jax.model.hook_points import require_hook_names, require_widths, vectors_at
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
 """Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
-
-
-class Ablation(NamedTuple):
-    """Where zeros or means take a value's place: at a hook point, except at excluded tokens."""
-
-    place: str
-    exclude: tuple[int, ...]
 
 
 class DictionaryEvaluation(NamedTuple):
@@ -136,7 +125,7 @@ def evaluate(
         _check_fits(dictionary.config, lm)
     batches = batches_of(rows_of(lm, rows), lm.config)
     model = lm.hooked()
-    means = _means(model, batches, {at for d in resolved for at in _ablations(d.config)}, count_begin, track)
+    means = _means(model, batches, {at for d in resolved for at in ablations_of(d.config)}, count_begin, track)
     sums = [RowSums((*_QUANTITIES, *_of_sites(d.config))) for d in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
@@ -187,22 +176,10 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
     require_widths(config, lm.config, "evaluate")
 
 
-def _ablations(config: DictionaryConfig) -> tuple[Ablation, ...]:
-    """Return where values are replaced: at each hook point that the dictionary predicts."""
-    return tuple(Ablation(place, config.exclude) for place in config.hooks_out)
-
-
-def _sites(config: DictionaryConfig) -> tuple[str, ...]:
-    """Return the tags that the site of a crosscoder or cross-layer transcoder joins; () for other dictionaries."""
-    if len(config.hooks_out) == 1:
-        return ()
-    return tuple(site.tag for site in Site.at(config.hook_in, config.hook_out).parts)
-
-
 def _of_sites(config: DictionaryConfig) -> list[str]:
     """Return the names of the quantities of single sites."""
     names = _OF_CROSSCODERS if config.is_crosscoder else _OF_LAYERS
-    return [f"{name} {tag}" for tag in _sites(config) for name in names]
+    return [f"{name} {tag}" for tag in sites_of(config) for name in names]
 
 
 def _means(
@@ -238,60 +215,21 @@ def _measure_batch(
     needed = {name for d in dictionaries for name in (*d.config.hooks_in, *d.config.hooks_out)}
     keep = tuple(sorted(needed | {stream_before(ablation.place) for ablation in means}))
     clean = clean_pass(model, ids, keep=keep)
-
-    def with_value(at: Ablation, value: Any) -> np.ndarray:
-        """Run the layers above with another value at a place, except at excluded tokens."""
-        clean_value, stream = clean.acts[at.place], clean.acts[stream_before(at.place)]
-        kept = np.isin(ids, at.exclude)
-        found = losses_with_value(model, ids, stream, clean_value, value, kept, clean.logprobs, place=at.place)
-        return np.asarray(found)
-
-    @functools.cache
-    def ablated(ablations: tuple[Ablation, ...]) -> list[np.ndarray]:
-        """Return the cross-entropies with zeros and with means at places, all of them at once."""
-        of_each = {at: (np.zeros_like(means[at]), means[at]) for at in ablations}
-        if len(ablations) == 1:
-            (at,) = ablations
-            return [with_value(at, np.broadcast_to(v, (*ids.shape, len(v))))[0] for v in of_each[at]]
-        return [
-            with_hooks({at.place: Replace(v[i], ~np.isin(ids, at.exclude)) for at, v in of_each.items()})[0]
-            for i in range(2)
-        ]
-
-    def with_hooks(hooks: Hooks) -> np.ndarray:
-        return np.asarray(losses_against(model.with_hooks(hooks), ids, clean.logprobs))
-
-    def losses(dictionary: Dictionary, prediction: Array) -> dict[str, Any]:
-        """Return the rows' cross-entropies and KL, of single sites as well."""
-        ablations, tags = _ablations(dictionary.config), _sites(dictionary.config)
-        if dictionary.config.n_layers > 1:
-            return _named(with_hooks(splice(dictionary)), ablated(ablations))
-        values = jnp.split(prediction, len(ablations), axis=-1)
-        found = [_named(with_value(at, v), ablated((at,))) for at, v in zip(ablations, values, strict=True)]
-        of_sites = {f"{name} {tag}": v for tag, one in zip(tags, found, strict=False) for name, v in one.items()}
-        return {name: sum(one[name] for one in found) / len(found) for name in found[0]} | of_sites
-
+    losses = BatchLosses(model, ids, clean, means)
     shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
-        ablations = _ablations(dictionary.config)
         x, y = (vectors_at(clean.acts, hook) for hook in (dictionary.config.hook_in, dictionary.config.hook_out))
-        mean, counted = (
-            np.concatenate([means[at] for at in ablations]),
-            _counted(ids, config, begin, ablations[0].exclude),
-        )
+        mean = np.concatenate([means[at] for at in ablations_of(dictionary.config)])
+        counted = _counted(ids, config, begin, dictionary.config.exclude)
         prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
-        yield _of_rows(totals, dictionary.config) | shared | losses(dictionary, prediction), active
-
-
-def _named(spliced_and_kl: np.ndarray, ablated: list[np.ndarray]) -> dict[str, np.ndarray]:
-    return dict(zip(("spliced", "kl", "zeroed", "averaged"), (*spliced_and_kl, *ablated), strict=True))
+        yield _of_rows(totals, dictionary.config) | shared | losses.of(dictionary, prediction), active
 
 
 def _of_rows(totals: RowTotals, config: DictionaryConfig) -> dict[str, Any]:
     """Return the rows' totals of each quantity, of single sites as well."""
     arrays = {name: np.asarray(value) for name, value in totals._asdict().items()}
     found: dict[str, Any] = {name: a if a.ndim == 1 else a.sum(axis=1) for name, a in arrays.items()}
-    for part, tag in enumerate(_sites(config)):
+    for part, tag in enumerate(sites_of(config)):
         found |= {f"{name} {tag}": a[:, part] for name, a in arrays.items() if a.ndim > 1 and a.shape[1] > 1}
     return found
 
@@ -307,7 +245,7 @@ def _divide(sums: RowSums, active: np.ndarray, config: DictionaryConfig) -> Dict
         dead_fraction=float(np.mean(active == 0)),
         tokens=int(tokens),
         margins=margins | {"explained_variance": unexplained.margin, "mse": error.margin / config.d_out},
-        sites={tag: _of_site(sums, tag, config) for tag in _sites(config)},
+        sites={tag: _of_site(sums, tag, config) for tag in sites_of(config)},
         frequency=active / max(tokens, 1),
     )
 
