@@ -55,6 +55,8 @@ class HubServer(ThreadingHTTPServer):
         """Contents that are sent under the announcement of the right ones."""
         self.breaks: dict[str, list[int]] = {}
         """Bytes after which the connection breaks, one number for each of the next downloads."""
+        self.commit_before: dict[str, bytes] = {}
+        """Files that someone else commits just before the next commit, by `OWNER/REPOSITORY/FILE`."""
         self.requests: list[tuple[str, str]] = []
 
     @property
@@ -304,8 +306,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, repository: str, revision: str) -> None:
         if self._asked("api/commit", "commit") or self._is_refused() or self._is_hidden(repository, revision):
             return
+        self.server.files |= self.server.commit_before
+        lines = [*map(json.loads, self.body.splitlines())]
+        parent = lines[0]["value"].get("parentCommit")
+        if parent not in (None, self.server.commit(repository, revision)):
+            self._send(412, {"X-Error-Message": "A commit has happened since. Please refresh and try again."})
+            return
         files = dict(self.server.tree(repository, revision) or {})
-        for line in map(json.loads, self.body.splitlines()):
+        for line in lines:
             value = line["value"]
             if line["key"] == "header":
                 self.server.messages.append(value["summary"])

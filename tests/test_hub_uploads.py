@@ -1,5 +1,6 @@
 """Uploads to any repository on the hub, against a server on loopback: what one commit holds, cards, and failures."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from huggingface_hub import constants
 from test_hub_addresses import assert_same, refused
 
 from tinymodel_jax.bundled import storyworld
+from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.hub.addresses import HubAddress
+from tinymodel_jax.io.hub.cards import dictionary_card
 from tinymodel_jax.lm import TinyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its httpx
@@ -85,6 +90,77 @@ def test_a_dictionary_is_exchanged_in_another_librarys_format(hub: HubServer) ->
     assert f"hub:{OWN}/A1 has parts of another upload that this one lacks" in message
 
 
+FOREIGN = {
+    "config.json": {"architectures": ["GPT2LMHeadModel"]},
+    "cfg.json": {"project": "mine"},
+    "config.yaml": {"model": {"lr": 1}},
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        (None, "config.json"),
+        ("dictionary_learning", "config.json"),
+        ("saelens", "cfg.json"),
+        ("sparsify", "cfg.json"),
+        ("circuit-tracer", "config.yaml"),
+    ],
+)
+def test_another_programs_settings_are_not_overwritten(format: str | None, name: str, hub: HubServer) -> None:
+    hub.files[f"{OWN}/A1/{name}"] = json.dumps(FOREIGN[name]).encode()
+    places = {"circuit-tracer": ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out")}
+    recipe = {"architecture": "topk", "k": 3} if format == "sparsify" else {}
+    dictionary, before = make_dictionary(*places.get(str(format), SAE), **recipe), dict(hub.files)
+    message = refused(ValueError, lambda: dictionary.push_to_hub(f"{OWN}/A1@dev", format=format))
+    assert message.startswith(f"hub:{OWN}/A1@dev")
+    assert name in message
+    assert (hub.files, hub.branches, hub.messages) == (before, {}, [])
+
+
+def test_a_format_does_not_replace_another_and_replaces_itself(hub: HubServer) -> None:
+    dictionary = make_dictionary(*SAE, architecture="topk", k=3)
+    dictionary.push_to_hub(f"{OWN}/A1", format="sparsify")
+    message = refused(ValueError, lambda: dictionary.push_to_hub(f"{OWN}/A1", format="saelens"))
+    assert f"hub:{OWN}/A1 holds a dictionary of sparsify" in message
+    other = make_dictionary(*SAE, architecture="topk", k=2)
+    assert Dictionary.from_pretrained(other.push_to_hub(f"{OWN}/A1", format="sparsify")).config.k == 2
+
+
+def test_the_layers_of_a_transcoder_set_are_uploaded_one_by_one(hub: HubServer) -> None:
+    transcoders = [make_dictionary(f"blocks.{n}.hook_mlp_in", f"blocks.{n}.hook_mlp_out", seed=n) for n in range(2)]
+    for layer, transcoder in enumerate(transcoders):
+        address = transcoder.push_to_hub(f"{OWN}/set", format="circuit-tracer")
+        assert address == f"hub:{OWN}/set/layer_{layer}.safetensors@{hub.commit(OWN)}"
+        assert Dictionary.from_pretrained(address).config.hook_in == transcoder.config.hook_in
+    _, text = card_of(hub, f"{OWN}/set/README.md")
+    assert "Each layer has a file: `layer_0.safetensors`, `layer_1.safetensors`." in text
+    assert f'Dictionary.from_pretrained("hub:{OWN}/set/layer_1.safetensors")' in text
+    settings = hub.files[f"{OWN}/set/config.yaml"]
+    attention = make_dictionary("blocks.2.hook_attn_in", "blocks.2.hook_attn_out")
+    message = refused(ValueError, lambda: attention.push_to_hub(f"{OWN}/set", format="circuit-tracer"))
+    assert f"hub:{OWN}/set is a set of" in message
+    assert hub.files[f"{OWN}/set/config.yaml"] == settings
+
+
+def test_a_format_of_single_files_is_refused_by_name(hub: HubServer) -> None:
+    message = refused(ValueError, lambda: make_dictionary(*SAE).push_to_hub(f"{OWN}/A1", format="tinymodel-pt"))
+    assert "push_to_hub has no format 'tinymodel-pt'" in message
+    assert hub.requests == []
+
+
+def test_a_card_names_the_kind_of_a_dictionary_of_several_hook_points() -> None:
+    address = HubAddress.parse(OWN)
+    for tag, kind in (
+        ("Ra0+Ra1", "A crosscoder of"),
+        ("M0+M1", "A cross-layer transcoder of"),
+        ("A1", "A sparse auto"),
+    ):
+        site = Site.whole(tag)
+        config = DictionaryConfig(site.hook_in, site.hook_out, d_in=8, d_out=8, n_features=6)
+        assert kind in dictionary_card(address, config).text
+
+
 def test_a_branch_is_made_and_main_stays(hub: HubServer, shared_lm: TinyModel) -> None:
     dictionary = make_dictionary(*SAE)
     shared_lm.push_to_hub(OWN)
@@ -130,15 +206,25 @@ def test_a_failed_upload_changes_nothing_and_the_next_one_goes_on(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     first = make_dictionary(*SAE).push_to_hub(f"{OWN}/A1")
     hub.statuses[step] = 500
-    message = refused(OSError, lambda: shared_lm.push_to_hub(f"{OWN}/lm"))
-    assert f"the upload to hub:{OWN}/lm failed, and changed nothing there" in message
+    to = f"{'user/new' if step == 'create' else OWN}/lm"
+    message = refused(OSError, lambda: shared_lm.push_to_hub(to))
+    assert f"the upload to hub:{to} failed, and changed nothing there" in message
     assert "500" in message
     assert "Do the same again" in message
     assert first.endswith(hub.commit(OWN))
     hub.statuses.clear()
     hub.requests.clear()
-    assert_same(TinyModel(shared_lm.push_to_hub(f"{OWN}/lm")), shared_lm)
+    assert_same(TinyModel(shared_lm.push_to_hub(to)), shared_lm)
     assert (("PUT", "upload") in hub.requests) == (step != "commit")
+
+
+def test_a_commit_of_someone_else_in_between_lets_the_upload_fail(hub: HubServer) -> None:
+    dictionary = make_dictionary(*SAE)
+    dictionary.push_to_hub(f"{OWN}/A0")
+    hub.commit_before = {f"{OWN}/A1/config.json": b"{}"}
+    message = refused(OSError, lambda: dictionary.push_to_hub(f"{OWN}/A1"))
+    assert "someone else has changed the repository in the meantime" in message
+    assert hub.files[f"{OWN}/A1/config.json"] == b"{}"
 
 
 def test_without_a_token_or_a_network_an_upload_says_what_to_do(
@@ -157,6 +243,7 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_with_its_words(hub: Hub
     dictionary = make_dictionary(*SAE)
     message = refused(OSError, lambda: dictionary.push_to_hub(OWN, license="no licence"))
     assert '"license" must be one of' in message
+    assert f"failed, and left the new repository {OWN} without files" in message
     assert hub.files == {}
 
 

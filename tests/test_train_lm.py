@@ -277,7 +277,7 @@ def test_a_finished_model_is_uploaded_with_what_is_known_about_it(
     hub_server.statuses["commit"] = 500
     assert train_here(*push) == 1
     error = capsys.readouterr().err
-    assert f"{whole} is finished, but the upload to hub:user/counting failed, and changed nothing there" in error
+    assert f"{whole} is finished, but the upload to hub:user/counting failed, and left the new repository" in error
     hub_server.statuses.clear()
     assert train_here(*push) == 0
     assert f"{whole}: uploaded to hub:user/counting@{hub_server.commit('user/counting')}" in capsys.readouterr().out

@@ -192,7 +192,8 @@ class Dictionary:
                 repository and the branch are created if they do not exist.
             license: the dictionary's licence for the card, in the hub's spelling, such as "mit"; None states none.
             private: whether a new repository is private; None takes the owner's default.
-            format: another library's, as in `save_pretrained`; its folders only.
+            format: another library's, as in `save_pretrained`, unless it is one file. Of "circuit-tracer", whose folder
+                holds a file for each layer, the address of this layer's file is returned.
 
         Raises:
             ModuleNotFoundError, OSError, ValueError: as `TinyModel.push_to_hub` and `save_pretrained`.

@@ -88,11 +88,9 @@ def dictionary_card(
         license, base_model: as in `model_card` and `run_card`.
         format: the other library whose files are uploaded, as in `Dictionary.save_pretrained`.
     """
-    kind = f"A {_kind(config).replace('sparse-', 'sparse ')}"
+    kind = f"A {_kind(config).replace('sparse-', 'sparse ').replace('-transcoder', ' transcoder')}"
     also = "" if format is None else f", which `{LIBRARY}` reads, too"
-    metadata = _of_dictionaries([config], license, base_model)
-    if format is not None:
-        metadata |= {"library_name": format, "tags": [*metadata["tags"], format]}
+    metadata = _of_format(_of_dictionaries([config], license, base_model), format)
     text = f"""# {_title(address)}
 
 {kind} of {config.n_features:,} features, in the format of `{format or LIBRARY}`{also}.
@@ -100,6 +98,29 @@ def dictionary_card(
 {_snippet(f'dictionary = Dictionary.from_pretrained("{address}")', "acts = dictionary.encode(x)  # x: what it reads")}
 {_table(_COLUMNS, [_described(config)])}
 {_made(facts)}"""
+    return Card("dictionary", metadata, text)
+
+
+def transcoder_set_card(
+    address: HubAddress, file: str, files: Sequence[str], config: DictionaryConfig, license: str | None
+) -> Card:
+    """Return the card of a transcoder set of circuit-tracer.
+
+    Args:
+        file, config: the layer that is uploaded.
+        files: the files of all layers.
+    """
+    format = "circuit-tracer"
+    metadata = _of_format(_of_dictionaries([config], license, None), format)
+    listed = ", ".join(f"`{name}`" for name in sorted(files, key=lambda name: (len(name), name)))
+    text = f"""# {_title(address)}
+
+A transcoder set in the format of `{format}`, which `{LIBRARY}` reads, too. Each layer has a file: {listed}.
+
+{_snippet(f'dictionary = Dictionary.from_pretrained("{address.joined(file)}")')}
+The last upload was `{file}`:
+
+{_table(_COLUMNS, [_described(config)])}"""
     return Card("dictionary", metadata, text)
 
 
@@ -158,6 +179,10 @@ def _metadata(license: str | None, tags: Sequence[str]) -> dict[str, Any]:
 def _of_dictionaries(configs: Any, license: str | None, base_model: str | None) -> dict[str, Any]:
     metadata = _metadata(license, ["interpretability", "jax", *_tags(configs)])
     return metadata | ({} if base_model is None else {"base_model": base_model})
+
+
+def _of_format(metadata: dict[str, Any], format: str | None) -> dict[str, Any]:
+    return metadata if format is None else metadata | {"library_name": format, "tags": [*metadata["tags"], format]}
 
 
 def _tags(configs: Any) -> list[str]:

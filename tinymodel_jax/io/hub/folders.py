@@ -6,9 +6,11 @@ import glob
 from pathlib import Path
 
 from tinymodel_jax.io.config_files import CONFIG_FILE, DICTIONARIES, MODEL_FILE, TOKENIZER_FILES, config_values
-from tinymodel_jax.io.formats import transformer_lens
+from tinymodel_jax.io.formats import circuit_tracer, saelens, transformer_lens
 from tinymodel_jax.io.hub.addresses import Download, HubAddress, download
 
+SETTINGS = (CONFIG_FILE, saelens.CONFIG, circuit_tracer.CONFIG)
+"""The file of settings of a dictionary, in any of the formats."""
 _SETTINGS = ("*.json", "*.yaml")
 _DICTIONARY_KINDS = (*_SETTINGS, "*.safetensors", "*.pt")
 """Files of a folder that may belong to a dictionary, in any of the formats."""
