@@ -237,7 +237,9 @@ def test_folders_of_saelens_before_6_are_read(saelens):
     edited(saelens, "cfg.json", **top)
     assert Dictionary.from_pretrained(saelens).config.k == 2
     edited(saelens, "cfg.json", activation_fn_str="tanh-relu")
-    assert "standard with activation function tanh-relu" in error_of(lambda: Dictionary.from_pretrained(saelens))
+    assert "cfg.json: activation_fn 'tanh-relu' with activation_fn_kwargs {'k': 2} cannot" in error_of(
+        lambda: Dictionary.from_pretrained(saelens)
+    )
 
 
 def test_the_scale_of_a_checkpoint_s_activations_is_folded(saelens):

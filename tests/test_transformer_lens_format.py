@@ -121,6 +121,26 @@ def test_a_state_with_more_or_less_is_refused_by_the_name(wide: TinyModel) -> No
     assert "embed.W_E holds int64" in error_of(lambda: TinyModel.from_transformer_lens(config, integers))
 
 
+def test_a_number_of_layers_that_the_state_does_not_have_is_refused_at_once(wide: TinyModel) -> None:
+    config, state = wide.to_hooked_transformer_state_dict()
+    message = error_of(lambda: TinyModel.from_transformer_lens({**config, "n_layers": 10**7}, state))
+    assert "states n_layers=10000000, and the state dict has 2 blocks" in message
+
+
+def test_tensors_that_numpy_cannot_read_are_named(wide: TinyModel) -> None:
+    class Bfloat16:
+        """A tensor of PyTorch in a number format that NumPy does not have."""
+
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise TypeError("Got unsupported ScalarType BFloat16")
+
+    config, state = wide.to_hooked_transformer_state_dict()
+    changed = {**state, "blocks.1.mlp.W_in": Bfloat16()}
+    message = error_of(lambda: TinyModel.from_transformer_lens(config, changed))
+    assert f"1 of {len(state)} tensors of the state dict; the first is blocks.1.mlp.W_in: Got unsupported" in message
+    assert "model.cpu().float()" in message
+
+
 def test_neurons_with_thresholds_are_refused() -> None:
     config = dataclasses.replace(WIDE, mlp_activation="jumprelu")
     lm = TinyModel.from_params(config, random_params(param_shapes(config), 0))
@@ -151,6 +171,7 @@ def test_files_without_a_sound_configuration_are_refused_in_one_line(
         ('{"d_head": 8, "d_model": "16"}', (), "d_model='16'"),
         ("[]", (), "lm.json holds a list"),
         ("{", (), "lm.json cannot be read"),
+        ("[" * 100_000, (), "lm.json cannot be read"),
         ("{}", ("--n-heads", "2"), "lm.json already states the number of heads"),
         (None, (), "lm.json does not exist"),
     ):

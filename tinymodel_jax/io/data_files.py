@@ -1,4 +1,4 @@
-"""Files of numbers and settings: safetensors and JSON, read with errors of one line and written atomically."""
+"""Files of numbers and settings: safetensors, JSON and YAML, read with errors of one line and written atomically."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from tinymodel_jax.io.torch_files import load_torch_file
@@ -38,13 +39,20 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError, ValueError: as `read_tensors`.
+        PermissionError: the file may not be read.
     """
-    try:
+    with _opened_safetensors(path):
         return load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}); write or download it again."
-        ) from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors of a safetensors file, reading its header only.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `read_safetensors`.
+    """
+    with _opened_safetensors(path), safetensors.safe_open(path, "numpy") as file:
+        return set(file.keys())
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -59,6 +67,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; expected a JSON object of settings.")
+    return values
+
+
+def read_yaml_object(path: Path) -> dict[str, Any]:
+    """Return the values of a YAML file that holds one mapping.
+
+    Raises:
+        ValueError: the file cannot be read or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    # PyYAML raises more than its own errors: for dates, numbers and tags that do not exist, and for deep nesting
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or not YAML: {reason:.200}; write or download it again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; expected a mapping of settings.")
     return values
 
 
@@ -82,6 +107,19 @@ def replaced_tensors(tensors: Mapping[str, Any], path: Path) -> Iterator[None]:
             raise OSError(str(error)) from error
         temporary.chmod(mode)  # save_file makes the file readable for its owner only
         yield
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path: Path) -> Iterator[None]:
+    """Name the file in errors that the block raises while reading it."""
+    with path.open("rb"):  # safetensors says that a file that may not be read does not exist
+        pass
+    try:
+        yield
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}); write or download it again."
+        ) from error
 
 
 def about(path: Path, read: Callable[[], Result]) -> Result:

@@ -63,7 +63,7 @@ def read_as(path: Path, site: Site | None) -> Dictionary | None:
         return _read_inside(path, site) if path.is_dir() else None
     if name == "circuit-tracer" and path.is_dir():
         path = _layer(path, site)
-    return placed(_READERS[name].read(path), site, path)
+    return placed(_READERS[name].read(path), site)
 
 
 def write_as(dictionary: Dictionary, path: Path, name: str) -> None:

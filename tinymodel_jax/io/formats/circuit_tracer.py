@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tinymodel_jax.dictionaries.dictionary import Dictionary
+from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.io.data_files import read_safetensors, replaced_tensors
+from tinymodel_jax.io.data_files import read_safetensors, read_yaml_object, replaced_tensors, tensor_names
 from tinymodel_jax.io.formats.hook_names import between
 from tinymodel_jax.io.formats.rewriting import as_jumprelu, with_b_dec_subtracted
 from tinymodel_jax.io.formats.stored import Stored, numbers, placed
@@ -37,12 +37,14 @@ def load_transcoder_set(folder: str | Path) -> dict[str, Dictionary]:
 
     Raises:
         FileNotFoundError: the folder has no config.yaml, or lacks a layer's file.
-        ValueError: a file is damaged or not of a transcoder set, or its hook points are not those of a site here.
+        ValueError: a file is damaged or not of a transcoder set, a parameter is not finite, or its hook points are
+            not those of a site here.
     """
     folder = user_path(folder)
     found = {}
     for path in layers(folder).values():
-        stored = placed(read(path), None, path)
+        stored = placed(read(path), None)
+        require_finite(stored.params, f"the dictionary {path}")
         config = stored.config
         found[Site.at(config.hook_in, config.hook_out).tag] = Dictionary.from_params(config, stored.params)
     return found
@@ -76,7 +78,9 @@ def recognizes(path: Path) -> bool:
     """Whether a path is a folder of a set, or a layer's file."""
     if path.is_dir():
         return (path / CONFIG).is_file() and "model_kind" in (path / CONFIG).read_text("utf-8", "ignore")
-    return path.is_file() and _LAYER.fullmatch(path.name) is not None
+    with contextlib.suppress(ValueError):  # of a damaged file
+        return path.is_file() and _LAYER.fullmatch(path.name) is not None and "W_enc" in tensor_names(path)
+    return False
 
 
 def layers(folder: Path) -> dict[int, Path]:
@@ -107,8 +111,8 @@ def read(path: Path) -> Stored:
     """Read one layer's file.
 
     Raises:
-        ValueError: the file is damaged or not of a transcoder, or has thresholds below 0, which let negative
-            activations through.
+        ValueError: the file is damaged or not of a transcoder, has thresholds below 0, which let negative activations
+            through, or config.yaml states another activation.
     """
     tensors = read_safetensors(path)
     names = _NAMES | {theirs: ours for theirs, ours in _OPTIONAL.items() if theirs in tensors}
@@ -124,7 +128,28 @@ def read(path: Path) -> Stored:
     if "threshold" in params and (params["threshold"] < 0).any():
         raise ValueError(f"{path}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
     fields = {"architecture": "jumprelu" if "threshold" in params else "relu", "skip": "W_skip" in params}
-    return Stored(fields, params, **_place(path))
+    config = path.parent / CONFIG
+    if not config.is_file():
+        return Stored(fields, params, (path, path), is_transcoder=True)
+    settings = _settings(path.parent)
+    require_activation(settings, "threshold" in params, config)
+    return Stored(fields, params, (config, path), is_transcoder=True, **_place(path, settings))
+
+
+def require_activation(settings: Mapping[str, Any], has_thresholds: bool, config: Path) -> None:
+    """Check the activation that a configuration states; without one, files with thresholds are jumprelu, others relu.
+
+    Raises:
+        ValueError: it is not relu, such as topk, which has no ReLU after the selection; or it contradicts thresholds.
+    """
+    activation = settings.get("activation")
+    if activation not in (None, "relu"):
+        raise ValueError(
+            f"{config}: activation {activation!r:.80} cannot be represented; this package reads relu, and jumprelu by "
+            "the thresholds in the files."
+        )
+    if activation == "relu" and has_thresholds:
+        raise ValueError(f"{config}: activation 'relu' contradicts the thresholds in the files; remove one of them.")
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -143,16 +168,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no transcoder set: there is no {CONFIG} in it.")
-    try:
-        settings = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged or not YAML: {reason:.200}; write or download it again.") from error
-    kind = settings.get("model_kind") if isinstance(settings, dict) else None
+    settings = read_yaml_object(path)
+    kind = settings.get("model_kind")
     if kind != KIND:
         raise ValueError(f"{path}: model_kind is {kind!r}; expected {KIND!r}.")
-    files = settings.get("transcoders") or []
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+    files = settings.get("transcoders")
+    if files is not None and not (isinstance(files, list) and files and all(isinstance(name, str) for name in files)):
         raise ValueError(f"{path}: transcoders is {files!r:.80}; expected a list of files.")
     return settings
 
@@ -161,19 +182,15 @@ def _hooks(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     return settings.get("feature_input_hook"), settings.get("feature_output_hook")
 
 
-def _place(path: Path) -> dict[str, Any]:
-    """Return the hook points of a layer's file, from the set's configuration beside it."""
+def _place(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hook points of a layer's file, from the set's configuration."""
     match = _LAYER.fullmatch(path.name)
-    if not (path.parent / CONFIG).is_file():
-        return {"is_transcoder": True}
-    settings = _settings(path.parent)
     names = _hooks(settings)
     files = settings.get("transcoders")
     layer = files.index(path.name) if files and path.name in files else int(match[1]) if match else None
     named = f"feature_input_hook {names[0]!r}, feature_output_hook {names[1]!r}"
     return {
         "hooks": between(*(f"blocks.{layer}.{name}" for name in names)),
-        "is_transcoder": True,
         "named": named,
     }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.io.data_files import read_safetensors
+from tinymodel_jax.io.data_files import read_safetensors, read_yaml_object
+from tinymodel_jax.io.formats import circuit_tracer
 from tinymodel_jax.io.formats.stored import Stored, numbers
 
 CONFIG = "W_enc_0.safetensors"
@@ -29,7 +30,7 @@ def read(folder: Path) -> Stored:
     Raises:
         FileNotFoundError: the file of a layer is missing.
         ValueError: a file is damaged, tensors are missing, unexpected or of the wrong shape, or a threshold is below 0,
-            which lets negative activations through.
+            which lets negative activations through; or a config.yaml beside them states another activation.
     """
     layers = len(list(folder.glob("W_enc_*.safetensors")))
     found = [_layer(folder, layer) for layer in range(layers)]
@@ -47,10 +48,13 @@ def read(folder: Path) -> Stored:
     params |= {"W_enc": params["W_enc"].T, "W_dec": W_dec}
     if "threshold" in params and (params["threshold"] < 0).any():
         raise ValueError(f"{folder}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
+    config = folder / circuit_tracer.CONFIG
+    if config.is_file():
+        circuit_tracer.require_activation(read_yaml_object(config), "threshold" in params, config)
     sites = [Site("M", layer) for layer in range(layers)]
     site = Site.join(sites) if layers > 1 else sites[0]
     fields = {"architecture": "jumprelu" if "threshold" in params else "relu"}
-    return Stored(fields, params, hooks=(site.hook_in, site.hook_out), is_transcoder=True)
+    return Stored(fields, params, (folder, folder), hooks=(site.hook_in, site.hook_out), is_transcoder=True)
 
 
 def _layer(folder: Path, layer: int) -> dict[str, np.ndarray]:

@@ -84,8 +84,8 @@ def read(path: Path) -> Stored:
     if not isinstance(trainer, Mapping):
         raise ValueError(f"{config} has no 'trainer'; expected the settings of a trainer of dictionary_learning.")
     name = trainer.get("dict_class")
-    if name not in _CLASSES:
-        raise ValueError(f"{config}: dict_class {name!r} is unknown; this package reads {', '.join(_CLASSES)}.")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise ValueError(f"{config}: dict_class {name!r:.80} is unknown; this package reads {', '.join(_CLASSES)}.")
     architecture, names, subtracted = _CLASSES[name]
     tensors = _state(load_torch_file(weights))
     unused = {key: tensors.pop(key) for key in _UNUSED.get(name, ()) if key in tensors}
@@ -102,14 +102,15 @@ def read(path: Path) -> Stored:
     if architecture in ("topk", "batch_topk"):
         fields["k"] = _k(trainer, unused, config, weights)
     names_of_hooks = (trainer.get("hook_in"), trainer.get("hook_out"))
-    submodule = trainer.get("submodule_name")
-    same = buffer is None or not isinstance(buffer, Mapping) or buffer.get("io") in (None, "in", "out")
+    submodule, io = trainer.get("submodule_name"), buffer.get("io") if isinstance(buffer, Mapping) else None
+    same = io in (None, "in", "out")  # the input and the output of a hook point are the same
     return Stored(
         fields,
         params,
+        (config, weights),
         hooks=between(*names_of_hooks) or between(submodule, submodule if same else None),
-        guess=of_words(submodule) if same else None,
-        named=f"submodule_name {submodule!r}" if submodule else "",
+        guess=of_words(submodule) if io in (None, "out") else None,
+        named=f"submodule_name {submodule!r}{'' if io is None else f' with io {io!r}'}" if submodule else "",
     )
 
 

@@ -7,6 +7,7 @@ nothing, as in SAELens. Source: SAELens 6.54.12.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors
 from tinymodel_jax.io.formats.hook_names import between
 from tinymodel_jax.io.formats.rewriting import as_jumprelu, decoder_norms, rescaled, with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, numbers, require_stated, whole, write_pair
+from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_stated, sizes_of, whole, write_pair
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 WRITTEN_VERSION = "6.54.12"
@@ -36,7 +37,10 @@ _TRANSCODERS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
+_RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")
+"""Architectures with the setting rescale_acts_by_decoder_norm."""
 _NORMALIZE = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_LARGEST = float(np.finfo(np.float32).max)
 _UNSCALED = "expected_average_only_in"
 _RENAMED = {
     "hook_point": "hook_name",
@@ -60,24 +64,27 @@ def read(path: Path) -> Stored:
     """
     folder = path.parent if path.name == WEIGHTS else path
     path = folder / CONFIG
-    settings = _current(read_json_object(path))
+    given = read_json_object(path)
+    settings = about(path, lambda: _current(given))
     architecture = about(path, lambda: _architecture(settings))
     about(path, lambda: _refuse_unknown(settings))
+    rescales = about(path, lambda: _rescales(settings))
+    other_fields = about(path, lambda: _other_fields(settings))
     params = _params(folder / WEIGHTS, settings, architecture)
     stated = {"d_in": settings.get("d_in"), "n_features": settings.get("d_sae")}
     if settings["architecture"] in _TRANSCODERS:
         stated["d_out"] = settings.get("d_out")
     require_stated(stated, params, path, folder / WEIGHTS)
-    params = about(folder / SCALER, lambda: _scaled(params, settings, folder))
+    params = about(folder / SCALER, lambda: _scaled(params, settings, folder, rescales))
     threshold = params.pop("topk_threshold", None)
-    if settings.get("rescale_acts_by_decoder_norm"):
-        params = rescaled(params, decoder_norms(params))
+    if rescales:
+        params = about(folder / WEIGHTS, lambda: rescaled(params, decoder_norms(params)))
     fields: dict[str, Any] = {"architecture": architecture}
     if architecture == "topk":
         fields["k"] = about(path, lambda: whole(settings.get("k"), "k"))
     if threshold is not None:
         fields, params = _with_threshold(fields, params, threshold, settings.get("k"))
-    return Stored(fields | _other_fields(settings), params, **_place(settings))
+    return Stored(fields | other_fields, params, (path, folder / WEIGHTS), **_place(settings))
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -102,8 +109,8 @@ def _current(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a folder as SAELens 6 names them."""
     metadata = settings.get("metadata")
     metadata = metadata if isinstance(metadata, Mapping) else {}
-    version = str(settings.get("sae_lens_version") or metadata.get("sae_lens_version") or "0")
-    if version.split(".")[0].isdigit() and int(version.split(".")[0]) >= 6:
+    version = re.match(r"\d{1,9}\b", str(settings.get("sae_lens_version") or metadata.get("sae_lens_version")))
+    if version is not None and int(version[0]) >= 6:
         return {"architecture": "standard", **settings, "metadata": metadata}
     found: dict[str, Any] = {_RENAMED.get(name, name): value for name, value in settings.items()}
     found = {"architecture": "standard", "activation_fn": "relu", **found}
@@ -111,7 +118,8 @@ def _current(settings: dict[str, Any]) -> dict[str, Any]:
     if found["activation_fn"] == "topk" and isinstance(kwargs, Mapping) and kwargs.get("k") is not None:
         found |= {"architecture": "topk", "k": kwargs["k"]}
     elif found["activation_fn"] not in ("relu", None):
-        found["architecture"] = f"{found['architecture']} with activation function {found['activation_fn']}"
+        shown = f"activation_fn {found['activation_fn']!r:.80} with activation_fn_kwargs {kwargs!r:.80}"
+        raise ValueError(f"{shown} cannot be represented; this package reads 'relu', and 'topk' with its k.")
     normalize = found.get("normalize_activations")
     if normalize is None or isinstance(normalize, bool):
         found["normalize_activations"] = _UNSCALED if normalize else "none"
@@ -121,9 +129,9 @@ def _current(settings: dict[str, Any]) -> dict[str, Any]:
 def _architecture(settings: Mapping[str, Any]) -> str:
     name = settings["architecture"]
     known = _SAES | _TRANSCODERS
-    if name not in known:
-        raise ValueError(f"architecture {name!r} cannot be represented; this package reads {', '.join(known)}.")
-    if name in _TRANSCODERS and settings.get("apply_b_dec_to_input"):
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"architecture {name!r:.80} cannot be represented; this package reads {', '.join(known)}.")
+    if name in _TRANSCODERS and flag(settings, "apply_b_dec_to_input", False):
         raise ValueError("apply_b_dec_to_input is true, which SAELens refuses for transcoders; set it to false.")
     return known[name]
 
@@ -143,12 +151,16 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             )
 
 
+def _rescales(settings: Mapping[str, Any]) -> bool:
+    """Whether activations are multiplied by the norms of the decoder; other architectures ignore the setting."""
+    return settings["architecture"] in _RESCALED and flag(settings, "rescale_acts_by_decoder_norm", False)
+
+
 def _params(path: Path, settings: Mapping[str, Any], architecture: str) -> dict[str, np.ndarray]:
     """Return parameters under our names, and `topk_threshold` of a checkpoint."""
     tensors = read_safetensors(path)
     if "log_threshold" in tensors:
         tensors["threshold"] = np.exp(tensors.pop("log_threshold"))
-    finetuned = tensors.pop("scaling_factor", None)
     biases = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
     expected = ["W_enc", *biases, "W_dec", "b_dec"]
     if architecture == "jumprelu":
@@ -157,30 +169,39 @@ def _params(path: Path, settings: Mapping[str, Any], architecture: str) -> dict[
         expected.append("topk_threshold")
     if "skip" in settings["architecture"]:
         expected.append("W_skip")
+    expected += ["scaling_factor"] if "scaling_factor" in tensors else []
     params = numbers(tensors, dict(zip(expected, expected, strict=True)), path)
+    finetuned = params.pop("scaling_factor", None)
     if "W_skip" in params:
         params["W_skip"] = params["W_skip"].T
-    if finetuned is not None and not np.allclose(finetuned, 1):
-        if not settings.get("finetuning_scaling_factor"):
+    if finetuned is None:
+        return params
+    n_features = about(path, lambda: sizes_of(params))["n_features"]
+    if finetuned.shape != (n_features,):
+        raise ValueError(f"{path}: scaling_factor has shape {finetuned.shape}; expected ({n_features},).")
+    if not np.allclose(finetuned, 1):
+        if not about(path.parent / CONFIG, lambda: flag(settings, "finetuning_scaling_factor", False)):
             raise ValueError(f"{path} holds a scaling_factor, and {CONFIG} says that there is none.")
         params["W_dec"] = params["W_dec"] * finetuned[:, None]
     return params
 
 
-def _scaled(params: dict[str, np.ndarray], settings: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray]:
+def _scaled(
+    params: dict[str, np.ndarray], settings: Mapping[str, Any], folder: Path, rescales: bool
+) -> dict[str, np.ndarray]:
     """Return parameters for activations as they are, by the factor that a checkpoint's were multiplied by."""
     if settings.get("normalize_activations") != _UNSCALED or not (folder / SCALER).is_file():
         return params
     factor = read_json_object(folder / SCALER).get("scaling_factor")
     if factor is None:
         return params
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-        raise ValueError(f"scaling_factor={factor!r}; expected a number above 0.")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= _LARGEST:
+        raise ValueError(f"scaling_factor={factor!r:.80}; expected a finite number above 0.")
     if settings["architecture"] in _TRANSCODERS:
         raise ValueError("the scale of a transcoder's outputs is unknown; fold it in SAELens.")
     params = dict(params) | {"W_enc": params["W_enc"] * factor}
     params |= {name: params[name] / factor for name in ("W_dec", "b_dec")}
-    if "topk_threshold" in params and settings.get("rescale_acts_by_decoder_norm"):
+    if "topk_threshold" in params and rescales:
         params["topk_threshold"] = params["topk_threshold"] / factor
     return params
 
@@ -190,7 +211,7 @@ def _with_threshold(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the fields and parameters of a batch_topk checkpoint; with a k that is not whole, those of a jumprelu."""
     dtype = params["W_enc"].dtype
-    if isinstance(k, int | float) and k == int(k) and 1 <= k <= params["W_enc"].shape[1]:
+    if isinstance(k, int | float) and k % 1 == 0 and 1 <= k <= params["W_enc"].shape[1]:
         return fields | {"k": int(k)}, params | {"threshold": threshold.astype(dtype)}
     constant = np.full(params["W_enc"].shape[1], threshold, dtype)
     return {"architecture": "jumprelu"}, params | {"threshold": constant}
@@ -198,12 +219,16 @@ def _with_threshold(
 
 def _other_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     excluded = settings["metadata"].get("exclude_special_tokens")
+    if excluded not in (None, False) and not isinstance(excluded, list):
+        raise ValueError(
+            f"exclude_special_tokens={excluded!r:.80} does not say which tokens; write the list of their ids, or false."
+        )
     is_transcoder = settings["architecture"] in _TRANSCODERS
     return {
         "skip": "skip" in settings["architecture"],
         "normalize": _NORMALIZE.get(settings.get("normalize_activations", "none"), "none"),
-        "subtract_b_dec": not is_transcoder and bool(settings.get("apply_b_dec_to_input", True)),
-        "exclude": tuple(excluded) if isinstance(excluded, list) else (),
+        "subtract_b_dec": not is_transcoder and flag(settings, "apply_b_dec_to_input", True),
+        "exclude": tuple(excluded or ()),
     }
 
 
@@ -243,9 +268,9 @@ def _settings(dictionary: Dictionary, architecture: str) -> dict[str, Any]:
     """Return the content of cfg.json."""
     config = dictionary.config
     is_transcoder = architecture in _TRANSCODERS
-    name_in = config.hook_in
-    if config.hook_in.endswith(".hook_mlp_in") and config.hook_out.endswith(".hook_mlp_out"):
-        name_in = config.hook_in.replace("hook_mlp_in", "hook_resid_mid")  # TransformerLens always runs this one
+    name_in, block = config.hook_in, config.hook_in.removesuffix(".hook_mlp_in")
+    if config.hook_out == f"{block}.hook_mlp_out":
+        name_in = f"{block}.hook_resid_mid"  # TransformerLens always runs this one
     metadata = {"hook_name": name_in, "hook_head_index": None, "exclude_special_tokens": list(config.exclude) or False}
     if is_transcoder:
         metadata |= {"hook_name_out": config.hook_out, "hook_head_index_out": None}

@@ -15,7 +15,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors
 from tinymodel_jax.io.formats.hook_names import between, of_module
 from tinymodel_jax.io.formats.rewriting import with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, numbers, require_stated, whole, write_pair
+from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_stated, whole, write_pair
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 ARCHITECTURES = ("topk", "groupmax")
@@ -40,7 +40,9 @@ def read(path: Path) -> Stored:
     architecture = settings.get("activation", "topk")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: activation {architecture!r} is unknown; this package reads topk and groupmax.")
-    skip, transcode = (bool(settings.get(name, False)) for name in ("skip_connection", "transcode"))
+    skip, transcode = (
+        about(path, lambda n=name: flag(settings, n, False)) for name in ("skip_connection", "transcode")
+    )
     names = {**_NAMES, "W_skip": "W_skip"} if skip else _NAMES
     tensors = read_safetensors(folder / WEIGHTS)
     params = numbers(tensors, names, folder / WEIGHTS)
@@ -59,6 +61,7 @@ def read(path: Path) -> Stored:
     return Stored(
         fields,
         params,
+        (path, folder / WEIGHTS),
         hooks=between(settings.get("hook_in"), settings.get("hook_out")),
         guess=of_module(hookpoint, transcode),
         is_transcoder=transcode,

@@ -30,6 +30,8 @@ class Stored(NamedTuple):
     """Fields of `DictionaryConfig` other than hook points and sizes."""
     params: dict[str, np.ndarray]
     """Under this package's names and in its orientation."""
+    files: tuple[Path, Path]
+    """The files of the settings and of the tensors, for messages."""
     hooks: Hooks | None = None
     """Hook points that the files state; None if they state none that this package has."""
     guess: Hooks | None = None
@@ -40,13 +42,14 @@ class Stored(NamedTuple):
     """What the files call the place, for messages."""
 
 
-def placed(stored: Stored, site: Site | None, path: Path) -> Dictionary:
+def placed(stored: Stored, site: Site | None) -> Dictionary:
     """Return the dictionary at the hook points that the files state, else at the given site; arrays stay NumPy's.
 
     Raises:
         ValueError: the files state no site and none is given, parameters are missing, unexpected or of the wrong shape
             or type, or an SAE that normalizes its input would become a transcoder, which does not undo this.
     """
+    path, weights = stored.files
     given = None if site is None else (site.hook_in, site.hook_out)
     hooks = stored.hooks or given or stored.guess
     if hooks is None:
@@ -60,12 +63,12 @@ def placed(stored: Stored, site: Site | None, path: Path) -> Dictionary:
             f"{path}: it is {kinds[stored.is_transcoder]} that normalizes its input, which only an SAE undoes on its "
             f"output, so it cannot be {kinds[becomes_transcoder]}; give the tag of another site."
         )
-    sizes = about(path, lambda: sizes_of(stored.params))
+    sizes = about(weights, lambda: sizes_of(stored.params))
     if becomes_transcoder:  # a cross-layer transcoder's features read one of several hook points
         sizes["d_in"] *= len(split_hooks(hooks[0]))
     config = about(path, lambda: DictionaryConfig(*hooks, **sizes, **stored.fields))
     expected = param_shapes(config)
-    about(path, lambda: require_shapes(stored.params, expected, f"a dictionary of {config.n_features} features"))
+    about(weights, lambda: require_shapes(stored.params, expected, f"a dictionary of {config.n_features} features"))
     return Dictionary(config, {name: stored.params[name] for name in expected})
 
 
@@ -73,13 +76,15 @@ def sizes_of(params: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return d_in, d_out and n_features.
 
     Raises:
-        ValueError: one of the two matrices is missing or not one.
+        ValueError: one of the two matrices is missing or not one, or they have different numbers of features.
     """
     for name in ("W_enc", "W_dec"):
         if name not in params or params[name].ndim != 2:
             found = params[name].shape if name in params else "missing"
             raise ValueError(f"{name} is {found}; expected a matrix. The tensors are {listed(params)}.")
     d_in, n_features = params["W_enc"].shape
+    if len(params["W_dec"]) != n_features:
+        raise ValueError(f"the encoder has {n_features} features and the decoder {len(params['W_dec'])}.")
     return {"d_in": d_in, "d_out": params["W_dec"].shape[1], "n_features": n_features}
 
 
@@ -131,9 +136,21 @@ def whole(value: Any, name: str) -> int:
         ValueError: it is something else.
     """
     number = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or number != int(number) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 != 0 or number < 1:
         raise ValueError(f"{name}={value!r}; expected a whole number of 1 or more.")
     return int(number)
+
+
+def flag(settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Return a setting that must be true or false.
+
+    Raises:
+        ValueError: it is something else, such as the text "false".
+    """
+    value = settings.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.80}; expected true or false.")
+    return value
 
 
 def listed(names: Iterable[Any], most: int = 8) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.io.convert import model_tensors
+from tinymodel_jax.io.data_files import read_json_object
 from tinymodel_jax.number_formats import DTYPES
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.atomic_files import replace_file
@@ -99,11 +101,16 @@ def from_transformer_lens(
         state: its state dict, of NumPy arrays or PyTorch tensors on the CPU. Buffers are ignored.
 
     Raises:
-        ValueError: the configuration or the state dict has what a TinyModel cannot represent, or parameters are
-            missing, unexpected or of the wrong shape. The message names all of them.
+        ValueError: the configuration or the state dict has what a TinyModel cannot represent, parameters are missing,
+            unexpected or of the wrong shape, or NumPy cannot read a tensor. The message names all of them.
     """
     found = _model_config({**_DEFAULTS, **config})
-    arrays = {str(name): np.asarray(array) for name, array in state.items() if not str(name).endswith(_BUFFERS)}
+    arrays = _arrays({str(name): array for name, array in state.items() if not str(name).endswith(_BUFFERS)})
+    blocks = {match[1] for name in arrays if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if found.n_layers != len(blocks):
+        raise ValueError(
+            f"the configuration states n_layers={found.n_layers}, and the state dict has {len(blocks)} blocks."
+        )
     biases = {
         f"blocks.{layer}.attn.{bias}": (found.n_heads, found.d_head)
         for layer in range(found.n_layers)
@@ -147,18 +154,27 @@ def read_config(weights: Path) -> dict[str, Any]:
             f"{weights} has TransformerLens's names, but its configuration {path} does not exist. Write there what "
             "json.dumps(model.cfg.to_dict(), default=str) returns."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, not the fields of a configuration.")
-    return config
+    return read_json_object(path)
 
 
 def write_config(config: Mapping[str, Any], weights: Path) -> None:
     """Write the configuration beside a file of weights."""
     replace_file(config_path(weights), (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays, wrong = {}, []
+    for name, array in state.items():
+        try:
+            arrays[name] = np.asarray(array)
+        except (TypeError, RuntimeError, ValueError) as error:  # of PyTorch: bfloat16, a GPU, gradients
+            wrong.append(f"{name}: {error}")
+    if wrong:
+        raise ValueError(
+            f"NumPy cannot read {len(wrong)} of {len(state)} tensors of the state dict; the first is {wrong[0]:.200}; "
+            "give the state_dict() of model.cpu().float()."
+        )
+    return arrays
 
 
 def _their_name(name: str) -> str:
