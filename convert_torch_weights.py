@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tinymodel_jax.commands.frame import print_json, run_commands
+from tinymodel_jax.io.formats.names import Format
 
 if TYPE_CHECKING:
     from tinymodel_jax.io.torch_files import TorchFileSummary
@@ -74,7 +75,7 @@ def convert_dictionary(
     dest: Destination,
     *,
     site: str | None = None,
-    format: Literal["saelens", "dictionary_learning", "sparsify", "circuit-tracer", "tinymodel-pt"] | None = None,
+    format: Format | None = None,
 ) -> None:
     """Convert a dictionary to a folder of this package or to another format.
 

@@ -5,6 +5,7 @@ tests/data/formats holds what the libraries wrote and computed; tests/interop ru
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from tinymodel_jax import load_transcoder_set, save_transcoder_set
 from tinymodel_jax.config import ARCHITECTURES
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.formats import circuit_tracer, hook_names
+from tinymodel_jax.io.formats.names import FORMATS, LIBRARIES
 from tinymodel_jax.io.torch_files import load_torch_file, save_torch_file
 
 VECTORS = sorted(path.parent for path in (DATA / "formats").glob("*/*/io.npz"))
 EXACT = Tolerance(1e-5, 1e-5)
 SAE, TRANSCODER = ("blocks.1.hook_mlp_out",) * 2, ("blocks.1.hook_mlp_in", "blocks.1.hook_mlp_out")
+APART, COMPARING = {"relu", "batch_topk", "jumprelu", "gated"}, {"topk", "groupmax"}
 K = {"topk": 3, "batch_topk": 3, "groupmax": 3}
 
 
@@ -34,6 +37,12 @@ def inputs(width=16):
 
 def made(architecture, hooks=SAE, **options):
     return make_dictionary(*hooks, architecture=architecture, k=K.get(architecture), **options)
+
+
+def joined(hooks):
+    """Return a dictionary of the hook points of two blocks."""
+    ins, outs = ("+".join((hook.replace("1", "0"), hook)) for hook in hooks)
+    return made("relu", (ins, outs), d_in=32, d_out=32)
 
 
 def assert_same_function(one, other):
@@ -52,29 +61,50 @@ def test_activations_and_predictions_are_those_of_the_library_that_wrote_the_fil
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("hooks", "options"),
+    ("hooks", "options", "room"),
     [
-        (SAE, {"subtract_b_dec": True, "normalize": "layer_norm"}),
-        (SAE, {"skip": True, "subtract_b_dec": True}),
-        (SAE, {}),
-        (TRANSCODER, {"subtract_b_dec": True, "skip": True}),
-        (TRANSCODER, {"d_out": 10}),
+        (SAE, {"subtract_b_dec": True, "normalize": "layer_norm"}, {"saelens": {*APART, "topk"}}),
+        (SAE, {"skip": True, "subtract_b_dec": True}, {"saelens": APART, "sparsify": COMPARING}),
+        (SAE, {}, {"saelens": {*APART, "topk"}, "dictionary_learning": {*APART, "topk"}, "sparsify": COMPARING}),
+        (
+            TRANSCODER,
+            {"subtract_b_dec": True, "skip": True},
+            {"saelens": APART, "circuit-tracer": APART, "sparsify": COMPARING},
+        ),
+        (TRANSCODER, {"d_out": 10}, {"saelens": APART}),
     ],
 )
 def test_what_a_format_takes_comes_back_as_the_same_function_at_the_same_hook_points(
-    tmp_path, architecture, hooks, options
+    tmp_path, architecture, hooks, options, room
 ):
-    dictionary, taken = made(architecture, hooks, **options), 0
-    for name in ("saelens", "dictionary_learning", "sparsify", "circuit-tracer"):
-        try:
-            dictionary.save_pretrained(tmp_path / name, format=name)
-        except ValueError:
+    dictionary = made(architecture, hooks, **options)
+    for name in LIBRARIES:
+        if architecture not in room.get(name, ()):
+            assert "Nothing was written" in error_of(partial(dictionary.save_pretrained, tmp_path / name, name))
             assert not (tmp_path / name).exists()
             continue
-        again, taken = Dictionary.from_pretrained(tmp_path / name), taken + 1
+        dictionary.save_pretrained(tmp_path / name, format=name)
+        again = Dictionary.from_pretrained(tmp_path / name)
         assert (again.config.hook_in, again.config.hook_out) == hooks
         assert_same_function(again, dictionary)
-    assert taken or architecture in ("topk", "groupmax")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dictionaries_of_fewer_bits_are_written_in_float32(tmp_path, dtype):
+    for architecture, hooks, name in (
+        ("gated", TRANSCODER, "saelens"),
+        ("relu", SAE, "dictionary_learning"),
+        ("topk", TRANSCODER, "sparsify"),
+        ("jumprelu", TRANSCODER, "circuit-tracer"),
+        ("relu", SAE, "tinymodel-pt"),
+    ):
+        dictionary = made(architecture, hooks, subtract_b_dec=True, param_dtype=dtype)
+        assert dictionary.params["W_enc"].dtype == dtype
+        path = tmp_path / (f"{name}.safetensors" if name == "tinymodel-pt" else name)
+        dictionary.save_pretrained(path, format=name)
+        assert_same_function(Dictionary.from_pretrained(path, "Mo1" if name == "tinymodel-pt" else None), dictionary)
+    assert json.loads((tmp_path / "saelens" / "cfg.json").read_text())["dtype"] == "float32"
+    assert {str(array.dtype) for array in load_file(tmp_path / "sparsify" / "sae.safetensors").values()} == {"float32"}
 
 
 def test_the_reference_s_file_holds_a_relu_dictionary(tmp_path):
@@ -89,7 +119,9 @@ def test_the_reference_s_file_holds_a_relu_dictionary(tmp_path):
         (made("relu", exclude=(3,)), r"tokens (3,)"),
     ):
         assert says in error_of(lambda wrong=wrong: wrong.save_pretrained(tmp_path / "b.pt", format="tinymodel-pt"))
-    assert "must end in .pt" in error_of(lambda: dictionary.save_pretrained(tmp_path / "b", format="tinymodel-pt"))
+    assert "a file that ends in .pt" in error_of(
+        lambda: dictionary.save_pretrained(tmp_path / "b", format="tinymodel-pt")
+    )
     assert not (tmp_path / "b.pt").exists()
 
 
@@ -106,10 +138,31 @@ def test_the_reference_s_file_holds_a_relu_dictionary(tmp_path):
         (made("topk", TRANSCODER), "circuit-tracer", "not topk; format='sparsify'"),
         (made("relu"), "circuit-tracer", "are not SAEs"),
         (made("relu"), "gguf", "format 'gguf' is unknown; choose one of saelens, dictionary_learning"),
+        *((joined(SAE), name, f"format '{name}' is not written for crosscoders. Nothing was") for name in FORMATS),
+        *((joined(TRANSCODER), name, "for cross-layer transcoders. Nothing was written") for name in FORMATS),
     ],
 )
 def test_what_a_format_has_no_room_for_is_refused_by_name(tmp_path, dictionary, name, says):
     assert says in error_of(lambda: dictionary.save_pretrained(tmp_path / "d", format=name))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_paths_and_formats_that_are_none_are_errors_of_one_line(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save: Any = made("relu").save_pretrained
+    file.write_bytes(b"kept")
+    (tmp_path / "folder.pt").mkdir()
+    for path, name, says in (
+        (None, "saelens", "a dictionary is saved to a folder, got None"),
+        ("", "tinymodel-pt", "a dictionary is saved to a folder, got ''"),
+        (file, "saelens", f"{file} is a file. Nothing was written; name a folder"),
+        (file, None, f"{file} is a file. Nothing was written; name a folder"),
+        (tmp_path / "folder.pt", "tinymodel-pt", "give the name of a file that ends in .pt"),
+        (tmp_path / "d", ["saelens"], "format ['saelens'] is unknown; choose one of saelens"),
+    ):
+        assert says in error_of(partial(save, path, format=name))
+    assert file.read_bytes() == b"kept"
     assert not (tmp_path / "d").exists()
 
 
@@ -223,9 +276,13 @@ def test_the_site_is_the_file_s_and_another_one_is_an_error(saelens):
 
 def test_a_normalizing_sae_does_not_become_a_transcoder(tmp_path):
     folder = shutil.copytree(DATA / "formats" / "saelens" / "standard_layer_norm", tmp_path / "sae")
-    assert "it is an SAE that normalizes its input" in error_of(lambda: Dictionary.from_pretrained(folder, "M1"))
+    assert "the dictionary is an SAE that normalizes its input" in error_of(
+        lambda: Dictionary.from_pretrained(folder, "M1")
+    )
     folder = DATA / "formats" / "saelens" / "jumprelu_transcoder_layer_norm"
-    assert "it is a transcoder that normalizes" in error_of(lambda: Dictionary.from_pretrained(folder, "Rm1"))
+    assert "the dictionary is a transcoder that normalizes" in error_of(
+        lambda: Dictionary.from_pretrained(folder, "Rm1")
+    )
 
 
 def test_folders_of_saelens_before_6_are_read(saelens):
@@ -331,6 +388,33 @@ def test_a_transcoder_set_is_read_whole_or_by_layer(tmp_path):
     assert "holds other layers: layer_2.safetensors" in error_of(lambda: save_transcoder_set(transcoders(2), tmp_path))
     given["M1"].save_pretrained(tmp_path, format="circuit-tracer")  # one layer of the set
     assert list(load_transcoder_set(tmp_path)) == ["M0", "M1", "M2"]
+
+
+def test_what_is_not_one_transcoder_set_is_refused(tmp_path):
+    hooks = [(f"blocks.{n}.hook_mlp_in", f"blocks.{n}.hook_mlp_out") for n in range(2)]
+    first, second = (made("relu", pair) for pair in hooks)
+    for given, says in (
+        ({}, "one transcoder per layer, and none is given"),
+        ({"M0": first, "T0": first}, "one transcoder per layer; layer 0 is given twice"),
+        ({"M0": first, "M1": made("relu", hooks[1], n_features=9)}, "the same (features, width) in every layer, not"),
+        ({"M0": first, "M1": made("relu", hooks[1], skip=True)}, "a skip connection in every layer or in none, not"),
+        ({"M3": first}, "'M3' is given a transcoder from blocks.0.hook_mlp_in to blocks.0.hook_mlp_out"),
+        ({"M0+M1": joined(TRANSCODER)}, "is not written for cross-layer transcoders"),
+    ):
+        assert says in error_of(partial(save_transcoder_set, given, tmp_path / "set"))
+        assert not (tmp_path / "set").exists()
+    for name in ("saelens", None):
+        first.save_pretrained(tmp_path / f"{name}", format=name)
+        message = error_of(partial(save_transcoder_set, {"M0": first}, tmp_path / f"{name}"))
+        assert f"holds a dictionary of {name or 'this package'}. Nothing was written" in message
+    (tmp_path / "config.yaml").write_text("theirs: 1")
+    message = error_of(partial(save_transcoder_set, {"M0": first}, tmp_path))
+    assert "holds a config.yaml of something else. Nothing was written" in message
+    save_transcoder_set({"M0": first, "M1": second}, tmp_path / "set")
+    message = error_of(
+        partial(made("relu", hooks[0], n_features=9).save_pretrained, tmp_path / "set", "circuit-tracer")
+    )
+    assert "the same (features, width) in every layer" in message
 
 
 def test_configurations_of_transcoder_sets_are_checked(tmp_path):

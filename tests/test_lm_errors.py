@@ -81,7 +81,7 @@ CALLS = {
     ),
     "attach transcoder": (
         lambda lm: lm.attach("A0", make_dictionary("a", "b", normalize="layer_norm")),
-        "the dictionary is a transcoder that normalizes its input, and A0 is the site of an SAE",
+        "the dictionary is a transcoder that normalizes its input, which only an SAE undoes on its output",
     ),
     "attach not finite": (
         lambda lm: lm.attach("M0", not_finite()),

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from tinymodel_jax.config import ModelConfig as ModelConfig
     from tinymodel_jax.dictionaries.dictionary import Dictionary as Dictionary
     from tinymodel_jax.dictionaries.sites import Site as Site
-    from tinymodel_jax.io.formats.circuit_tracer import load_transcoder_set as load_transcoder_set
-    from tinymodel_jax.io.formats.circuit_tracer import save_transcoder_set as save_transcoder_set
+    from tinymodel_jax.io.formats.transcoder_sets import load_transcoder_set as load_transcoder_set
+    from tinymodel_jax.io.formats.transcoder_sets import save_transcoder_set as save_transcoder_set
     from tinymodel_jax.io.torch_files import load_torch_file as load_torch_file
     from tinymodel_jax.lm import TinyModel as TinyModel
     from tinymodel_jax.lm.collection import collect_activations as collect_activations
@@ -56,8 +56,8 @@ _HOMES = {
     "export_sparse_lm": "analysis.evaluation.sparse_lm",
     # Files
     "load_torch_file": "io.torch_files",
-    "load_transcoder_set": "io.formats.circuit_tracer",
-    "save_transcoder_set": "io.formats.circuit_tracer",
+    "load_transcoder_set": "io.formats.transcoder_sets",
+    "save_transcoder_set": "io.formats.transcoder_sets",
     "use_compilation_cache": "runtime.compilation_cache",
 }
 

@@ -17,8 +17,8 @@ from conftest import random_params
 from tinymodel_jax.config import ARCHITECTURES, DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import param_shapes
-from tinymodel_jax.io.formats.choose import FORMATS
-from tinymodel_jax.io.formats.circuit_tracer import load_transcoder_set, save_transcoder_set
+from tinymodel_jax.io.formats.names import LIBRARIES
+from tinymodel_jax.io.formats.transcoder_sets import load_transcoder_set, save_transcoder_set
 
 torch = pytest.importorskip("torch")
 for library in ("sae_lens", "dictionary_learning", "sparsify", "circuit_tracer"):
@@ -27,7 +27,6 @@ theirs = importlib.import_module("library_dictionaries")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
-LIBRARIES: tuple[str, ...] = FORMATS[:4]
 PACKAGES: dict[str, str] = dict(
     zip(LIBRARIES, ("sae-lens", "dictionary_learning", "eai-sparsify", "circuit-tracer"), strict=True)
 )

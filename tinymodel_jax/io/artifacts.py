@@ -38,7 +38,9 @@ from tinymodel_jax.io.data_files import (
     write_safetensors,
 )
 from tinymodel_jax.io.formats import transformer_lens
-from tinymodel_jax.io.formats.choose import FORMATS, read_as, write_as
+from tinymodel_jax.io.formats.choose import read_as, write_as
+from tinymodel_jax.io.formats.names import LIBRARIES
+from tinymodel_jax.io.formats.stored import require_undone
 from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.folders import download_dictionary, download_model
 from tinymodel_jax.params import require_shapes
@@ -177,7 +179,7 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], f
         ValueError: the folder holds something else, or the format is unknown or has no room for the dictionary.
     """
     if format is not None:
-        write_as(dictionary, user_path(directory), format)
+        write_as(dictionary, directory, format)
         return
     folder = own_folder("dictionary", directory)
     write_safetensors(dictionary.params, folder / DICTIONARY_FILE)
@@ -218,7 +220,7 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(
             f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of "
-            f"{', '.join(FORMATS[:4])} (docs/interop.md)."
+            f"{', '.join(LIBRARIES)} (docs/interop.md)."
         )
     config = read_config("dictionary", DictionaryConfig, path)
     return Dictionary(config, read_safetensors(path / DICTIONARY_FILE))
@@ -232,12 +234,7 @@ def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
             does not; or the other way round.
     """
     at = DictionaryConfig.from_dict({**config.to_dict(), "hook_in": site.hook_in, "hook_out": site.hook_out})
-    if at.normalize != "none" and at.is_transcoder != config.is_transcoder:
-        kinds = ("an SAE", "a transcoder")
-        raise ValueError(
-            f"the dictionary is {kinds[config.is_transcoder]} that normalizes its input, and {site.tag} is the site of "
-            f"{kinds[at.is_transcoder]}: only an SAE undoes this on its output. Attach it at another site."
-        )
+    require_undone(at.normalize, config.is_transcoder, at.is_transcoder)
     return at
 
 

@@ -21,9 +21,7 @@ DICTIONARIES = "dictionaries"
 
 def own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
     """Make the folder; refuse one with the configuration of something else, which would be overwritten."""
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        raise ValueError(f"a {kind} is saved to a folder, got {directory!r:.80}; name one, '.' for the current one.")
-    folder = user_path(directory)
+    folder = named_folder(kind, directory)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG_FILE).exists():
         try:
@@ -31,6 +29,29 @@ def own_folder(kind: str, directory: str | os.PathLike[str]) -> Path:
         except ValueError as error:
             raise ValueError(f"{error} Nothing was written; choose another folder.") from error
     return folder
+
+
+def named_folder(kind: str, directory: Any) -> Path:
+    """Return the path of a folder to write, which may not exist yet.
+
+    Raises:
+        ValueError: it is not a path, or is that of a file.
+    """
+    folder = named_path(kind, directory)
+    if folder.is_file():
+        raise ValueError(f"a {kind} is saved to a folder, and {folder} is a file. Nothing was written; name a folder.")
+    return folder
+
+
+def named_path(kind: str, path: Any) -> Path:
+    """Return the path at which to save something.
+
+    Raises:
+        ValueError: it is not a path.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"a {kind} is saved to a folder, got {path!r:.80}; name one, '.' for the current one.")
+    return user_path(path)
 
 
 def write_config(kind: str, values: Mapping[str, Any], folder: Path) -> None:

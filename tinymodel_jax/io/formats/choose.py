@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.config_files import named_folder, named_path
 from tinymodel_jax.io.data_files import DICTIONARY_FILE
 from tinymodel_jax.io.formats import circuit_tracer, cross_layer, dictionary_learning, saelens, sparsify, tinymodel_pt
+from tinymodel_jax.io.formats.names import FORMATS, Format, LibraryFormat
+from tinymodel_jax.io.formats.rewriting import in_float32
 from tinymodel_jax.io.formats.stored import Stored, listed, placed
-
-Format = Literal["saelens", "dictionary_learning", "sparsify", "circuit-tracer", "tinymodel-pt"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class _Reader(NamedTuple):
@@ -32,7 +32,7 @@ _READERS: dict[str, _Reader] = {
     ),
     "circuit-tracer": _Reader(circuit_tracer.recognizes, circuit_tracer.read, circuit_tracer.CONFIG),
 }
-_WRITERS: dict[str, Callable[[Dictionary, Path], None]] = {
+_WRITERS: dict[Format, Callable[[Dictionary, Path], None]] = {
     "saelens": saelens.write,
     "sparsify": sparsify.write,
     "dictionary_learning": dictionary_learning.write,
@@ -66,23 +66,49 @@ def read_as(path: Path, site: Site | None) -> Dictionary | None:
     return placed(_READERS[name].read(path), site)
 
 
-def write_as(dictionary: Dictionary, path: Path, name: str) -> None:
+def write_as(dictionary: Dictionary, path: Any, name: Any) -> None:
     """Write a dictionary in another library's format.
+
+    Args:
+        path: a folder, or for `tinymodel-pt` a file.
 
     Raises:
         ValueError: the format is unknown or has no room for the dictionary, or the folder holds something else.
     """
-    if name not in _WRITERS:
-        raise ValueError(f"format {name!r} is unknown; choose one of {', '.join(FORMATS)}.")
-    if len(dictionary.config.hooks_in) > 1:
-        kind = "crosscoders" if dictionary.config.is_crosscoder else "cross-layer transcoders"
-        raise ValueError(f"format {name!r} is not written for {kind}; leave format= out, for this package's own.")
-    if name in _READERS:
-        found = "this package" if (path / DICTIONARY_FILE).exists() else format_of(path)
-        if found != name and (found is not None or (path / _READERS[name].config).exists()):
-            what = f"a dictionary of {found}" if found else f"a {_READERS[name].config} of something else"
-            raise ValueError(f"{path} holds {what}. Nothing was written; choose another folder.")
-    _WRITERS[name](dictionary, path)
+    if name not in FORMATS:
+        raise ValueError(f"format {name!r:.80} is unknown; choose one of {', '.join(FORMATS)}.")
+    place = named_path("dictionary", path) if name == "tinymodel-pt" else folder_for(name, path)
+    _WRITERS[name](writable(dictionary, name), place)
+
+
+def folder_for(name: LibraryFormat, path: Any) -> Path:
+    """Return the path of a folder to write in a format.
+
+    Raises:
+        ValueError: it is not a path, is that of a file, or the folder holds something else.
+    """
+    folder = named_folder("dictionary", path)
+    found = "this package" if (folder / DICTIONARY_FILE).exists() else format_of(folder)
+    if found != name and (found is not None or (folder / _READERS[name].config).exists()):
+        what = f"a dictionary of {found}" if found else f"a {_READERS[name].config} of something else"
+        raise ValueError(f"{folder} holds {what}. Nothing was written; choose another folder.")
+    return folder
+
+
+def writable(dictionary: Dictionary, name: Format) -> Dictionary:
+    """Return a dictionary in float32, in which a library computes what this package does.
+
+    Raises:
+        ValueError: it has several hook points.
+    """
+    config = dictionary.config
+    if len(config.hooks_in) > 1:
+        kind = "crosscoders" if config.is_crosscoder else "cross-layer transcoders"
+        raise ValueError(
+            f"format {name!r} is not written for {kind}. Nothing was written; save_pretrained without format= keeps "
+            "all hook points."
+        )
+    return in_float32(dictionary)
 
 
 def _read_inside(path: Path, site: Site | None) -> Dictionary | None:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 
-from tinymodel_jax.dictionaries.dictionary import Dictionary, require_finite
-from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import read_safetensors, read_yaml_object, replaced_tensors, tensor_names
 from tinymodel_jax.io.formats.hook_names import between
 from tinymodel_jax.io.formats.rewriting import as_jumprelu, with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, numbers, placed
+from tinymodel_jax.io.formats.stored import Stored, listed, numbers, require_room
 from tinymodel_jax.runtime.atomic_files import replaced
-from tinymodel_jax.runtime.paths import user_path
 
 CONFIG, KIND = "config.yaml", "transcoder_set"
 _LAYER = re.compile(r"layer_(\d{1,4})\.safetensors")
@@ -32,46 +30,13 @@ _WRITTEN = {"hook_mlp_in": "mlp.hook_in", "hook_mlp_out": "mlp.hook_out"}
 """Hook points under names that circuit-tracer's replacement model always has."""
 
 
-def load_transcoder_set(folder: str | Path) -> dict[str, Dictionary]:
-    """Return the transcoders of a set, by tag, from the lowest layer.
+class Layer(NamedTuple):
+    """A transcoder of a set, as its file has it."""
 
-    Raises:
-        FileNotFoundError: the folder has no config.yaml, or lacks a layer's file.
-        ValueError: a file is damaged or not of a transcoder set, a parameter is not finite, or its hook points are
-            not those of a site here.
-    """
-    folder = user_path(folder)
-    found = {}
-    for path in layers(folder).values():
-        stored = placed(read(path), None)
-        require_finite(stored.params, f"the dictionary {path}")
-        config = stored.config
-        found[Site.at(config.hook_in, config.hook_out).tag] = Dictionary.from_params(config, stored.params)
-    return found
-
-
-def save_transcoder_set(dictionaries: Mapping[str, Dictionary], folder: str | Path) -> None:
-    """Write transcoders as a set, which circuit-tracer loads if they are of layers 0, 1, … without a gap.
-
-    Args:
-        dictionaries: tag -> transcoder; all read and predict hook points of the same names.
-
-    Raises:
-        ValueError: the format has no room for one of them, they are of different hook points, or the folder holds
-            other layers, which would be mistaken for this set's.
-    """
-    folder = user_path(folder)
-    parts = [_written(dictionary) for dictionary in dictionaries.values()]
-    hooks = {hooks for _, hooks, _ in parts}
-    if len(hooks) != 1:
-        raise ValueError(
-            f"a transcoder set has the same hook points in every layer; got {sorted(hooks)}. Nothing was written."
-        )
-    names = [f"layer_{layer}.safetensors" for layer, _, _ in parts]
-    left = sorted(path.name for path in folder.glob("layer_*.safetensors") if path.name not in names)
-    if left:
-        raise ValueError(f"{folder} holds other layers: {', '.join(left)}. Nothing was written; delete them first.")
-    _write(folder, parts)
+    number: int
+    hooks: tuple[str, str]
+    """Hook points that it reads and predicts, without the block."""
+    tensors: dict[str, np.ndarray]
 
 
 def recognizes(path: Path) -> bool:
@@ -156,12 +121,54 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     """Write one layer's file and the set's config.yaml; other layers of the same set remain.
 
     Raises:
-        ValueError: the format has no room for the dictionary, or the folder's set is of other hook points.
+        ValueError: the format has no room for the dictionary, or it does not fit the folder's set.
     """
-    part = _written(dictionary)
-    if (folder / CONFIG).exists() and _hooks(_settings(folder)) != part[1]:
-        raise ValueError(f"{folder} is a set of {_hooks(_settings(folder))}, not {part[1]}. Nothing was written.")
-    _write(folder, [part])
+    layer = as_layer(dictionary)
+    hooks = _hooks(_settings(folder)) if (folder / CONFIG).exists() else layer.hooks
+    for name in _other_files(folder, [layer])[:1]:  # the others fit this one
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{folder / CONFIG} lists {name}, which would be lost. Nothing was written.")
+        require_one_set([Layer(int(match[1]), hooks, read_safetensors(folder / name)), layer])
+    _write(folder, [layer])
+
+
+def write_set(found: Sequence[Layer], folder: Path) -> None:
+    """Write all layers of a set, and its config.yaml.
+
+    Raises:
+        ValueError: they are not one set, or the folder holds other layers, which would be mistaken for this set's.
+    """
+    require_one_set(found)
+    if (folder / CONFIG).exists():
+        _settings(folder)
+    left = _other_files(folder, found)
+    if left:
+        raise ValueError(f"{folder} holds other layers: {', '.join(left)}. Nothing was written; delete them first.")
+    _write(folder, found)
+
+
+def require_one_set(found: Sequence[Layer]) -> None:
+    """Require what circuit-tracer requires of the layers of a set.
+
+    Raises:
+        ValueError: there are none, two are of one layer, or they differ in hook points, features or skip connections.
+    """
+    numbers = [layer.number for layer in found]
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    sizes = {layer.number: layer.tensors["W_enc"].shape for layer in found}
+    skips = {layer.number: "W_skip" in layer.tensors for layer in found}
+    hooks = sorted({layer.hooks for layer in found})
+    require_room(
+        "a transcoder set has",
+        (
+            (bool(found), "one transcoder per layer, and none is given"),
+            (not twice, f"one transcoder per layer; layer {listed(twice)} is given twice"),
+            (len(hooks) < 2, f"the same hook points in every layer, not {hooks}"),
+            (len(set(sizes.values())) < 2, f"the same (features, width) in every layer, not {sizes}"),
+            (len(set(skips.values())) < 2, f"a skip connection in every layer or in none, not {skips}"),
+        ),
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -195,22 +202,36 @@ def _place(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _written(dictionary: Dictionary) -> tuple[int, tuple[str, str], dict[str, np.ndarray]]:
-    """Return the layer, the names of the hook points and the tensors of a transcoder."""
+def as_layer(dictionary: Dictionary) -> Layer:
+    """Return what the file of a transcoder holds.
+
+    Raises:
+        ValueError: the format has no room for the dictionary; the message names what has.
+    """
     config = dictionary.config
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", config.hook_in)
     out = re.fullmatch(r"blocks\.(\d+)\.(.+)", config.hook_out)
     known = "relu, jumprelu, batch_topk and gated"
-    for fits, what in (
-        (config.is_transcoder, "are not SAEs; format='saelens' has room for those"),
-        (match is not None and out is not None and match[1] == out[1], "are of the hook points of one block"),
-        (not config.compares_features, f"are {known}, not {config.architecture}; format='sparsify' has room for it"),
-        (config.normalize == "none", f"do not normalize inputs ({config.normalize}); format='saelens' has room for it"),
-        (config.d_in == config.d_out, f"have equal widths, not {config.d_in} and {config.d_out}; use format='saelens'"),
-        (not config.exclude, f"cannot leave out tokens {config.exclude}; format='saelens' has room for them"),
-    ):
-        if not fits:
-            raise ValueError(f"transcoders of circuit-tracer {what}. Nothing was written.")
+    require_room(
+        "transcoders of circuit-tracer",
+        (
+            (config.is_transcoder, "are not SAEs; format='saelens' has room for those"),
+            (match is not None and out is not None and match[1] == out[1], "are of the hook points of one block"),
+            (
+                not config.compares_features,
+                f"are {known}, not {config.architecture}; format='sparsify' has room for it",
+            ),
+            (
+                config.normalize == "none",
+                f"do not normalize inputs ({config.normalize}); format='saelens' has room for it",
+            ),
+            (
+                config.d_in == config.d_out,
+                f"have equal widths, not {config.d_in} and {config.d_out}; use format='saelens'",
+            ),
+            (not config.exclude, f"cannot leave out tokens {config.exclude}; format='saelens' has room for them"),
+        ),
+    )
     assert match is not None
     assert out is not None
     plain = with_b_dec_subtracted(dictionary, False)
@@ -219,16 +240,24 @@ def _written(dictionary: Dictionary) -> tuple[int, tuple[str, str], dict[str, np
     params |= {name: params[name].T for name in ("W_enc", "W_skip") if name in params}
     theirs = {ours: theirs for theirs, ours in (_NAMES | _OPTIONAL).items()}
     hooks = tuple(_WRITTEN.get(name, name) for name in (match[2], out[2]))
-    return int(match[1]), (hooks[0], hooks[1]), {theirs[name]: array for name, array in params.items()}
+    return Layer(int(match[1]), (hooks[0], hooks[1]), {theirs[name]: array for name, array in params.items()})
 
 
-def _write(folder: Path, parts: list[tuple[int, tuple[str, str], dict[str, np.ndarray]]]) -> None:
+def _other_files(folder: Path, found: Sequence[Layer]) -> list[str]:
+    """Return the files of a set, present or listed, that are of other layers."""
+    present = {path.name for path in folder.glob("layer_*.safetensors")}
+    if (folder / CONFIG).exists():
+        present |= {*(_settings(folder).get("transcoders") or ())}
+    return sorted(present - {f"layer_{layer.number}.safetensors" for layer in found})
+
+
+def _write(folder: Path, found: Sequence[Layer]) -> None:
     """Write layers and the configuration; they replace earlier files only when all are complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    hook_in, hook_out = parts[0][1]
+    hook_in, hook_out = found[0].hooks
     settings = {"model_kind": KIND, "feature_input_hook": hook_in, "feature_output_hook": hook_out, "scan": ""}
     with contextlib.ExitStack() as files:
-        for layer, _, tensors in parts:
-            files.enter_context(replaced_tensors(tensors, folder / f"layer_{layer}.safetensors"))
+        for layer in found:
+            files.enter_context(replaced_tensors(layer.tensors, folder / f"layer_{layer.number}.safetensors"))
         temporary = files.enter_context(replaced(folder / CONFIG))
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -19,7 +19,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object
 from tinymodel_jax.io.formats.hook_names import between, of_words
 from tinymodel_jax.io.formats.rewriting import decoder_norms, rescaled, with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, numbers, require_stated, whole
+from tinymodel_jax.io.formats.stored import Stored, numbers, require_room, require_stated, whole
 from tinymodel_jax.io.torch_files import load_torch_file, save_torch_file
 from tinymodel_jax.runtime.atomic_files import replaced
 
@@ -125,15 +125,19 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     """
     config = dictionary.config
     skip = "for relu and jumprelu: format='saelens'; for topk: format='sparsify'"
-    for fits, what in (
-        (config.architecture != "groupmax", "has no groupmax; sparsify has: format='sparsify'"),
-        (not config.skip, f"has no skip connection; others have: {skip}"),
-        (config.normalize == "none", f"does not normalize inputs ({config.normalize}); use format='saelens'"),
-        (config.d_in == config.d_out, f"has equal widths only, not {config.d_in} and {config.d_out}; use 'saelens'"),
-        (not config.exclude, f"cannot leave out tokens {config.exclude}; use format='saelens'"),
-    ):
-        if not fits:
-            raise ValueError(f"dictionary_learning {what}. Nothing was written.")
+    require_room(
+        "dictionary_learning",
+        (
+            (config.architecture != "groupmax", "has no groupmax; sparsify has: format='sparsify'"),
+            (not config.skip, f"has no skip connection; others have: {skip}"),
+            (config.normalize == "none", f"does not normalize inputs ({config.normalize}); use format='saelens'"),
+            (
+                config.d_in == config.d_out,
+                f"has equal widths only, not {config.d_in} and {config.d_out}; use 'saelens'",
+            ),
+            (not config.exclude, f"cannot leave out tokens {config.exclude}; use format='saelens'"),
+        ),
+    )
     name = _WRITTEN.get(config.architecture) or _class_of_relu(dictionary)
     _, names, subtracted = _CLASSES[name]
     written = with_b_dec_subtracted(dictionary, subtracted)

@@ -17,6 +17,13 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 Params = dict[str, np.ndarray]
 
 
+def in_float32(dictionary: Dictionary) -> Dictionary:
+    """Return a dictionary with all parameters in float32, or in float64 if one is: this rounds nothing."""
+    arrays = {name: np.asarray(array) for name, array in dictionary.params.items()}
+    dtype = np.result_type(np.float32, *arrays.values())
+    return Dictionary(dictionary.config, {name: array.astype(dtype) for name, array in arrays.items()})
+
+
 def with_b_dec_subtracted(dictionary: Dictionary, subtracted: bool) -> Dictionary:
     """Return a dictionary whose encoder reads `x - b_dec`, or `x`; the difference goes into the encoder's biases."""
     config = dictionary.config

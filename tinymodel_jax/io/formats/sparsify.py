@@ -15,7 +15,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors
 from tinymodel_jax.io.formats.hook_names import between, of_module
 from tinymodel_jax.io.formats.rewriting import with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_stated, whole, write_pair
+from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_room, require_stated, whole, write_pair
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 ARCHITECTURES = ("topk", "groupmax")
@@ -78,14 +78,18 @@ def write(dictionary: Dictionary, folder: Path) -> None:
     """
     config = dictionary.config
     others = "SAELens or dictionary_learning" if config.architecture != "gated" or config.is_transcoder else "SAELens"
-    for fits, what in (
-        (config.architecture in ARCHITECTURES, f"has topk and groupmax, not {config.architecture}; use {others}"),
-        (config.d_in == config.d_out, f"has equal widths only, not {config.d_in} and {config.d_out}"),
-        (config.normalize == "none", f"does not normalize inputs ({config.normalize}); SAELens does, for topk SAEs"),
-        (not config.exclude, f"cannot leave out tokens {config.exclude}; SAELens can, for topk SAEs"),
-    ):
-        if not fits:
-            raise ValueError(f"sparsify {what}. Nothing was written.")
+    require_room(
+        "sparsify",
+        (
+            (config.architecture in ARCHITECTURES, f"has topk and groupmax, not {config.architecture}; use {others}"),
+            (config.d_in == config.d_out, f"has equal widths only, not {config.d_in} and {config.d_out}"),
+            (
+                config.normalize == "none",
+                f"does not normalize inputs ({config.normalize}); SAELens does, for topk SAEs",
+            ),
+            (not config.exclude, f"cannot leave out tokens {config.exclude}; SAELens can, for topk SAEs"),
+        ),
+    )
     written = with_b_dec_subtracted(dictionary, not config.is_transcoder)
     params = {name: np.asarray(array) for name, array in written.params.items()}
     tensors = {theirs: params[ours] for theirs, ours in _NAMES.items()} | {"encoder.weight": params["W_enc"].T}

@@ -56,13 +56,8 @@ def placed(stored: Stored, site: Site | None) -> Dictionary:
         said = f"it says {stored.named}, which is not a hook point here" if stored.named else "its files do not say it"
         raise ValueError(f"{path}: the site of this dictionary is unknown, because {said}; give site=, such as 'M2'.")
     becomes_transcoder = hooks[0] != hooks[1]
-    normalizes = stored.fields.get("normalize", "none") != "none"
-    if normalizes and stored.is_transcoder is not None and stored.is_transcoder != becomes_transcoder:
-        kinds = ("an SAE", "a transcoder")
-        raise ValueError(
-            f"{path}: it is {kinds[stored.is_transcoder]} that normalizes its input, which only an SAE undoes on its "
-            f"output, so it cannot be {kinds[becomes_transcoder]}; give the tag of another site."
-        )
+    normalize = stored.fields.get("normalize", "none")
+    about(path, lambda: require_undone(normalize, stored.is_transcoder, becomes_transcoder))
     sizes = about(weights, lambda: sizes_of(stored.params))
     if becomes_transcoder:  # a cross-layer transcoder's features read one of several hook points
         sizes["d_in"] *= len(split_hooks(hooks[0]))
@@ -70,6 +65,39 @@ def placed(stored: Stored, site: Site | None) -> Dictionary:
     expected = param_shapes(config)
     about(weights, lambda: require_shapes(stored.params, expected, f"a dictionary of {config.n_features} features"))
     return Dictionary(config, {name: stored.params[name] for name in expected})
+
+
+def require_undone(normalize: str, was_transcoder: bool | None, is_transcoder: bool) -> None:
+    """Require that a dictionary that normalizes its input stays an SAE, which undoes this, or a transcoder.
+
+    Args:
+        was_transcoder: what it was made as; None if that is not known.
+        is_transcoder: what it is at the site where it is wanted.
+
+    Raises:
+        ValueError: it would become the other.
+    """
+    if normalize != "none" and was_transcoder is not None and was_transcoder != is_transcoder:
+        kinds = ("an SAE", "a transcoder")
+        raise ValueError(
+            f"the dictionary is {kinds[was_transcoder]} that normalizes its input, which only an SAE undoes on its "
+            f"output, so it cannot be {kinds[is_transcoder]}; give the tag of another site."
+        )
+
+
+def require_room(writer: str, checks: Iterable[tuple[bool, str]]) -> None:
+    """Require that a format has room for a dictionary.
+
+    Args:
+        writer: start of the error message: the library.
+        checks: whether it has room, and the rest of the message if not.
+
+    Raises:
+        ValueError: a check fails; the message is of the first.
+    """
+    for fits, what in checks:
+        if not fits:
+            raise ValueError(f"{writer} {what}. Nothing was written.")
 
 
 def sizes_of(params: Mapping[str, np.ndarray]) -> dict[str, int]:

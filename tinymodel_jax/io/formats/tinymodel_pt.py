@@ -10,6 +10,7 @@ from safetensors.numpy import save
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.convert import dictionary_tensors
 from tinymodel_jax.io.formats.rewriting import with_b_dec_subtracted
+from tinymodel_jax.io.formats.stored import require_room
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.runtime.atomic_files import replace_file
 
@@ -21,16 +22,18 @@ def write(dictionary: Dictionary, path: Path) -> None:
         ValueError: the reference has no room for the dictionary, or the name ends in neither .pt nor .safetensors.
     """
     config = dictionary.config
-    if path.suffix not in (".pt", ".safetensors"):
-        raise ValueError(f"{path}: the name of the reference's file must end in .pt or .safetensors.")
-    for fits, what in (
-        (config.architecture == "relu", f"dictionaries are relu, not {config.architecture}"),
-        (not config.skip, "dictionaries have no skip connection"),
-        (config.normalize == "none", f"dictionaries do not normalize their input ({config.normalize})"),
-        (not config.exclude, f"dictionaries do not leave out tokens {config.exclude}"),
-    ):
-        if not fits:
-            raise ValueError(f"the reference's {what}; format='saelens' has room for it. Nothing was written.")
+    if path.suffix not in (".pt", ".safetensors") or path.is_dir():
+        raise ValueError(f"{path}: give the name of a file that ends in .pt or .safetensors. Nothing was written.")
+    others = f"format={'sparsify' if config.architecture == 'groupmax' else 'saelens'!r} has room for it"
+    require_room(
+        "the reference's dictionaries",
+        (
+            (config.architecture == "relu", f"are relu, not {config.architecture}; {others}"),
+            (not config.skip, f"have no skip connection; {others}"),
+            (config.normalize == "none", f"do not normalize their input ({config.normalize}); {others}"),
+            (not config.exclude, f"do not leave out tokens {config.exclude}; {others}"),
+        ),
+    )
     params = with_b_dec_subtracted(dictionary, False).params
     tensors = {
         tensor.key: np.ascontiguousarray(tensor.to_torch(np.asarray(params[tensor.name])))
