@@ -87,13 +87,16 @@ def convert_dictionary(
         format: whose files to write; by default this package's config.json and dictionary.safetensors.
     """
     from tinymodel_jax.dictionaries.sites import Site
-    from tinymodel_jax.io.artifacts import read_dictionary, save_dictionary
+    from tinymodel_jax.io.artifacts import read_dictionary, require_place, save_dictionary
 
     if format is None:
         replaced = _replaced(dest)
     else:  # writing refuses other content
         replaced = "; it replaces what was there" if dest.is_file() or (dest.is_dir() and any(dest.iterdir())) else ""
-    dictionary = read_dictionary(src, None if site is None else Site.whole(site))
+    place = None if site is None else Site.whole(site)
+    dictionary = read_dictionary(src, place)
+    if place is not None:
+        require_place(dictionary.config, place, src)
     save_dictionary(dictionary, dest, format)
     config = dictionary.config
     kind = "transcoder" if config.is_transcoder else "SAE"
@@ -108,13 +111,12 @@ def export_lm(
     """Write a model's folder as one file with the names of another library.
 
     Args:
-        src: folder of the model.
+        src: folder or name of the model, such as `mini`.
         dest: file to write, .pt or .safetensors.
         format: whose names: the reference's, or TransformerLens's, with its configuration beside the file (.json).
     """
     from safetensors.numpy import save
 
-    from tinymodel_jax.commands.options import is_missing
     from tinymodel_jax.io.artifacts import load_model
     from tinymodel_jax.io.convert import export_model
     from tinymodel_jax.io.formats.transformer_lens import to_transformer_lens, write_config
@@ -123,9 +125,9 @@ def export_lm(
 
     if dest.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"{dest}: the name of the file must end in .pt or .safetensors.")
-    if is_missing(src) or src.is_file():
-        raise FileNotFoundError(f"{src} is not a folder; convert a file with 'lm' first.")
-    files = load_model(src)
+    if src.is_file():
+        raise ValueError(f"{src} is a file; convert it to a folder with 'lm' first.")
+    files = load_model(str(src))
     fields = None
     if format == "reference":
         state = export_model(files.config, files.params)

@@ -15,6 +15,7 @@ from conftest import error_line
 
 import convert_torch_weights
 import tinymodel_jax
+from tinymodel_jax.bundled import MINI
 from tinymodel_jax.commands import cli
 from tinymodel_jax.commands.inputs import read_stories
 from tinymodel_jax.io.artifacts import load_model
@@ -239,7 +240,9 @@ def test_a_dictionary_s_folder_is_not_read_for_another_site(
         (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
         (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "but no config.json. Nothing"),
         (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
+        (["dictionary", "{mini}/dictionaries/M1", "{tmp}/new", "--site", "A0"], "'A0' is from"),
         (["export-lm", "{tmp}/none", "{tmp}/new.pt"], "is not a folder"),
+        (["export-lm", "{data}/lm_f32_zip.pt", "{tmp}/new.pt"], "is a file; convert it to a folder"),
         (["export-lm", "{tmp}", "{tmp}/new.bin"], "must end in .pt or .safetensors"),
         (["inspect", "{tmp}/taken/config.json"], "config.json"),
     ],
@@ -253,7 +256,7 @@ def test_the_converter_refuses_in_one_line_and_writes_nothing(
     for name in "abcd":
         (tmp_path / "thesis" / f"{name}.txt").touch()
     before = sorted(tmp_path.rglob("*"))
-    filled = [argument.format(data=DATA, tmp=tmp_path) for argument in arguments]
+    filled = [argument.format(data=DATA, mini=MINI, tmp=tmp_path) for argument in arguments]
     assert convert_torch_weights.main(filled) == 1
     assert says in error_line(capsys)
     assert sorted(tmp_path.rglob("*")) == before
@@ -268,6 +271,12 @@ def test_converting_again_says_what_it_replaces(tmp_path: Path, capsys: pytest.C
         assert "replaces" not in capsys.readouterr().out
         assert convert_torch_weights.main(command) == 0
         assert capsys.readouterr().out.endswith("; it replaces what was there\n")
+
+
+def test_a_model_is_exported_by_its_name(tmp_path: Path) -> None:
+    assert convert_torch_weights.main(["export-lm", "mini", str(tmp_path / "lm.safetensors")]) == 0
+    lm = TinyModel(tmp_path / "lm.safetensors", n_heads=8)
+    np.testing.assert_array_equal(lm.W_U, TinyModel("mini").W_U)
 
 
 def test_an_exported_safetensors_file_is_a_source_like_a_pt_file(

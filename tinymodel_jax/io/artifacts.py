@@ -199,7 +199,7 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
     require_finite(stored.params, f"the dictionary {os.fspath(path_or_name)}")
     if place is None:
         return Dictionary.from_params(stored.config, stored.params)
-    _require_place(stored.config, place, path_or_name)
+    require_place(stored.config, place, path_or_name)
     return Dictionary.from_params(config_at(stored.config, place), stored.params)
 
 
@@ -245,7 +245,15 @@ def _named(kind: str, name_or_path: Any) -> Path:
     return user_path(name_or_path) if address is None else download_dictionary(address)
 
 
-def _require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
+def require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
+    """Check that a stored dictionary is for a site, or for none.
+
+    Args:
+        given: what names the dictionary, for the message.
+
+    Raises:
+        ValueError: it is for another site.
+    """
     own, hooks = (config.hook_in, config.hook_out), (place.hook_in, place.hook_out)
     if own != hooks and not set(own) <= NO_SITE:
         raise ValueError(

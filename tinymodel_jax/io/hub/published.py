@@ -83,7 +83,7 @@ def model_folder(name: str) -> Path:
         raise FileNotFoundError(
             f"{name!r} is not a folder, a file or a published model{f'; did you mean {close[0]!r}?' if close else '.'} "
             f"The published models are {', '.join(MODELS)}; 'mini' comes with the package. A folder written by "
-            "save_pretrained or a reference .pt file also works."
+            "save_pretrained, a reference .pt file or another repository, hub:OWNER/NAME, also works."
         )
 
     def build(folder: Path, pt_file: Path) -> None:
