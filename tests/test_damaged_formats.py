@@ -160,7 +160,7 @@ def test_tensors_of_the_wrong_shape_are_named_with_their_file(written: Callable[
     weights = folder / "sae_weights.safetensors"
     tensors = load_file(weights)
     edit(folder / "cfg.json", architecture="topk", k=3, rescale_acts_by_decoder_norm=True)
-    for name, shape in (("b_enc", (5,)), ("W_dec", (5, 16)), ("b_dec", (5,))):
+    for name, shape in (("b_enc", (5,)), ("b_enc", ()), ("W_dec", (5, 16)), ("b_dec", (5,))):
         save_file({**tensors, name: np.zeros(shape, np.float32)}, weights)
         assert error_of(lambda: Dictionary.from_pretrained(folder)).startswith(f"{weights}: ")
 

@@ -178,7 +178,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = read_yaml_object(path)
     kind = settings.get("model_kind")
     if kind != KIND:
-        raise ValueError(f"{path}: model_kind is {kind!r}; expected {KIND!r}.")
+        raise ValueError(f"{path}: model_kind is {kind!r:.80}; expected {KIND!r}.")
     files = settings.get("transcoders")
     if files is not None and not (isinstance(files, list) and files and all(isinstance(name, str) for name in files)):
         raise ValueError(f"{path}: transcoders is {files!r:.80}; expected a list of files.")

@@ -166,7 +166,7 @@ def _k(trainer: Mapping[str, Any], unused: Mapping[str, Any], config: Path, weig
     stated = trainer.get("k")
     k = about(weights if "k" in unused else config, lambda: whole(unused.get("k", stated), "k"))
     if stated not in (None, k):
-        raise ValueError(f"{config} contradicts {weights.name}: it states k={stated!r} and the tensors have {k}.")
+        raise ValueError(f"{config} contradicts {weights.name}: it states k={stated!r:.80} and the tensors have {k}.")
     return k
 
 

@@ -140,13 +140,13 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     normalize = settings.get("normalize_activations", "none")
     if normalize not in (*_NORMALIZE, _UNSCALED):
         raise ValueError(
-            f"normalize_activations {normalize!r} cannot be represented; save the SAE with SAELens's "
+            f"normalize_activations {normalize!r:.80} cannot be represented; save the SAE with SAELens's "
             f"save_inference_model, which folds it. This package reads {', '.join((*_NORMALIZE, _UNSCALED))}."
         )
     for name in ("hook_head_index", "hook_head_index_out"):
         if settings["metadata"].get(name) is not None:
             raise ValueError(
-                f"{name}={settings['metadata'][name]!r}: a dictionary of one attention head cannot be represented; "
+                f"{name}={settings['metadata'][name]!r:.80}: a dictionary of one attention head cannot be represented; "
                 "hook points of heads are read whole."
             )
 
@@ -171,15 +171,14 @@ def _params(path: Path, settings: Mapping[str, Any], architecture: str) -> dict[
         expected.append("W_skip")
     expected += ["scaling_factor"] if "scaling_factor" in tensors else []
     params = numbers(tensors, dict(zip(expected, expected, strict=True)), path)
-    finetuned = params.pop("scaling_factor", None)
     if "W_skip" in params:
         params["W_skip"] = params["W_skip"].T
-    if finetuned is None:
-        return params
-    n_features = about(path, lambda: sizes_of(params))["n_features"]
-    if finetuned.shape != (n_features,):
-        raise ValueError(f"{path}: scaling_factor has shape {finetuned.shape}; expected ({n_features},).")
-    if not np.allclose(finetuned, 1):
+    shapes = {"scaling_factor": (about(path, lambda: sizes_of(params))["n_features"],), "topk_threshold": ()}
+    for name, shape in shapes.items():
+        if name in params and params[name].shape != shape:
+            raise ValueError(f"{path}: {name} has shape {params[name].shape}; expected {shape}.")
+    finetuned = params.pop("scaling_factor", None)
+    if finetuned is not None and not np.allclose(finetuned, 1):
         if not about(path.parent / CONFIG, lambda: flag(settings, "finetuning_scaling_factor", False)):
             raise ValueError(f"{path} holds a scaling_factor, and {CONFIG} says that there is none.")
         params["W_dec"] = params["W_dec"] * finetuned[:, None]

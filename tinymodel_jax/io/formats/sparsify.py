@@ -39,7 +39,7 @@ def read(path: Path) -> Stored:
     settings = read_json_object(path)
     architecture = settings.get("activation", "topk")
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"{path}: activation {architecture!r} is unknown; this package reads topk and groupmax.")
+        raise ValueError(f"{path}: activation {architecture!r:.80} is unknown; this package reads topk and groupmax.")
     skip, transcode = (
         about(path, lambda n=name: flag(settings, n, False)) for name in ("skip_connection", "transcode")
     )

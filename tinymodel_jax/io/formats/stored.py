@@ -104,15 +104,20 @@ def sizes_of(params: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return d_in, d_out and n_features.
 
     Raises:
-        ValueError: one of the two matrices is missing or not one, or they have different numbers of features.
+        ValueError: one of the two matrices is missing or not one, or they and the encoder's biases have different
+            numbers of features.
     """
     for name in ("W_enc", "W_dec"):
         if name not in params or params[name].ndim != 2:
             found = params[name].shape if name in params else "missing"
             raise ValueError(f"{name} is {found}; expected a matrix. The tensors are {listed(params)}.")
     d_in, n_features = params["W_enc"].shape
-    if len(params["W_dec"]) != n_features:
-        raise ValueError(f"the encoder has {n_features} features and the decoder {len(params['W_dec'])}.")
+    vectors = [name for name in ("b_enc", "b_gate", "b_mag", "r_mag") if name in params]
+    wrong = [name for name in vectors if params[name].shape != (n_features,)]
+    wrong += ["W_dec"] if len(params["W_dec"]) != n_features else []
+    if wrong:
+        shown = ", ".join(f"{name} is {params[name].shape}" for name in wrong)
+        raise ValueError(f"{shown}, and W_enc is {params['W_enc'].shape}: the numbers of features differ.")
     return {"d_in": d_in, "d_out": params["W_dec"].shape[1], "n_features": n_features}
 
 
@@ -128,7 +133,7 @@ def require_stated(stated: Mapping[str, Any], params: Mapping[str, np.ndarray], 
     """
     sizes = about(weights, lambda: sizes_of(params))
     wrong = [
-        f"{name}={value!r} and the tensors have {sizes[name]}"
+        f"{name}={value!r:.80} and the tensors have {sizes[name]}"
         for name, value in stated.items()
         if value is not None and value != sizes[name]
     ]
@@ -165,7 +170,8 @@ def whole(value: Any, name: str) -> int:
     """
     number = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
     if isinstance(number, bool) or not isinstance(number, int | float) or number % 1 != 0 or number < 1:
-        raise ValueError(f"{name}={value!r}; expected a whole number of 1 or more.")
+        shown = " ".join(repr(value).split())  # an array's has several lines
+        raise ValueError(f"{name}={shown:.80}; expected a whole number of 1 or more.")
     return int(number)
 
 
