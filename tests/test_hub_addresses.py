@@ -20,6 +20,7 @@ import convert_torch_weights
 from tinymodel_jax.commands.options import ModelAndDictionaryOptions, dictionary_folders
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
+from tinymodel_jax.io.formats.circuit_tracer import save_transcoder_set
 from tinymodel_jax.io.hub.addresses import HubAddress, pinned
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel
@@ -188,6 +189,26 @@ def test_another_programs_model_is_refused_before_its_weights(model: HubServer) 
     assert MODEL_FILES[1] not in model.downloads()
 
 
+def test_of_a_transcoder_set_only_the_layer_of_the_site_is_downloaded(hub_server: HubServer, tmp_path: Path) -> None:
+    sites = [Site.whole(f"M{layer}") for layer in range(2)]
+    transcoders = {site.tag: make_dictionary(site.hook_in, site.hook_out, seed=site.layer) for site in sites}
+    save_transcoder_set(transcoders, tmp_path)
+    put(hub_server, "user/set", tmp_path)
+    assert "give site=" in refused(ValueError, lambda: Dictionary.from_pretrained("hub:user/set"))
+    assert_same(Dictionary.from_pretrained("hub:user/set", site="M1"), transcoders["M1"])
+    assert hub_server.downloads() == ["user/set/config.yaml", "user/set/layer_1.safetensors"]
+    message = refused(FileNotFoundError, lambda: Dictionary.from_pretrained("hub:user/set", site="M7"))
+    assert "the repository has layer_1.safetensors, layer_0.safetensors" in message
+
+
+def test_a_dictionary_beside_a_model_is_downloaded_without_it(model: HubServer, tmp_path: Path) -> None:
+    dictionary = make_dictionary("blocks.1.hook_attn_out", "blocks.1.hook_attn_out")
+    dictionary.save_pretrained(tmp_path / "sae", format="saelens")
+    put(model, OWN, tmp_path / "sae")
+    assert Dictionary.from_pretrained(f"hub:{OWN}").config == dictionary.config
+    assert sorted(model.downloads()) == [f"{OWN}/{n}" for n in ("cfg.json", "config.json", "sae_weights.safetensors")]
+
+
 def test_a_private_repository_takes_the_users_token(
     model: HubServer, shared_lm: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +247,18 @@ def test_options_of_commands_take_addresses(model: HubServer, shared_lm: TinyMod
     assert capsys.readouterr().err == ""
     assert convert_torch_weights.main(["inspect", f"hub:{OWN}/lm.pt"]) == 0
     assert "zip format" in capsys.readouterr().out
+
+
+def test_folders_of_other_libraries_are_found_among_dictionaries(hub_server: HubServer, tmp_path: Path) -> None:
+    for layer, format in enumerate((None, "saelens")):
+        dictionary = make_dictionary(f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_attn_out")
+        dictionary.save_pretrained(tmp_path / f"A{layer}", format=format)
+    (tmp_path / "plots").mkdir()
+    put(hub_server, "user/saes", tmp_path)
+    for place in (tmp_path, Path("hub:user/saes")):
+        found = dictionary_folders(place)
+        assert [folder.name for folder in found] == ["A0", "A1"]
+        assert dictionary_folders(found[1]) == [found[1]]
 
 
 def test_no_network_is_one_error_at_once(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def parse_sites(option: str, text: str) -> list[str]:
 
 
 def dictionary_folders(folder: Path) -> list[Path]:
-    """Return the folder if it holds a dictionary, otherwise the folders in it that do.
+    """Return the folder if it holds a dictionary, of this package or another library, otherwise those in it that do.
 
     Args:
         folder: also an address on the hub, which is downloaded.
@@ -151,6 +151,7 @@ def dictionary_folders(folder: Path) -> list[Path]:
         NotADirectoryError: it is a file.
     """
     from tinymodel_jax.io.data_files import DICTIONARY_FILE
+    from tinymodel_jax.io.formats.choose import format_of
     from tinymodel_jax.io.hub.folders import local_dictionaries
 
     folder = local_dictionaries(folder)
@@ -160,9 +161,13 @@ def dictionary_folders(folder: Path) -> list[Path]:
         )
     if not folder.is_dir():
         raise FileNotFoundError(f"--dictionaries {folder} does not exist.")
-    found = [f for f in (folder, *sorted(folder.iterdir())) if (f / DICTIONARY_FILE).is_file()]
+    folders = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())]
+    found = [path for path in folders if (path / DICTIONARY_FILE).is_file() or format_of(path)]
     if not found:
-        raise FileNotFoundError(f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it.")
+        raise FileNotFoundError(
+            f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of a "
+            "dictionary of another library (docs/interop.md)."
+        )
     return [folder] if found[0] == folder else found
 
 

@@ -205,7 +205,7 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 
 def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> Dictionary:
     """Do as `load_dictionary`, but keep the file's NumPy arrays and number format, and check nothing."""
-    path = _named("dictionary", path_or_name)
+    path = _named("dictionary", path_or_name, site)
     other = read_as(path, site) if path.exists() and not (path / DICTIONARY_FILE).is_file() else None
     if other is not None:
         return other
@@ -238,11 +238,11 @@ def config_at(config: DictionaryConfig, site: Site) -> DictionaryConfig:
     return at
 
 
-def _named(kind: str, name_or_path: Any) -> Path:
+def _named(kind: str, name_or_path: Any, site: Site | None = None) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
     address = HubAddress.of(name_or_path)
-    return user_path(name_or_path) if address is None else download_dictionary(address)
+    return user_path(name_or_path) if address is None else download_dictionary(address, site)
 
 
 def require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:
