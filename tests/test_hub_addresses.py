@@ -20,7 +20,7 @@ import convert_torch_weights
 from tinymodel_jax.commands.options import ModelAndDictionaryOptions, dictionary_folders
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
-from tinymodel_jax.io.formats.circuit_tracer import save_transcoder_set
+from tinymodel_jax.io.formats.transcoder_sets import save_transcoder_set
 from tinymodel_jax.io.hub.addresses import HubAddress, pinned
 from tinymodel_jax.io.torch_files import save_torch_file
 from tinymodel_jax.lm import TinyModel

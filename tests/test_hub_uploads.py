@@ -139,7 +139,7 @@ def test_the_layers_of_a_transcoder_set_are_uploaded_one_by_one(hub: HubServer) 
     settings = hub.files[f"{OWN}/set/config.yaml"]
     attention = make_dictionary("blocks.2.hook_attn_in", "blocks.2.hook_attn_out")
     message = refused(ValueError, lambda: attention.push_to_hub(f"{OWN}/set", format="circuit-tracer"))
-    assert f"hub:{OWN}/set is a set of" in message
+    assert "the same hook points in every layer" in message
     assert hub.files[f"{OWN}/set/config.yaml"] == settings
 
 

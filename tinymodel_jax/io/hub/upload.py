@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from tinymodel_jax.io.config_files import CONFIG_FILE
-from tinymodel_jax.io.formats.choose import FORMATS
+from tinymodel_jax.io.formats import circuit_tracer
+from tinymodel_jax.io.formats.names import LIBRARIES
 from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.cards import Card, dictionary_card, repository_card, transcoder_set_card
 from tinymodel_jax.io.hub.client import LOG_IN, endpoint, reason, require_client
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from tinymodel_jax.dictionaries.dictionary import Dictionary
 
 CARD = "README.md"
-FOLDER_FORMATS = tuple(name for name in FORMATS if name != "tinymodel-pt")
-"""Formats of other libraries whose dictionaries are folders, which have room for a card."""
 PARTS = {
     "model": ("dictionaries/*/config.json", "tokenizer.json", "token_table.json"),
     "dictionary": ("dictionary.safetensors", "sae_weights.safetensors", "sae.safetensors", "ae.pt"),
@@ -74,9 +73,9 @@ def push_dictionary(
     dictionary: Dictionary, address: str, license: str | None, private: bool | None, format: str | None
 ) -> str:
     """Do `Dictionary.push_to_hub`."""
-    if format is not None and format not in FOLDER_FORMATS:
+    if format is not None and format not in LIBRARIES:
         raise ValueError(
-            f"push_to_hub has no format {format!r}, got for {address}; choose {', '.join(FOLDER_FORMATS)}, or leave it "
+            f"push_to_hub has no format {format!r}, got for {address}; choose {', '.join(LIBRARIES)}, or leave it "
             "out for this package's own folder."
         )
     place = _place(HubAddress.parse(address), private)
@@ -145,15 +144,18 @@ def _place(address: HubAddress, private: bool | None) -> _Place:
 def _saved(dictionary: Dictionary, format: str | None, place: _Place, folder: Path) -> Files:
     """Write a dictionary into a folder that looks like the one on the hub; return the files that are new or changed.
 
-    So `save_pretrained` refuses what it refuses in a folder on this machine. Settings are downloaded; all other files
-    are empty.
+    So `save_pretrained` refuses what it refuses in a folder on this machine. Settings are downloaded, and of a
+    transcoder set the layer with which it compares the new one; all other files are empty.
     """
-    before: dict[str, bytes] = {}
-    for name in place.files:
-        parent, _, file = name.rpartition("/")
-        if parent == place.address.path:
-            before[file] = _read(place, name) if file in SETTINGS else b""
-            (folder / file).write_bytes(before[file])
+    there = [name.rpartition("/") for name in place.files]
+    names = [name for parent, _, name in there if parent == place.address.path]
+    read = {*SETTINGS}
+    if format == "circuit-tracer":
+        own = f"layer_{circuit_tracer.as_layer(dictionary).number}.safetensors"
+        read |= {*sorted(name for name in names if fnmatch(name, "layer_*.safetensors") and name != own)[:1]}
+    before = {name: _read(place, place.address.joined(name).path) if name in read else b"" for name in names}
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
     try:
         dictionary.save_pretrained(folder, format)
     except ValueError as error:
