@@ -125,6 +125,10 @@ def test_a_number_of_layers_that_the_state_does_not_have_is_refused_at_once(wide
     config, state = wide.to_hooked_transformer_state_dict()
     message = error_of(lambda: TinyModel.from_transformer_lens({**config, "n_layers": 10**7}, state))
     assert "states n_layers=10000000, and the state dict has 2 blocks" in message
+    for name in ("d_head", "attn_scale"):
+        changed = {**config, name: 10**400}
+        message = error_of(lambda c=changed: TinyModel.from_transformer_lens(c, state))
+        assert f"needs numbers below 1e+09 for {name}=1000" in message
 
 
 def test_tensors_that_numpy_cannot_read_are_named(wide: TinyModel) -> None:
@@ -167,7 +171,11 @@ def test_files_without_a_sound_configuration_are_refused_in_one_line(
     assert convert(["export-lm", str(tmp_path / "ours"), str(exported), "--format", "transformer-lens"]) == 0
     capsys.readouterr()
     for content, arguments, says in (
-        ('{"d_model": 16}', (), "lm.safetensors: a configuration of TransformerLens needs numbers for n_layers=None"),
+        (
+            '{"d_model": 16}',
+            (),
+            "lm.safetensors: a configuration of TransformerLens needs numbers below 1e+09 for n_layers=None",
+        ),
         ('{"d_head": 8, "d_model": "16"}', (), "d_model='16'"),
         ("[]", (), "lm.json holds a list"),
         ("{", (), "lm.json cannot be read"),

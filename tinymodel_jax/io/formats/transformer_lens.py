@@ -53,6 +53,8 @@ _ONLY = {
 }
 """The fields that choose between kinds of models, and the kind that a TinyModel is."""
 _SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
+_LIMIT = 1e9
+"""Numbers of a configuration are below it; larger ones do not fit into floating point, or into memory."""
 _WITHOUT_EFFECT = {
     *("model_name", "original_architecture", "architecture", "device", "n_devices", "dtype", "seed", "eps", "n_params"),
     *("init_mode", "init_weights", "initializer_range", "trust_remote_code", "from_checkpoint", "attn_implementation"),
@@ -184,9 +186,9 @@ def _their_name(name: str) -> str:
 def _model_config(given: Mapping[str, Any]) -> ModelConfig:
     """Return our configuration; refuse every field that asks for something else, all in one message."""
     fields = _with_sizes(given)
-    problems = [f"{name}={fields[name]!r} (only {only!r})" for name, only in _ONLY.items() if fields[name] != only]
+    problems = [f"{name}={fields[name]!r:.80} (only {only!r})" for name, only in _ONLY.items() if fields[name] != only]
     problems += _wrong_sizes(fields)
-    problems += [f"{name}={value!r}" for name, value in fields.items() if not _has_no_effect(name, value)]
+    problems += [f"{name}={value!r:.80}" for name, value in fields.items() if not _has_no_effect(name, value)]
     if problems:
         raise ValueError(f"a TinyModel cannot represent this model of TransformerLens: {'; '.join(problems)}.")
     return ModelConfig(**{name: fields[name] for name in _SIZES if name != "d_head"})
@@ -200,11 +202,12 @@ def _with_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
             fields["n_heads"] = d_model // d_head
         if fields["d_mlp"] is None:
             fields["d_mlp"] = 4 * d_model
-    wrong = [f"{name}={fields.get(name)!r}" for name in _SIZES if not isinstance(fields.get(name), int)]
-    if not isinstance(fields["attn_scale"], int | float):
-        wrong.append(f"attn_scale={fields['attn_scale']!r}")
+    kinds: dict[str, Any] = dict.fromkeys(_SIZES, int) | {"attn_scale": int | float}
+    values = {name: fields.get(name) for name in kinds}
+    wrong = [n for n, value in values.items() if not isinstance(value, kinds[n]) or not abs(value) < _LIMIT]
     if wrong:
-        raise ValueError(f"a configuration of TransformerLens needs numbers for {', '.join(wrong)}.")
+        shown = ", ".join(f"{name}={values[name]!r:.80}" for name in wrong)
+        raise ValueError(f"a configuration of TransformerLens needs numbers below {_LIMIT:.0e} for {shown}.")
     return fields
 
 
