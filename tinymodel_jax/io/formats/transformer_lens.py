@@ -203,7 +203,7 @@ def _with_sizes(given: Mapping[str, Any]) -> dict[str, Any]:
         if fields["d_mlp"] is None:
             fields["d_mlp"] = 4 * d_model
     kinds: dict[str, Any] = dict.fromkeys(_SIZES, int) | {"attn_scale": int | float}
-    values = {name: fields.get(name) for name in kinds}
+    values: dict[str, Any] = {name: fields.get(name) for name in kinds}
     wrong = [n for n, value in values.items() if not isinstance(value, kinds[n]) or not abs(value) < _LIMIT]
     if wrong:
         shown = ", ".join(f"{name}={values[name]!r:.80}" for name in wrong)
