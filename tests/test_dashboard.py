@@ -264,6 +264,7 @@ def test_the_shards_hold_every_feature_once(facts, links, rows, tmp_path, lm, mo
     assert [*shards[0], *shards[1], *shards[2]] == json.loads(json.dumps(shard_records(facts, rows, lm.config, 0, 12)))
     index = read_data(tmp_path, "index")
     assert index["columns"]["active"] == facts.found.active.tolist()
+    assert index["logit_unit"] == facts.logits.unit == "one unit of activation"
     assert index["columns"]["concept"] == facts.f1.argmax(axis=1).tolist()
     assert index["columns"]["effect"] == pytest.approx(facts.importance.kl_all.mean, rel=1e-3)
     for feature, peaks in enumerate(index["columns"]["peaks"]):

@@ -15,6 +15,7 @@ from tinymodel_jax.analysis.effects.attribution import attribute
 from tinymodel_jax.analysis.effects.direct_logit_attribution import direct_logit_attribution
 from tinymodel_jax.analysis.evaluation.sparse_lm import export_sparse_lm
 from tinymodel_jax.analysis.report.dashboard.weights_graph import weights_graph
+from tinymodel_jax.analysis.search.logit_effects import logit_effects
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.model import interventions
 from tinymodel_jax.training.dictionary_recipe import recipe_preset
@@ -45,6 +46,22 @@ def test_the_change_of_an_activation_is_written_at_the_size_of_the_input(normali
     assert_close(normalized.run_with_hooks(tok_ids, edit, [HOOK])[1][HOOK], x + written, F32)
     through = normalized.splice("Rm1").run_with_hooks(tok_ids, edit, [HOOK])[1][HOOK]
     assert_close(through, oracle.reconstruct(params, config, x) + written, F32)
+
+
+def test_logit_effects_are_those_at_an_input_of_size_1(lm, tok_ids):
+    hook = "blocks.1.hook_mlp_out"  # nothing comes after it
+    dictionary = make_dictionary(hook, hook, 3, normalize="layer_norm")
+    lm.attach("Mo1", dictionary)
+    found = logit_effects(lm, "Mo1", lm.config.d_vocab, 5)
+    assert found.unit == "one unit of activation at an input of size 1"
+    edit = interventions.clamp(dictionary, 5, 1.5)
+    (clean, kept), (edited, _) = (lm.run_with_hooks(tok_ids, hooks, [hook]) for hooks in ({}, edit))
+    x = np.asarray(kept[hook], np.float64)
+    change = 1.5 - oracle.encode(dictionary.params, dictionary.config, x)[..., 5]
+    moved = np.asarray(edited, np.float64) - np.asarray(clean)
+    moved = moved - moved.mean(axis=-1, keepdims=True)
+    expected = (change * size(x, "layer_norm"))[..., None] * found.promoted_effect[0]
+    np.testing.assert_allclose(moved[..., found.promoted[0]], expected, atol=1e-4)
 
 
 def test_sweeps_and_attributions_are_those_of_the_edits(normalized, tok_ids):

@@ -115,6 +115,7 @@ def feature_record(
         "contexts": _contexts(lm, rows, found.top, feature, top),
         "bands": [_contexts(lm, rows, band, 0, OF_A_BAND) for band in found.bands(feature, BANDS)],
         **words,
+        "effect_of": effects.unit,
         "partners": None if np.isnan(found.correlation[feature, 0]) else partners,
     }
 
@@ -156,7 +157,7 @@ def print_feature(found: TopActivations, records: Sequence[dict[str, Any]]) -> N
         _print_contexts(console, f"sampled contexts, {which}", band)
     for kind in ("promoted", "suppressed"):
         words = "  ".join(f"{escape(_word(one['token']))} {one['effect']:+.3f}" for one in record[kind])
-        console.print(f"{kind} next tokens: {words}")
+        console.print(f"{kind} next tokens, in logits for {record['effect_of']}: {words}")
     console.print(f"active together with: {_partners(record['partners'])}")
 
 

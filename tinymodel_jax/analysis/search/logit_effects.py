@@ -3,8 +3,9 @@
     effect = W_dec @ W_U, minus its mean over the vocabulary (which the softmax ignores)
 
 The effect is direct: it follows the path from the dictionary's output to the unembedding and skips all later layers.
-There is no layer norm, so it is exact and the same for every input: one unit of activation adds it to the logits, times
-the input's size for an SAE that normalizes its input. It is defined where `hook_out` is the residual stream or is added
+There is no layer norm, so it is exact: one unit of activation adds it to the logits at every input. An SAE that
+normalizes its input writes in proportion to the input's size; its effects are those at an input of size 1. They are
+defined where `hook_out` is the residual stream or is added
 to it, and for the outputs of heads and neurons (`attn.hook_z`, `mlp.hook_post`), which W_O and W_out map to the stream.
 """
 
@@ -25,6 +26,9 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.runtime.compilation import fast_jit
 
+UNIT = "one unit of activation"
+UNIT_AT_SIZE_1 = f"{UNIT} at an input of size 1"
+"""Of an SAE that normalizes its input: elsewhere the effect is multiplied by the size that the input is divided by."""
 TOGETHER = 512
 """Features whose effects on all logits are held in memory together."""
 
@@ -35,9 +39,11 @@ class LogitEffects(NamedTuple):
     features: Int[np.ndarray, " n"]
     promoted: Int[np.ndarray, "n top"]
     promoted_effect: Float[np.ndarray, "n top"]
-    """Logits per unit of activation."""
+    """Logits per `unit`."""
     suppressed: Int[np.ndarray, "n top"]
     suppressed_effect: Float[np.ndarray, "n top"]
+    unit: str = UNIT
+    """What has these effects, in words: `UNIT`, or `UNIT_AT_SIZE_1` for an SAE that normalizes its input."""
 
 
 def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = None) -> LogitEffects:
@@ -62,7 +68,8 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
             f"logit_effects: {hook_out} has no direct effect on the logits; it is defined at {', '.join(WRITTEN)}."
         )
     directions = written(lm, hook_out, dictionary.params["W_dec"][chosen])
-    return LogitEffects(chosen, *strongest_tokens(lm, directions, top))
+    unit = UNIT_AT_SIZE_1 if dictionary.config.rescales_output else UNIT
+    return LogitEffects(chosen, *strongest_tokens(lm, directions, top), unit)
 
 
 def logit_histogram(
@@ -70,7 +77,8 @@ def logit_histogram(
 ) -> tuple[Int[np.ndarray, "n bins"], Float[np.ndarray, "n bins"]]:
     """Return, for each feature, how many tokens' logit effects lie in each of equal bins, and the bins' centres.
 
-    The bins of a feature reach from its smallest to its largest effect, in logits per unit of activation.
+    The bins of a feature reach from its smallest to its largest effect, in logits per unit of activation. Those of an
+    SAE that normalizes its input are at an input of size 1.
 
     Raises:
         ValueError: as `logit_effects`.

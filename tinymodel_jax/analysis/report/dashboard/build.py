@@ -229,6 +229,7 @@ def _index(
         "texts": [record["tokens"][: TEXT_START + 1] for record in texts],
         "text_start": TEXT_START,
         "left_out": facts.left_out,
+        "logit_unit": None if facts.logits is None else facts.logits.unit,
         "columns": index_columns(facts, rows),
         **fixed_facts(),
     }

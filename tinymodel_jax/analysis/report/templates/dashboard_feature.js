@@ -23,7 +23,7 @@ async function featurePage(feature) {
 }
 
 function logitSection(record) {
-  const about = "Direct effect of one unit of activation on the logits of the next token, skipping all later layers, minus the mean over the vocabulary.";
+  const about = `Direct effect of ${index.logit_unit} on the logits of the next token, skipping all later layers, minus the mean over the vocabulary.`;
   const tables = [tokenTable("promoted", record.promoted), tokenTable("suppressed", record.suppressed)];
   return section("What it promotes and suppresses", element("p", { class: "about" }, about), element("div", { class: "columns" }, ...tables));
 }
