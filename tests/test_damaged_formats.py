@@ -70,8 +70,8 @@ def edit(path: Path, **changes: Any) -> None:
         ("saelens", {"metadata": {"sae_lens_version": "²"}, "activation_fn": ["x"]}, "activation_fn ['x'] with"),
         (
             "saelens",
-            {"metadata": {"sae_lens_version": "6.1.0", "exclude_special_tokens": True}},
-            "exclude_special_tokens=True does not say which tokens; write the list of their ids",
+            {"metadata": {"sae_lens_version": "6.1.0", "exclude_special_tokens": "all"}},
+            "exclude_special_tokens='all'; expected true, false or a list of token ids",
         ),
         (
             "saelens",

@@ -169,6 +169,9 @@ def test_paths_and_formats_that_are_none_are_errors_of_one_line(tmp_path):
 def test_excluded_tokens_go_into_saelens_s_settings(tmp_path):
     made("relu", exclude=(3, 7)).save_pretrained(tmp_path, format="saelens")
     assert Dictionary.from_pretrained(tmp_path).config.exclude == (3, 7)
+    settings = tmp_path / "cfg.json"
+    settings.write_text(settings.read_text().replace(json.dumps([3, 7], indent=2).replace("\n", "\n    "), "true"))
+    assert Dictionary.from_pretrained(tmp_path).config.exclude == ()
 
 
 @pytest.mark.parametrize("first", ["saelens", "sparsify", "dictionary_learning", None])
@@ -407,6 +410,8 @@ def test_what_is_not_one_transcoder_set_is_refused(tmp_path):
         first.save_pretrained(tmp_path / f"{name}", format=name)
         message = error_of(partial(save_transcoder_set, {"M0": first}, tmp_path / f"{name}"))
         assert f"holds a dictionary of {name or 'this package'}. Nothing was written" in message
+    message = error_of(partial(first.save_pretrained, tmp_path / "saelens"))  # without format=
+    assert "holds a dictionary of saelens. Nothing was written" in message
     (tmp_path / "config.yaml").write_text("theirs: 1")
     message = error_of(partial(save_transcoder_set, {"M0": first}, tmp_path))
     assert "holds a config.yaml of something else. Nothing was written" in message

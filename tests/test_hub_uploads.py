@@ -87,7 +87,7 @@ def test_a_dictionary_is_exchanged_in_another_librarys_format(hub: HubServer) ->
         assert (loaded.config.hook_in, loaded.config.n_features) == (SAE[0], dictionary.config.n_features)
         np.testing.assert_allclose(loaded.params["W_dec"], dictionary.params["W_dec"], rtol=1e-6)
     message = refused(ValueError, lambda: dictionary.push_to_hub(f"{OWN}/A1"))
-    assert f"hub:{OWN}/A1 has parts of another upload that this one lacks" in message
+    assert f"hub:{OWN}/A1 holds a dictionary of saelens. Nothing was written" in message
 
 
 FOREIGN = {

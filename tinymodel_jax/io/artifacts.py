@@ -25,6 +25,7 @@ from tinymodel_jax.io.config_files import (
     DICTIONARIES,
     MODEL_FILE,
     TOKENIZER_FILES,
+    named_folder,
     own_folder,
     read_config,
     write_config,
@@ -38,7 +39,7 @@ from tinymodel_jax.io.data_files import (
     write_safetensors,
 )
 from tinymodel_jax.io.formats import transformer_lens
-from tinymodel_jax.io.formats.choose import read_as, write_as
+from tinymodel_jax.io.formats.choose import format_of, read_as, write_as
 from tinymodel_jax.io.formats.names import LIBRARIES
 from tinymodel_jax.io.formats.stored import require_undone
 from tinymodel_jax.io.hub.addresses import HubAddress
@@ -181,6 +182,9 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], f
     if format is not None:
         write_as(dictionary, directory, format)
         return
+    other = format_of(named_folder("dictionary", directory))
+    if other is not None:
+        raise ValueError(f"{directory} holds a dictionary of {other}. Nothing was written; choose another folder.")
     folder = own_folder("dictionary", directory)
     write_safetensors(dictionary.params, folder / DICTIONARY_FILE)
     write_config("dictionary", dictionary.config.to_dict(), folder)

@@ -217,17 +217,16 @@ def _with_threshold(
 
 
 def _other_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    excluded = settings["metadata"].get("exclude_special_tokens")
-    if excluded not in (None, False) and not isinstance(excluded, list):
-        raise ValueError(
-            f"exclude_special_tokens={excluded!r:.80} does not say which tokens; write the list of their ids, or false."
-        )
+    excluded = settings["metadata"].get("exclude_special_tokens") or []
+    if not isinstance(excluded, list | bool):
+        raise ValueError(f"exclude_special_tokens={excluded!r:.80}; expected true, false or a list of token ids.")
     is_transcoder = settings["architecture"] in _TRANSCODERS
     return {
         "skip": "skip" in settings["architecture"],
         "normalize": _NORMALIZE.get(settings.get("normalize_activations", "none"), "none"),
         "subtract_b_dec": not is_transcoder and flag(settings, "apply_b_dec_to_input", True),
-        "exclude": tuple(excluded or ()),
+        # true names the special tokens of a tokenizer, whose ids the files do not have
+        "exclude": tuple(excluded) if isinstance(excluded, list) else (),
     }
 
 
