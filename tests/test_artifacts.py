@@ -269,7 +269,7 @@ def test_a_damaged_dictionary_folder_is_one_too(tmp_path):
     edited(architecture="topk", k="3")(tmp_path)
     assert f"{tmp_path / 'config.json'}: DictionaryConfig: k='3' must be" in error_of(lambda: load_dictionary(tmp_path))
     (tmp_path / "dictionary.safetensors").unlink()
-    assert "there is no dictionary.safetensors in it" in error_of(lambda: load_dictionary(tmp_path), FileNotFoundError)
+    assert "it has neither dictionary.safetensors" in error_of(lambda: load_dictionary(tmp_path), FileNotFoundError)
 
 
 @settings(max_examples=60)

@@ -237,7 +237,10 @@ def test_a_dictionary_s_folder_is_not_read_for_another_site(
             ["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis", "--n-heads", "4"],
             "holds a.txt, b.txt, c.txt and 1 more, but no",
         ),
-        (["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"], "a.txt: File exists"),
+        (
+            ["lm", "{data}/lm_f32_zip.pt", "{tmp}/thesis/a.txt", "--n-heads", "4"],
+            "a.txt is a file. Nothing was written; name a folder",
+        ),
         (["dictionary", "{data}/sparse_T1_f32_zip.pt", "{tmp}/thesis", "--site", "M1"], "but no config.json. Nothing"),
         (["dictionary", "{data}/lm_f32_zip.pt", "{tmp}/new", "--site", "M1"], "not a dictionary"),
         (["dictionary", "{mini}/dictionaries/M1", "{tmp}/new", "--site", "A0"], "'A0' is from"),

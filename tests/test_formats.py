@@ -258,7 +258,7 @@ def test_damaged_files_are_named(saelens):
     assert "cfg.json holds a list; expected a JSON object" in error_of(lambda: Dictionary.from_pretrained(saelens))
     weights.unlink()
     message = error_of(lambda: Dictionary.from_pretrained(saelens), FileNotFoundError)
-    assert "nor the files of saelens, dictionary_learning, sparsify, circuit-tracer" in message
+    assert "nor all files of a format of saelens, dictionary_learning, sparsify, circuit-tracer" in message
 
 
 def test_numbers_that_are_not_finite_are_refused(saelens):

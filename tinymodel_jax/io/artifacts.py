@@ -41,7 +41,7 @@ from tinymodel_jax.io.data_files import (
 from tinymodel_jax.io.formats import transformer_lens
 from tinymodel_jax.io.formats.choose import format_of, read_as, write_as
 from tinymodel_jax.io.formats.names import LIBRARIES
-from tinymodel_jax.io.formats.stored import require_undone
+from tinymodel_jax.io.formats.stored import listed, require_undone
 from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.folders import download_dictionary, download_model
 from tinymodel_jax.params import require_shapes
@@ -223,8 +223,8 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
         path = published.dictionary_folder(str(path_or_name))
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(
-            f"{path} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of "
-            f"{', '.join(LIBRARIES)} (docs/interop.md)."
+            f"{path} holds no dictionary: it has neither {DICTIONARY_FILE} nor all files of a format of "
+            f"{', '.join(LIBRARIES)} (docs/interop.md). It holds {listed(sorted(p.name for p in path.iterdir()))}."
         )
     config = read_config("dictionary", DictionaryConfig, path)
     return Dictionary(config, read_safetensors(path / DICTIONARY_FILE))
