@@ -114,6 +114,16 @@ def test_heads_are_written_as_saelens_reshapes_them(tmp_path):
     assert largest_difference(dictionary, x, theirs.their_numbers("saelens", tmp_path, x)) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("library", "architecture"),
+    [("saelens", "gated"), ("dictionary_learning", "relu"), ("sparsify", "topk"), ("circuit-tracer", "jumprelu")],
+)
+def test_a_dictionary_in_bfloat16_is_computed_in_float32_there_too(library, architecture, tmp_path):
+    dictionary, x = ours(architecture, TRANSCODER, subtract_b_dec=True, param_dtype="bfloat16"), inputs()
+    dictionary.save_pretrained(tmp_path, format=library)
+    assert largest_difference(dictionary, x, theirs.their_numbers(library, tmp_path, x)) < TOLERANCE
+
+
 def test_a_transcoder_set_of_several_layers_is_exchanged(tmp_path):
     made = {}
     for layer in range(3):
