@@ -1,6 +1,7 @@
 """Crosscoders and cross-layer transcoders, against sums over layers written by hand."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -266,6 +267,28 @@ def test_gradients_flow_through_a_first_pass(joined: TinyModel, tok_ids: np.ndar
     step = 1e-2
     slope = (loss(1 + step) - loss(1 - step)) / (2 * step)
     assert abs(float(jax.grad(loss)(1.0)) - float(slope)) < 1e-3
+
+
+def test_what_depends_on_a_crosscoders_first_pass_is_refused(joined: TinyModel, tok_ids: np.ndarray) -> None:
+    joined.attach("M0", make_dictionary("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out", 3))
+    spliced = joined.splice([CROSSCODER, "M0"])  # M0 acts between what the crosscoder writes and what it reads
+    assert "depends on the later splices of M0" in error_of(lambda: spliced["M0"](tok_ids))
+    for call in (lambda: sweeps.ablate(spliced, TRANSCODER, tok_ids), lambda: sweeps.ablate(spliced, "Ra1", tok_ids)):
+        assert "need whole passes; sweep the model without the crosscoder" in error_of(call)
+    reader = joined.splice(CROSSCODER)["M0"]  # behind its first hook point, and nothing else is spliced
+    name = "blocks.0.hook_mlp_in"
+    _, acts = joined.run_with_hooks(tok_ids, interventions.splice(joined[CROSSCODER]), keep=(name,))
+    assert_close(reader(tok_ids), reader.dictionary.encode(acts[name]), F32)
+
+
+def test_features_of_a_cross_layer_transcoder_keep_their_layer(joined: TinyModel) -> None:
+    dictionary = joined[TRANSCODER].dictionary
+    per_layer = dictionary.config.features_per_layer
+    x = numbers(4, 2 * WIDTH)
+    chosen = [1, 0, per_layer + 2, per_layer]
+    assert_close(dictionary.with_features(chosen).encode(x), dictionary.encode(x, chosen), F32)
+    for features in ([0, 1], [per_layer, 0], [0, 1, per_layer]):
+        assert "as many features of each layer, in the order" in error_of(partial(dictionary.with_features, features))
 
 
 def test_joined_hook_points_of_different_widths_are_refused(lm: TinyModel) -> None:

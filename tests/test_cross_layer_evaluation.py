@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import error_of
 from test_cross_layer import CROSSCODER, TRANSCODER, WIDTH, dictionary_at
 
 from tinymodel_jax import interventions
-from tinymodel_jax.analysis.evaluation import evaluate
+from tinymodel_jax.analysis.evaluation import evaluate, evaluate_sparse_model, export_sparse_lm
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.interventions import combine
 
@@ -79,3 +80,14 @@ def test_a_model_that_is_spliced_with_joined_sites_is_evaluated_elsewhere(lm: Ti
     (found,) = evaluate(spliced, "Ra1", rows)
     hooks = interventions.splice(lm["Ra1"])
     assert found.ce_spliced == pytest.approx(float(spliced.loss(rows, np.ones(rows.shape), hooks=hooks)), abs=CLOSE)
+    lm.attach(CROSSCODER, dictionary_at(CROSSCODER, 1))
+    message = error_of(lambda: evaluate(lm.splice(CROSSCODER), "M1", rows))
+    assert "is spliced with a crosscoder (spliced: Ra0+Ra1)" in message
+
+
+def test_a_cross_layer_transcoder_is_a_sparse_model_that_is_not_exported(lm: TinyModel, rows: np.ndarray) -> None:
+    lm.attach(TRANSCODER, dictionary_at(TRANSCODER, 2))
+    (of_dictionary,) = evaluate(lm, TRANSCODER, rows)
+    of_model = evaluate_sparse_model(lm, rows, TRANSCODER)
+    assert of_model.ce_sparse == pytest.approx(of_dictionary.ce_spliced, abs=CLOSE)
+    assert "its features write to several MLPs" in error_of(lambda: export_sparse_lm(lm, TRANSCODER))

@@ -136,6 +136,14 @@ def test_features_never_write_to_earlier_layers(architecture: Any, options: Any)
     assert np.isfinite(W_dec).all()
 
 
+def test_a_transcoder_of_unscaled_vectors_computes_what_training_computed() -> None:
+    x, y, recipe = rows(0), rows(1), recipe_of("relu", scale_inputs=False)
+    state = trained(recipe, x, y)
+    dictionary = Dictionary.from_params(*finalize(state, recipe, "a+b+c", "d+e+f"))
+    outcome, _ = loss_and_gradient(state.params, recipe, execution_for(recipe), recipe.hyper(), x, y, (FEATURES,))
+    assert_close(dictionary(x), y - outcome.residual, F32)
+
+
 def test_an_optimizer_with_noise_leaves_the_zeros() -> None:
     noisy = optax.chain(optax.add_noise(1.0, 0.5, 0), optax.sgd(0.1))
     state = trained(recipe_of("relu"), rows(0), rows(1), optimizer=noisy)
@@ -151,6 +159,7 @@ def test_recipes_that_do_not_suit_a_cross_layer_transcoder_are_refused() -> None
     assert "takes no skip" in refused(recipe_of("relu", skip=True))
     assert "takes no Matryoshka prefixes" in refused(recipe_of("relu", prefix_widths=(6, 18)))
     assert "k above the 6 features of a layer" in refused(recipe_of("topk", k=7))
+    assert "aux_features below the number of layers, 3" in refused(recipe_of("relu", aux_features=2))
     assert "(17) that 3 layers do not divide" in refused(DictionaryRecipe("relu", 17, 20, sparsity=0.1))
     narrow = recipe_of("relu")
     other = Dictionary.from_params(*finalize(trained(narrow, rows(0), steps=0), narrow, "a+b+c", "a+b+c"))

@@ -140,14 +140,21 @@ class Dictionary:
         Its predictions lack the contributions of all other features.
 
         Raises:
-            ValueError: no features are given, or fewer than topk's k, an index is out of range or repeated, or the
-                architecture is groupmax, whose groups would change.
+            ValueError: no features are given, or fewer than topk's k, an index is out of range or repeated, the
+                architecture is groupmax, whose groups would change, or the features of a cross-layer transcoder would
+                change their layer.
         """
         if self.config.architecture == "groupmax":
             raise ValueError("with_features: a groupmax dictionary compares all features of a group; keep it whole.")
         chosen = np.atleast_1d(resolve_indices(indices, self.config.n_features))
         if not chosen.size or len(np.unique(chosen)) < len(chosen):
             raise ValueError(f"with_features: got {indices!r:.80}; give one or more features, each once.")
+        layers = np.arange(self.config.n_layers)
+        if not np.array_equal(chosen // self.config.features_per_layer, layers.repeat(len(chosen) // len(layers))):
+            raise ValueError(
+                f"with_features: of a cross-layer transcoder of {len(layers)} layers, give as many features of each "
+                "layer, in the order of the layers."
+            )
         own = per_feature(self.config)
         kept = {name: array[..., chosen] if name in own else array for name, array in self.params.items()}
         kept["W_dec"] = self.params["W_dec"][chosen]

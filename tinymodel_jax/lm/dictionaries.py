@@ -109,7 +109,12 @@ class ModelDictionaries:
         """Return the hooks of the splices, or only of the splices that act before a site is read.
 
         A crosscoder reads a pass without splices of crosscoders.
+
+        Raises:
+            ValueError: before the site, a crosscoder writes what depends on splices after it.
         """
+        if before is not None:
+            self._require_independent(before)
         reads_ahead = before is not None and len(before.parts) > 1 and before.hook_in == before.hook_out
         parts = [
             (part.order, {name: edit})
@@ -118,6 +123,21 @@ class ModelDictionaries:
             if before is None or (part.order < before.order and not (reads_ahead and splice.reads_ahead))
         ]
         return combine(*(hooks for _, hooks in sorted(parts, key=operator.itemgetter(0))))
+
+    def _require_independent(self, site: Site) -> None:
+        """Require that no crosscoder acts before a site and reads, in its first pass, splices at the site or later."""
+        orders = {tag: [part.order for part in Site.whole(tag).parts] for tag in self.splices}
+        last = max((orders[tag][-1] for tag, splice in self.splices.items() if splice.reads_ahead), default=site.order)
+        read = [
+            tag
+            for tag, splice in self.splices.items()
+            if not splice.reads_ahead and any(site.order <= order < last for order in orders[tag])
+        ]
+        if read:
+            raise ValueError(
+                f"{site.tag}: the value there depends on the later splices of {', '.join(read)}, through a spliced "
+                "crosscoder that reads behind them. Use run_with_hooks(tok_ids, {}, keep) and dictionary.encode."
+            )
 
     @property
     def _has_published_sizes(self) -> bool:

@@ -229,7 +229,8 @@ def finalize(
 def scales_read(state: DictionaryTrainState) -> Array:
     """Return the factors from activations to training inputs as the encoder rows read them."""
     rows, layers = state.params["W_enc_T"], layers_of(state.params, state.mean_in.size)
-    return state.scale_in if layers == 1 else own_part(state.scale_in, len(rows), layers)
+    one = layers == 1 or state.scale_in.ndim == 0
+    return state.scale_in if one else own_part(state.scale_in, len(rows), layers)
 
 
 def empty_reservoir(recipe: DictionaryRecipe, d_in: int, d_out: int) -> Reservoir:
@@ -245,6 +246,7 @@ def _require_layers(recipe: DictionaryRecipe, layers: int) -> None:
         "Matryoshka prefixes": recipe.n_prefixes > 1,
         f"a k above the {recipe.n_features // layers} features of a layer": recipe.architecture == "topk"
         and (recipe.k or 0) > recipe.n_features // layers,
+        f"aux_features below the number of layers, {layers}": 0 < (recipe.aux_features or layers) < layers,
         f"a number of features ({recipe.n_features}) that {layers} layers do not divide": recipe.n_features % layers,
     }
     if found := [name for name, given in options.items() if given]:

@@ -72,9 +72,12 @@ def prepare(
     if not ids.size or not real.any(axis=1).all():
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.parts[0].hook_out)
-    if not site.joined and need_whole_passes(lm.hooked().hooks):
+    hooks = lm.hooked().hooks
+    if any(getattr(edit, "reads_ahead", ()) for edit in hooks.values()) or (
+        not site.joined and need_whole_passes(hooks)
+    ):
         raise ValueError(
-            f"a sweep at {site.tag} resumes at later layers, and the splices of {', '.join(lm.spliced)} need whole "
+            f"a sweep at {site.tag} runs parts of passes, and the splices of {', '.join(lm.spliced)} need whole "
             "passes; sweep the model without the crosscoder or cross-layer transcoder."
         )
     measured = None if metric is None else check_metric(lm, metric, len(ids))

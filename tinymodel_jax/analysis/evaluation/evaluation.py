@@ -173,6 +173,11 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
     names = (*config.hooks_in, *config.hooks_out)
     require_hook_names(names, lm.config)
     require_unspliced(lm, names)
+    if any(getattr(edit, "reads_ahead", ()) for edit in lm.hooked().hooks.values()):
+        raise ValueError(
+            f"evaluate: the model is spliced with a crosscoder (spliced: {', '.join(lm.spliced)}), which reads a pass "
+            "of its own; evaluate in the model without it."
+        )
     require_widths(config, lm.config, "evaluate")
 
 

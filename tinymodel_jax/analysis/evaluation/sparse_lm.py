@@ -93,7 +93,7 @@ def evaluate_sparse_model(
     tags = _named(lm, tags)
     if not tags:
         raise ValueError("evaluate_sparse_model: no site is named; name one or more (None: all MLPs).")
-    places = {lm[tag].dictionary.config.hook_out for tag in tags}
+    places = {name for tag in tags for name in lm[tag].dictionary.config.hooks_out}
     require_unspliced(lm, tuple(places))
     model, sparse, with_errors = lm.hooked(), lm.splice(tags).hooked(), lm.splice(tags, include_error=True).hooked()
     zeroed = model.with_hooks({place: Scale(0.0) for place in places})
@@ -168,9 +168,10 @@ def _neurons(dictionary: Dictionary, tag: str) -> dict[str, Array]:
     """Return the MLP whose neurons are the dictionary's features."""
     config, params = dictionary.config, dictionary.params
     name = config.hook_in.rsplit(".", 1)[-1], config.hook_out.rsplit(".", 1)[-1]
-    if name != ("hook_mlp_in", "hook_mlp_out"):
+    if name != ("hook_mlp_in", "hook_mlp_out") or config.is_crosscoder:
         raise ValueError(f"export_sparse_lm: {tag!r} is not a transcoder of an MLP; give sites M0, M1, ….")
     reasons = {
+        "its features write to several MLPs": len(config.hooks_out) > 1,
         "its skip connection is linear": config.skip,
         f"{config.architecture} keeps only the k largest features": config.compares_features,
         f"it normalizes its input (normalize={config.normalize!r})": config.normalize != "none",
