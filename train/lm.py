@@ -147,7 +147,6 @@ def lm(
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
-
     settings = {"kind": "lm", "preset": preset, **_preset_settings(chosen), "micro_batches": micro_batches}
     settings |= {"seed": seed, "eval_every": eval_every, "data": token_data.fingerprint}
     settings |= {"mesh": {axis: size for axis, size in devices.shape.items() if size > 1}, "fsdp": fsdp}

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
+from tinymodel_jax.io.config_files import read_config
 from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.cards import Card, dictionary_card, model_card, run_card
 from tinymodel_jax.io.hub.published import MODELS, REPOSITORY
@@ -96,7 +97,7 @@ def push_dictionaries(publication: Publication, out: epath.Path, data: DataMeta 
         for record in json.loads((out / "sweep.json").read_text())["dictionaries"]:
             folder = record["folder"]
             files |= {f"{folder}/{name}": file for name, file in _files(out / folder).items()}
-            configs[folder] = _config(out / folder / "config.json")
+            configs[folder] = read_config("dictionary", DictionaryConfig, out / folder)
             results.append((f"[`{folder}`]({folder}/README.md)", *_measured(record["results"])))
             cards[folder] = _card(publication, address.joined(folder), configs[folder], out / folder, facts, name)
         license, plot = publication.license, "pareto.png"
@@ -142,13 +143,6 @@ def _files(folder: epath.Path) -> Files:
 
 def _content(path: epath.Path) -> Path | bytes:
     return path.read_bytes() if is_remote(path) else Path(path)
-
-
-def _config(path: epath.Path) -> DictionaryConfig:
-    values = json.loads(path.read_text())
-    return DictionaryConfig.from_dict(
-        {name: value for name, value in values.items() if name not in ("format", "format_version")}
-    )
 
 
 def _measured(results: Mapping[str, float | None]) -> list[str]:

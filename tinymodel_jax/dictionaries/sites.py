@@ -192,10 +192,15 @@ class Site:
         return f"blocks.{self.layer}.{self._of_kind.predicts}"
 
     @property
+    def is_crosscoder(self) -> bool:
+        """Whether it joins the sites of SAEs."""
+        return bool(self.joined) and self.hook_in == self.hook_out
+
+    @property
     def meaning(self) -> str:
         """What a dictionary at the site is, in words."""
         if self.joined:
-            what = "crosscoder" if self.hook_in == self.hook_out else "cross-layer transcoder"
+            what = "crosscoder" if self.is_crosscoder else "cross-layer transcoder"
             return f"{what} of {', '.join(site.tag for site in self.joined)}"
         return f"{self._of_kind.meaning}, layer {self.layer}"
 

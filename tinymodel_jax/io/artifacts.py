@@ -39,7 +39,7 @@ from tinymodel_jax.io.data_files import (
     write_safetensors,
 )
 from tinymodel_jax.io.formats import transformer_lens
-from tinymodel_jax.io.formats.choose import format_of, read_as, write_as
+from tinymodel_jax.io.formats.choose import OURS, read_as, require_no_other, write_as
 from tinymodel_jax.io.formats.names import LIBRARIES
 from tinymodel_jax.io.formats.stored import listed, require_undone
 from tinymodel_jax.io.hub.addresses import HubAddress
@@ -182,9 +182,7 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], f
     if format is not None:
         write_as(dictionary, directory, format)
         return
-    other = format_of(named_folder("dictionary", directory))
-    if other is not None:
-        raise ValueError(f"{directory} holds a dictionary of {other}. Nothing was written; choose another folder.")
+    require_no_other(named_folder("dictionary", directory), OURS)
     folder = own_folder("dictionary", directory)
     write_safetensors(dictionary.params, folder / DICTIONARY_FILE)
     write_config("dictionary", dictionary.config.to_dict(), folder)

@@ -115,7 +115,7 @@ class ModelDictionaries:
         """
         if before is not None:
             self._require_independent(before)
-        reads_ahead = before is not None and len(before.parts) > 1 and before.hook_in == before.hook_out
+        reads_ahead = before is not None and before.is_crosscoder
         parts = [
             (part.order, {name: edit})
             for tag, splice in self.splices.items()

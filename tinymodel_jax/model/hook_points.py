@@ -250,10 +250,10 @@ def apply_with_hooks(
     """
     require_edits(hooks)
     seen: dict[str, jax.Array] = {"tok_ids": tok_ids}
-    if ahead := {name for hook in hooks.values() for name in getattr(hook, "reads_ahead", ())}:
+    if ahead := read_ahead(hooks):
         if method is not None:
             raise ValueError(
-                f"{next(iter(sorted(ahead)))}: splices and edits of a crosscoder read a first pass over whole rows, "
+                f"{min(ahead)}: splices and edits of a crosscoder read a first pass over whole rows, "
                 "which generation and passes that resume at a later layer do not have."
             )
         earlier = {name: kept for name, hook in hooks.items() if (kept := _before_reading_ahead(hook)) is not None}
@@ -275,6 +275,11 @@ def apply_with_hooks(
     if unmet:
         raise ValueError(f"hook points not reached by {method or '__call__'}: {', '.join(unmet)}.")
     return output, {name: seen[name] for name in keep}
+
+
+def read_ahead(hooks: Mapping[str, Hook]) -> set[str]:
+    """Return the hook points whose values of a first pass the hooks read; none without edits of crosscoders."""
+    return {name for hook in hooks.values() for name in getattr(hook, "reads_ahead", ())}
 
 
 def in_first_pass(name: str) -> str:

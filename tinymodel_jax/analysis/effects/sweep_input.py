@@ -32,6 +32,7 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.model.edits import need_whole_passes
 from tinymodel_jax.model.forward import encode
+from tinymodel_jax.model.hook_points import read_ahead
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
 
 
@@ -73,9 +74,7 @@ def prepare(
         raise ValueError("a row has no token; every row needs at least one that is not [PAD].")
     entry = entry_of(site.parts[0].hook_out)
     hooks = lm.hooked().hooks
-    if any(getattr(edit, "reads_ahead", ()) for edit in hooks.values()) or (
-        not site.joined and need_whole_passes(hooks)
-    ):
+    if read_ahead(hooks) or (not site.joined and need_whole_passes(hooks)):
         raise ValueError(
             f"a sweep at {site.tag} runs parts of passes, and the splices of {', '.join(lm.spliced)} need whole "
             "passes; sweep the model without the crosscoder or cross-layer transcoder."

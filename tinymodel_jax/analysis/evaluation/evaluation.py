@@ -40,7 +40,7 @@ from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import require_hook_names, require_widths, vectors_at
+from tinymodel_jax.model.hook_points import read_ahead, require_hook_names, require_widths, vectors_at
 from tinymodel_jax.runtime.progress import Track, no_progress
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
@@ -173,7 +173,7 @@ def _check_fits(config: DictionaryConfig, lm: TinyModel) -> None:
     names = (*config.hooks_in, *config.hooks_out)
     require_hook_names(names, lm.config)
     require_unspliced(lm, names)
-    if any(getattr(edit, "reads_ahead", ()) for edit in lm.hooked().hooks.values()):
+    if read_ahead(lm.hooked().hooks):
         raise ValueError(
             f"evaluate: the model is spliced with a crosscoder (spliced: {', '.join(lm.spliced)}), which reads a pass "
             "of its own; evaluate in the model without it."

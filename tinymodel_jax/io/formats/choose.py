@@ -15,6 +15,8 @@ from tinymodel_jax.io.formats.names import FORMATS, Format, LibraryFormat
 from tinymodel_jax.io.formats.rewriting import in_float32
 from tinymodel_jax.io.formats.stored import Stored, listed, placed
 
+OURS = "this package"
+
 
 class _Reader(NamedTuple):
     recognizes: Callable[[Path], bool]
@@ -88,11 +90,25 @@ def folder_for(name: LibraryFormat, path: Any) -> Path:
         ValueError: it is not a path, is that of a file, or the folder holds something else.
     """
     folder = named_folder("dictionary", path)
-    found = "this package" if (folder / DICTIONARY_FILE).exists() else format_of(folder)
-    if found != name and (found is not None or (folder / _READERS[name].config).exists()):
-        what = f"a dictionary of {found}" if found else f"a {_READERS[name].config} of something else"
-        raise ValueError(f"{folder} holds {what}. Nothing was written; choose another folder.")
+    if not require_no_other(folder, name) and (folder / _READERS[name].config).exists():
+        raise ValueError(
+            f"{folder} holds a {_READERS[name].config} of something else. Nothing was written; choose another folder."
+        )
     return folder
+
+
+def require_no_other(folder: Path, owner: str) -> bool:
+    """Return whether a folder holds a dictionary of its owner: `OURS`, or the name of a format.
+
+    Raises:
+        ValueError: it holds a dictionary of another.
+    """
+    holders = [OURS] if (folder / DICTIONARY_FILE).exists() else []
+    holders += [name for name in [format_of(folder)] if name is not None]
+    for holder in holders:
+        if holder != owner:
+            raise ValueError(f"{folder} holds a dictionary of {holder}. Nothing was written; choose another folder.")
+    return bool(holders)
 
 
 def writable(dictionary: Dictionary, name: Format) -> Dictionary:

@@ -23,6 +23,7 @@ from tinymodel_jax.io.formats.stored import Stored, listed, numbers, require_roo
 from tinymodel_jax.runtime.atomic_files import replaced
 
 CONFIG, KIND = "config.yaml", "transcoder_set"
+LAYERS = "layer_*.safetensors"
 _LAYER = re.compile(r"layer_(\d{1,4})\.safetensors")
 _NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _OPTIONAL = {"activation_function.threshold": "threshold", "W_skip": "W_skip"}
@@ -37,6 +38,11 @@ class Layer(NamedTuple):
     hooks: tuple[str, str]
     """Hook points that it reads and predicts, without the block."""
     tensors: dict[str, np.ndarray]
+
+
+def layer_file(layer: int) -> str:
+    """Return the name of a layer's file."""
+    return f"layer_{layer}.safetensors"
 
 
 def recognizes(path: Path) -> bool:
@@ -90,8 +96,7 @@ def read(path: Path) -> Stored:
     params["W_enc"] = params["W_enc"].T
     if "W_skip" in params:
         params["W_skip"] = params["W_skip"].T
-    if "threshold" in params and (params["threshold"] < 0).any():
-        raise ValueError(f"{path}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
+    require_positive_jumps(params, path)
     fields = {"architecture": "jumprelu" if "threshold" in params else "relu", "skip": "W_skip" in params}
     config = path.parent / CONFIG
     if not config.is_file():
@@ -99,6 +104,16 @@ def read(path: Path) -> Stored:
     settings = _settings(path.parent)
     require_activation(settings, "threshold" in params, config)
     return Stored(fields, params, (config, path), is_transcoder=True, **_place(path, settings))
+
+
+def require_positive_jumps(params: Mapping[str, np.ndarray], path: Path) -> None:
+    """Check that thresholds, if there are any, let only positive activations through.
+
+    Raises:
+        ValueError: one is below 0; the message names the path.
+    """
+    if "threshold" in params and (params["threshold"] < 0).any():
+        raise ValueError(f"{path}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
 
 
 def require_activation(settings: Mapping[str, Any], has_thresholds: bool, config: Path) -> None:
@@ -245,10 +260,10 @@ def as_layer(dictionary: Dictionary) -> Layer:
 
 def _other_files(folder: Path, found: Sequence[Layer]) -> list[str]:
     """Return the files of a set, present or listed, that are of other layers."""
-    present = {path.name for path in folder.glob("layer_*.safetensors")}
+    present = {path.name for path in folder.glob(LAYERS)}
     if (folder / CONFIG).exists():
         present |= {*(_settings(folder).get("transcoders") or ())}
-    return sorted(present - {f"layer_{layer.number}.safetensors" for layer in found})
+    return sorted(present - {layer_file(layer.number) for layer in found})
 
 
 def _write(folder: Path, found: Sequence[Layer]) -> None:
@@ -258,6 +273,6 @@ def _write(folder: Path, found: Sequence[Layer]) -> None:
     settings = {"model_kind": KIND, "feature_input_hook": hook_in, "feature_output_hook": hook_out, "scan": ""}
     with contextlib.ExitStack() as files:
         for layer in found:
-            files.enter_context(replaced_tensors(layer.tensors, folder / f"layer_{layer.number}.safetensors"))
+            files.enter_context(replaced_tensors(layer.tensors, folder / layer_file(layer.number)))
         temporary = files.enter_context(replaced(folder / CONFIG))
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -46,8 +46,7 @@ def read(folder: Path) -> Stored:
         W_dec[layer * n_features : (layer + 1) * n_features, layer * width :] = tensors["W_dec"].reshape(n_features, -1)
     params = {name: np.concatenate([tensors[name] for tensors in found]) for name in found[0] if name != "W_dec"}
     params |= {"W_enc": params["W_enc"].T, "W_dec": W_dec}
-    if "threshold" in params and (params["threshold"] < 0).any():
-        raise ValueError(f"{folder}: a threshold is below 0, which lets negative activations through; clamp it to 0.")
+    circuit_tracer.require_positive_jumps(params, folder)
     config = folder / circuit_tracer.CONFIG
     if config.is_file():
         circuit_tracer.require_activation(read_yaml_object(config), "threshold" in params, config)

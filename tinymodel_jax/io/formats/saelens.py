@@ -18,7 +18,7 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors
 from tinymodel_jax.io.formats.hook_names import between
 from tinymodel_jax.io.formats.rewriting import as_jumprelu, decoder_norms, rescaled, with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_stated, sizes_of, whole, write_pair
+from tinymodel_jax.io.formats.stored import Stored, flag, numbers, pair_in, require_stated, sizes_of, whole, write_pair
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 WRITTEN_VERSION = "6.54.12"
@@ -52,8 +52,7 @@ _RENAMED = {
 
 def recognizes(path: Path) -> bool:
     """Whether a path is a folder with SAELens's two files, or the second of them."""
-    folder = path.parent if path.name == WEIGHTS else path
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    return all(file.is_file() for file in pair_in(path, CONFIG, WEIGHTS))
 
 
 def read(path: Path) -> Stored:
@@ -62,29 +61,29 @@ def read(path: Path) -> Stored:
     Raises:
         ValueError: a file is damaged, the two do not fit, or this package cannot represent a setting, which is named.
     """
-    folder = path.parent if path.name == WEIGHTS else path
-    path = folder / CONFIG
+    path, weights = pair_in(path, CONFIG, WEIGHTS)
+    folder = path.parent
     given = read_json_object(path)
     settings = about(path, lambda: _current(given))
     architecture = about(path, lambda: _architecture(settings))
     about(path, lambda: _refuse_unknown(settings))
     rescales = about(path, lambda: _rescales(settings))
     other_fields = about(path, lambda: _other_fields(settings))
-    params = _params(folder / WEIGHTS, settings, architecture)
+    params = _params(weights, settings, architecture)
     stated = {"d_in": settings.get("d_in"), "n_features": settings.get("d_sae")}
     if settings["architecture"] in _TRANSCODERS:
         stated["d_out"] = settings.get("d_out")
-    require_stated(stated, params, path, folder / WEIGHTS)
+    require_stated(stated, params, path, weights)
     params = about(folder / SCALER, lambda: _scaled(params, settings, folder, rescales))
     threshold = params.pop("topk_threshold", None)
     if rescales:
-        params = about(folder / WEIGHTS, lambda: rescaled(params, decoder_norms(params)))
+        params = about(weights, lambda: rescaled(params, decoder_norms(params)))
     fields: dict[str, Any] = {"architecture": architecture}
     if architecture == "topk":
         fields["k"] = about(path, lambda: whole(settings.get("k"), "k"))
     if threshold is not None:
         fields, params = _with_threshold(fields, params, threshold, settings.get("k"))
-    return Stored(fields | other_fields, params, (path, folder / WEIGHTS), **_place(settings))
+    return Stored(fields | other_fields, params, (path, weights), **_place(settings))
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:

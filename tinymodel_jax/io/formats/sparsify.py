@@ -15,7 +15,16 @@ from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import about, read_json_object, read_safetensors
 from tinymodel_jax.io.formats.hook_names import between, of_module
 from tinymodel_jax.io.formats.rewriting import with_b_dec_subtracted
-from tinymodel_jax.io.formats.stored import Stored, flag, numbers, require_room, require_stated, whole, write_pair
+from tinymodel_jax.io.formats.stored import (
+    Stored,
+    flag,
+    numbers,
+    pair_in,
+    require_room,
+    require_stated,
+    whole,
+    write_pair,
+)
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 ARCHITECTURES = ("topk", "groupmax")
@@ -24,8 +33,7 @@ _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", 
 
 def recognizes(path: Path) -> bool:
     """Whether a path is a folder with sparsify's two files, or the second of them."""
-    folder = path.parent if path.name == WEIGHTS else path
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    return all(file.is_file() for file in pair_in(path, CONFIG, WEIGHTS))
 
 
 def read(path: Path) -> Stored:
@@ -34,8 +42,8 @@ def read(path: Path) -> Stored:
     Raises:
         ValueError: a file is damaged, or the two do not fit.
     """
-    folder = path.parent if path.name == WEIGHTS else path
-    path = folder / CONFIG
+    path, weights = pair_in(path, CONFIG, WEIGHTS)
+    folder = path.parent
     settings = read_json_object(path)
     architecture = settings.get("activation", "topk")
     if architecture not in ARCHITECTURES:
@@ -44,13 +52,13 @@ def read(path: Path) -> Stored:
         about(path, lambda n=name: flag(settings, n, False)) for name in ("skip_connection", "transcode")
     )
     names = {**_NAMES, "W_skip": "W_skip"} if skip else _NAMES
-    tensors = read_safetensors(folder / WEIGHTS)
-    params = numbers(tensors, names, folder / WEIGHTS)
+    tensors = read_safetensors(weights)
+    params = numbers(tensors, names, weights)
     params["W_enc"] = params["W_enc"].T
     if skip:
         params["W_skip"] = params["W_skip"].T
     stated = {"d_in": settings.get("d_in"), "d_out": settings.get("d_in"), "n_features": _n_features(settings)}
-    require_stated(stated, params, path, folder / WEIGHTS)
+    require_stated(stated, params, path, weights)
     fields = {
         "architecture": architecture,
         "k": about(path, lambda: whole(settings.get("k", 32), "k")),  # sparsify's default
@@ -61,7 +69,7 @@ def read(path: Path) -> Stored:
     return Stored(
         fields,
         params,
-        (path, folder / WEIGHTS),
+        (path, weights),
         hooks=between(settings.get("hook_in"), settings.get("hook_out")),
         guess=of_module(hookpoint, transcode),
         is_transcoder=transcode,

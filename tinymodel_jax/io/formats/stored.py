@@ -193,6 +193,12 @@ def listed(names: Iterable[Any], most: int = 8) -> str:
     return (", ".join(shown[:most]) + (", …" if len(shown) > most else "")) or "none"
 
 
+def pair_in(path: Path, config: str, weights: str) -> tuple[Path, Path]:
+    """Return the files of settings and of tensors of a folder, which may be named by the second of them."""
+    folder = path.parent if path.name == weights else path
+    return folder / config, folder / weights
+
+
 def write_pair(folder: Path, config: tuple[str, Any], tensors: tuple[str, Mapping[str, Any]]) -> None:
     """Write a folder's JSON and safetensors files; both replace earlier ones only when both are complete."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def download_dictionary(address: HubAddress, site: Site | None) -> Path:
 def local_dictionaries(folder: Path) -> Path:
     """Return a folder of one or several dictionaries; download it first if it is an address on the hub."""
     address = HubAddress.of(folder)
-    files = [*_DICTIONARY_FILES, "layer_*.safetensors"]
+    files = [*_DICTIONARY_FILES, circuit_tracer.LAYERS]
     inside = [f"*/{name}" for name in files]
     return folder if address is None else download(address, [*files, *inside], ["*/*/*"]).path
 
@@ -73,7 +73,7 @@ def _download_layer(found: Download, site: Site | None) -> Path:
             f"{found.address} is a transcoder set; give site=, such as 'M0', or the address of the file of one layer, "
             "such as layer_0.safetensors."
         )
-    return download(found.address.joined(f"layer_{site.layer}.safetensors"), []).path
+    return download(found.address.joined(circuit_tracer.layer_file(site.layer)), []).path
 
 
 def _download_beside(file: Download, patterns: Sequence[str]) -> None:

@@ -16,8 +16,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinymodel_jax.io.config_files import CONFIG_FILE
-from tinymodel_jax.io.formats import circuit_tracer
+from tinymodel_jax.io.config_files import CONFIG_FILE, DICTIONARIES, TOKENIZER_FILES
+from tinymodel_jax.io.data_files import DICTIONARY_FILE
+from tinymodel_jax.io.formats import circuit_tracer, dictionary_learning, saelens, sparsify
 from tinymodel_jax.io.formats.names import LIBRARIES
 from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.cards import Card, dictionary_card, repository_card, transcoder_set_card
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 PARTS = {
-    "model": ("dictionaries/*/config.json", "tokenizer.json", "token_table.json"),
-    "dictionary": ("dictionary.safetensors", "sae_weights.safetensors", "sae.safetensors", "ae.pt"),
+    "model": (f"{DICTIONARIES}/*/{CONFIG_FILE}", *TOKENIZER_FILES),
+    "dictionary": (DICTIONARY_FILE, saelens.WEIGHTS, sparsify.WEIGHTS, dictionary_learning.WEIGHTS),
 }
 """Kind of an upload -> files that its loader reads if they are there."""
 
@@ -86,7 +87,7 @@ def push_dictionary(
             card = dictionary_card(place.address, dictionary.config, license=license, format=format)
             return _upload(place, files, {"": card}, private)
         weights = next(name for name in files if name.endswith(".safetensors"))
-        layers = [path.name for path in folder.glob("layer_*.safetensors")]
+        layers = [path.name for path in folder.glob(circuit_tracer.LAYERS)]
         card = transcoder_set_card(place.address, weights, layers, dictionary.config, license)
         return str(HubAddress.parse(_upload(place, files, {"": card}, private)).joined(weights))
 
@@ -151,8 +152,8 @@ def _saved(dictionary: Dictionary, format: str | None, place: _Place, folder: Pa
     names = [name for parent, _, name in there if parent == place.address.path]
     read = {*SETTINGS}
     if format == "circuit-tracer":
-        own = f"layer_{circuit_tracer.as_layer(dictionary).number}.safetensors"
-        read |= {*sorted(name for name in names if fnmatch(name, "layer_*.safetensors") and name != own)[:1]}
+        own = circuit_tracer.layer_file(circuit_tracer.as_layer(dictionary).number)
+        read |= {*sorted(name for name in names if fnmatch(name, circuit_tracer.LAYERS) and name != own)[:1]}
     before = {name: _read(place, place.address.joined(name).path) if name in read else b"" for name in names}
     for name, content in before.items():
         (folder / name).write_bytes(content)
