@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,10 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import VOCAB, finish, metrics_of, start, wait_for_lines, write_counting_data
+from two_processes import on_two_processes, two_processes
 
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
-from train.hosts import Hosts, all_agree, join_hosts, on_first, settled, stop_requests
+from tinymodel_jax.runtime.collectives import (
+    SharedTimer,
+    all_agree,
+    gathered,
+    of_first,
+    on_all,
+    on_first,
+    settled,
+    summed,
+)
+from tinymodel_jax.runtime.hosts import Hosts, join_hosts
+from tinymodel_jax.runtime.rows import row_devices, rows_of_turn, turns
+from train.stop import stop_requests
 
 STEPS = 20
 LOSS_TOLERANCE = 1e-5
@@ -45,7 +57,7 @@ SECONDS_TO_STOP = 60
 )
 def test_options_that_do_not_fit_together_are_an_error_that_quotes_them(hosts: Hosts, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        join_hosts(hosts)
+        join_hosts(hosts, "train")
 
 
 def test_one_process_agrees_with_itself_and_does_the_first_ones_work() -> None:
@@ -56,8 +68,68 @@ def test_one_process_agrees_with_itself_and_does_the_first_ones_work() -> None:
     assert not all_agree(False)
     array = jnp.ones(3)
     assert settled(array) is array
-    with pytest.raises(FileNotFoundError, match="missing"):
-        on_first(lambda: Path("missing").read_text())
+    assert on_all(lambda: 3) == 3
+    for ask in (on_first, on_all):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            ask(lambda: Path("missing").read_text())
+
+
+def test_one_process_takes_every_turn_and_one_device_gets_arrays_as_they_are() -> None:
+    assert list(turns(4, 11, 3)) == [4, 7, 10]
+    assert [rows_of_turn(turn, 11, 3) for turn in turns(4, 11, 3)] == [slice(4, 7), slice(7, 10), slice(10, 11)]
+    array = np.arange(3.0)
+    assert summed({"a": array})["a"] is array
+    assert gathered(array)[0] is array
+    assert of_first(5) == 5
+    devices = row_devices({"W": array})
+    assert devices.n == 1
+    assert devices.rows(array) is array
+    assert devices.shared({"W": array})["W"] is array
+    timer = SharedTimer(0.0)
+    assert [timer.is_due() for _ in range(3)] == [True] * 3
+    assert not SharedTimer(1000.0).is_due()
+
+
+EXCHANGE = """
+import json
+import jax, numpy as np
+from tinymodel_jax.runtime import collectives
+from tinymodel_jax.runtime.rows import rows_of_turn, turns
+
+collectives.EXCHANGED = 64  # several exchanges for one array
+which = jax.process_index()
+alone = np.arange(10 * which + 3)[:, None] / 3
+parts = collectives.gathered(alone)
+sums = collectives.summed({"third": np.full((3, 7), 1 / 3 + which), "large": np.arange(5) + 2**40, "one": np.ones(())})
+timer = collectives.SharedTimer(0.0)
+
+def fail():
+    if which:
+        raise ValueError("mine")
+
+try:
+    collectives.on_all(fail)
+except (ValueError, RuntimeError) as error:
+    problem = str(error)
+print(json.dumps({
+    "parts": [part.tolist() for part in parts], "empty": [len(part) for part in collectives.gathered(alone[:0])],
+    "sums": [sums["third"].tolist(), sums["large"].tolist(), float(sums["one"])],
+    "of_first": collectives.of_first(7 + which), "due": [timer.is_due() for _ in range(3)], "problem": problem,
+    "rows": [[*range(11)][rows_of_turn(turn, 11, 2)] for turn in turns(0, 11, 2)]}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_exchange_arrays_to_the_bit_and_take_turns() -> None:
+    first, second = on_two_processes(EXCHANGE)
+    assert first["parts"] == [(np.arange(n)[:, None] / 3).tolist() for n in (3, 13)]
+    assert first["empty"] == [0, 0]
+    assert first["sums"] == [np.full((3, 7), 1 / 3 + (1 / 3 + 1)).tolist(), (2 * (np.arange(5) + 2**40)).tolist(), 2.0]
+    assert (first["of_first"], first["due"]) == (7, [True] * 3)
+    own = [(one.pop("rows"), one.pop("problem")) for one in (first, second)]
+    assert first == second
+    assert own[0] == ([[0, 1], [4, 5], [8, 9]], "stopped because another process failed; see its output.")
+    assert own[1] == ([[2, 3], [6, 7], [10]], "mine")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -89,14 +161,6 @@ def start_one(data: Path, out: Path, *options: str, devices: int = 1) -> subproc
 
 def start_two(data: Path, out: Path, *options: str, devices: int = 1) -> list[subprocess.Popen[str]]:
     return [start_one(data, out, *who, *options, devices=devices) for who in two_processes()]
-
-
-def two_processes() -> list[tuple[str, ...]]:
-    """Return the options of each of two processes that meet on loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--n-processes", "2")
-    return [(*where, "--process-id", str(i)) for i in range(2)]
 
 
 def said(text: str) -> list[str]:

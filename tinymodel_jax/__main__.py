@@ -14,9 +14,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from tinymodel_jax.commands import cli
 
-        return cli.main(argv)
+        status = cli.main(argv)
     except KeyboardInterrupt:
-        return 130
+        status = 130
+    if status:
+        from tinymodel_jax.runtime.hosts import end_all
+
+        end_all(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -75,9 +75,10 @@ def _listed(line: str) -> Callable[[], None]:
 
 if __name__ == "__main__":
     from tinymodel_jax.runtime.allocator import keep_freed_memory
+    from tinymodel_jax.runtime.hosts import end_all
 
     keep_freed_memory()  # not in main: it changes the whole process, which belongs to whoever calls main
     status = main()
-    if status and "train.hosts" in sys.modules:
-        sys.modules["train.hosts"].end_all(status)
+    if status:
+        end_all(status)
     sys.exit(status)

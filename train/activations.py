@@ -28,12 +28,12 @@ from tinymodel_jax.dictionaries.sites import Site, require_layer
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.model.hook_points import vector_width
 from tinymodel_jax.model.transformer import Transformer
+from tinymodel_jax.runtime.collectives import on_first
 from tinymodel_jax.training.array_training import require_finite_rows
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.sharding import MESH_AXES, abstract_arrays, rows_on_devices
 from tinymodel_jax.training.site_activations import Vectors, site_vectors
-from train.hosts import on_first
 from train.presets import PRESETS, DType, number_format
 
 MARGIN = 1.05

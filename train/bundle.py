@@ -28,12 +28,12 @@ from tinymodel_jax.io.artifacts import save_model
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.params import flatten
 from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.collectives import say
 from tinymodel_jax.runtime.machine import processor
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.data_folder import open_data
 from train.activations import ActivationOptions
 from train.dictionaries import dictionaries
-from train.hosts import say
 from train.lm import lm
 from train.prepare import prepare
 from train.run import trained_seconds

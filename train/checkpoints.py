@@ -14,9 +14,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tinymodel_jax.runtime.collectives import all_agree, warn
 from tinymodel_jax.training.data_folder import is_remote
 from tinymodel_jax.training.sharding import checksum
-from train.hosts import all_agree, warn
 from train.run_files import words, writing
 
 CHECKPOINTS_KEPT = 3

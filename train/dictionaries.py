@@ -27,7 +27,9 @@ from tinymodel_jax.analysis.search.resumable import fingerprint
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.data_files import DICTIONARY_FILE
 from tinymodel_jax.io.hub.addresses import pinned
+from tinymodel_jax.runtime.collectives import say, settled
 from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.runtime.hosts import ONE_PROCESS, Hosts, join_hosts
 from tinymodel_jax.training.data_folder import open_data
 from tinymodel_jax.training.dictionary_forward import execution_for
 from tinymodel_jax.training.dictionary_state import ActivationStatistics, DictionaryTrainState
@@ -44,7 +46,6 @@ from tinymodel_jax.training.warm_start import require_fit, start_from
 from train.activations import ActivationOptions, ActivationSource, Place, open_activations
 from train.compile_for import devices_for, report_step
 from train.dictionary_results import held_out_metrics, write_results
-from train.hosts import ONE_PROCESS, Hosts, join_hosts, say, settled
 from train.publication import NOT_PUBLISHED, Publication, push_dictionaries, require_publication
 from train.run import Run, open_run
 from train.run_folder import has_begun, recorded_options, run_settings
@@ -97,7 +98,7 @@ def dictionaries(
         publication: repository on the hub that gets the finished dictionaries.
         hosts: processes of the run; each runs this same command.
     """
-    join_hosts(hosts)
+    join_hosts(hosts, "train")
     require_trackers(tracking)
     require_publication(publication)
     if min(steps, save_every, eval_every) < 1:

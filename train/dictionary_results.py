@@ -26,10 +26,10 @@ from tinymodel_jax.commands.evaluate import print_dictionaries, say_units
 from tinymodel_jax.commands.frame import finite_or_none
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.collectives import is_first, on_first, settled
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
 from tinymodel_jax.training.dictionary_state import DictionaryTrainState, finalize
 from tinymodel_jax.training.dictionary_step import member_of
-from train.hosts import is_first, on_first, settled
 from train.run_files import local_folder
 from train.run_folder import versions
 from train.sweep import Sweep

@@ -17,6 +17,7 @@ import tyro
 from etils import epath
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.runtime.collectives import say, warn
 from tinymodel_jax.training.data import open_data
 from tinymodel_jax.training.lm_step import LMOptimizer
 from tinymodel_jax.training.sharding import make_mesh
@@ -24,7 +25,6 @@ from train import dictionaries, lm
 from train.activations import ActivationOptions, open_activations
 from train.checkpoints import Checkpoints
 from train.dictionary_results import write_results
-from train.hosts import say, warn
 from train.run_folder import as_json, run_settings
 from train.sweep import recorded_sweep
 

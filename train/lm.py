@@ -27,7 +27,9 @@ from tinymodel_jax.io.default_tokenizer import saved_tokenizer
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.generate import continue_in_steps
 from tinymodel_jax.params import flatten
+from tinymodel_jax.runtime.collectives import is_first, on_first, say, settled
 from tinymodel_jax.runtime.compilation import fast_compiler_options
+from tinymodel_jax.runtime.hosts import ONE_PROCESS, Hosts, join_hosts
 from tinymodel_jax.training.data import TokenData, batch_indices, open_data
 from tinymodel_jax.training.data_folder import DEFAULT_ROW_LENGTH
 from tinymodel_jax.training.flops import training_flops_per_token
@@ -51,7 +53,6 @@ from tinymodel_jax.training.sharding import (
     shardings,
 )
 from train.compile_for import devices_for, report_step
-from train.hosts import ONE_PROCESS, Hosts, is_first, join_hosts, on_first, say, settled
 from train.presets import (
     AS_PRESET,
     PRESET_SIZES,
@@ -122,7 +123,7 @@ def lm(
         publication: repository on the hub that gets the finished model.
         hosts: processes of the run; each runs this same command.
     """
-    join_hosts(hosts)
+    join_hosts(hosts, "train")
     require_trackers(tracking)
     require_publication(publication)
     sized_preset(preset, sizes)  # an error here comes before anything is read

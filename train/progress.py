@@ -11,8 +11,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tinymodel_jax.runtime.collectives import is_first
 from tinymodel_jax.training.flops import peak_flops
-from train.hosts import is_first
 
 SECONDS_BETWEEN_LINES = 20.0
 

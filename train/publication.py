@@ -21,8 +21,8 @@ from tinymodel_jax.io.hub.addresses import HubAddress
 from tinymodel_jax.io.hub.cards import Card, dictionary_card, model_card, run_card
 from tinymodel_jax.io.hub.published import MODELS, REPOSITORY
 from tinymodel_jax.io.hub.upload import Files, push, require_access
+from tinymodel_jax.runtime.collectives import on_first
 from tinymodel_jax.training.data_folder import DataMeta, is_remote
-from train.hosts import on_first
 from train.run import trained_seconds
 from train.run_folder import run_settings
 

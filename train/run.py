@@ -30,13 +30,14 @@ import jax
 import numpy as np
 from etils import epath
 
+from tinymodel_jax.runtime.collectives import on_first, say
 from tinymodel_jax.training.data import prefetch
 from train.checkpoints import Checkpoints
-from train.hosts import on_first, say, stop_requests
 from train.progress import TrainingProgress
 from train.run_files import write_file
 from train.run_folder import MetricsLog, open_run_folder
 from train.run_lock import held_folder
+from train.stop import stop_requests
 from train.trackers import NO_TRACKING, Tracking, open_trackers
 
 _TIME_FILE = "time.json"

@@ -29,10 +29,10 @@ from typing import Any
 from etils import epath
 
 import tinymodel_jax
+from tinymodel_jax.runtime.collectives import is_first, on_first, warn
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.training.data_folder import is_remote
 from tinymodel_jax.training.dictionary_recipe import DictionaryRecipe
-from train.hosts import is_first, on_first, warn
 from train.run_files import send, write_file, writing
 from train.run_lock import LOCK_FILE
 from train.trackers import Tracker

@@ -19,8 +19,8 @@ from typing import IO
 
 from etils import epath
 
+from tinymodel_jax.runtime.collectives import on_first, warn
 from tinymodel_jax.training.data_folder import is_remote
-from train.hosts import on_first, warn
 from train.run_files import writing
 
 LOCK_FILE = "run.lock"

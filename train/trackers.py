@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from etils import epath
 
+from tinymodel_jax.runtime.collectives import is_first
 from tinymodel_jax.training.data_folder import is_remote
-from train.hosts import is_first
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 """Option (and extra in pyproject.toml) -> package that it needs."""
