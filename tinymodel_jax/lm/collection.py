@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Integer
 
 from tinymodel_jax.config import ModelConfig
@@ -23,6 +20,7 @@ from tinymodel_jax.model.padding import as_array, bucket, check_shape, check_tok
 from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import row_devices
 
 ROWS_PER_DEVICE = 16
 """Rows per device in one pass of the model."""
@@ -49,21 +47,20 @@ class BatchedPass:
 
     Args:
         per_device: rows per device in one pass of the model.
+        read_by: parameters that the activations go through next; where they are sharded, so are the rows.
     """
 
-    def __init__(self, model: HookedModel, names: Iterable[str], per_device: int):
-        devices = jax.local_devices()
-        mesh = Mesh(np.array(devices), ("data",))
-        self.spread, self.everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-        self.batch = per_device * len(devices)
+    def __init__(self, model: HookedModel, names: Iterable[str], per_device: int, read_by: Any = None):
+        self.devices = row_devices(model, read_by)
+        self.batch = per_device * self.devices.n
         """Rows of a batch."""
         self.names = tuple(names)
-        self.model = jax.device_put(model, self.everywhere)
+        self.model = self.devices.shared(model)
 
     def run(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> dict[str, Array]:
         """Return hook name -> vectors (batch, seq, width); rows beyond the given ones are padding."""
         ids = pad_below(np.asarray(tok_ids, np.int32), self.batch, self.model.config.pad_id)
-        _, acts = forward(self.model, jax.device_put(ids, self.spread), keep=self.names, output="none")
+        _, acts = forward(self.model, self.devices.rows(ids), keep=self.names, output="none")
         return {name: vectors(acts[name]) for name in self.names}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
@@ -43,8 +42,9 @@ class DictionaryInputs(BatchedPass):
 
     def __init__(self, reader: FeatureReader, per_device: int):
         self.config, self.counts = reader.dictionary.config, reader.counts
-        super().__init__(reader.lm.hooked(before=reader.site), self.config.hooks_in, per_device)
-        self.dictionary = jax.device_put(reader.dictionary.params, self.everywhere)
+        params = reader.dictionary.params
+        super().__init__(reader.lm.hooked(before=reader.site), self.config.hooks_in, per_device, params)
+        self.dictionary = self.devices.shared(params)
 
     def __call__(self, tok_ids: Integer[np.ndarray, "rows seq"]) -> Array:
         """Return the inputs, (batch, seq, d_in); rows beyond the given ones are padding."""
@@ -75,7 +75,7 @@ class ActivationPass:
         padded = pad_below(tok_ids, inputs.batch, inputs.model.config.pad_id)
         real = inputs.counts(padded)
         drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
-        counted, drawn = jax.device_put((real, drawn), inputs.spread)
+        counted, drawn = inputs.devices.rows((real, drawn))
         options = {"config": inputs.config, "every": self.every}
         found = [statistics(chunk, x, counted, drawn, **options) for chunk in self.chunks]
         positions = sampled_positions(real, first, self.share, self.seed)
