@@ -8,6 +8,7 @@ compiled program spans processes: they need not keep step, and meet only to brin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,6 +49,11 @@ class RowDevices(NamedTuple):
         """Parts into which rows are divided; their number must be a multiple."""
         return 1 if self.mesh is None else dict(self.mesh.shape).get("data", 1)
 
+    @property
+    def exchange(self) -> bool:
+        """Whether devices with the same rows exchange values, because parameters are sharded."""
+        return self.mesh is not None and self.mesh.size > self.n
+
     def rows(self, arrays: T) -> T:
         """Return a tree of arrays whose first axis is spread over the devices."""
         if self.mesh is None:
@@ -64,6 +70,33 @@ class RowDevices(NamedTuple):
             return tree
         copies = NamedSharding(self.mesh, P())
         return jax.tree.map(lambda leaf: leaf if _is_divided(leaf) else jax.device_put(leaf, copies), tree)
+
+    def separately(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of (parameters, arrays of rows …) that each device runs on its own rows alone.
+
+        Call it inside `jit`. The results are joined along their first axis. A loop that starts many programs ahead needs
+        this on CPUs, because devices that wait for each other may wait for ever there: XLA runs them in a pool of threads
+        that may be as few as the devices. Starting a program on a device on which 32 are waiting blocks a thread, which
+        an all-reduce that has begun then lacks. XLA ends the process after 40 seconds.
+        """
+        if self.n == 1:
+            return function
+
+        def call(params: Any, *rows: Any) -> Any:
+            specs = (P(), *[P("data")] * len(rows))
+            places = {"mesh": self.mesh, "in_specs": specs, "out_specs": P("data"), "axis_names": {"data"}}
+            return jax.shard_map(function, **places)(params, *rows)
+
+        return call
+
+    def settled(self, arrays: T) -> T:
+        """Return the arrays; on CPUs, first wait for them if devices exchange values (see `separately`)."""
+        if self.exchange and jax.default_backend() == "cpu":
+            jax.block_until_ready(arrays)
+        return arrays
+
+
+ONE_DEVICE = RowDevices(None)
 
 
 def row_devices(*trees: Any) -> RowDevices:

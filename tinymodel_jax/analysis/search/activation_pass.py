@@ -9,9 +9,9 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int, Integer
+from jaxtyping import Array, Bool, Int, Integer
 
-from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, sampled_positions
+from tinymodel_jax.analysis.search.coactivation import active_features, n_bytes, of_sampled_tokens, sampled_tokens
 from tinymodel_jax.analysis.search.contexts import Contexts, at_random, by_value, keep_first, no_contexts, uniform
 from tinymodel_jax.analysis.search.feature_statistics import BINS, BatchStatistics, feature_chunks, statistics
 from tinymodel_jax.lm import FeatureReader
@@ -28,9 +28,10 @@ class MeasuredBatch(NamedTuple):
     n_rows: int
     chunks: list[BatchStatistics]
     """One entry per chunk of features, in order; rows beyond `n_rows` are padding."""
+    sampled: Bool[np.ndarray, "rows seq"]
+    """The tokens that are sampled for co-activation."""
     active: list[Array]
-    """Which features are active at the sampled tokens, one bit per feature."""
-    n_sampled: int
+    """Which features are active at them, as `active_features` returns it."""
 
 
 class DictionaryInputs(BatchedPass):
@@ -61,7 +62,7 @@ class ActivationPass:
 
     def __init__(self, inputs: DictionaryInputs, rows: np.ndarray, *, share: float, every: int, seed: int):
         self.inputs, self.rows, self.share, self.every, self.seed = inputs, rows, share, every, seed
-        self.chunks = feature_chunks(inputs.dictionary, inputs.config)
+        self.chunks = feature_chunks(inputs.dictionary, inputs.config, inputs.devices)
 
     def measure(self, first: int) -> MeasuredBatch:
         """Start measuring the batch whose first row is `first`, without waiting for the result.
@@ -76,11 +77,11 @@ class ActivationPass:
         real = inputs.counts(padded)
         drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
         counted, drawn = inputs.devices.rows((real, drawn))
-        options = {"config": inputs.config, "every": self.every}
-        found = [statistics(chunk, x, counted, drawn, **options) for chunk in self.chunks]
-        positions = sampled_positions(real, first, self.share, self.seed)
-        active = active_features(inputs.dictionary, inputs.config, x, positions)
-        return MeasuredBatch(first, n_rows, found, active, len(positions))
+        options = {"config": inputs.config, "every": self.every, "devices": inputs.devices}
+        found = [inputs.devices.settled(statistics(chunk, x, counted, drawn, **options)) for chunk in self.chunks]
+        sampled = sampled_tokens(real, first, self.share, self.seed)
+        active = active_features(inputs.dictionary, inputs.config, x, sampled, inputs.devices)
+        return MeasuredBatch(first, n_rows, found, sampled, active)
 
 
 @dataclasses.dataclass
@@ -114,15 +115,15 @@ class Sums:
             np.concatenate([np.asarray(chunk[field]) for chunk in batch.chunks], axis=1)[: batch.n_rows]
             for field in range(4)
         )
-        self.histogram += np.concatenate([np.asarray(chunk.histogram) for chunk in batch.chunks], axis=1)
+        histograms = [np.asarray(chunk.histogram).sum(axis=0) for chunk in batch.chunks]
+        self.histogram += np.concatenate(histograms, axis=1)
         self.active += active.sum(axis=0)
         for row in total:
             self.total += row  # row by row, so that the rounding does not depend on the batch
         rows = np.arange(batch.first, batch.first + batch.n_rows)
         keep_first(self.top, peak, position, rows, by_value)
         keep_first(self.sampled, peak, position, rows, at_random(seed))
-        if batch.n_sampled:
-            self.together.append(np.concatenate([np.asarray(part) for part in batch.active])[: batch.n_sampled])
+        self.together.append(of_sampled_tokens(batch.active, batch.sampled, len(self.total)))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all arrays by name, for a work file."""

@@ -15,6 +15,7 @@ features are active per token on average.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from tinymodel_jax.analysis.search.contexts import uniform
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.rows import RowDevices
 
 TOGETHER = 3
 """Smallest number of tokens at which a pair must be active together."""
@@ -40,31 +42,48 @@ FEATURES_AT_ONCE = 256
 """Features whose pairs are counted together."""
 
 
-def sampled_positions(real: Bool[np.ndarray, "rows seq"], first: int, share: float, seed: int) -> Int[np.ndarray, " n"]:
-    """Return the sampled positions in the flattened rows.
+def sampled_tokens(real: Bool[np.ndarray, "rows seq"], first: int, share: float, seed: int) -> Bool[Any, "rows seq"]:
+    """Return which tokens are sampled.
 
     Args:
         real: which tokens count.
         first: number of the first row in the data.
-        share: probability of sampling a position, decided by a hash of row and position.
+        share: probability of sampling a token, decided by a hash of row and position.
     """
     row_of = np.arange(first, first + len(real))[:, None]
-    chosen = uniform(seed, row_of, np.arange(real.shape[1])) < share
-    return np.flatnonzero(chosen & real)
+    return real & (uniform(seed, row_of, np.arange(real.shape[1])) < share)
 
 
 def active_features(
     params: DictionaryParams,
     config: DictionaryConfig,
     x: Float[Array, "rows seq d_in"],
-    positions: Int[np.ndarray, " n"],
+    sampled: Bool[np.ndarray, "rows seq"],
+    devices: RowDevices,
 ) -> list[Array]:
-    """Return which features are active at positions of the flattened rows, one bit per feature.
+    """Return which features are active at the sampled tokens, one bit per feature, without waiting for the result.
 
-    Each array holds `TOKENS_AT_ONCE` positions; the last one is padded. Does not wait for the result.
+    Each array (devices, `TOKENS_AT_ONCE`, bytes) holds the next tokens of every device's rows. There are as many arrays
+    as the device with the most tokens needs; the others' tokens are padded.
     """
-    padded = np.resize(positions, -(-len(positions) // TOKENS_AT_ONCE) * TOKENS_AT_ONCE).reshape(-1, TOKENS_AT_ONCE)
-    return [_active(params, x, part.astype(np.int32), config=config) for part in padded]
+    positions = [np.flatnonzero(own) for own in np.split(sampled, devices.n)]
+    n_parts = -(-max(map(len, positions)) // TOKENS_AT_ONCE)
+    padded = np.zeros((len(positions), n_parts, TOKENS_AT_ONCE), np.int32)
+    for own, places in zip(padded.reshape(len(positions), -1), positions, strict=True):
+        own[: len(places)] = places
+    parts = (padded[:, part] for part in range(n_parts))
+    return [devices.settled(_active(params, x, part, config=config, devices=devices)) for part in parts]
+
+
+def of_sampled_tokens(
+    active: Sequence[Array], sampled: Bool[np.ndarray, "rows seq"], n_features: int
+) -> UInt8[np.ndarray, "tokens bytes"]:
+    """Return what `active_features` measured at the sampled tokens, in their order, without the padding."""
+    if not active:
+        return np.zeros((0, n_bytes(n_features)), np.uint8)
+    found = np.concatenate([np.asarray(part) for part in active], axis=1)
+    n_tokens = sampled.reshape(len(found), -1).sum(axis=1)
+    return found[np.arange(found.shape[1]) < n_tokens[:, None]]
 
 
 def n_bytes(n_features: int) -> int:
@@ -117,8 +136,16 @@ def _correlations(
     return others[positive], phi[positive].astype(np.float32)
 
 
-@partial(fast_jit, static_argnames=("config",))
+@partial(fast_jit, static_argnames=("config", "devices"))
 def _active(
-    params: DictionaryParams, x: Float[Array, "rows seq d_in"], positions: Int[Array, " n"], *, config: DictionaryConfig
-) -> UInt8[Array, "n bytes"]:
-    return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[positions]) > 0, axis=1)
+    params: DictionaryParams,
+    x: Float[Array, "rows seq d_in"],
+    positions: Int[Array, "devices n"],
+    *,
+    config: DictionaryConfig,
+    devices: RowDevices,
+) -> UInt8[Array, "devices n bytes"]:
+    def of_device(params: DictionaryParams, x: Array, positions: Array) -> Array:
+        return jnp.packbits(encode(params, config, x.reshape(-1, x.shape[-1])[positions[0]]) > 0, axis=1)[None]
+
+    return devices.separately(of_device)(params, x, positions)

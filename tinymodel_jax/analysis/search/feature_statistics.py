@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode, per_feature
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.rows import ONE_DEVICE, RowDevices
 
 TOGETHER = 1024
 """Features per chunk."""
@@ -41,8 +42,8 @@ class BatchStatistics(NamedTuple):
     """Sum over a row."""
     active: Int[Array, "rows features"]
     """Positions of a row with an activation above 0."""
-    histogram: Int[Array, "32 features"]
-    """Number of counted positions in each bin of activations."""
+    histogram: Int[Array, "devices 32 features"]
+    """Number of counted positions of each device's rows in each bin of activations."""
 
 
 def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
@@ -50,21 +51,25 @@ def encoder_parameters(params: DictionaryParams) -> dict[str, Array]:
     return {name: array for name, array in params.items() if name not in ("W_dec", "W_skip")}
 
 
-def feature_chunks(params: DictionaryParams, config: DictionaryConfig) -> list[dict[str, Array]]:
+def feature_chunks(
+    params: DictionaryParams, config: DictionaryConfig, devices: RowDevices = ONE_DEVICE
+) -> list[dict[str, Array]]:
     """Return the encoder's parameters in chunks of features.
 
-    There is one chunk if the architecture compares features, or the features of layers read different inputs.
+    There is one chunk if the architecture compares features, if the features of layers read different inputs, or if
+    features are sharded over devices.
     """
     own = per_feature(config)
     encoder = encoder_parameters(params)
-    size = config.n_features if config.compares_features or config.n_layers > 1 else TOGETHER
+    whole = config.compares_features or config.n_layers > 1 or devices.exchange
+    size = config.n_features if whole else TOGETHER
     return [
         {name: a[..., start : start + size] if name in own else a for name, a in encoder.items()}
         for start in range(0, config.n_features, size)
     ]
 
 
-@partial(fast_jit, static_argnames=("config", "every"))
+@partial(fast_jit, static_argnames=("config", "every", "devices"))
 def statistics(
     chunk: DictionaryParams,
     x: Float[Array, "rows seq d_in"],
@@ -73,14 +78,22 @@ def statistics(
     *,
     config: DictionaryConfig,
     every: int,
+    devices: RowDevices = ONE_DEVICE,
 ) -> BatchStatistics:
     """Return the statistics; the histogram counts each row's positions `first`, `first + every` and so on."""
+    return devices.separately(partial(_statistics, config=config, every=every))(chunk, x, real, first)
+
+
+def _statistics(
+    chunk: DictionaryParams, x: Array, real: Array, first: Array, *, config: DictionaryConfig, every: int
+) -> BatchStatistics:
     acts = jnp.where(real[..., None], encode(chunk, config, x).astype(jnp.float32), 0)
     peak = jnp.max(acts, axis=1)
     places = jnp.arange(acts.shape[1], dtype=jnp.int32)[None, :, None]
     position = jnp.min(jnp.where(acts == peak[:, None], places, acts.shape[1]), axis=1)
     active = jnp.sum(acts > 0, axis=1, dtype=jnp.int32)
-    return BatchStatistics(peak, position, jnp.sum(acts, axis=1), active, _histogram(_some(acts, first, every)))
+    histogram = _histogram(_some(acts, first, every))
+    return BatchStatistics(peak, position, jnp.sum(acts, axis=1), active, histogram[None])
 
 
 def _some(acts: Float[Array, "rows seq features"], first: Int[Array, " rows"], every: int) -> Array:
