@@ -74,10 +74,10 @@ class RowDevices(NamedTuple):
     def separately(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of (parameters, arrays of rows …) that each device runs on its own rows alone.
 
-        Call it inside `jit`. The results are joined along their first axis. A loop that starts many programs ahead needs
-        this on CPUs, because devices that wait for each other may wait for ever there: XLA runs them in a pool of threads
-        that may be as few as the devices. Starting a program on a device on which 32 are waiting blocks a thread, which
-        an all-reduce that has begun then lacks. XLA ends the process after 40 seconds.
+        Call it inside `jit`. The results are joined along their first axis. A loop that starts many programs ahead
+        needs this on CPUs, where devices that wait for each other may do so for ever: XLA runs all devices in a pool of
+        threads, which may be as few as the devices. Starting a program on a device on which 32 are waiting blocks one
+        of the threads; if an all-reduce has begun, it lacks that thread, and XLA ends the process after 40 seconds.
         """
         if self.n == 1:
             return function
