@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinymodel_jax.analysis.search.activation_pass import ActivationPass, DictionaryInputs, Sums
+from tinymodel_jax.analysis.search.activation_pass import ActivationPass, DictionaryInputs, Sums, run_pass
 from tinymodel_jax.analysis.search.coactivation import partners_of_all
-from tinymodel_jax.analysis.search.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS, run_pass
+from tinymodel_jax.analysis.search.top_activations import COACTIVATION_TOKENS, HISTOGRAM_TOKENS
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.sites import Site
@@ -47,14 +47,16 @@ def search_and_products(n_tokens: int, n_features: int) -> tuple[Callable[[], No
 
     def search() -> None:
         sums = Sums.zero(n_features, 20, 40)
-        run_pass(searching, sums, range(0, n_rows, inputs.batch), None, no_progress)
+        run_pass(searching, sums, 0, None, no_progress)
         partners_of_all(np.concatenate(sums.together), n_features, 10)
 
     def products() -> None:
         for x in inputs.drawn:
             jax.block_until_ready(product(x, W))
 
-    Sums.zero(n_features, 20, 40).add(searching.measure(0), 0)
+    first = searching.measure(0)
+    assert first is not None
+    Sums.zero(n_features, 20, 40).add(first, 0)
     jax.block_until_ready(product(inputs.drawn[0], W))
     return search, products
 

@@ -9,6 +9,7 @@ from conftest import as_users_run_it, make_dictionary
 from eight_devices import on_eight_devices
 from oracle import F32, assert_close, encode
 
+from tinymodel_jax.analysis.search import activation_pass
 from tinymodel_jax.analysis.search import top_activations as module
 from tinymodel_jax.analysis.search.contexts import uniform
 from tinymodel_jax.analysis.search.feature_statistics import feature_chunks, statistics
@@ -214,7 +215,7 @@ def stop_after(n: int):
 
 
 def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(activation_pass, "SAVE_EVERY", 0.0)
     work = tmp_path / "work"
     done = []
     for n in (2, 3):
@@ -234,12 +235,12 @@ def test_a_stopped_search_goes_on_and_gives_the_same(lm, rows, found, tmp_path, 
 def test_a_finished_search_stays_until_its_result_is_kept(lm, rows, found, tmp_path, monkeypatch):
     options = {"k": K, "n_sampled": SAMPLED, "batch": 7, "work_file": tmp_path / "work"}
     top_activations(lm, "M1", rows, **options)
-    monkeypatch.setattr(module.ActivationPass, "measure", None)  # nothing is measured again
+    monkeypatch.setattr(activation_pass.ActivationPass, "measure", None)  # nothing is measured again
     assert_equal(top_activations(lm, "M1", rows, **options), found)
 
 
 def test_a_work_file_of_another_search_is_refused(lm, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(activation_pass, "SAVE_EVERY", 0.0)
     work = tmp_path / "work"
     with pytest.raises(Stopped):
         top_activations(lm, "M1", rows, batch=4, work_file=work, track=stop_after(2))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from tinymodel_jax.runtime.collectives import gathered
+
 Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(values, row numbers) -> ranks, all of one shape; the largest ranks are kept."""
 
@@ -53,6 +55,13 @@ def keep_first(
     order = np.argsort(-_ranks(pool[0], pool[1], rank), axis=1, kind="stable")[:, : kept.value.shape[1]]
     for old, all_of_them in zip(kept, pool, strict=True):
         old[features] = np.take_along_axis(all_of_them, order, axis=1)
+
+
+def of_all_processes(kept: Contexts, rank: Rank) -> Contexts:
+    """Return the contexts that rank first of those that the processes kept, on each of them; all must call this."""
+    pool = Contexts(*(np.concatenate(gathered(field.T)).T for field in kept))
+    order = np.lexsort((pool.row, -_ranks(pool.value, pool.row, rank)))[:, : kept.value.shape[1]]
+    return Contexts(*(np.take_along_axis(field, order, axis=1) for field in pool))
 
 
 def by_value(values: np.ndarray, rows: np.ndarray) -> np.ndarray:

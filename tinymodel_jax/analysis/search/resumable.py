@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.collectives import gathered, is_first
 from tinymodel_jax.runtime.paths import user_path
 
 
@@ -94,6 +95,12 @@ def fingerprint(*arrays: Any) -> str:
         digest.update(f"{values.dtype.str} {values.shape}\n".encode())
         digest.update(values.view(np.uint8).data if values.size else b"")
     return digest.hexdigest()[:16]
+
+
+def fingerprint_of_rows(rows: np.ndarray) -> str:
+    """Return the fingerprint of rows of tokens that several processes divide; only the first one reads them all."""
+    mine = np.array([int(fingerprint(rows), 16) if is_first() else 0], np.uint64)
+    return f"{int(gathered(mine)[0][0]):016x}"
 
 
 def fingerprints(reader: FeatureReader, model: HookedModel) -> dict[str, str]:

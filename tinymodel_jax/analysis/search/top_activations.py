@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +25,30 @@ from tinymodel_jax.analysis.search.activation_pass import (
     Sums,
     contexts_named,
     named_contexts,
+    run_pass,
 )
 from tinymodel_jax.analysis.search.coactivation import partners_of_all
 from tinymodel_jax.analysis.search.contexts import Contexts
 from tinymodel_jax.analysis.search.feature_statistics import BINS, FIRST_EXPONENT
-from tinymodel_jax.analysis.search.resumable import Progress, fingerprint, fingerprints
+from tinymodel_jax.analysis.search.resumable import Progress, fingerprint_of_rows, fingerprints
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
+from tinymodel_jax.runtime.collectives import is_first, of_first, on_all, on_first, summed
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import rows_of_turn, turns
 
 EDGES = 2.0 ** (np.arange(BINS + 1) // 2 + FIRST_EXPONENT) * np.where(np.arange(BINS + 1) % 2, 1.5, 1.0)
 """Edges of the histogram's bins: 2^-8, 1.5 * 2^-8, 2^-7 … 2^8. The first bin also counts all smaller activations, the
 last all larger ones."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 """Quantiles of a feature's activations that commands and pages show."""
-SAVE_EVERY = 60.0
-"""Seconds between two saves of the work file."""
+COUNTED_TOGETHER = 4096
+"""Rows whose tokens are counted together."""
 COACTIVATION_TOKENS = 8192
 """About how many tokens co-activation is counted on."""
 HISTOGRAM_TOKENS = 1 << 16
@@ -64,7 +65,7 @@ class TopActivations:
     tag: str
     """The dictionary's site."""
     data: str
-    """`resumable.fingerprint` of the rows."""
+    """`resumable.fingerprint_of_rows`."""
     model: str
     """Fingerprint of the model, with its splices, that computes the dictionary's input."""
     dictionary: str
@@ -200,14 +201,17 @@ def top_activations(
     if work_file is not None:
         options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
         saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
-        if (before := saved.load()) is not None:
+        before = on_all(lambda: saved.load() if is_first() else None, "the first process")
+        if before is not None:
             sums, first = Sums.of_arrays(before.arrays), before.done
+        first = of_first(first)
     every, share = max(1, n_tokens // HISTOGRAM_TOKENS), COACTIVATION_TOKENS / n_tokens
     inputs = DictionaryInputs(reader, batch)
     measuring = ActivationPass(inputs, rows, share=share, every=every, seed=seed)
-    run_pass(measuring, sums, range(first, len(rows), inputs.batch), saved, track)
+    run_pass(measuring, sums, first, saved, track)
+    sums = sums.of_all_processes(seed)
     if saved is not None:
-        saved.save(sums.arrays(), len(rows))
+        on_first(lambda: saved.save(sums.arrays(), len(rows)))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
     facts = {"tag": reader.site.tag, **counts, **prints}
     return _result(facts, sums, n_partners)
@@ -219,7 +223,7 @@ def search_fingerprints(reader: FeatureReader, rows: np.ndarray) -> dict[str, st
     Args:
         reader: `lm[tag]`.
     """
-    return {"data": fingerprint(rows), **fingerprints(reader, reader.lm.hooked(before=reader.site))}
+    return {"data": fingerprint_of_rows(rows), **fingerprints(reader, reader.lm.hooked(before=reader.site))}
 
 
 def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
@@ -262,28 +266,9 @@ def _check(rows: np.ndarray, seed: int, **counts: int) -> None:
 
 def _count_tokens(rows: np.ndarray, reader: FeatureReader) -> int:
     """Return the number of tokens that count, reading a part of the rows at a time."""
-    return sum(int(np.sum(reader.counts(rows[start : start + 4096]))) for start in range(0, len(rows), 4096))
-
-
-def run_pass(
-    measuring: ActivationPass,
-    sums: Sums,
-    starts: Sequence[int],
-    saved: Progress | None,
-    track: Track,
-) -> None:
-    """Measure the batches; each one is added while the next one is computed."""
-    measured, when = None, time.monotonic()
-    for start in track(starts, "search"):
-        ahead = measuring.measure(start)
-        if measured is not None:
-            sums.add(measured, measuring.seed)
-        measured = ahead
-        if saved is not None and time.monotonic() - when > SAVE_EVERY:
-            saved.save(sums.arrays(), start)  # without the batch that is still being computed
-            when = time.monotonic()
-    if measured is not None:
-        sums.add(measured, measuring.seed)
+    parts = (rows_of_turn(turn, len(rows), COUNTED_TOGETHER) for turn in turns(0, len(rows), COUNTED_TOGETHER))
+    mine = sum(int(np.sum(reader.counts(rows[part]))) for part in parts)
+    return int(summed({"tokens": np.array(mine)})["tokens"])
 
 
 def _result(facts: dict[str, Any], sums: Sums, n_partners: int) -> TopActivations:
