@@ -1,10 +1,12 @@
-"""Conversion, loading and import: wall time and memory of fresh processes on a full-size synthetic checkpoint.
+"""Conversion, loading, import and first answers: time and memory of fresh processes.
 
-    python benchmarks/load.py [--rounds 5] [--json FILE]
+    python benchmarks/load.py [--rounds 7] [--only checkpoint answers] [--json FILE]
 
-The checkpoint has the published shapes in random bfloat16 (87.8 MB). Every number is the median of processes that did
-nothing else; files are in the system's cache, as after a download. It needs no PyTorch. This process imports little,
-because the peak memory of a child process starts at that of its parent.
+`checkpoint` converts and loads a full-size synthetic checkpoint, with the published shapes in random bfloat16
+(87.8 MB). `answers` runs commands on the bundled model whose programs are in the compilation cache, and divides their
+time by that of `import jax`, which takes turns with them: of the processors (user and system), and on the clock. Every
+number is the median of processes that did nothing else; files are in the system's cache, as after a download. It needs
+no PyTorch. This process imports little, because the peak memory of a child process starts at that of its parent.
 """
 
 import json
@@ -15,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import tyro
 from machine import describe_machine
@@ -60,6 +62,15 @@ jax.block_until_ready(lm.params)
 print(time.perf_counter() - start)
 """
 
+Part = Literal["checkpoint", "answers"]
+PROMPT = "Once upon a time, there was a brave fox named"
+ANSWERS = {
+    "generate": ([PROMPT], 2.2),
+    "features": ([PROMPT, "--site", "M1"], 2.2),
+    "sweep": ([PROMPT, "--site", "M1"], 4.0),
+}
+"""Command -> arguments, and the largest ratio of its time to that of `import jax` that the project aims at."""
+
 
 class Measurement(NamedTuple):
     """One line of the table."""
@@ -74,19 +85,27 @@ class Finished(NamedTuple):
     """Time, memory and output of a process."""
 
     seconds: float
+    cores: float
+    """Seconds of all processors together, user and system."""
     peak_mb: float
     printed: list[float]
 
 
-def main(rounds: int = 5, json_file: Annotated[Path | None, tyro.conf.arg(name="json", metavar="FILE")] = None) -> None:
-    """Measure conversion, loading and import.
+def main(
+    rounds: int = 7,
+    only: tuple[Part, ...] = get_args(Part),
+    json_file: Annotated[Path | None, tyro.conf.arg(name="json", metavar="FILE")] = None,
+) -> None:
+    """Measure conversion, loading, import and first answers.
 
     Args:
         rounds: processes of each kind; the result is the median.
+        only: parts to measure.
         json_file: file to write all values to.
     """
+    parts = {"checkpoint": of_checkpoint, "answers": of_answers}
     with tempfile.TemporaryDirectory() as folder:
-        measurements = measure(Path(folder), rounds)
+        measurements = [one for part in only for one in parts[part](Path(folder), rounds)]
     machine = describe_machine()
     console = Console()
     for name, fact in machine.items():
@@ -96,8 +115,34 @@ def main(rounds: int = 5, json_file: Annotated[Path | None, tyro.conf.arg(name="
         write_json(json_file, machine, measurements)
 
 
-def measure(folder: Path, rounds: int) -> list[Measurement]:
-    """Run all processes in turn, `rounds` times."""
+def of_answers(folder: Path, rounds: int) -> list[Measurement]:
+    """Run the commands and `import jax` in turn, `rounds` times, after a run that fills the compilation cache."""
+    os.environ["TINYMODEL_COMPILATION_CACHE"] = str(folder / "programs")
+    commands = {name: ["-m", "tinymodel_jax", name, *given, "--model", "mini"] for name, (given, _) in ANSWERS.items()}
+    for arguments in commands.values():
+        run(*arguments)
+    jax, answers = [], {name: [] for name in commands}
+    for _ in track(range(rounds), description="first answers", console=Console(stderr=True)):
+        jax.append(run("-c", "import jax"))
+        for name, arguments in commands.items():
+            answers[name].append(run(*arguments))
+    return [
+        Measurement("import jax, whole process", [one.seconds for one in jax], "s"),
+        *(
+            Measurement(
+                f"tinymodel {name}, {what} / that of import jax",
+                [getattr(one, field) / getattr(base, field) for one, base in zip(answers[name], jax, strict=True)],
+                "x",
+                goal,
+            )
+            for name, (_, goal) in ANSWERS.items()
+            for what, field in (("processor time", "cores"), ("time on the clock", "seconds"))
+        ),
+    ]
+
+
+def of_checkpoint(folder: Path, rounds: int) -> list[Measurement]:
+    """Run all processes with the checkpoint in turn, `rounds` times."""
     source, destination = folder / "full_size.pt", folder / "converted"
     run("-c", WRITE, str(source))
     convert, load, load_pt, imports = [], [], [], []
@@ -141,7 +186,7 @@ def run(*arguments: str) -> Finished:
     if process.returncode:
         raise SystemExit(f"{Path(arguments[0]).name} failed with exit status {process.returncode}.")
     numbers = [float(word) for word in printed.split()] if arguments[0] == "-c" else []
-    return Finished(seconds, usage.ru_maxrss * 1024 / 1e6, numbers)
+    return Finished(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, numbers)
 
 
 def as_table(measurements: list[Measurement]) -> Table:

@@ -1,13 +1,19 @@
 """Flat names and stacked views of the parameters."""
 
+from unittest import mock
+
 import jax
 import numpy as np
+import pytest
 from conftest import param_shapes, random_params
+from flax import errors
 from oracle import error_of
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.io.convert import model_tensors
 from tinymodel_jax.lm import TinyModel
+from tinymodel_jax.model.transformer import Transformer
 from tinymodel_jax.params import flatten, unflatten
 
 
@@ -53,3 +59,30 @@ def test_parameters_that_do_not_fit_are_all_named(config, params):
     assert "missing 'W_E' (23, 16)" in message
     assert "unexpected 'W_extra'" in message
     assert "'W_U' has shape (23, 16), expected (16, 23)" in message
+
+
+def test_a_pass_does_not_trace_the_initializers_of_parameters_that_exist(config, params, monkeypatch):
+    draws = mock.Mock(wraps=jax.random.uniform)
+    monkeypatch.setattr(jax.random, "uniform", draws)
+    ids = jax.ShapeDtypeStruct((1, 4), np.int32)
+    jax.eval_shape(Transformer(config).apply, {"params": params}, ids)
+    assert not draws.called
+    jax.eval_shape(Transformer(config).init, jax.random.key(0), ids)
+    assert draws.called
+
+
+def test_a_parameter_of_another_shape_is_refused(config, params):
+    wrong = {**params, "W_pos": params["W_pos"][:, :-1]}
+    with pytest.raises(errors.ScopeParamShapeError, match="W_pos"):
+        Transformer(config).apply({"params": wrong}, np.zeros((1, 4), np.int32))
+
+
+def test_making_a_model_and_a_dictionary_of_numpy_arrays_compiles_no_program(compilations):
+    config = ModelConfig(n_layers=1, d_model=6, n_heads=2, d_mlp=5, n_ctx=9, d_vocab=13)
+    arrays = jax.tree.map(np.array, random_params(param_shapes(config), 0))
+    with compilations() as compiled:
+        lm = TinyModel.from_params(config, arrays)
+        lm.attach("Rm0", Dictionary.from_directions("blocks.0.hook_resid_mid", np.eye(6)))
+    assert compiled.value == 0
+    arrays["W_E"][:] = 0
+    assert np.abs(lm.W_E).min() > 0

@@ -5,12 +5,15 @@ The rest is imported inside `main`, so that Ctrl-C ends the program without a tr
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tinymodel`; return its exit status."""
+    atexit.register(gc.freeze)  # as it ends, Python would search everything for garbage, a tenth of a command's time
     try:
         from tinymodel_jax.commands import cli
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
@@ -66,8 +68,31 @@ def require_shapes(arrays: Mapping[str, Any], expected: Mapping[str, tuple[int, 
 
 
 def own_array(array: Any, dtype: Any) -> Array:
-    """Return a JAX array; a NumPy array is copied, since it may change or map a file that is deleted later."""
-    return array.astype(dtype) if isinstance(array, jax.Array) else jnp.array(array, dtype)
+    """Return a JAX array; a NumPy array is copied, since it may change or map a file that is deleted later.
+
+    NumPy converts it, because `jnp.array` would compile a program for every shape.
+    """
+    return array.astype(dtype) if isinstance(array, jax.Array) else jax.device_put(np.array(array, dtype))
+
+
+class ParamsModule(nn.Module):
+    """A Flax module that traces an initializer only where a parameter is missing.
+
+    `nn.Module.param` traces it on every call, to compare shapes, which takes a quarter of the time of tracing a pass.
+    """
+
+    @nn.nowrap
+    def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, **options: Any) -> Any:
+        """Return the parameter, or make it with `init_fn(key, shape, dtype)`.
+
+        Raises:
+            flax.errors.ScopeParamShapeError: it has another shape.
+        """
+        if self.has_variable("params", name):
+            value = self.get_variable("params", name)
+            if np.shape(value) == init_args[0]:
+                return value
+        return super().param(name, init_fn, *init_args, **options)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:

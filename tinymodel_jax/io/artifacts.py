@@ -39,11 +39,9 @@ from tinymodel_jax.io.data_files import (
     write_safetensors,
 )
 from tinymodel_jax.io.formats import transformer_lens
-from tinymodel_jax.io.formats.choose import OURS, read_as, require_no_other, write_as
 from tinymodel_jax.io.formats.names import LIBRARIES
 from tinymodel_jax.io.formats.stored import listed, require_undone
 from tinymodel_jax.io.hub.addresses import HubAddress
-from tinymodel_jax.io.hub.folders import download_dictionary, download_model
 from tinymodel_jax.params import require_shapes
 from tinymodel_jax.runtime.paths import user_path
 
@@ -102,6 +100,8 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
     """
     address = HubAddress.of(name_or_path)
     if address is not None:
+        from tinymodel_jax.io.hub.folders import download_model  # the network part loads when it is needed
+
         path, address = download_model(address)
     else:
         path = MINI if name_or_path == "mini" else _named("model", name_or_path)
@@ -109,7 +109,7 @@ def load_model(name_or_path: str | os.PathLike[str], n_heads: int | None = None)
         config, params, dictionaries = read_model_file(path, n_heads)
         return ModelFiles(config, params, dict(dictionaries), None)
     if not path.is_dir():
-        from tinymodel_jax.io.hub import published  # the network part loads when it is needed
+        from tinymodel_jax.io.hub import published
 
         path = published.model_folder(str(name_or_path))
     folder = next(
@@ -136,7 +136,12 @@ def read_model_file(path: str | os.PathLike[str], n_heads: int | None = None) ->
         ValueError: the file does not hold a language model that a TinyModel can represent.
     """
     address = HubAddress.of(path)
-    path = user_path(path) if address is None else download_model(address).path
+    if address is None:
+        path = user_path(path)
+    else:
+        from tinymodel_jax.io.hub.folders import download_model
+
+        path = download_model(address).path
     tensors = read_tensors(path)
     if not transformer_lens.is_transformer_lens(tensors):
         return about(path, lambda: convert_model(tensors, n_heads))
@@ -179,6 +184,8 @@ def save_dictionary(dictionary: Dictionary, directory: str | os.PathLike[str], f
     Raises:
         ValueError: the folder holds something else, or the format is unknown or has no room for the dictionary.
     """
+    from tinymodel_jax.io.formats.choose import OURS, require_no_other, write_as  # other libraries' formats
+
     if format is not None:
         write_as(dictionary, directory, format)
         return
@@ -208,15 +215,18 @@ def load_dictionary(path_or_name: str | os.PathLike[str], site: str | Site | Non
 def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = None) -> Dictionary:
     """Do as `load_dictionary`, but keep the file's NumPy arrays and number format, and check nothing."""
     path = _named("dictionary", path_or_name, site)
-    other = read_as(path, site) if path.exists() and not (path / DICTIONARY_FILE).is_file() else None
-    if other is not None:
-        return other
+    if path.exists() and not (path / DICTIONARY_FILE).is_file():
+        from tinymodel_jax.io.formats.choose import read_as  # other libraries' formats
+
+        other = read_as(path, site)
+        if other is not None:
+            return other
     if path.is_file():
         if site is None:
             raise ValueError(f"{path}: a file does not store the site of its dictionary; give site=, such as 'M2'.")
         return about(path, lambda: convert_dictionary(read_tensors(path), site))
     if not path.is_dir():
-        from tinymodel_jax.io.hub import published  # the network part loads when it is needed
+        from tinymodel_jax.io.hub import published
 
         path = published.dictionary_folder(str(path_or_name))
     if not (path / DICTIONARY_FILE).is_file():
@@ -244,7 +254,11 @@ def _named(kind: str, name_or_path: Any, site: Site | None = None) -> Path:
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise ValueError(f"give the path or published name of a {kind}, got {name_or_path!r:.80}.")
     address = HubAddress.of(name_or_path)
-    return user_path(name_or_path) if address is None else download_dictionary(address, site)
+    if address is None:
+        return user_path(name_or_path)
+    from tinymodel_jax.io.hub.folders import download_dictionary
+
+    return download_dictionary(address, site)
 
 
 def require_place(config: DictionaryConfig, place: Site, given: str | os.PathLike[str]) -> None:

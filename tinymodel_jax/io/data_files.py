@@ -14,7 +14,6 @@ import safetensors
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from tinymodel_jax.io.torch_files import load_torch_file
 from tinymodel_jax.runtime.atomic_files import replaced
 from tinymodel_jax.runtime.paths import user_path
 
@@ -31,7 +30,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[Any, Any]:
         ValueError: the file is damaged or does not hold tensors, as in `load_torch_file`.
     """
     path = user_path(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else load_torch_file(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    from tinymodel_jax.io.torch_files import load_torch_file  # PyTorch's format
+
+    return load_torch_file(path)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

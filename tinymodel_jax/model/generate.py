@@ -101,27 +101,21 @@ def continue_in_steps(
     at_prompt, afterwards = _with_edits(model, hooks or {}, positions, prompts.shape, width)
     method, sampling = prepare(config.d_vocab, temperature, top_k, top_p, seed, same_noise)
     end = np.int32(-1 if end_id is None else end_id)
-    start, advance = _shared_programs() if is_array_tree((at_prompt, afterwards)) else _programs()
+    programs = _shared_programs() if is_array_tree((at_prompt, afterwards)) else _programs()
     at_prompt, afterwards = _with_static_functions(at_prompt), _with_static_functions(afterwards)
-    state = start(
-        at_prompt,
-        pad_right(prompts[:, :seen], capacity, config.pad_id),
-        lengths.astype(np.int32),
-        np.int32(n_toks),
-        end,
-        sampling,
-        method=method,
-        prompt_width=width,
-        with_logprobs=return_logprobs,
-    )
-    size = every or config.n_ctx
-    for step in range(1, n_toks, size):
-        if every is not None:
-            yield (reached := _read(state))
-            if reached.done.all():
-                return
-        until = np.int32(min(step + size, n_toks))
-        state = advance(afterwards, state, until, end, sampling, method=method)
+    tokens = pad_right(prompts[:, :seen], capacity, config.pad_id)
+    inputs = (tokens, lengths.astype(np.int32), np.int32(n_toks), end, sampling)
+    options: dict[str, Any] = {"method": method, "prompt_width": width, "with_logprobs": return_logprobs}
+    if every is None:
+        yield _read(programs.whole(at_prompt, afterwards, *inputs, **options))
+        return
+    state = programs.start(at_prompt, *inputs, **options)
+    for step in range(1, n_toks, every):
+        yield (reached := _read(state))
+        if reached.done.all():
+            return
+        until = np.int32(min(step + every, n_toks))
+        state = programs.advance(afterwards, state, until, end, sampling, method=method)
     yield _read(state)
 
 
@@ -162,19 +156,49 @@ def _with_static_functions(model: HookedModel) -> HookedModel:
 
 
 def _read(state: _State) -> Continued:
-    longest = int(np.max(state.lengths))
+    longest = int(np.asarray(state.lengths).max())
     logprobs = None if state.logprobs is None else np.array(state.logprobs)[:, :longest]
     return Continued(np.array(state.tokens)[:, :longest], logprobs, np.array(state.done))
 
 
-def _programs() -> tuple[Callable[..., _State], Callable[..., _State]]:
-    """Return `_start` and `_advance`, not compiled yet."""
-    start = fast_jit(functools.partial(_start), static_argnames=("method", "prompt_width", "with_logprobs"))
-    return start, fast_jit(functools.partial(_advance), static_argnames=("method",), donate_argnames=("state",))
+class _Programs(NamedTuple):
+    """`_whole`, `_start` and `_advance`, not compiled yet."""
+
+    whole: Callable[..., _State]
+    start: Callable[..., _State]
+    advance: Callable[..., _State]
+
+
+def _programs() -> _Programs:
+    of_prompt = ("method", "prompt_width", "with_logprobs")
+    return _Programs(
+        fast_jit(functools.partial(_whole), static_argnames=of_prompt),
+        fast_jit(functools.partial(_start), static_argnames=of_prompt),
+        fast_jit(functools.partial(_advance), static_argnames=("method",), donate_argnames=("state",)),
+    )
 
 
 _shared_programs = functools.cache(_programs)
 """The programs of all edits that are arrays. A function as an edit is traced in a program of its call."""
+
+
+def _whole(
+    at_prompt: HookedModel,
+    afterwards: HookedModel,
+    tokens: Int[Array, "batch capacity"],
+    lengths: Int[Array, " batch"],
+    n_toks: Int[Array, ""],
+    end_id: Int[Array, ""],
+    sampling: Sampling,
+    *,
+    method: Method,
+    prompt_width: int,
+    with_logprobs: bool,
+) -> _State:
+    """Run `_start` and `_advance` in one program, which is loaded sooner than two."""
+    options: dict[str, Any] = {"prompt_width": prompt_width, "with_logprobs": with_logprobs}
+    state = _start(at_prompt, tokens, lengths, n_toks, end_id, sampling, method=method, **options)
+    return _advance(afterwards, state, n_toks, end_id, sampling, method=method)
 
 
 def _start(

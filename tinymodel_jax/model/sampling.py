@@ -6,6 +6,7 @@ rows those of the first, so that rows of one prompt differ only by what is done 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,15 +30,16 @@ class Sampling(NamedTuple):
     """Tokens kept, largest logits first; used by `filtered` only."""
     top_p: Any
     """Tokens kept until their probabilities reach this sum; used by `filtered` only."""
-    key: Any
-    """Random key; step s of row r draws from `fold_in(fold_in(key, r), s)`."""
+    seed: Any
+    """Step s of row r draws from `fold_in(fold_in(key(seed), r), s)`."""
     same_noise: Any
     """Whether all rows draw as row 0 does."""
 
+    @functools.partial(jax.jit, static_argnames="n_rows")
     def row_keys(self, n_rows: int) -> Array:
         """Return the random key of each row."""
         rows = jnp.where(self.same_noise, 0, jnp.arange(n_rows))
-        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, rows)
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), rows)
 
 
 def prepare(
@@ -50,15 +52,19 @@ def prepare(
         np.float32(temperature),
         np.int32(min(top_k or d_vocab, d_vocab)),
         np.float32(1 if top_p is None else top_p),
-        jax.random.key(seed),
+        np.uint32(seed),
         np.bool_(same_noise),
     )
 
 
+@functools.partial(jax.jit, static_argnames="method")
 def choose(
     logits: Float[Array, "batch d_vocab"], step: Int[Array, ""], row_keys: Array, sampling: Sampling, method: Method
 ) -> Int[Array, " batch"]:
-    """Return the next token of every row, the step-th that is chosen."""
+    """Return the next token of every row, the step-th that is chosen.
+
+    Compiled, so that a program that chooses at two places traces and lowers it once.
+    """
     if method == "greedy":
         return _largest(logits)
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature

@@ -30,7 +30,7 @@ from tinymodel_jax.model.hook_points import (
     masked_score,
 )
 from tinymodel_jax.model.padding import check_shape
-from tinymodel_jax.params import uniform_fan_in
+from tinymodel_jax.params import ParamsModule, uniform_fan_in
 
 Params = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ KVCache = tuple[LayerCache, ...]
 """One `LayerCache` per layer. Slots at or after a row's current position are masked, so their content is irrelevant."""
 
 
-class Attention(nn.Module):
+class Attention(ParamsModule):
     """Causal attention with a bias on the output, and none on queries, keys and values."""
 
     config: ModelConfig
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         return _affine(z, W_O.reshape(-1, cfg.d_model).astype(cfg.dtype), b_O.astype(cfg.dtype)), cache
 
 
-class MLP(nn.Module):
+class MLP(ParamsModule):
     """Two linear maps with a ReLU in between. With `jumprelu`, neurons at or below their threshold are zero too."""
 
     config: ModelConfig
@@ -160,7 +160,7 @@ class Block(nn.Module):
         return self.hook_resid_post(x + mlp_out)
 
 
-class Transformer(nn.Module):
+class Transformer(ParamsModule):
     """The language model: token ids in, logits out.
 
     `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked,
