@@ -186,7 +186,7 @@ def test_a_bfloat16_model_s_means_are_summed_in_float32(params, tok_ids):
     counted = ids != PAD
     values = np.asarray(lm.run_with_cache(ids, name)[1][name], np.float64)[counted]
     found = model_passes.sum_values(lm.hooked(), ids, counted, places=(name,))[name]
-    np.testing.assert_allclose(found, values.sum(axis=0), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(found).sum(axis=0), values.sum(axis=0), rtol=1e-5, atol=1e-4)
 
 
 def test_a_dictionary_of_another_width_or_where_the_model_is_spliced_is_refused(model, tok_ids):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.commands.frame import finite_or_none, print_json, print_table
+from tinymodel_jax.commands.hosts import ONE_PROCESS, HostOptions, join, shows
 from tinymodel_jax.commands.inputs import open_rows, require_data
 from tinymodel_jax.commands.options import (
     Model,
@@ -21,7 +22,7 @@ from tinymodel_jax.commands.options import (
 )
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.atomic_files import replace_file
-from tinymodel_jax.runtime.progress import with_progress
+from tinymodel_jax.runtime.progress import Track
 
 if TYPE_CHECKING:
     from tinymodel_jax.dictionaries.dictionary import Dictionary
@@ -49,6 +50,7 @@ def evaluate(
     count_begin: bool = False,
     out: OutFile = None,
     json: bool = False,
+    hosts: HostOptions = ONE_PROCESS,
 ) -> None:
     """Measure dictionaries: sparsity, reconstruction, and the loss of the model when it runs through them.
 
@@ -62,13 +64,15 @@ def evaluate(
         count_begin: count [BEGIN], the same in every story, in all measures except cross-entropy and KL.
         out: JSON file to write; the plots are written beside it, as a PNG of the same name.
         json: print the JSON instead of a table.
+        hosts: processes that share the rows; each runs this same command, and the first prints and writes.
     """
+    track = join(hosts)
     tags = parse_sites("--sites", sites)
     if not (tags or dictionaries or sparse_model):
         raise ValueError("nothing to measure: give --sites M0,A1, --dictionaries FOLDER, or --sparse-model.")
     require_positive("--limit", limit)
     require_data(data)
-    prepare_json_output("--out", out)
+    prepare_json_output("--out", out if shows(hosts) else None)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
     lm = model.load()
     named = named_dictionaries(lm, tags, folders)
@@ -81,9 +85,11 @@ def evaluate(
         "data": data,
         "rows": len(rows),
         "count_begin": count_begin,
-        "dictionaries": _measure(lm, named, rows, count_begin) if named else [],
-        "sparse_model": None if sparse_lm is None else _measure_sparse_model(sparse_lm, rows),
+        "dictionaries": _measure(lm, named, rows, count_begin, track) if named else [],
+        "sparse_model": None if sparse_lm is None else _measure_sparse_model(sparse_lm, rows, track),
     }
+    if not shows(hosts):
+        return
     if out is not None:
         _write(content, out)
     if json:
@@ -92,11 +98,13 @@ def evaluate(
         _print_tables(content)
 
 
-def _measure(lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, begin: bool) -> list[dict[str, Any]]:
+def _measure(
+    lm: TinyModel, named: Sequence[tuple[str, Dictionary]], rows: Any, begin: bool, track: Track
+) -> list[dict[str, Any]]:
     from tinymodel_jax.analysis.evaluation import evaluation
 
     dictionaries = [dictionary for _, dictionary in named]
-    found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, track=with_progress)
+    found = evaluation.evaluate(lm, dictionaries, rows, count_begin=begin, track=track)
     records = []
     for (name, dictionary), one in zip(named, found, strict=True):
         features, dead = evaluation.density_histogram(one.frequency)
@@ -137,11 +145,11 @@ def _with_transcoders(lm: TinyModel, given: Sequence[tuple[str, Dictionary]]) ->
     return attached
 
 
-def _measure_sparse_model(lm: TinyModel, rows: Any) -> dict[str, Any]:
+def _measure_sparse_model(lm: TinyModel, rows: Any, track: Track) -> dict[str, Any]:
     from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
     from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model, mlp_tags
 
-    found = evaluate_sparse_model(lm, rows, track=with_progress)
+    found = evaluate_sparse_model(lm, rows, track=track)
     return {
         "sites": list(mlp_tags(lm)),
         "results": _finite(numbers_of(found)),

@@ -6,6 +6,11 @@ the whole result; `shows` says which one prints and writes it.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
 from tyro.conf import OmitArgPrefixes
 
 from tinymodel_jax.runtime.hosts import ONE_PROCESS as ONE_PROCESS
@@ -24,7 +29,13 @@ def join(hosts: Hosts) -> Track:
         RuntimeError: the processes could not connect.
     """
     join_hosts(hosts, "tinymodel")
-    return with_progress if shows(hosts) else no_progress
+    if hosts.coordinator is None:
+        return with_progress
+    from tinymodel_jax.runtime.collectives import all_agree, is_first
+
+    with _stdout_on_stderr():  # on CPUs, Gloo announces its connections on stdout, where JSON may be expected
+        all_agree(True)
+    return with_progress if is_first() else no_progress
 
 
 def shows(hosts: Hosts) -> bool:
@@ -34,3 +45,16 @@ def shows(hosts: Hosts) -> bool:
     from tinymodel_jax.runtime.collectives import is_first
 
     return is_first()
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Let what the process writes to stdout, also from C++, go to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.commands.frame import print_json, print_table, significant
+from tinymodel_jax.commands.hosts import ONE_PROCESS, HostOptions, join, shows
 from tinymodel_jax.commands.inputs import open_rows, require_data
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
@@ -19,7 +20,6 @@ from tinymodel_jax.commands.options import (
 from tinymodel_jax.commands.sweep import moved_tokens, tokens_cell
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.atomic_files import replace_file
-from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.effects.importance import CausalImportance
@@ -35,6 +35,7 @@ def importance(
     model: ModelAndDictionary = ModelAndDictionaryOptions(),
     out: OutFile = None,
     json: bool = False,
+    hosts: HostOptions = ONE_PROCESS,
 ) -> None:
     """Measure the causal importance of every feature of a dictionary: turn it off on every row of a data set.
 
@@ -49,12 +50,14 @@ def importance(
         out: JSON file to write; the plots are written beside it, as a PNG of the same name. A file of another run is
             never replaced.
         json: print the JSON instead of a table.
+        hosts: processes that take turns at the rows; each runs this same command, and the first prints and writes.
     """
+    track = join(hosts)
     place = Site.whole(site, "--site ")
     for option, number in (("--top", top), ("--limit", limit)):
         require_positive(option, number)
     require_data(data)
-    prepare_json_output("--out", out)
+    prepare_json_output("--out", out if shows(hosts) else None)
     asked = {
         "format": "tinymodel_jax/importance",
         "format_version": 1,
@@ -64,19 +67,24 @@ def importance(
         "data": data,
         "limit": limit,
     }
-    table = _finished(out, asked)
     from tinymodel_jax.analysis.effects.importance import causal_importance, importance_key
+    from tinymodel_jax.runtime.collectives import of_first, on_all
+
+    table = on_all(lambda: _finished(out, asked) if shows(hosts) else None, "the first process")
+    finished = of_first(table is not None)
 
     lm = model.load_with_dictionary(place)
     rows = open_rows(lm, data, limit)
     key = importance_key(lm, place.tag, rows)
     work = work_file(out)
-    if table is None:
-        found = causal_importance(lm, place.tag, rows, work_file=work, track=with_progress)
+    if not finished:
+        found = causal_importance(lm, place.tag, rows, work_file=work, track=track)
         table = {**asked, "rows": found.n_rows, "key": key, "features": _entries(lm, found)}
-    elif table["key"] != key:
+    elif table is not None and table["key"] != key:
         changed = ", ".join(name for name in key if table["key"].get(name) != key[name])
         raise ValueError(f"--out {out} was measured with other {changed}; name another file, or delete it.")
+    if table is None or not shows(hosts):
+        return
     if out is not None:
         _write(table, out)
     if work is not None:

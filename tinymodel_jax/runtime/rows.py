@@ -1,9 +1,10 @@
 """How an analysis divides the rows of a data set over the processes of a program and the devices of each.
 
-Processes take turns at batches of rows (`turns`, `rows_of_turn`), so that a process reads and measures only its own.
-Inside a process, the rows of a batch are spread over the axis `data` of a mesh of its devices (`RowDevices`). No
-compiled program spans processes: they need not keep step, and meet only to bring their results together
-(`collectives.summed`, `collectives.gathered`). One process takes all turns; one device gets arrays as they are.
+A process reads and measures only its own rows: a part of them all (`share`), or, where the work is saved from time to
+time, batches at which processes take turns (`turns`, `rows_of_turn`). Inside a process, the rows of a batch are spread
+over the axis `data` of a mesh of its devices (`RowDevices`). No compiled program spans processes: they need not keep
+step, and meet only to bring their results together (`collectives.summed`, `collectives.gathered`). One process has all
+rows; one device gets arrays as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 T = TypeVar("T")
+
+
+def share(n_rows: int) -> slice:
+    """Return the rows of this process, where each takes a contiguous part; the parts differ by one row at most."""
+    which, count = jax.process_index(), jax.process_count()
+    return slice(n_rows * which // count, n_rows * (which + 1) // count)
 
 
 def turns(first: int, n_rows: int, batch: int) -> range:

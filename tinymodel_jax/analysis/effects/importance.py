@@ -2,13 +2,13 @@
 
 Every feature is ablated on every row where it is active (`sweeps.ablate`); on other rows its effect is exactly 0. Rows
 without a token to predict, such as a lone `[BEGIN]`, are left out, as in `evaluate`. The state is sums over rows, so an
-interrupted measurement can resume. Confidence intervals are those of the mean over rows: plus or minus `NORMAL_95`
+interrupted measurement can resume; several processes take turns at the rows, and each spreads the features of its row
+over its devices. Confidence intervals are those of the mean over rows: plus or minus `NORMAL_95`
 standard errors, which is rough for features that are active on few rows.
 """
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import bucket, check_tok_ids
+from tinymodel_jax.runtime.collectives import SharedTimer, summed
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import rows_of_turn, turns
 
 SAVE_SECONDS = 20.0
 _MEASURES = ("kl", "loss")
@@ -76,7 +78,8 @@ def causal_importance(
             to predict are left out.
         work_file: file that stores the sums so far; a call with the same arguments resumes from it. Delete it once you
             have the result.
-        track: wraps the iterator over the remaining rows, for example with a progress bar.
+        track: wraps the iterator over the remaining rows, for example with a progress bar; with several processes, over
+            the turns of each.
 
     Raises:
         ValueError: no row has a token to predict, the rows do not fit the model, the tag has no dictionary, or
@@ -88,13 +91,15 @@ def causal_importance(
     reader = FeatureReader.of(lm, tag, "causal_importance: ")
     progress = None if work_file is None else Progress(work_file, importance_key(lm, reader, ids))
     saved = None if progress is None else progress.load()
-    sums = _zeros(reader.dictionary.config.n_features, lm.config.d_model) if saved is None else saved.arrays
-    written = time.monotonic()
-    for row in track(range(0 if saved is None else saved.done, len(ids)), "effects"):
-        _add_row(sums, lm, reader, ids[row])
-        if progress is not None and time.monotonic() - written > SAVE_SECONDS:
-            progress.save(sums, row + 1)
-            written = time.monotonic()
+    sums = _zeros(reader.dictionary.config.n_features, lm.config.d_model)
+    sums |= {} if saved is None else saved.arrays
+    rounds, timer = turns(0 if saved is None else saved.done, len(ids), batch=1), SharedTimer(SAVE_SECONDS)
+    for turn in track(rounds, "effects"):
+        for row in ids[rows_of_turn(turn, len(ids), batch=1)]:
+            _add_row(sums, lm, reader, row)
+        if progress is not None and timer.is_due():
+            progress.save(summed(sums), min(turn + rounds.step, len(ids)))
+    sums = summed(sums)
     if progress is not None:
         progress.save(sums, len(ids))
     return _finish(sums, len(ids))

@@ -21,6 +21,7 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.hook_points import Hooks
 from tinymodel_jax.model.interventions import Replace, splice
+from tinymodel_jax.runtime.rows import RowDevices
 
 
 class Ablation(NamedTuple):
@@ -48,6 +49,7 @@ class BatchLosses:
     Args:
         clean: the pass without replaced values, with those at all places and in the stream before them.
         means: what takes the values' places at each ablation, besides zeros.
+        devices: those that share the rows of the batch.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class BatchLosses:
         ids: Int[np.ndarray, "batch seq"],
         clean: CleanPass,
         means: Mapping[Ablation, Float[np.ndarray, " width"]],
+        devices: RowDevices,
     ) -> None:
-        self._model, self._ids, self._clean, self._means = model, ids, clean, means
+        self._model, self._ids, self._clean, self._means, self._devices = model, ids, clean, means, devices
+        self._placed = devices.rows(ids)
         self._ablated: dict[tuple[Ablation, ...], list[np.ndarray]] = {}
 
     def of(self, dictionary: Dictionary, prediction: Float[Array, "batch seq d_out"]) -> dict[str, np.ndarray]:
@@ -85,16 +89,17 @@ class BatchLosses:
         vectors = {at: np.zeros_like(self._means[at]) if zeros else self._means[at] for at in ablations}
         if len(ablations) == 1:
             ((at, vector),) = vectors.items()
-            return self._with_value(at, np.broadcast_to(vector, (*self._ids.shape, len(vector))))[0]
+            value = self._devices.rows(np.broadcast_to(vector, (*self._ids.shape, len(vector))))
+            return self._with_value(at, value)[0]
         hooks: Hooks = {at.place: Replace(v, ~np.isin(self._ids, at.exclude)) for at, v in vectors.items()}
         return self._with_hooks(hooks)[0]
 
     def _with_hooks(self, hooks: Hooks) -> np.ndarray:
-        return np.asarray(losses_against(self._model.with_hooks(hooks), self._ids, self._clean.logprobs))
+        return np.asarray(losses_against(self._model.with_hooks(hooks), self._placed, self._clean.logprobs))
 
     def _with_value(self, at: Ablation, value: Any) -> np.ndarray:
         """Run the layers above with another value at a place, except at excluded tokens."""
         clean, kept = self._clean, np.isin(self._ids, at.exclude)
         own, stream = clean.acts[at.place], clean.acts[stream_before(at.place)]
-        found = losses_with_value(self._model, self._ids, stream, own, value, kept, clean.logprobs, place=at.place)
+        found = losses_with_value(self._model, self._placed, stream, own, value, kept, clean.logprobs, place=at.place)
         return np.asarray(found)

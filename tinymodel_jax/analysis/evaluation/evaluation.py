@@ -12,6 +12,9 @@ There are two passes over the rows; the first computes the mean of y, which expl
 the same vector in every story, by default, and the tokens that a dictionary excludes, where splices and ablations keep
 the value. Cross-entropy and KL are over the positions that have a next token.
 
+All devices of all processes are used: each process measures a part of the rows, which its devices share, and each has
+the result (`runtime/rows.py`).
+
 A cross-layer transcoder replaces all its MLP outputs in one pass. A crosscoder replaces the value of one hook point at
 a time, by its reconstruction from the clean pass; its cross-entropies and KL are averages over its hook points.
 """
@@ -40,8 +43,10 @@ from tinymodel_jax.dictionaries.sites import require_site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.forward import HookedModel
-from tinymodel_jax.model.hook_points import read_ahead, require_hook_names, require_widths, vectors_at
+from tinymodel_jax.model.hook_points import read_ahead, require_hook_names, require_widths, vector_width, vectors_at
+from tinymodel_jax.runtime.collectives import summed
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import RowDevices, row_devices
 
 DENSITY_EDGES = np.arange(-6, 0.01, 0.5)
 """Edges of the bins of `density_histogram`: log10 of the share of tokens on which a feature is active."""
@@ -123,16 +128,21 @@ def evaluate(
     resolved = _resolve(lm, dictionaries)
     for dictionary in resolved:
         _check_fits(dictionary.config, lm)
-    batches = batches_of(rows_of(lm, rows), lm.config)
-    model = lm.hooked()
-    means = _means(model, batches, {at for d in resolved for at in ablations_of(d.config)}, count_begin, track)
+    devices = row_devices(lm.hooked(), resolved)
+    model, resolved = devices.shared((lm.hooked(), resolved))
+    batches = batches_of(rows_of(lm, rows), lm.config, devices)
+    ablations = {at for d in resolved for at in ablations_of(d.config)}
+    means = _means(model, devices, batches, ablations, count_begin, track)
     sums = [RowSums((*_QUANTITIES, *_of_sites(d.config))) for d in resolved]
     active = [np.zeros(d.config.n_features) for d in resolved]
     for ids in track(batches, "measuring"):
         has_targets = np.any(ids[:, 1:] != lm.config.pad_id, axis=1)
-        for i, (totals, found) in enumerate(_measure_batch(model, resolved, means, ids, count_begin)):
+        for i, (totals, found) in enumerate(_measure_batch(model, devices, resolved, means, ids, count_begin)):
             sums[i].add(totals, where=has_targets)
-            active[i] += np.asarray(found)
+            active[i] += np.asarray(found).sum(axis=0)
+    for of_dictionary in sums:
+        of_dictionary.add_other_processes()
+    active = summed({str(i): found for i, found in enumerate(active)}).values()
     return [_divide(s, a, d.config) for s, a, d in zip(sums, active, resolved, strict=True)]
 
 
@@ -188,44 +198,53 @@ def _of_sites(config: DictionaryConfig) -> list[str]:
 
 
 def _means(
-    model: HookedModel, batches: list[np.ndarray], ablations: set[Ablation], begin: bool, track: Track
+    model: HookedModel,
+    devices: RowDevices,
+    batches: list[np.ndarray],
+    ablations: set[Ablation],
+    begin: bool,
+    track: Track,
 ) -> dict[Ablation, Float[np.ndarray, " d_out"]]:
     """Return the mean of the value over the tokens that each ablation counts."""
-    sums: dict[Ablation, Any] = dict.fromkeys(sorted(ablations), 0.0)
-    tokens = dict.fromkeys(sums, 0)
+    order = sorted(ablations)  # the same on every process
+    sums = {at: np.zeros(vector_width(at.place, model.config) or 0) for at in order}
+    tokens = dict.fromkeys(order, 0)
     places = {exclude: tuple(a.place for a in sums if a.exclude == exclude) for exclude in {a.exclude for a in sums}}
     for ids in track(batches, "taking means"):
         for exclude, named in places.items():
             counted = _counted(ids, model.config, begin, exclude)
-            found = sum_values(model, ids, counted, places=named)
+            found = sum_values(model, devices.rows(ids), devices.rows(counted), places=named)
             for ablation in (Ablation(place, exclude) for place in named):
-                sums[ablation] = sums[ablation] + np.asarray(found[ablation.place], np.float64)
+                sums[ablation] += np.asarray(found[ablation.place]).sum(axis=0, dtype=np.float64)
                 tokens[ablation] += int(counted.sum())
-    if not all(tokens.values()):
+    counts = summed({"tokens": np.array(list(tokens.values()))})["tokens"]
+    if not counts.all():
         raise ValueError(
             "evaluate: the rows hold only [BEGIN] or other tokens that are not counted; give rows with more tokens."
         )
-    return {ablation: (total / tokens[ablation]).astype(np.float32) for ablation, total in sums.items()}
+    totals = summed({str(i): total for i, total in enumerate(sums.values())}).values()
+    return {at: (total / n).astype(np.float32) for at, total, n in zip(order, totals, counts, strict=True)}
 
 
 def _measure_batch(
     model: HookedModel,
+    devices: RowDevices,
     dictionaries: Sequence[Dictionary],
     means: Mapping[Ablation, np.ndarray],
     ids: Int[np.ndarray, "batch seq"],
     begin: bool,
 ) -> Iterator[tuple[dict[str, Any], Array]]:
-    """Yield, for each dictionary, the rows' totals of each quantity, and on how many tokens each feature is active."""
+    """Yield, for each dictionary, the rows' totals of each quantity, and each row's number of tokens per feature."""
     config = model.config
     needed = {name for d in dictionaries for name in (*d.config.hooks_in, *d.config.hooks_out)}
     keep = tuple(sorted(needed | {stream_before(ablation.place) for ablation in means}))
-    clean = clean_pass(model, ids, keep=keep)
-    losses = BatchLosses(model, ids, clean, means)
+    clean = clean_pass(model, devices.rows(ids), keep=keep)
+    losses = BatchLosses(model, ids, clean, means, devices)
     shared = {"targets": np.sum(ids[:, 1:] != config.pad_id, axis=1), "clean": clean.nats}
     for dictionary in dictionaries:
         x, y = (vectors_at(clean.acts, hook) for hook in (dictionary.config.hook_in, dictionary.config.hook_out))
         mean = np.concatenate([means[at] for at in ablations_of(dictionary.config)])
-        counted = _counted(ids, config, begin, dictionary.config.exclude)
+        counted = devices.rows(_counted(ids, config, begin, dictionary.config.exclude))
         prediction, totals, active = reconstruct(dictionary.params, x, y, mean, counted, config=dictionary.config)
         yield _of_rows(totals, dictionary.config) | shared | losses.of(dictionary, prediction), active
 

@@ -1,5 +1,7 @@
 """The compiled passes of an evaluation: they run batches of rows and return numbers per row.
 
+As no number is a sum over rows, devices that share the rows of a batch do not wait for each other.
+
 A pass with another value at a hook point runs only the layers above it, from the clean residual stream. The value is an
 argument, so zeros, means and the predictions of all dictionaries share one program.
 """
@@ -21,11 +23,13 @@ from tinymodel_jax.model.edits import need_whole_passes
 from tinymodel_jax.model.forward import HookedModel, next_token_losses
 from tinymodel_jax.model.hook_points import vectors
 from tinymodel_jax.model.interventions import Replace
-from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_below, pad_right
+from tinymodel_jax.model.padding import as_array, bucket, check_tok_ids, pad_below, pad_right
+from tinymodel_jax.runtime.collectives import all_agree, on_all
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.rows import RowDevices, share
 
 BATCH_ROWS = 16
-"""Rows per compiled pass."""
+"""Rows per device in one compiled pass."""
 
 
 class CleanPass(NamedTuple):
@@ -37,20 +41,25 @@ class CleanPass(NamedTuple):
     acts: dict[str, Array]
 
 
-def batches_of(rows: Any, config: ModelConfig) -> list[Int[np.ndarray, "batch width"]]:
-    """Return batches of one shape: rows are cut to a compiled length, and rows of `[PAD]` fill the last batch.
+def batches_of(rows: Any, config: ModelConfig, devices: RowDevices) -> list[Int[np.ndarray, "batch width"]]:
+    """Return this process's rows as batches of one shape for its devices.
+
+    Rows are cut to a compiled length, and rows of `[PAD]` fill the last batch.
 
     Raises:
         ValueError: the ids are not valid, or there is no token to predict.
     """
-    ids = check_tok_ids(rows, config)
-    real = np.flatnonzero(np.any(ids != config.pad_id, axis=0))
-    if not np.any(ids[:, 1:] != config.pad_id):
+    ids = np.atleast_2d(as_array(rows))
+    mine = share(len(ids))
+    ids = on_all(lambda: check_tok_ids(ids[mine], config, mine.start))
+    if all_agree(not np.any(ids[:, 1:] != config.pad_id)):
         raise ValueError("the rows hold no token to predict; give rows of two tokens or more.")
-    width = bucket(int(real[-1]) + 1, config.n_ctx)
+    last = np.flatnonzero(np.any(ids != config.pad_id, axis=0))[-1:]
+    width = bucket(int(last.sum()) + 1, config.n_ctx)
     ids = pad_right(ids, max(width, ids.shape[1]), config.pad_id)[:, :width]
-    padded = pad_below(ids, len(ids) + -len(ids) % BATCH_ROWS, config.pad_id)
-    return list(padded.reshape(-1, BATCH_ROWS, width))
+    batch = BATCH_ROWS * devices.n
+    padded = pad_below(ids, len(ids) + -len(ids) % batch, config.pad_id)
+    return list(padded.reshape(-1, batch, width))
 
 
 def require_unspliced(lm: TinyModel, names: Sequence[str]) -> None:
@@ -80,11 +89,11 @@ def sum_values(
     counted: Bool[Array, "batch seq"],
     *,
     places: tuple[str, ...],
-) -> dict[str, Float[Array, " width"]]:
-    """Return the sum over the counted positions of the value at each hook point."""
+) -> dict[str, Float[Array, "batch width"]]:
+    """Return the sum over the counted positions of each row of the value at each hook point."""
     _, acts = model.run(ids, places)
     counts = counted[..., None]
-    return {n: jnp.sum(jnp.where(counts, vectors(acts[n]), 0), axis=(0, 1), dtype=jnp.float32) for n in places}
+    return {n: jnp.sum(jnp.where(counts, vectors(acts[n]), 0), axis=1, dtype=jnp.float32) for n in places}
 
 
 @fast_jit

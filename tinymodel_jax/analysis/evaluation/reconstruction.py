@@ -52,8 +52,8 @@ def reconstruct(
     counted: Bool[Array, "batch seq"],
     *,
     config: DictionaryConfig,
-) -> tuple[Float[Array, "batch seq d_out"], RowTotals, Float[Array, " n_features"]]:
-    """Return the prediction, the totals of the rows, and the number of tokens on which each feature is active."""
+) -> tuple[Float[Array, "batch seq d_out"], RowTotals, Float[Array, "batch n_features"]]:
+    """Return the prediction, the rows' totals, and the number of each row's tokens on which each feature is active."""
     acts = encode(tree, config, x)
     prediction, y = predict(tree, config, x, acts).astype(jnp.float32), y.astype(jnp.float32)
     lengths = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(prediction, axis=-1)
@@ -70,7 +70,7 @@ def reconstruct(
         variance=of_parts(jnp.square(y - mean), parts),
         cosine=jnp.where(lengths > 0, product / jnp.where(lengths > 0, lengths, 1), 0),
     )
-    active = jnp.sum((acts > 0) & counted[..., None], axis=(0, 1), dtype=jnp.float32)
+    active = jnp.sum((acts > 0) & counted[..., None], axis=1, dtype=jnp.float32)
     counts = [counted.reshape(*counted.shape, *[1] * (measure.ndim - 2)) for measure in measures]
     totals = RowTotals(*(jnp.sum(jnp.where(n, m, 0), axis=1) for n, m in zip(counts, measures, strict=True)))
     return prediction, totals, active
@@ -96,7 +96,7 @@ def evaluate_reconstruction(
         counted = np.ones((1, len(x)), bool)
         _, totals, found = reconstruct(dictionary.params, x[None], y[None], centre, counted, config=config)
         sums += [np.sum(measure) for measure in totals]
-        active += np.asarray(found)
+        active += np.asarray(found[0])
         shift += np.asarray(jnp.sum(jnp.asarray(y, jnp.float32) - centre, axis=0), np.float64)
     tokens, active_features, error, from_centre, _ = sums.tolist()
     if tokens == 0:

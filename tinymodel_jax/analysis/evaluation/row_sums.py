@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Shaped
 
+from tinymodel_jax.runtime.collectives import summed
+
 NORMAL_95 = 1.959964
 """Half-width of the interval that holds 95 % of a standard normal variable."""
 
@@ -51,6 +53,11 @@ class RowSums:
         self._rows += len(columns)
         self._sum += columns.sum(axis=0)
         self._products += columns.T @ columns
+
+    def add_other_processes(self) -> None:
+        """Add the sums of all other processes, which must call this, too."""
+        found = summed({"rows": np.array(self._rows), "sum": self._sum, "products": self._products})
+        self._rows, self._sum, self._products = int(found["rows"]), found["sum"], found["products"]
 
     def total(self, name: str) -> float:
         """Return the sum of a quantity over all rows."""

@@ -35,6 +35,7 @@ from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.hook_points import as_names
 from tinymodel_jax.model.interventions import Scale
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import row_devices
 
 _RATIOS = {
     "ce_clean": ("clean", "targets"),
@@ -97,15 +98,18 @@ def evaluate_sparse_model(
     require_unspliced(lm, tuple(places))
     model, sparse, with_errors = lm.hooked(), lm.splice(tags).hooked(), lm.splice(tags, include_error=True).hooked()
     zeroed = model.with_hooks({place: Scale(0.0) for place in places})
+    devices = row_devices(sparse)
+    model, sparse, with_errors, zeroed = devices.shared((model, sparse, with_errors, zeroed))
     sums = RowSums(_QUANTITIES)
-    for ids in track(batches_of(rows_of(lm, rows), lm.config), "measuring the sparse model"):
+    for batch in track(batches_of(rows_of(lm, rows), lm.config, devices), "measuring the sparse model"):
+        targets, ids = np.sum(batch[:, 1:] != lm.config.pad_id, axis=1), devices.rows(batch)
         clean = clean_pass(model, ids)
-        targets = np.sum(ids[:, 1:] != lm.config.pad_id, axis=1)
         totals: dict[str, Any] = {"targets": targets, "clean": clean.nats}
         totals["sparse"], totals["kl"] = np.asarray(losses_against(sparse, ids, clean.logprobs))
         totals["with_errors"], totals["kl_with_errors"] = np.asarray(losses_against(with_errors, ids, clean.logprobs))
         totals["zeroed"], _ = np.asarray(losses_against(zeroed, ids, clean.logprobs))
         sums.add(totals, where=targets > 0)
+    sums.add_other_processes()
     found = {name: sums.ratio(*pair) for name, pair in _RATIOS.items()}
     margins = {name: estimate.margin for name, estimate in found.items()}
     return SparseModelEvaluation(**{name: estimate.value for name, estimate in found.items()}, margins=margins)

@@ -7,7 +7,6 @@ Several processes take turns at the batches, and bring their sums together when 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.lm.collection import BatchedPass
 from tinymodel_jax.model.hook_points import vectors_at
 from tinymodel_jax.model.padding import check_tok_ids, pad_below
-from tinymodel_jax.runtime.collectives import SharedTimer, gathered, on_first, summed
+from tinymodel_jax.runtime.collectives import SharedTimer, gathered, summed
 from tinymodel_jax.runtime.progress import Track
 from tinymodel_jax.runtime.rows import rows_of_turn, turns
 
@@ -192,7 +191,7 @@ def run_pass(measuring: ActivationPass, sums: Sums, first: int, saved: Progress 
         measured = ahead
         if saved is not None and timer.is_due():
             so_far = sums.of_all_processes(measuring.seed)  # without the batches that are still being computed
-            on_first(partial(saved.save, so_far.arrays(), turn))
+            saved.save(so_far.arrays(), turn)
     if measured is not None:
         sums.add(measured, measuring.seed)
 

@@ -3,6 +3,9 @@
 A long analysis saves its arrays from time to time. Called again with the same key, it resumes from them. The key lists
 everything the numbers depend on (model, dictionary, data, options), so a file never resumes a different computation. A
 finished analysis keeps its file, in case the result cannot be saved. Delete the file once the result is saved.
+
+Several processes share one file, which the first of them reads and writes: it holds the results of all rows so far. Any
+number of processes can resume.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from safetensors.numpy import save
 from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.runtime.atomic_files import replace_file
-from tinymodel_jax.runtime.collectives import gathered, is_first
+from tinymodel_jax.runtime.collectives import gathered, is_first, of_first, on_all, on_first
 from tinymodel_jax.runtime.paths import user_path
 
 
@@ -39,7 +42,7 @@ class Saved(NamedTuple):
 
 
 class Progress:
-    """The work file of one computation.
+    """The work file of one computation. With several processes, all of them call its methods.
 
     Args:
         path: the file; its folder must exist when `save` is called.
@@ -51,12 +54,17 @@ class Progress:
         self.key = json.loads(json.dumps(dict(key)))
 
     def load(self) -> Saved | None:
-        """Return what was saved, or None if there is no file.
+        """Return what was saved, or None if there is no file. Only the first process gets the arrays, others none.
 
         Raises:
             OtherWorkError: the file belongs to a different computation.
             ValueError: the file is damaged.
         """
+        saved = on_all(lambda: self._read() if is_first() else None, "the first process")
+        done = of_first(-1 if saved is None else saved.done)
+        return None if done < 0 else saved or Saved({}, done)
+
+    def _read(self) -> Saved | None:
         if not self.path.exists():
             return None
         try:
@@ -80,11 +88,19 @@ class Progress:
     def save(self, arrays: Mapping[str, np.ndarray], done: int) -> None:
         """Replace the file in one step; if this is interrupted, the previous file stays.
 
+        Args:
+            arrays: of all processes together; only the first process's are written.
+            done: finished units of all processes.
+
         Raises:
             OSError: it cannot be written.
         """
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        replace_file(self.path, save(contiguous, {"key": json.dumps(self.key), "done": str(done)}))
+        facts = {"key": json.dumps(self.key), "done": str(done)}
+        on_first(lambda: replace_file(self.path, save(_contiguous(arrays), facts)))
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def fingerprint(*arrays: Any) -> str:

@@ -37,7 +37,7 @@ from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.text import rows_of
 from tinymodel_jax.model.padding import as_array
 from tinymodel_jax.runtime.atomic_files import replace_file
-from tinymodel_jax.runtime.collectives import is_first, of_first, on_all, on_first, summed
+from tinymodel_jax.runtime.collectives import summed
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.runtime.rows import rows_of_turn, turns
@@ -201,17 +201,16 @@ def top_activations(
     if work_file is not None:
         options = {"k": k, "n_sampled": n_sampled, "n_partners": n_partners, "seed": seed}
         saved = Progress(work_file, {"site": reader.site.tag, **prints, **options})
-        before = on_all(lambda: saved.load() if is_first() else None, "the first process")
-        if before is not None:
-            sums, first = Sums.of_arrays(before.arrays), before.done
-        first = of_first(first)
+        if (before := saved.load()) is not None:
+            first = before.done
+            sums = Sums.of_arrays(before.arrays) if before.arrays else sums
     every, share = max(1, n_tokens // HISTOGRAM_TOKENS), COACTIVATION_TOKENS / n_tokens
     inputs = DictionaryInputs(reader, batch)
     measuring = ActivationPass(inputs, rows, share=share, every=every, seed=seed)
     run_pass(measuring, sums, first, saved, track)
     sums = sums.of_all_processes(seed)
     if saved is not None:
-        on_first(lambda: saved.save(sums.arrays(), len(rows)))
+        saved.save(sums.arrays(), len(rows))
     counts = {"n_rows": len(rows), "n_tokens": n_tokens, "histogram_every": every}
     facts = {"tag": reader.site.tag, **counts, **prints}
     return _result(facts, sums, n_partners)
