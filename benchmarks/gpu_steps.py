@@ -1,11 +1,10 @@
-"""The two sides of `gpu.py`: this package's training steps and graphs, and PyTorch's training with torch.compile.
+"""This package's side of `gpu.py`, and the sizes of all its workloads.
 
 Every call runs some steps, queued one after the other, and returns the seconds per step once all are done. A call is
-compiled and warmed up when it is first requested.
+compiled and warmed up when it is first requested. A workload has the same code at all sizes.
 """
 
 import functools
-import importlib
 import os
 import time
 from collections.abc import Callable
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reference import load_reference_model, write_model
+from floors import measured_rates
 from sides import Calls, once
 from training_inputs import DictionaryCase, activations
 
 from tinymodel_jax.config import ModelConfig
 
-SWEEP_MEMBERS = (1, 2, 4, 8)
 TOTAL_STEPS = 1_000_000
-MODEL_FILE = "model.pt"
+ABLATED_SITE = "M1"
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,41 @@ class Sizes:
     k: int
     steps: int
     """Steps per call."""
-    graph_tokens: int = 64
+    sweep_members: tuple[int, ...]
+    generated: tuple[int, ...]
+    """Numbers of prompts that are continued together."""
+    prompt_tokens: int
+    new_tokens: int
+    ablated: int
+    """Features that are turned off one at a time, on a prompt of `graph_tokens`."""
+    graph_tokens: int
     """Tokens of the prompt of an attribution graph, and its nodes below."""
-    graph_nodes: int = 2000
+    graph_nodes: int
+    product: int
+    """Rows and columns of the operands of the product that measures the device, and of the matrix that it reads."""
 
 
-LARGE = Sizes(ModelConfig(dtype="bfloat16"), (256, 128), 768, 25_000, 32_768, 4096, 8192, k=32, steps=20)
+LARGE = Sizes(
+    ModelConfig(dtype="bfloat16"),
+    batch=(256, 128),
+    width=768,
+    n_features=25_000,
+    dictionary_batch=32_768,
+    sweep_features=4096,
+    sweep_batch=8192,
+    k=32,
+    steps=20,
+    sweep_members=(1, 2, 4, 8),
+    generated=(1, 32, 512),
+    prompt_tokens=13,
+    new_tokens=50,
+    ablated=2048,
+    graph_tokens=64,
+    graph_nodes=2000,
+    product=16_384,
+)
 SMALL = Sizes(
-    ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=64, n_ctx=16, d_vocab=32, dtype="bfloat16"),
+    ModelConfig(n_layers=2, d_model=16, n_heads=2, d_mlp=64, n_ctx=16, d_vocab=32, dtype="bfloat16"),
     batch=(2, 16),
     width=16,
     n_features=64,
@@ -58,41 +83,41 @@ SMALL = Sizes(
     sweep_batch=16,
     k=4,
     steps=2,
+    sweep_members=(1, 2),
+    generated=(1, 2),
+    prompt_tokens=3,
+    new_tokens=4,
+    ablated=4,
     graph_tokens=8,
     graph_nodes=60,
+    product=64,
 )
 
 
 def our_calls(folder: Path, sizes: Sizes) -> Calls:
-    """Return this package's calls; `device` describes the device."""
+    """Return this package's calls; `device` describes the device, `rates` measures it."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other side needs memory too
-    calls = {
+    random_lm = functools.cache(functools.partial(_random_lm, sizes))
+    one = functools.partial(_our_dictionaries, sizes, n_features=sizes.n_features, batch=sizes.dictionary_batch)
+    calls: dict[str, Callable[[], Any]] = {
         "device": _device,
+        "rates": lambda: measured_rates(sizes.product, sizes.product, sizes.product, "bfloat16"),
         "lm": once(functools.partial(_our_lm, sizes)),
-        "relu": once(functools.partial(_our_dictionaries, sizes, "relu", sizes.n_features, sizes.dictionary_batch)),
-        "topk": once(functools.partial(_our_dictionaries, sizes, "topk", sizes.n_features, sizes.dictionary_batch)),
+        "relu": once(functools.partial(one, "relu")),
+        "topk": once(functools.partial(one, "topk")),
+        "ablate": once(lambda: _our_ablations(random_lm(), sizes)),
+        "graph": once(lambda: _our_graphs(random_lm(), sizes)),
     }
-    calls["graph"] = once(functools.partial(_our_graphs, sizes))
-    for members in SWEEP_MEMBERS:
+    for prompts in sizes.generated:
+        calls[f"generate-{prompts}"] = once(lambda prompts=prompts: _our_generation(random_lm(), sizes, prompts))
+    for members in sizes.sweep_members:
         sweep = functools.partial(_our_dictionaries, sizes, "topk", sizes.sweep_features, sizes.sweep_batch, members)
         calls[f"sweep-{members}"] = once(sweep)
     return calls
 
 
-def pytorch_calls(folder: Path, sizes: Sizes) -> Calls:
-    """Return PyTorch's calls; `device` returns the name of the GPU, or "cpu"."""
-    torch: Any = importlib.import_module("torch")
-    torch.set_float32_matmul_precision("high")  # as XLA's default on a GPU
-    return {
-        "device": lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "lm": once(functools.partial(_pytorch_lm, sizes, folder)),
-        "relu": once(functools.partial(_pytorch_dictionary, sizes, "relu")),
-        "topk": once(functools.partial(_pytorch_dictionary, sizes, "topk")),
-    }
-
-
 def _device() -> tuple[str, str, float | None]:
-    """Return the platform, the name of the device, and its dense bfloat16 peak in FLOP/s, if known."""
+    """Return the platform, the device's name, and its dense bfloat16 peak in FLOP/s if known."""
     import jax
 
     from tinymodel_jax.training.flops import peak_flops
@@ -118,7 +143,7 @@ def _our_lm(sizes: Sizes) -> Callable[[], float]:
         train_step, config=sizes.model, optimizer=optimizer, schedule=learning_rate_schedule(settings, TOTAL_STEPS)
     )
     state = init_state(jax.random.key(0), sizes.model, optimizer)
-    return _our_steps(step, state, jax.numpy.asarray(_tokens(sizes), jax.numpy.int32), sizes.steps)
+    return _our_steps(step, state, jax.numpy.asarray(random_tokens(sizes), jax.numpy.int32), sizes.steps)
 
 
 def _our_dictionaries(
@@ -144,11 +169,47 @@ def _our_dictionaries(
     return _our_steps(lambda state, x: step(state, x=x), state, x, sizes.steps)
 
 
-def _our_graphs(sizes: Sizes) -> Callable[[], float]:
-    """Return a call that builds an attribution graph of a model with a dictionary at each layer."""
-    from circuits_case import random_lm, random_prompt, seconds_of_graph
+def _random_lm(sizes: Sizes) -> Any:
+    """Return a model in float32 with a dictionary at each layer."""
+    from circuits_case import random_lm
 
-    lm = random_lm(sizes.model, sizes.n_features, sizes.k)
+    return random_lm(sizes.model, sizes.n_features, sizes.k)
+
+
+def _our_generation(lm: Any, sizes: Sizes, prompts: int) -> Callable[[], float]:
+    """Return a call that continues prompts together, and gives the seconds per token of all of them."""
+    ids = np.random.default_rng(1).integers(0, lm.config.begin_id, (prompts, sizes.prompt_tokens))
+
+    def run() -> float:
+        start = time.perf_counter()
+        lm.generate_ids(ids, sizes.new_tokens, 0, break_on_end=False)
+        return (time.perf_counter() - start) / sizes.new_tokens
+
+    run()
+    return run
+
+
+def _our_ablations(lm: Any, sizes: Sizes) -> Callable[[], float]:
+    """Return a call that turns off features one at a time."""
+    from circuits_case import random_prompt
+
+    from tinymodel_jax.analysis.effects import sweeps
+
+    prompt, features = random_prompt(lm, sizes.graph_tokens)[None], np.arange(sizes.ablated)
+
+    def run() -> float:
+        start = time.perf_counter()
+        sweeps.ablate(lm, ABLATED_SITE, prompt, features)
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def _our_graphs(lm: Any, sizes: Sizes) -> Callable[[], float]:
+    """Return a call that builds an attribution graph."""
+    from circuits_case import random_prompt, seconds_of_graph
+
     run = functools.partial(seconds_of_graph, lm, random_prompt(lm, sizes.graph_tokens), sizes.graph_nodes)
     run()
     return run
@@ -173,66 +234,6 @@ def _our_steps(step: Any, state: Any, batch: Any, steps: int) -> Callable[[], fl
     return run
 
 
-def _pytorch_lm(sizes: Sizes, folder: Path) -> Callable[[], float]:
-    torch: Any = importlib.import_module("torch")
-    write_model(sizes.model, folder / MODEL_FILE, np.random.default_rng(0))
-    lm = load_reference_model(sizes.model, folder / MODEL_FILE).to(_torch_device())
-    ids = torch.tensor(_tokens(sizes), device=_torch_device())
-    targets = ids[:, 1:].flatten()
-
-    def loss() -> Any:
-        return torch.nn.functional.nll_loss(lm(ids)[:, :-1].flatten(0, 1), targets)
-
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return _pytorch_steps(loss, list(lm.parameters()), optimizer, sizes.steps)
-
-
-def _pytorch_dictionary(sizes: Sizes, architecture: str) -> Callable[[], float]:
-    torch: Any = importlib.import_module("torch")
-    device = _torch_device()
-    x = torch.tensor(activations(DictionaryCase(sizes.width, sizes.n_features, sizes.dictionary_batch)), device=device)
-    rows = torch.nn.functional.normalize(torch.randn(sizes.n_features, sizes.width, device=device), dim=-1) / 10
-    first = (rows, rows.clone(), torch.zeros(sizes.n_features, device=device), x.mean(0))
-    parameters = encoder, decoder, b_enc, b_dec = [torch.nn.Parameter(array) for array in first]
-
-    def loss() -> Any:
-        acts = torch.relu(torch.nn.functional.linear(x, encoder, b_enc))
-        if architecture == "topk":
-            values, places = acts.topk(sizes.k, dim=-1, sorted=False)
-            acts = torch.zeros_like(acts).scatter(-1, places, values)
-        error = (acts @ decoder.to(acts.dtype) + b_dec - x).square().sum(-1).mean()
-        return error if architecture == "topk" else error + 5.0 * (acts.mean(0) @ decoder.norm(dim=-1))
-
-    return _pytorch_steps(loss, parameters, torch.optim.Adam(parameters, lr=2e-4, fused=True), sizes.steps)
-
-
-def _pytorch_steps(loss: Any, parameters: list[Any], optimizer: Any, steps: int) -> Callable[[], float]:
-    """Compile the loss on a GPU (compiling for a CPU would need a C++ compiler), in bfloat16 autocast."""
-    torch: Any = importlib.import_module("torch")
-    on_gpu = _torch_device() == "cuda"
-    forward = torch.compile(loss) if on_gpu else loss
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            with torch.autocast(_torch_device(), torch.bfloat16):
-                value = forward()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / steps
-
-    run()
-    return run
-
-
-def _torch_device() -> str:
-    torch: Any = importlib.import_module("torch")
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _tokens(sizes: Sizes) -> np.ndarray:
+def random_tokens(sizes: Sizes) -> np.ndarray:
+    """Return the language model's batch."""
     return np.random.default_rng(1).integers(0, sizes.model.begin_id, sizes.batch)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,10 @@ class Measured(NamedTuple):
     """Share of all cores that other processes used in that time."""
 
 
+class SideError(RuntimeError):
+    """A call failed, took too long, or its process ended."""
+
+
 class Side:
     """A process that holds one library and makes calls on request."""
 
@@ -53,13 +58,31 @@ class Side:
 
     def measure(self, name: str) -> Measured:
         """Return the duration of a call, and the share of the cores that other processes used."""
-        self._connection.send((name, False))
-        return self._connection.recv()
+        return self._answer(name, False, None)
 
-    def ask(self, name: str) -> Any:
-        """Return the result of one call."""
-        self._connection.send((name, True))
-        return self._connection.recv()
+    def ask(self, name: str, longest: float | None = None) -> Any:
+        """Return the result of one call.
+
+        Args:
+            longest: seconds to wait for it; None for as long as it takes.
+
+        Raises:
+            SideError: the call failed, took longer, or ended its process.
+        """
+        return self._answer(name, True, longest)
+
+    def _answer(self, name: str, wants_result: bool, longest: float | None) -> Any:
+        try:
+            self._connection.send((name, wants_result))
+            if not self._connection.poll(longest):
+                raise SideError(f"{name} took more than {longest:.3g} s")
+            result = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise SideError(f"{name} ended its process (exit status {self._process.exitcode})") from error
+        if isinstance(result, SideError):
+            raise result
+        return result
 
 
 def quiet_rounds(
@@ -98,11 +121,12 @@ def serve(make_calls: Callable[[Path], Calls], folder: Path, connection: Connect
     calls = make_calls(folder)
     while True:
         name, wants_result = connection.recv()
-        if wants_result:
-            result = calls[name]()
+        try:
+            result = calls[name]() if wants_result else measured(calls[name])
             connection.send(np.asarray(result) if hasattr(result, "shape") else result)
-        else:
-            connection.send(measured(calls[name]))
+        except Exception as error:  # the other side decides what a failure means
+            traceback.print_exc()
+            connection.send(SideError(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
 def measured(call: Callable[[], Any]) -> Measured:

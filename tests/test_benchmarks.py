@@ -1,11 +1,15 @@
 """The benchmarks that need no PyTorch run, and `--help` of every one lists its options."""
 
+import importlib
 import json
 import os
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,14 +45,57 @@ def test_help_names_the_options(name: str, monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.slow
-def test_the_accelerator_s_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
+def test_every_case_of_the_accelerator_s_benchmark_runs_small_on_a_cpu(tmp_path: Path) -> None:
+    """PyTorch's side runs where it is installed; the test environment is without it."""
     out = tmp_path / "results.json"
     done = run("benchmarks/gpu.py", "--small", "--rounds", "2", "--json", str(out))
     assert done.returncode == 0, done.stderr
-    assert "x ReLU" in done.stdout
-    seconds = json.loads(out.read_text())["seconds"]
-    assert {*seconds} == {"lm", "relu", "topk", "sweep-1", "sweep-2", "sweep-4", "sweep-8", "graph"}
-    assert all(len(times) == 2 and min(times) > 0 for sides in seconds.values() for times in sides.values())
+    found = json.loads(out.read_text())
+    calls = {
+        "lm": ["lm"],
+        "relu": ["relu"],
+        "topk": ["topk"],
+        "sweep": ["sweep-1", "sweep-2"],
+        "generate": ["generate-1", "generate-2"],
+        "ablate": ["ablate"],
+        "graph": ["graph"],
+    }
+    assert {name: [*case["seconds"]] for name, case in found["cases"].items()} == calls
+    assert not any(case["problems"] for case in found["cases"].values())
+    rows = [row for case in found["cases"].values() for row in case["rows"]]
+    assert all(row["rates"]["tinymodel_jax"] > 0 and row["title"] in done.stdout for row in rows)
+    assert len(rows) == 9
+    assert {"processor", "versions", "accelerator", "measured", "PyTorch"} <= {*found["machine"]}
+
+
+def failing_calls(folder: Path) -> dict[str, Callable[[], Any]]:
+    return {
+        "works": lambda: 2.0,
+        "fails": lambda: [][1],
+        "is slow": lambda: time.sleep(60),
+        "dies": lambda: os._exit(3),
+    }
+
+
+def test_a_failed_call_says_why_and_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu, sides = importlib.import_module("gpu"), importlib.import_module("sides")
+
+    def start() -> Any:
+        return sides.Side(failing_calls, str(tmp_path))
+
+    monkeypatch.setattr(gpu, "LONGEST_CALL", 5.0)
+    late = time.monotonic() + 60
+    times, problems = gpu.measure("a", {"x": start}, ["works", "fails", "works"], 2, late)
+    assert times == {"works": {"x": [2.0, 2.0]}}
+    assert problems == ["a, x: fails: IndexError: list index out of range"]
+    _, (problem,) = gpu.measure("a", {"x": start}, ["dies"], 1, late)
+    assert problem == "a, x: dies ended its process (exit status 3)"
+    monkeypatch.setattr(gpu, "LONGEST_CALL", 0.2)
+    _, (problem,) = gpu.measure("a", {"x": start}, ["is slow"], 1, late)
+    assert problem == "a, x: is slow took more than 0.2 s"
+    _, (problem,) = gpu.measure("a", {"x": start}, ["works"], 1, time.monotonic())
+    assert problem == "a, x: works: no time left"
 
 
 @pytest.mark.slow
