@@ -239,7 +239,9 @@ def test_every_member_of_a_sweep_equals_its_solo_run_and_order_does_not_matter(a
 @pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
 def test_the_backend_chooses_the_mapping_and_the_products(backend):
     execution = execution_for(small_recipe("topk"), backend)
-    assert execution == Execution(sparse=backend != "tpu", on_cpu=backend == "cpu", map_members=backend == "cpu")
+    assert execution == Execution(
+        sparse=backend != "tpu", on_cpu=backend == "cpu", map_members=backend == "cpu", bitwise=backend == "cpu"
+    )
     assert not execution_for(small_recipe("relu"), backend).sparse
 
 

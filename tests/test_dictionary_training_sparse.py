@@ -88,13 +88,24 @@ def test_the_selection_of_a_batch_with_ties_equals_sorting_all_of_it(data):
     np.testing.assert_array_equal(laid_out[:4].ravel(), wanted)
 
 
-@pytest.mark.parametrize("size", [1, 2, 30])  # each is compiled separately
+@pytest.mark.parametrize(("size", "bitwise"), [(1, False), (30, True), (30, False)])  # each is compiled separately
 @given(data=st.data())
-def test_kth_largest_equals_sorting(size, data):
+def test_kth_largest_equals_sorting(size, bitwise, data):
     values = data.draw(st.lists(st.floats(0, 1e6, width=32), min_size=size, max_size=size))
     rank = data.draw(st.integers(1, size))
-    found = jax.jit(kth_largest)(jnp.array(values, jnp.float32), jnp.int32(rank))
+    found = jax.jit(kth_largest, static_argnums=2)(jnp.array(values, jnp.float32), jnp.int32(rank), bitwise)
     assert float(found) == np.sort(np.array(values, np.float32))[-rank]
+
+
+@pytest.mark.parametrize("bitwise", [True, False])
+def test_every_rank_is_found_among_ties_subnormals_zeros_and_the_largest_numbers(bitwise):
+    numbers = np.array([0, 1, 2, 15, 16, 2**23 - 1, 2**23, 2**23 + 1, 2**30 - 1, 2**30, 0x7F7FFFFF, 0x7F800000])
+    bits = np.random.default_rng(0).choice(numbers.astype(np.int32), (8, 9))
+    bits[0] = 0
+    search = jax.jit(jax.vmap(functools.partial(kth_largest, bitwise=bitwise), in_axes=(None, 0)))
+    found = search(jnp.asarray(bits.view(np.float32)), jnp.arange(1, bits.size + 1))
+    # compared as bits, because a CPU may read subnormal numbers as zero
+    np.testing.assert_array_equal(np.asarray(found).view(np.int32), np.sort(bits.ravel())[::-1])
 
 
 @pytest.mark.slow

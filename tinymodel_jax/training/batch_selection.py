@@ -28,19 +28,22 @@ class BatchSelection(NamedTuple):
     """Smallest value selected."""
 
 
-def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int) -> BatchSelection:
+def select_of_batch(z: Float[Array, "batch f"], k: Int[Array, ""], k_max: int, bitwise: bool = False) -> BatchSelection:
     """Return the `k * batch` largest of non-negative `z`, for a `k` up to `k_max`. Zeros are never selected.
 
     Among equal values, those of lower inputs are selected first, and within an input those of lower features.
+
+    Args:
+        bitwise: as for `kth_largest`.
     """
     batch, most = z.shape[0], z.shape[0] * min(k_max, z.shape[1])
     # The n largest values lie in the n groups with the largest maxima: two searches of small arrays instead of one.
     size = 2 ** max(0, round(math.log2(z.shape[1] / k_max) / 2))  # so that both searches are about equally large
     grouped = jnp.pad(z, ((0, 0), (0, -z.shape[1] % size))).reshape(batch, -1, size)
     maxima = grouped.max(axis=-1)
-    row, group = _places(largest_of_all(maxima, k * batch)[0] & (maxima > 0), most)
+    row, group = _places(largest_of_all(maxima, k * batch, bitwise)[0] & (maxima > 0), most)
     held = jnp.where((row < batch)[:, None], grouped[row, group], 0)
-    kept, threshold = largest_of_all(held, k * batch)
+    kept, threshold = largest_of_all(held, k * batch, bitwise)
     entry, place = _places(kept & (held > 0), most)
     real = entry < most
     owner = jnp.where(real, row.at[entry].get(mode="fill", fill_value=batch), batch)

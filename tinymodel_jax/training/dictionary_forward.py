@@ -61,6 +61,8 @@ class Execution(NamedTuple):
     slots: tuple[int, ...] = ()
     """Numbers of features that a step may select, in rising order. A step uses the smallest that is at least its `k`,
     so that members of a mapped sweep do not pay for the largest `k`. Empty: only the recipe's k."""
+    bitwise: bool = False
+    """Whether batch_topk finds its threshold one bit per pass over the activations instead of four."""
 
 
 class Outcome(NamedTuple):
@@ -86,7 +88,8 @@ def execution_for(
 
     On CPUs and GPUs, topk and batch_topk decode by gathering rows. Dense products are used on TPUs, whose gathers are
     slow, and when features are sharded or batch_topk compares inputs on several devices. A single CPU maps over the
-    members of a sweep, which measured faster than batching them. Only the CPU choices are measured.
+    members of a sweep, which measured faster than batching them, and CPUs find batch_topk's threshold one bit per pass.
+    Only the CPU choices are measured.
 
     Args:
         ks: the members' k in a sweep. Only topk on one CPU uses them: batch_topk's loops end early by themselves.
@@ -101,6 +104,7 @@ def execution_for(
         map_members=on_one_cpu,
         mesh=None if alone else mesh,
         slots=tuple(sorted(set(ks))) if on_one_cpu and recipe.architecture == "topk" else (),
+        bitwise=backend == "cpu",
     )
 
 
@@ -148,7 +152,7 @@ def select(
     """Choose the active features of topk or batch_topk, for a `k` up to `slots`. Carries no gradient."""
     norms, z = losses.row_norms(params["W_dec"]), weighted_activations(params, recipe, x)
     if recipe.architecture == "batch_topk":
-        selection = select_of_batch(z, k, slots)
+        selection = select_of_batch(z, k, slots, execution.bitwise)
     else:
         best, positions = largest(z, slots, execution)
         kept = jnp.where(jnp.arange(slots) < k, best, 0)
@@ -250,7 +254,7 @@ def _dense_outcome(params, recipe, execution, hyper, x, y, widths, extra_loss) -
 def _kept(z, recipe: DictionaryRecipe, execution: Execution, k: Array, layers: int) -> tuple[Array, Array]:
     """Return which weighted activations are kept, and the smallest of them (0 except for batch_topk)."""
     if recipe.architecture == "batch_topk":
-        return largest_of_all(z, k * z.shape[0])
+        return largest_of_all(z, k * z.shape[0], execution.bitwise)
     of_layers = z.reshape(-1, recipe.n_features // layers)
     kept = kept_of_rows(of_layers, *largest(of_layers, recipe.k or 0, execution), k)
     return kept.reshape(z.shape), jnp.zeros(())

@@ -80,12 +80,20 @@ def kept_of_rows(
     return (values > limit) | ((values == limit) & (jnp.arange(values.shape[1]) <= last))
 
 
-def largest_of_all(values: Float[Array, "b f"], rank: Int[Array, ""]) -> tuple[Bool[Array, "b f"], Float[Array, ""]]:
+def largest_of_all(
+    values: Float[Array, "b f"], rank: Int[Array, ""], bitwise: bool = False
+) -> tuple[Bool[Array, "b f"], Float[Array, ""]]:
     """Return a mask of the `rank` largest of non-negative `values`, never more, and the smallest of them.
 
     Ties go to the lower row, and within a row to the lower position.
+
+    Args:
+        bitwise: as for `kth_largest`.
     """
-    smallest = kth_largest(values, rank)
+    if not bitwise:
+        # Otherwise a TPU's first pass is part of the product that computes the values, which then stores 15 masks.
+        values = jax.lax.optimization_barrier(values)
+    smallest = kth_largest(values, rank, bitwise)
     above, tied = values > smallest, values == smallest
     room = rank - jnp.sum(above, dtype=jnp.int32)
     until = jnp.cumsum(jnp.sum(tied, axis=1, dtype=jnp.int32))
@@ -97,19 +105,29 @@ def largest_of_all(values: Float[Array, "b f"], rank: Int[Array, ""]) -> tuple[B
     return above | (tied & fits), smallest
 
 
-def kth_largest(values: Float[Array, "*shape"], rank: Int[Array, ""]) -> Float[Array, ""]:
+def kth_largest(values: Float[Array, "*shape"], rank: Int[Array, ""], bitwise: bool = False) -> Float[Array, ""]:
     """Return the `rank`-th largest of non-negative `values` (rank 1 is the maximum), exactly.
 
-    The bits of non-negative floats are in the same order as the floats, so 31 counts find the value bit by bit, without
-    sorting.
+    The bits of non-negative floats are in the same order as the floats, so counting the values that reach a number
+    finds the result digit by digit, from the highest, without sorting.
+
+    Args:
+        bitwise: find one bit per pass over the values, in 31 passes with one count each, which is 5 times faster on
+            CPUs. Otherwise 8 passes with 15 counts each find four bits per pass, which saves accelerators memory
+            traffic, and devices that share the values 23 of 31 exchanges.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+    width = 1 if bitwise else 4
 
-    def decide_bit(i: Array, found: Array) -> Array:
-        candidate = found | jnp.left_shift(jnp.int32(1), jnp.int32(30) - i.astype(jnp.int32))
-        return jnp.where(jnp.sum(bits >= candidate, dtype=jnp.int32) >= rank, candidate, found)
+    def next_digit(i: Array, found: Array) -> Array:
+        # The last digit overlaps the one before it. Digits that would exceed that one count too few values.
+        unit = jnp.left_shift(jnp.int32(1), jnp.maximum(31 - width * (i.astype(jnp.int32) + 1), 0))
+        counts = [jnp.sum(bits >= found + digit * unit, dtype=jnp.int32) for digit in range(1, 2**width)]
+        return found + unit * jnp.sum(jnp.stack(counts) >= rank, dtype=jnp.int32)
 
-    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, decide_bit, jnp.int32(0)), jnp.float32)
+    # Unrolled, because a loop would read a copy of the values.
+    found = jax.lax.fori_loop(0, -(-31 // width), next_digit, jnp.int32(0), unroll=not bitwise)
+    return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
