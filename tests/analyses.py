@@ -11,9 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tinymodel_jax.analysis.concepts import labels
+from tinymodel_jax.analysis.concepts.recovery import recover_concepts
 from tinymodel_jax.analysis.effects import importance as effects
 from tinymodel_jax.analysis.effects.importance import CausalImportance, causal_importance
 from tinymodel_jax.analysis.evaluation import DictionaryEvaluation, evaluate, evaluate_sparse_model
+from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.commands.inputs import open_rows
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.lm import TinyModel
@@ -49,8 +52,21 @@ def importance(lm: TinyModel) -> dict[str, Any]:
     return _of_importance(causal_importance(lm, "M1", _rows(lm)[:IMPORTANCE_ROWS]))
 
 
+def concepts(lm: TinyModel) -> dict[str, Any]:
+    """Return the scores of `recover_concepts`."""
+    told = list(storyworld.stories(seed=0, count=7, first=3_000_000))
+    with mock.patch.object(labels, "CHUNK", 5):  # several chunks, which processes divide
+        found = recover_concepts(lm, told, ["M1", "A1"])
+    return {
+        f"{one.name} {field}": np.asarray(value).tolist()
+        for one in found
+        for field, value in one.scores._asdict().items()
+        if field != "threshold"  # infinite where predicting the concept everywhere is best
+    }
+
+
 ANALYSES: dict[str, Callable[[TinyModel], dict[str, Any]]] = {
-    one.__name__: one for one in (evaluations, evaluations_of_sharded_features, sparse_model, importance)
+    one.__name__: one for one in (evaluations, evaluations_of_sharded_features, sparse_model, importance, concepts)
 }
 
 

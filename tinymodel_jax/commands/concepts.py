@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinymodel_jax.commands.frame import print_json, print_table
+from tinymodel_jax.commands.hosts import ONE_PROCESS, HostOptions, join, shows
 from tinymodel_jax.commands.inputs import unseen_stories
 from tinymodel_jax.commands.options import (
     Model,
@@ -17,7 +18,6 @@ from tinymodel_jax.commands.options import (
     parse_sites,
     prepare_output,
 )
-from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.concepts.recovery import Recovery
@@ -32,6 +32,7 @@ def concepts(
     out: OutFile = None,
     plot: Path | None = None,
     json: bool = False,
+    hosts: HostOptions = ONE_PROCESS,
 ) -> None:
     """Score how well dictionaries find the known concepts of the story world, next to neurons and random directions.
 
@@ -45,13 +46,16 @@ def concepts(
         out: JSON file for the score of every concept in every dictionary and baseline.
         plot: PNG file for a heat map of these scores.
         json: print one JSON object per line, for each concept in each dictionary and baseline.
+        hosts: processes that share stories and features; each runs this same command, and the first prints and writes.
     """
+    track = join(hosts)
     if stories < 2:
         raise ValueError(f"--stories {stories} must be 2 or more: half of them choose the features.")
     tags = parse_sites("--sites", sites)
     folders = [found for folder in dictionaries for found in dictionary_folders(folder)]
-    prepare_output("--out", out)
-    prepare_output("--plot", plot)
+    if shows(hosts):
+        prepare_output("--out", out)
+        prepare_output("--plot", plot)
     import json as json_format
 
     from tinymodel_jax.analysis.concepts.recovery import concept_records, plot_concepts, recover_concepts
@@ -62,7 +66,9 @@ def concepts(
     if not (tags or folders or lm.dictionary_tags):
         raise ValueError(f"--model {model.name} came without dictionaries; give --dictionaries FOLDER.")
     named = dict(named_dictionaries(lm, tags if tags or folders else lm.dictionary_tags, folders))
-    recoveries = recover_concepts(lm, unseen, named, track=with_progress)
+    recoveries = recover_concepts(lm, unseen, named, track=track)
+    if not shows(hosts):
+        return
     records = concept_records(recoveries)
     if out is not None:
         replace_file(out, (json_format.dumps(records, indent=1) + "\n").encode())

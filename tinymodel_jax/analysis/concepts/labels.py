@@ -12,6 +12,7 @@ Everything is NumPy: the work is sorting, and products with the matrix of concep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,19 @@ class _Best(NamedTuple):
     threshold: np.ndarray
 
 
+class ChosenUnits(NamedTuple):
+    """The best of some units for each concept; arrays have one entry per concept."""
+
+    f1_where_chosen: Float[np.ndarray, " concepts"]
+    """F1 on the positions that the units are chosen on; -inf where no unit has one, as for the AUC."""
+    f1: Float[np.ndarray, " concepts"]
+    f1_unit: np.ndarray
+    threshold: Float[np.ndarray, " concepts"]
+    auc_where_chosen: Float[np.ndarray, " concepts"]
+    auc: Float[np.ndarray, " concepts"]
+    auc_unit: np.ndarray
+
+
 def score_concepts(
     acts: Float[np.ndarray, "chosen_on units"],
     truth: Bool[np.ndarray, "chosen_on concepts"],
@@ -66,6 +80,17 @@ def score_concepts(
     Raises:
         ValueError: there are no units, or no positions to choose or score on.
     """
+    return best_of([choose_units(acts, truth, held_out_acts, held_out_truth)], held_out_truth)
+
+
+def choose_units(
+    acts: Float[np.ndarray, "chosen_on units"],
+    truth: Bool[np.ndarray, "chosen_on concepts"],
+    held_out_acts: Float[np.ndarray, "scored_on units"],
+    held_out_truth: Bool[np.ndarray, "scored_on concepts"],
+    first: int = 0,
+) -> ChosenUnits:
+    """Do `score_concepts` for a part of the units, of which `first` is the number of the first one."""
     if not acts.shape[1] or not len(acts) or not len(held_out_acts):
         raise ValueError(
             f"score_concepts: activations of shapes {acts.shape} and {held_out_acts.shape}; both must hold positions "
@@ -86,7 +111,18 @@ def score_concepts(
     positives = held_out_truth.sum(axis=0)
     with np.errstate(invalid="ignore"):
         f1 = np.where(positives > 0, 2 * hits / (predicted.sum(axis=0) + positives), np.nan)
-    return ConceptScores(positives / len(held_out_truth), f1, by_f1.unit, by_f1.threshold, np.array(auc), by_auc.unit)
+    of_f1 = (by_f1.score, f1, by_f1.unit + first, by_f1.threshold)
+    return ChosenUnits(*of_f1, by_auc.score, np.array(auc), by_auc.unit + first)
+
+
+def best_of(parts: Sequence[ChosenUnits], held_out_truth: Bool[np.ndarray, "scored_on concepts"]) -> ConceptScores:
+    """Return the scores of the best units of all parts; units of earlier parts win ties."""
+    all_parts = ChosenUnits(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
+    places = np.arange(held_out_truth.shape[1])
+    by_f1, by_auc = all_parts.f1_where_chosen.argmax(axis=0), all_parts.auc_where_chosen.argmax(axis=0)
+    of_f1 = (array[by_f1, places] for array in (all_parts.f1, all_parts.f1_unit.astype(int), all_parts.threshold))
+    of_auc = (array[by_auc, places] for array in (all_parts.auc, all_parts.auc_unit.astype(int)))
+    return ConceptScores(held_out_truth.sum(axis=0) / len(held_out_truth), *of_f1, *of_auc)
 
 
 def concepts_of_units(

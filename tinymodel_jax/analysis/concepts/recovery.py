@@ -3,6 +3,9 @@
 The concepts that hold at every token are known (`bundled.storyworld`), so the features of a dictionary can be scored
 against them. Scores of MLP neurons and of random directions show what the dictionary adds. Stories are split: the first
 half chooses units and thresholds, and the second half scores them.
+
+All devices of all processes are used. Each process runs the model on a part of the stories; all then have the
+activations of all stories, and each scores a part of the units.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tinymodel_jax.analysis.concepts.labels import ConceptScores, score_concepts
+from tinymodel_jax.analysis.concepts import labels
+from tinymodel_jax.analysis.concepts.labels import ChosenUnits, ConceptScores, best_of, choose_units
 from tinymodel_jax.analysis.report.charts import heat_map_figure, save_figure
 from tinymodel_jax.bundled import storyworld
 from tinymodel_jax.config import split_hooks
@@ -25,7 +30,10 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.collection import collect_activations
 from tinymodel_jax.model.hook_points import as_names
+from tinymodel_jax.model.padding import pad_below
+from tinymodel_jax.runtime.collectives import gathered, on_all
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import row_devices, share
 from tinymodel_jax.text.prompts_and_stories import story_rows
 
 ENCODED_TOGETHER = 4096
@@ -52,8 +60,9 @@ class _Units(NamedTuple):
     name: str
     kind: Kind
     site: Site
-    activations: Callable[[_Half], np.ndarray]
-    """Computes the units' activations, (positions, units), from those that the model gave."""
+    n: int
+    activations: Callable[[_Half, slice], np.ndarray]
+    """Computes the activations of some of the units, (positions, units), from those that the model gave."""
 
 
 class _Half(NamedTuple):
@@ -99,8 +108,7 @@ def recover_concepts(
     names = {name for reader in readers.values() for name in split_hooks(reader.site.hook_in)} | set(neurons.values())
     middle = len(told) // 2
     choosing, scoring = (_read(lm, half, tuple(sorted(names))) for half in (told[:middle], told[middle:]))
-
-    units = list(_units_of(readers, neurons, seed if baselines else None))
+    units = list(_units_of(lm, readers, neurons, seed if baselines else None))
     return [_scored(one, choosing, scoring) for one in track(units, "scoring")]
 
 
@@ -162,7 +170,15 @@ def _readers(lm: TinyModel, dictionaries: str | Sequence[str] | Mapping[str, Dic
 
 
 def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
-    """Return activations and concepts at every text token of the stories."""
+    """Return activations and concepts at every text token of the stories, of which each process reads a part."""
+    if len(told) < jax.process_count():
+        return _read_all(lm, told, names)
+    mine = on_all(lambda: _read_all(lm, told[share(len(told))], names))
+    acts = {name: np.concatenate(gathered(mine.acts[name])) for name in names}
+    return _Half(acts, np.concatenate(gathered(mine.truth)))
+
+
+def _read_all(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...]) -> _Half:
     config, tokenizer = lm.config, lm.tokenizer
     tok_ids = story_rows(tokenizer, [story.text for story in told], config.n_ctx)
     truth = storyworld.labels(told, tokenizer, width=tok_ids.shape[1], max_length=config.n_ctx)
@@ -172,31 +188,43 @@ def _read(lm: TinyModel, told: Sequence[storyworld.Story], names: tuple[str, ...
     return _Half({name: acts[text] for name, acts in found.acts.items()}, truth[text])
 
 
-def _units_of(readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None) -> Iterator[_Units]:
+def _units_of(
+    lm: TinyModel, readers: Mapping[str, FeatureReader], neurons: dict[int, str], seed: int | None
+) -> Iterator[_Units]:
     """Yield the units to score: dictionaries, each with random directions if there is a seed, then neurons."""
     drawn = set()
     for name, reader in readers.items():
-        site, size = reader.site, (reader.site.hook_in, reader.dictionary.config.n_features)
-        yield _Units(name, "dictionary", site, partial(_encoded, reader))
+        n_features = reader.dictionary.config.n_features
+        site, size = reader.site, (reader.site.hook_in, n_features)
+        yield _Units(name, "dictionary", site, n_features, partial(_encoded, reader))
         if seed is not None and size not in drawn:
             drawn.add(size)
-            yield _Units(f"random {name}", "random directions", site, partial(_projected, reader, seed))
+            yield _Units(f"random {name}", "random directions", site, n_features, partial(_projected, reader, seed))
     for layer, name in neurons.items():
-        yield _Units(f"neurons {layer}", "neurons", Site("M", layer), lambda half, name=name: half.acts[name])
+        yield _Units(
+            f"neurons {layer}",
+            "neurons",
+            Site("M", layer),
+            lm.config.d_mlp,
+            lambda half, part, name=name: half.acts[name][:, part],
+        )
 
 
-def _encoded(reader: FeatureReader, half: _Half) -> np.ndarray:
-    dictionary, x = reader.dictionary, jnp.asarray(_input(reader, half))
-    starts = range(0, dictionary.config.n_features, ENCODED_TOGETHER)
-    parts = [np.asarray(dictionary.encode(x, slice(start, start + ENCODED_TOGETHER))) for start in starts]
+def _encoded(reader: FeatureReader, half: _Half, units: slice) -> np.ndarray:
+    devices, x = row_devices(reader.dictionary), _input(reader, half)
+    dictionary = devices.shared(reader.dictionary)
+    spread = jnp.asarray(devices.rows(pad_below(x, len(x) + -len(x) % devices.n, 0)))
+    starts = range(units.start, units.stop, ENCODED_TOGETHER)
+    slices = (slice(start, min(start + ENCODED_TOGETHER, units.stop)) for start in starts)
+    parts = [np.asarray(dictionary.encode(spread, features))[: len(x)] for features in slices]
     return np.concatenate(parts, axis=1)
 
 
-def _projected(reader: FeatureReader, seed: int, half: _Half) -> np.ndarray:
+def _projected(reader: FeatureReader, seed: int, half: _Half, units: slice) -> np.ndarray:
     """Return projections on as many random directions as there are features, the same for each half."""
     config = reader.dictionary.config
     directions = np.random.default_rng(seed).normal(size=(config.d_in, config.n_features)).astype(np.float32)
-    return _input(reader, half) @ directions
+    return _input(reader, half) @ directions[:, units]
 
 
 def _input(reader: FeatureReader, half: _Half) -> np.ndarray:
@@ -204,7 +232,21 @@ def _input(reader: FeatureReader, half: _Half) -> np.ndarray:
     return np.concatenate([half.acts[name] for name in split_hooks(reader.site.hook_in)], axis=-1)
 
 
+def _part(n_units: int) -> slice:
+    """Return this process's part: whole chunks, so that ties go to the same unit as in one process.
+
+    Where there are fewer chunks than processes, all of them take all units.
+    """
+    n_chunks = -(-n_units // labels.CHUNK)
+    mine = share(n_chunks) if n_chunks >= jax.process_count() else slice(0, n_chunks)
+    return slice(mine.start * labels.CHUNK, min(mine.stop * labels.CHUNK, n_units))
+
+
 def _scored(units: _Units, choosing: _Half, scoring: _Half) -> Recovery:
-    chosen_on, scored_on = units.activations(choosing), units.activations(scoring)
-    scores = score_concepts(chosen_on, choosing.truth, scored_on, scoring.truth)
-    return Recovery(units.name, units.kind, units.site.layer, chosen_on.shape[1], scores)
+    """Score the units, of which each process takes a part."""
+    mine = _part(units.n)
+    chosen_on, scored_on = units.activations(choosing, mine), units.activations(scoring, mine)
+    part = choose_units(chosen_on, choosing.truth, scored_on, scoring.truth, mine.start)
+    parts = [ChosenUnits(*arrays) for arrays in np.concatenate(gathered(np.stack(part)[None]))]
+    scores = best_of(parts, scoring.truth)
+    return Recovery(units.name, units.kind, units.site.layer, units.n, scores)
