@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from tinymodel_jax.runtime.machine import processor
 
@@ -21,12 +23,19 @@ def describe_machine(more_packages: Iterable[str] = ()) -> dict[str, str]:
     tuned = all(os.environ.get(name) == value for name, value in TUNED_ALLOCATOR.items())
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in (*PACKAGES, *more_packages)}
     return {
-        "processor": processor(),
+        "processor": f"{processor()}{_generation()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.machine()}",
         "allocator": "tuned" if tuned else "as set by MALLOC_*" if _any_malloc_setting() else "default",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def _generation() -> str:
+    """Return the numbers that tell apart processors with the same name, where Linux gives them."""
+    info = Path("/proc/cpuinfo")
+    found = dict(re.findall(r"^(cpu family|model|stepping)\s*: (\d+)$", info.read_text() if info.is_file() else "", re.M))
+    return f" ({', '.join(f'{name} {number}' for name, number in found.items())})" if found else ""
 
 
 def _any_malloc_setting() -> bool:

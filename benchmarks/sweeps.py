@@ -9,8 +9,8 @@ change of the loss must agree before anything is timed. `dense` uses the most ac
 draws 256 of the active ones, nearly all of which are active at one position. The reference is given the change of the
 stream: its loop runs one whole forward pass per feature, with a hook that adds the change.
 
-Two cases measure this package alone. `evaluate` evaluates eight dictionaries of one site of the bundled model on 32
-stories, together and one after the other. `top` compares the search over 25,000 features of a full-size model with the
+Three cases measure this package alone. `evaluate` evaluates eight dictionaries of one site of the bundled model on 32
+stories, together and one after the other; `sites` does so with those of eight sites. `top` compares the search over 25,000 features of a full-size model with the
 encoder's matrix products alone, on 65,536 of the 600,000 tokens that the sample sizes are meant for. `vs_reference.py`
 explains sides, rounds and `--quiet`.
 """
@@ -47,15 +47,18 @@ class Case(NamedTuple):
 
 
 Swept = Literal["dense", "sparse"]
-Name = Literal["dense", "sparse", "evaluate", "top"]
+Name = Literal["dense", "sparse", "evaluate", "sites", "top"]
 CASES: dict[str, Case] = {
-    "dense": Case("256 features active nearly everywhere", "the reference's loop", 0.27),
-    "sparse": Case("256 features active at few positions", "the reference's loop", 0.1),
-    "evaluate": Case("8 dictionaries evaluated together", "one after the other", 0.5),
+    "dense": Case("256 features active nearly everywhere", "the reference's loop", 0.25),
+    "sparse": Case("256 features active at few positions", "the reference's loop", 0.17),
+    "evaluate": Case("8 dictionaries of one site evaluated together", "one after the other", 0.5),
+    "sites": Case("8 dictionaries of different sites evaluated together", "one after the other", 0.45),
     "top": Case("search over 25,000 features", "the encoder's products", 1.2),
 }
 LAYER, N_SWEPT, LENGTH, L0 = 2, 256, 64, 30
 EVALUATED, STORIES, SEARCHED_TOKENS = 8, 32, 65_536
+SITES = ("Rm0", "M0", "Rm1", "M1", "Rm2", "M2", "Rm3", "M3")
+"""Sites of the bundled model whose dictionaries are evaluated."""
 SITE, CHOSEN_FILE = f"Rm{LAYER}", "chosen.npz"
 DECODER_SCALE = 300.0
 """Factor on the random decoder on both sides, which makes the effects of features large enough to compare."""
@@ -132,6 +135,7 @@ def our_calls(folder: Path) -> Calls:
     """Return this package's calls, which create what they hold on first use. `choose` must run before sweeps."""
     full_size = functools.cache(functools.partial(_full_size, folder))
     evaluations, searches = functools.cache(evaluation_calls), functools.cache(search_calls)
+    at_sites = functools.cache(functools.partial(evaluation_calls, SITES))
 
     def chosen() -> None:
         lm = full_size()
@@ -158,6 +162,8 @@ def our_calls(folder: Path) -> Calls:
         **{name: once(functools.partial(case, name)) for name in get_args(Swept)},
         "evaluate": lambda: evaluations()[0](),
         "evaluate other": lambda: evaluations()[1](),
+        "sites": lambda: at_sites()[0](),
+        "sites other": lambda: at_sites()[1](),
         "top": lambda: searches()[0](),
         "top other": lambda: searches()[1](),
     }
@@ -171,8 +177,12 @@ def _full_size(folder: Path) -> Any:
     return lm
 
 
-def evaluation_calls() -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return the evaluation of dictionaries of M1 with eight thresholds, together, and one after the other."""
+def evaluation_calls(sites: tuple[str, ...] = ()) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return the evaluation of dictionaries together, and one after the other.
+
+    Args:
+        sites: whose dictionaries; without them, those of M1 with eight thresholds.
+    """
     from tinymodel_jax.analysis.evaluation.evaluation import evaluate
     from tinymodel_jax.bundled import storyworld
     from tinymodel_jax.dictionaries.dictionary import Dictionary
@@ -184,7 +194,8 @@ def evaluation_calls() -> tuple[Callable[[], None], Callable[[], None]]:
     rows = story_rows(lm.tokenizer, [story.text for story in told], lm.config.n_ctx)
     config, params = lm["M1"].dictionary.config, lm["M1"].dictionary.params
     thresholds = [params | {"threshold": params["threshold"] * (1 + i / 8)} for i in range(EVALUATED)]
-    dictionaries = [Dictionary.from_params(config, changed) for changed in thresholds]
+    dictionaries = [lm[site].dictionary for site in sites]
+    dictionaries = dictionaries or [Dictionary.from_params(config, changed) for changed in thresholds]
 
     def together() -> None:
         evaluate(lm, dictionaries, rows)

@@ -85,15 +85,15 @@ class Workload:
 
 _PYTORCH, _PEERS = ("PyTorch", "PyTorch, fused Adam"), ("SAELens", "dictionary_learning")
 WORKLOADS: dict[str, Workload] = {
-    "lm-full": Workload("LM step, AdamW, 8 x 256", _PYTORCH, 1.0, 1.0, same_losses=True),
-    "lm-small": Workload("LM step, d_model 128, 8 x 128", _PYTORCH, 1.0, 1.0, same_losses=True),
-    "by-hand": Workload("ReLU dictionary by hand, 768 -> 25,000", _PYTORCH, 0.7, 0.7, True, 4096),
+    "lm-full": Workload("LM step, AdamW, 8 x 256", _PYTORCH, 0.95, 0.95, same_losses=True),
+    "lm-small": Workload("LM step, d_model 128, 8 x 128", _PYTORCH, 0.95, 0.95, same_losses=True),
+    "by-hand": Workload("ReLU dictionary by hand, 768 -> 25,000", _PYTORCH, 0.8, 0.8, True, 4096),
     "relu-768": Workload("ReLU, 768 -> 25,000", _PEERS, 1 / 1.4, 1 / 1.2, activations=4096),
     "topk-768": Workload("TopK 32, 768 -> 25,000", (*_PEERS, "sparsify"), 1 / 1.3, 1.0, activations=4096),
     "batch_topk-768": Workload("BatchTopK 32, 768 -> 25,000", _PEERS, 1 / 2.5, 1 / 2.5, activations=4096),
-    "relu-128": Workload("ReLU, 128 -> 1,024", _PEERS, 1.0, 1.0, activations=4096),
-    "topk-128": Workload("TopK 32, 128 -> 1,024", (*_PEERS, "sparsify"), 1.0, 1.0, activations=4096),
-    "batch_topk-128": Workload("BatchTopK 32, 128 -> 1,024", _PEERS, 1.0, 1.0, activations=4096),
+    "relu-128": Workload("ReLU, 128 -> 1,024", _PEERS, 0.7, 0.7, activations=4096),
+    "topk-128": Workload("TopK 32, 128 -> 1,024", (*_PEERS, "sparsify"), 0.7, 0.7, activations=4096),
+    "batch_topk-128": Workload("BatchTopK 32, 128 -> 1,024", _PEERS, 0.7, 0.7, activations=4096),
     "sweep": Workload(f"sweep of {len(SWEEP_KS)} small dictionaries, start to finish", ("solo runs",), 0.6, 0.6),
 }
 

@@ -114,7 +114,8 @@ def test_the_sweeps_benchmark_s_own_cases_run_small() -> None:
 import sweeps
 from sweeps_top import search_and_products
 sweeps.STORIES, sweeps.EVALUATED = 2, 2
-for call in (*search_and_products(512, 64), *sweeps.evaluation_calls()):
+calls = (*search_and_products(512, 64), *sweeps.evaluation_calls(), *sweeps.evaluation_calls(('Rm0', 'M1')))
+for call in calls:
     call()
 """
     done = run("-c", f"import sys; sys.path.insert(0, 'benchmarks')\n{code}")
