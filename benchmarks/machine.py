@@ -34,7 +34,9 @@ def describe_machine(more_packages: Iterable[str] = ()) -> dict[str, str]:
 def _generation() -> str:
     """Return the numbers that tell apart processors with the same name, where Linux gives them."""
     info = Path("/proc/cpuinfo")
-    found = dict(re.findall(r"^(cpu family|model|stepping)\s*: (\d+)$", info.read_text() if info.is_file() else "", re.M))
+    found = dict(
+        re.findall(r"^(cpu family|model|stepping)\s*: (\d+)$", info.read_text() if info.is_file() else "", re.M)
+    )
     return f" ({', '.join(f'{name} {number}' for name, number in found.items())})" if found else ""
 
 

@@ -10,9 +10,9 @@ draws 256 of the active ones, nearly all of which are active at one position. Th
 stream: its loop runs one whole forward pass per feature, with a hook that adds the change.
 
 Three cases measure this package alone. `evaluate` evaluates eight dictionaries of one site of the bundled model on 32
-stories, together and one after the other; `sites` does so with those of eight sites. `top` compares the search over 25,000 features of a full-size model with the
-encoder's matrix products alone, on 65,536 of the 600,000 tokens that the sample sizes are meant for. `vs_reference.py`
-explains sides, rounds and `--quiet`.
+stories, together and one after the other; `sites` does so with those of eight sites. `top` compares the search over
+25,000 features of a full-size model with the encoder's matrix products alone, on 65,536 of the 600,000 tokens that the
+sample sizes are meant for. `vs_reference.py` explains sides, rounds and `--quiet`.
 """
 
 import functools

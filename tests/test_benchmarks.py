@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tinymodel_jax.training.flops import training_flops_per_token
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "circuits": "--rounds",
@@ -120,6 +122,19 @@ for call in calls:
 """
     done = run("-c", f"import sys; sys.path.insert(0, 'benchmarks')\n{code}")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_floor_is_the_longer_of_products_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    floors, vs_reference = importlib.import_module("floors"), importlib.import_module("vs_reference")
+    config = vs_reference.CONFIG
+    only_products, only_bytes = floors.Rates(1.0, float("inf")), floors.Rates(float("inf"), 1.0)
+    forward = training_flops_per_token(config, 256) / 3 * 8 * 256  # a step is a forward pass and twice as much backward
+    assert vs_reference.floor("forward-8x256", only_products) == pytest.approx(forward)
+    weights = 4 * (config.n_params - (config.d_vocab + config.n_ctx) * config.d_model)
+    decoding = vs_reference.floor("generate-1x50", only_bytes)
+    assert decoding == pytest.approx(50 * weights, rel=1e-3)  # the floor leaves out the biases
+    assert vs_reference.floor("generate-32x50", only_bytes) == decoding
 
 
 def test_without_an_accelerator_it_says_what_to_do() -> None:
