@@ -5,7 +5,7 @@ import pytest
 from conftest import as_users_run_it
 from oracle import F32, assert_close
 
-from tinymodel_jax.analysis.effects import patching
+from tinymodel_jax.analysis.effects import patched_passes
 from tinymodel_jax.analysis.effects.metrics import Measured, logit_difference
 from tinymodel_jax.analysis.effects.patching import patch
 from tinymodel_jax.block_order import BLOCK_HOOKS
@@ -69,15 +69,15 @@ def test_the_changed_token_restores_everything_and_earlier_positions_nothing(lm,
 @pytest.mark.slow
 def test_how_many_places_run_at_once_is_bounded_by_memory_and_changes_nothing(lm, prompts, monkeypatch):
     full = ModelConfig()
-    assert 1 < patching._places_at_once(full, 256, Measured("next_logprob")) < 256
+    assert 1 < patched_passes._places_at_once(full, 256, Measured("next_logprob")) < 256
     kinds = ["attn.hook_z"]
     whole = patch(lm, prompts[0], prompts[1], kinds, metric="next_logprob", next_ids=[3])
     for memory in (0, 50_000):
-        monkeypatch.setattr(patching, "MEMORY", memory)
+        monkeypatch.setattr(patched_passes, "MEMORY", memory)
         parts = patch(lm, prompts[0], prompts[1], kinds, metric="next_logprob", next_ids=[3])
         for one, other in zip(whole.tables, parts.tables, strict=True):
             assert_close(one.effects, other.effects, F32)
-    assert patching._places_at_once(lm.config, 11, Measured("next_logprob")) in range(2, 11)
+    assert patched_passes._places_at_once(lm.config, 11, Measured("next_logprob")) in range(2, 11)
 
 
 def test_the_kinds_pass_by_the_progress(lm, prompts):

@@ -10,6 +10,7 @@ import tyro
 from tinymodel_jax.analysis.effects import PATCHED_HOOKS
 from tinymodel_jax.block_order import BLOCK_HOOKS
 from tinymodel_jax.commands.frame import print_json, print_table, signed
+from tinymodel_jax.commands.hosts import ONE_PROCESS, HostOptions, join, shows
 from tinymodel_jax.commands.inputs import shown, token_id, token_rows
 from tinymodel_jax.commands.options import (
     MetricName,
@@ -20,7 +21,6 @@ from tinymodel_jax.commands.options import (
     check_metric_options,
     prepare_output,
 )
-from tinymodel_jax.runtime.progress import with_progress
 
 if TYPE_CHECKING:
     from tinymodel_jax.analysis.effects.patching import Patching
@@ -38,6 +38,7 @@ def patch(
     model: Model = ModelOptions(),
     out: OutFile = None,
     json: bool = False,
+    hosts: HostOptions = ONE_PROCESS,
 ) -> None:
     """Patch activations of a clean prompt into a corrupted one, and show which restore the clean answer.
 
@@ -54,7 +55,10 @@ def patch(
         hooks: hook points of a block to patch, by position, or by head where there are heads.
         out: .png or .svg file for heat maps of the effects.
         json: print a JSON object.
+        hosts: processes that divide the positions and heads; each runs this same command, and the first prints and
+            writes.
     """
+    track = join(hosts)
     if out is not None and out.suffix not in (".png", ".svg"):
         raise ValueError(f"--out {out}: expected the name of a .png or .svg file.")
     check_metric_options(metric, logit_difference)
@@ -65,7 +69,7 @@ def patch(
     unknown = [hook for hook in hooks if hook not in BLOCK_HOOKS]
     if unknown:
         raise ValueError(f"--hooks {' '.join(unknown)}: expected hook points of a block: {', '.join(BLOCK_HOOKS)}.")
-    prepare_output("--out", out)
+    prepare_output("--out", out if shows(hosts) else None)
     lm = model.load()
     rows = token_rows(lm, [clean, corrupted])
     if len(rows[0]) != len(rows[1]):
@@ -88,8 +92,10 @@ def patch(
         hooks,
         metric=metrics.logit_difference(*tokens) if len(tokens) == 2 else metric or "next_logprob",
         next_ids=tokens if len(tokens) == 1 else None,
-        track=with_progress,
+        track=track,
     )
+    if not shows(hosts):
+        return
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
     title = f"{measured}: clean {signed(found.clean)}, corrupted {signed(found.corrupted)}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinymodel_jax.bundled import STORY_WORLD
 from tinymodel_jax.commands.frame import print_json
+from tinymodel_jax.commands.hosts import ONE_PROCESS, HostOptions, join, shows
 from tinymodel_jax.commands.inputs import open_rows, require_data, storyworld_truth
 from tinymodel_jax.commands.options import (
     ModelAndDictionary,
@@ -43,6 +44,7 @@ def top(
     top: int = 10,
     out: OutFile = None,
     json: bool = False,
+    hosts: HostOptions = ONE_PROCESS,
 ) -> None:
     """Find the tokens that activate each feature of a dictionary most, and list features or show one of them.
 
@@ -57,14 +59,16 @@ def top(
         top: number of features to list, or of contexts of the one feature to show.
         out: file for the result of the search; if it exists, it is read instead. A stopped search is resumed.
         json: print one JSON object per line.
+        hosts: processes that take turns at the rows; each runs this same command, and the first prints and writes.
     """
+    track = join(hosts)
     place, of_tag = Site.parse(site)
     if of_tag is not None and feature is not None:
         raise ValueError(f"--site {site} names a feature, and so does --feature {feature}; give one of them.")
     chosen = of_tag if feature is None else feature
     _check_options(site, top, limit, (chosen, contains, concept), data, concept)
     require_data(data)
-    prepare_output("--out", out)
+    prepare_output("--out", out if shows(hosts) else None)
     from tinymodel_jax.commands import top_views as views
     from tinymodel_jax.dictionaries.dictionary import resolve_indices
     from tinymodel_jax.runtime.allocator import keep_freed_memory
@@ -75,7 +79,9 @@ def top(
     if chosen is not None:
         chosen = int(resolve_indices(chosen, reader.dictionary.config.n_features))
     rows = open_rows(lm, data, limit)
-    found = search(reader, rows, out, 1 if chosen is None else top)
+    found = search(reader, rows, out, 1 if chosen is None else top, track)
+    if not shows(hosts):
+        return
     truth = storyworld_truth(lm, rows, limit) if data == STORY_WORLD else None
     if chosen is None:
         order, rank = views.ranked(reader, found, rows, truth, contains, concept)
@@ -109,21 +115,12 @@ def search(
         OtherWorkError: the file holds another search.
         ValueError: it is damaged, or has fewer contexts.
     """
-    from tinymodel_jax.analysis.search.resumable import OtherWorkError
-    from tinymodel_jax.analysis.search.top_activations import load_top_activations, search_fingerprints, top_activations
+    from tinymodel_jax.analysis.search.top_activations import top_activations
+    from tinymodel_jax.runtime.collectives import is_first, of_first
 
     needed = min(n_contexts, len(rows))
-    if out is not None and out.exists():
-        found = load_top_activations(out)
-        now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
-        changed = {name for name, value in now.items() if getattr(found, name) != value}
-        if changed:
-            raise OtherWorkError(_other_search(out, found, changed, len(rows)))
-        if (held := found.top.row.shape[1]) < needed:
-            raise ValueError(
-                f"--out {out} holds {held} contexts per feature, not {needed}; name another file, or delete it."
-            )
-        return found
+    if out is not None and of_first(out.exists()):
+        return _saved_search(reader, rows, out, needed)
     work = work_file(out)
     found = top_activations(
         reader.lm,
@@ -133,9 +130,26 @@ def search(
         work_file=work,
         track=track,
     )
-    if out is not None and work is not None:
+    if out is not None and work is not None and is_first():
         found.save(out)
         work.unlink(missing_ok=True)  # last: until the result is written, this file is the only one
+    return found
+
+
+def _saved_search(reader: FeatureReader, rows: np.ndarray, out: Path, needed: int) -> TopActivations:
+    from tinymodel_jax.analysis.search.resumable import OtherWorkError
+    from tinymodel_jax.analysis.search.top_activations import load_top_activations, search_fingerprints
+    from tinymodel_jax.runtime.collectives import on_all
+
+    found = on_all(lambda: load_top_activations(out))
+    now = {"tag": reader.site.tag, **search_fingerprints(reader, rows)}
+    changed = {name for name, value in now.items() if getattr(found, name) != value}
+    if changed:
+        raise OtherWorkError(_other_search(out, found, changed, len(rows)))
+    if (held := found.top.row.shape[1]) < needed:
+        raise ValueError(
+            f"--out {out} holds {held} contexts per feature, not {needed}; name another file, or delete it."
+        )
     return found
 
 

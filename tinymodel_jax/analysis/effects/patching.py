@@ -1,8 +1,9 @@
 """Activation patching: which values of a clean run restore its answer when they are put into a corrupted run.
 
 For each kind of hook point, every layer and position is patched by itself, or every layer and head where there are
-heads. One compiled program per kind runs as many patches at once as memory allows. The effect of a patch is normalised,
-0 for the corrupted run and 1 for the clean one, over all pairs of prompts:
+heads. One compiled program per kind runs as many patches at once as memory allows. All devices of all processes are
+used: processes divide the list of pairs and places, and each spreads its places over its devices. The effect of a patch
+is normalised, 0 for the corrupted run and 1 for the clean one, over all pairs of prompts:
 
     effect = sum of (metric patched - metric corrupted) / sum of (metric clean - metric corrupted)
 
@@ -12,38 +13,25 @@ of a function, are those of the clean prompt. Source: the convention of Transfor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 
 from tinymodel_jax.analysis.effects import PATCHED_HOOKS
-from tinymodel_jax.analysis.effects.metrics import (
-    Kind,
-    Measured,
-    Metric,
-    Weights,
-    check_metric,
-    value_from_logits,
-    value_of_function,
-    weights_of,
-)
+from tinymodel_jax.analysis.effects.metrics import Measured, Metric, check_metric, weights_of
+from tinymodel_jax.analysis.effects.patched_passes import HEAD_AXIS, Pair, patched_values, values_of_both
 from tinymodel_jax.analysis.evaluation.row_sums import margin_of_ratio
-from tinymodel_jax.block_order import BLOCK_HOOKS, stream_before
-from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.block_order import BLOCK_HOOKS
 from tinymodel_jax.lm import TinyModel
-from tinymodel_jax.model.forward import HookedModel, forward
+from tinymodel_jax.model.forward import HookedModel
 from tinymodel_jax.model.padding import bucket, check_tok_ids, pad_right
-from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.collectives import gathered
 from tinymodel_jax.runtime.progress import Track, no_progress
-
-MEMORY = 2**28
-"""Bytes that the largest arrays of the passes that run at once may take."""
-_HEAD_AXIS = {f"attn.hook_{name}": 2 for name in "qkvz"} | {"attn.hook_attn_scores": 1, "attn.hook_pattern": 1}
+from tinymodel_jax.runtime.rows import RowDevices, row_devices, share
 
 
 class Patched(NamedTuple):
@@ -67,17 +55,6 @@ class Patching(NamedTuple):
     clean: float
     """Metric of the clean runs, averaged over pairs, before it is normalised: nats, logits, or the function's unit."""
     corrupted: float
-
-
-class _Pair(NamedTuple):
-    """A pair of prompts, padded to a compiled length, and what is measured."""
-
-    clean: Int[np.ndarray, "1 seq"]
-    corrupted: Int[np.ndarray, "1 seq"]
-    length: int
-    weights: Weights
-    """Of the clean prompt."""
-    tokens: Int[np.ndarray, "1 2"] | None
 
 
 def patch(
@@ -112,7 +89,7 @@ def patch(
     kinds = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     _check_kinds(kinds)
     rows, lengths = _rows(lm, clean, corrupted)
-    by_position = [kind for kind in kinds if each_position or kind not in _HEAD_AXIS]
+    by_position = [kind for kind in kinds if each_position or kind not in HEAD_AXIS]
     if by_position and len(set(lengths)) > 1:
         raise ValueError(
             f"patch: pairs have {min(lengths)} to {max(lengths)} tokens, so their positions do not correspond for "
@@ -120,14 +97,17 @@ def patch(
         )
     measured = check_metric(lm, metric, len(lengths))
     pairs = _pairs(lm, rows, lengths, measured, next_ids)
-    ends = np.array([_ends(lm.hooked(), pair, measured) for pair in pairs])
+    mine = [values_of_both(lm.hooked(), pair, measured) for pair in pairs[share(len(pairs))]]
+    ends = np.concatenate(gathered(np.reshape(mine, (-1, 2))))
     differences = ends[:, 0] - ends[:, 1]
     _check_ends(ends, differences)
+    devices = row_devices(lm.hooked())
+    model = devices.shared(lm.hooked())
     tables = []
     for kind in track(kinds, "patching"):
-        values = np.stack([_patch_kind(lm.hooked(), pair, measured, kind, each_position) for pair in pairs])
+        values = _patch_kind(model, devices, pairs, measured, kind, each_position)
         effects, half_width = _ratio(values - ends[:, 1].reshape(-1, *[1] * (values.ndim - 1)), differences)
-        axis = "position" if kind not in _HEAD_AXIS else "head and position" if each_position else "head"
+        axis = "position" if kind not in HEAD_AXIS else "head and position" if each_position else "head"
         tables.append(Patched(kind, axis, effects, half_width))
     return Patching(tuple(tables), *ends.mean(axis=0).tolist())
 
@@ -162,107 +142,22 @@ def _check_ends(ends: Float[np.ndarray, "pairs 2"], differences: Float[np.ndarra
 
 
 def _patch_kind(
-    model: HookedModel, pair: _Pair, measured: Measured, kind: str, each_position: bool
-) -> Float[np.ndarray, "n_layers *places"]:
-    """Return the metric of one pair after each patch."""
+    model: HookedModel, devices: RowDevices, pairs: Sequence[Pair], measured: Measured, kind: str, each_position: bool
+) -> Float[np.ndarray, "pairs n_layers *places"]:
+    """Return the metric of every pair after each patch. This process measures a part of all pairs' places."""
     config = model.config
-    places = [config.n_heads] if kind in _HEAD_AXIS else []
-    by_position = each_position or not places
-    places += [pair.length] if by_position else []
-    index = np.indices(places).reshape(len(places), -1).T
-    width = pair.clean.shape[1]
-    at_most = len(index) // pair.length * width if by_position else len(index)  # one program for similar lengths
-    at_once = min(_places_at_once(config, width, measured), at_most)
-    found = []
-    for start in range(0, len(index), at_once):
-        chunk = index[start : start + at_once]
-        padded = np.concatenate([chunk, np.repeat(chunk[:1], at_once - len(chunk), axis=0)])
-        streams = _patched_streams(
-            model, jnp.asarray(pair.clean), jnp.asarray(pair.corrupted), jnp.asarray(padded), kind=kind
-        )
-        values = [_values(model, layer, pair, measured) for layer in streams]
-        found.append(np.stack(values)[:, : len(chunk)])
-    return np.concatenate(found, axis=1).reshape(config.n_layers, *places)
-
-
-@partial(fast_jit, static_argnames=("kind",))
-def _patched_streams(
-    model: HookedModel,
-    clean: Int[Array, "1 seq"],
-    corrupted: Int[Array, "1 seq"],
-    places: Int[Array, "n axes"],
-    *,
-    kind: str,
-) -> tuple[Float[Array, "n seq d_model"], ...]:
-    """Return the final residual streams of each layer's patches."""
-    names = [f"blocks.{layer}.{kind}" for layer in range(model.config.n_layers)]
-    kept = sorted({*names, *map(stream_before, names)})
-    good, bad = (model.run(ids, kept)[1] for ids in (clean, corrupted))
-    head = _HEAD_AXIS.get(kind)
-    axes = [1] if head is None else [head, 1 if head == 2 else 2][: places.shape[1]]
-
-    def patched(name: str) -> Array:
-        def one(place: Array) -> Array:
-            shape = good[name].shape
-            chosen = jnp.ones(shape, bool)
-            for axis, at in zip(axes, place, strict=True):
-                chosen &= jax.lax.broadcasted_iota(jnp.int32, shape, axis) == at
-            value = jnp.where(chosen, good[name], bad[name])
-            return model.resume_with_value(name, value, bad[stream_before(name)], corrupted)[0]
-
-        return jax.lax.map(one, places, batch_size=len(places))
-
-    return tuple(map(patched, names))
-
-
-def _ends(model: HookedModel, pair: _Pair, measured: Measured) -> Float[np.ndarray, "2"]:
-    """Return the metric of the clean and of the corrupted run."""
-    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
-    streams = [forward(model, ids, keep=(final,), output="none")[1][final] for ids in (pair.clean, pair.corrupted)]
-    return _values(model, jnp.concatenate(streams), pair, measured)
-
-
-def _values(
-    model: HookedModel, streams: Float[Array, "n seq d_model"], pair: _Pair, measured: Measured
-) -> Float[np.ndarray, " n"]:
-    """Return the metric for each of several final streams of one pair."""
-    if measured.function is None:
-        tokens = None if pair.tokens is None else jnp.asarray(pair.tokens)
-        return np.asarray(_named_values(model, streams, pair.weights, tokens, kind=measured.kind), np.float64)
-    logits = _logits(model, streams)[:, : pair.length]
-    ids = jnp.asarray(pair.clean[:, : pair.length])
-    return np.array([float(value_of_function(measured.function, one[None], ids)) for one in logits])
-
-
-@fast_jit
-def _logits(model: HookedModel, streams: Float[Array, "n seq d_model"]) -> Float[Array, "n seq d_vocab"]:
-    return model.unembed(streams)
-
-
-@partial(fast_jit, static_argnames=("kind",))
-def _named_values(
-    model: HookedModel,
-    streams: Float[Array, "n seq d_model"],
-    weights: Weights,
-    tokens: Int[Array, "1 2"] | None,
-    *,
-    kind: Kind,
-) -> Float[Array, " n"]:
-    """Return a metric that is not a function; where it reads the last position, only that one is unembedded."""
-    if kind != "loss":
-        last = jnp.argmax(weights.last, axis=1)
-        streams = streams[:, last]
-        real, loss, at_last, targets = (x[:, last] for x in weights[:4])
-        weights = Weights(real, loss, at_last, targets, weights.next_ids)
-    logits = model.unembed(streams)
-    return jax.vmap(lambda one: value_from_logits(kind, one[None], weights, tokens))(logits)
-
-
-def _places_at_once(config: ModelConfig, seq: int, measured: Measured) -> int:
-    """Return how many passes of one row fit in `MEMORY`, by what a block keeps of it: scores, neurons, streams."""
-    whole = measured.kind in ("loss", "function")
-    largest = max(2 * config.n_heads * seq + config.d_mlp + 4 * config.d_model, config.d_vocab if whole else 0)
-    return max(1, MEMORY // (4 * seq * largest))
+    axes, padded = ([config.n_heads],) * 2 if kind in HEAD_AXIS else ([], [])
+    if each_position or not axes:  # pairs have one length
+        axes, padded = [*axes, pairs[0].length], [*padded, pairs[0].clean.shape[1]]
+    places = np.indices(axes).reshape(len(axes), -1).T
+    parts = min(len(pairs), jax.process_count()), jax.process_count()
+    at_most = -(-math.prod(padded) * parts[0] // parts[1])  # one program for similar lengths
+    mine, found = share(len(pairs) * len(places)), []
+    for i, pair in enumerate(pairs):
+        part = places[max(0, mine.start - i * len(places)) : max(0, mine.stop - i * len(places))]
+        found.append(patched_values(model, devices, pair, measured, kind, part, at_most))
+    values = np.concatenate(gathered(np.concatenate(found, axis=1).T))
+    return np.moveaxis(values.reshape(len(pairs), *axes, config.n_layers), -1, 1)
 
 
 def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[list[np.ndarray], list[int]]:
@@ -292,7 +187,7 @@ def _rows(lm: TinyModel, clean: Any, corrupted: Any) -> tuple[list[np.ndarray], 
 
 def _pairs(
     lm: TinyModel, rows: list[np.ndarray], lengths: list[int], measured: Measured, next_ids: Sequence[int] | None
-) -> list[_Pair]:
+) -> list[Pair]:
     config = lm.config
     if next_ids is not None and measured.kind != "next_logprob":
         raise ValueError("patch: next_ids are the tokens of metric='next_logprob'; leave it out with another metric.")
@@ -313,7 +208,7 @@ def _pairs(
         real = np.arange(width)[None] < length
         weights = weights_of(good, real, [token], config.d_vocab)
         tokens = None if measured.tokens is None else measured.tokens[i : i + 1]
-        found.append(_Pair(good, bad, length, weights, tokens))
+        found.append(Pair(good, bad, length, weights, tokens))
     return found
 
 
