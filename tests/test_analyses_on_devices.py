@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analyses import ANALYSES, assert_same, measure, resumed, stopped
+from analyses import ANALYSES, RESUMABLE, assert_same, measure, resumed, stopped
 from eight_devices import ROOT, on_eight_devices
 from two_processes import on_two_processes, two_processes
 
@@ -26,7 +26,7 @@ import analyses
 
 folder, stopped_by_one, stopped_by_two = sys.argv[3:]
 found = analyses.measure(folder)
-analyses.stopped(folder, stopped_by_two, turns=1)
+analyses.stopped(folder, stopped_by_two, turns=2)
 print(json.dumps([found, analyses.resumed(folder, stopped_by_one)]))
 """
 
@@ -59,15 +59,18 @@ def test_two_processes_measure_what_one_device_does_and_any_number_resumes(
     story_model: Path, alone: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     work = [tmp_path / "stopped by one", tmp_path / "stopped by two"]
+    for folder in work:
+        folder.mkdir()
     stopped(story_model, work[0], turns=2)
+    expected = {name: alone[name] for name in RESUMABLE}
     arguments = map(str, (story_model, *work))
     for found, (left, numbers) in on_two_processes(MEASURE_AND_RESUME, *arguments, devices=2):
         assert_same(found, alone)
-        assert left == [2, 4]
-        assert_same({"importance": numbers}, {"importance": alone["importance"]})
+        assert left == {"importance": [2, 4], "search": [2, 10, 18, 26, 34]}
+        assert_same(numbers, expected)
     left, numbers = resumed(story_model, work[1])
-    assert left == [2, 3, 4]
-    assert_same({"importance": numbers}, {"importance": alone["importance"]})
+    assert left == {"importance": [4], "search": [*range(8, 37, 2)]}
+    assert_same(numbers, expected)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import as_users_run_it, make_dictionary
-from eight_devices import on_eight_devices
 from oracle import F32, assert_close, encode
 
 from tinymodel_jax.analysis.search import activation_pass
@@ -304,52 +303,3 @@ def test_bands_that_there_are_not_are_refused(found):
         ):
             with pytest.raises(ValueError, match=says):
                 found.bands(*arguments)
-
-
-EIGHT = """
-import json
-import jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from tinymodel_jax.analysis.search import coactivation
-from tinymodel_jax.analysis.search.top_activations import top_activations
-from tinymodel_jax.dictionaries.dictionary import Dictionary
-from tinymodel_jax.lm import TinyModel
-
-# More programs than XLA lets wait on a device: if devices waited for each other, the search would never end.
-coactivation.TOKENS_AT_ONCE = 1
-lm = TinyModel("mini")
-rows = np.random.default_rng(0).integers(0, 1000, (21, 32))
-found = [top_activations(lm, "M2", rows, batch=2)]
-whole = lm["M2"].dictionary
-mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-specs = {"W_enc": P(None, "model"), "b_enc": P("model"), "W_dec": P("model")}
-params = {n: jax.device_put(a, NamedSharding(mesh, specs.get(n, P()))) for n, a in whole.params.items()}
-lm.attach("M2", Dictionary.from_params(whole.config, params))
-assert {len(a.sharding.device_set) for a in lm["M2"].dictionary.params.values()} == {8}
-found.append(top_activations(lm, "M2", rows, batch=2))
-print(json.dumps([{
-    "devices": len(jax.local_devices()),
-    "histogram": one.histogram.tolist(), "row": one.top.row.tolist(), "position": one.top.position.tolist(),
-    "sampled": one.sampled.row.tolist(), "partners": one.partners.tolist(), "value": one.top.value.tolist()}
-    for one in found]))
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_find_what_one_finds_also_with_sharded_features():
-    found = on_eight_devices(EIGHT)
-    lm = TinyModel("mini")
-    one = top_activations(lm, "M2", np.random.default_rng(0).integers(0, 1000, (21, 32)), batch=2)
-    assert len(found) == 2
-    for eight in found:
-        assert eight.pop("devices") == 8
-        np.testing.assert_allclose(eight["value"], one.top.value, rtol=1e-5, atol=1e-5)
-        for name, array in [
-            ("histogram", one.histogram),
-            ("row", one.top.row),
-            ("position", one.top.position),
-            ("sampled", one.sampled.row),
-            ("partners", one.partners),
-        ]:
-            agree = np.mean(np.asarray(eight[name]) == array)
-            assert agree == 1, (name, agree)

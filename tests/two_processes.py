@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def on_two_processes(code: str, *arguments: str, devices: int = 1) -> list[Any]:
         )
         for which in range(2)
     ]
-    done = [process.communicate(timeout=300) for process in running]
+    with ThreadPoolExecutor() as readers:  # at once: a process whose output nobody reads waits, and the other for it
+        done = [*readers.map(lambda process: process.communicate(timeout=300), running)]
     assert [process.returncode for process in running] == [0, 0], done
     return [json.loads(out.splitlines()[-1]) for out, _ in done]
