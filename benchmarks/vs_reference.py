@@ -13,7 +13,7 @@ it: PyTorch's threads suffer from that far more than XLA's, so such rounds would
 
 The floor is the time of a workload's matrix products at the fastest rate that a large product reaches in XLA here, or
 of the weights it must read and the results it must write at the rate of a matrix-vector product, whichever is longer.
-Decoding reads all weights once per token. No side can be much faster; a time is shown with its multiple of the floor.
+Decoding reads all weights once per token. No side can be much faster, unless a large cache keeps a part of the weights.
 """
 
 import importlib
@@ -117,6 +117,8 @@ def main(
             facts = describe_machine() | {"YNN fusion": ours.ask("ynn"), "measured in XLA": rates.described()}
     facts["rounds"] = f"{rounds} per workload; {left_out} left out because others used over {QUIET:.0%} of the cores"
     console = Console()
+    if not console.is_terminal:
+        console.width = 160
     for name, fact in facts.items():
         console.print(f"{name}: {fact}", highlight=False)
     console.print(as_table(times, rates))
@@ -265,9 +267,9 @@ def as_table(times: Times, rates: Rates) -> Table:
     for name, both in times.items():
         least = floor(name, rates)
         cells = [f"{median(both[side]) * 1e3:,.1f} ({min(both[side]) * 1e3:,.1f})" for side in ("reference", "ours")]
-        of_floor = [f"{median(both[side]) / least:.2f}" for side in ("reference", "ours")]
+        of_floor = " · ".join(f"{median(both[side]) / least:.2f}" for side in ("reference", "ours"))
         workload = WORKLOADS[name]
-        cells += [f"{ratio(both):.3f}", workload.shown_goal, f"{least * 1e3:,.1f}", *of_floor]
+        cells += [f"{ratio(both):.3f}", workload.shown_goal, f"{least * 1e3:,.1f}", of_floor]
         table.add_row(workload.title, *cells)
     return table
 
