@@ -104,21 +104,27 @@ config = ModelConfig(n_layers=2, d_model=64, n_heads=8, d_mlp=128, n_ctx=16, d_v
 adamw, muon = (LMOptimizer(method, learning_rate=1e-2, warmup_steps=5) for method in ("adamw", "muon"))
 batches = np.random.default_rng(0).integers(0, 60, (20, 16, 16)).astype(np.int32)
 
-def curve(axes, fsdp, devices=None, optimizer=adamw):
-    program = compiled(config, optimizer, 20, 1, make_mesh(axes, devices), fsdp)
+def curve(axes, fsdp, devices=None, optimizer=adamw, shard_optimizer=False, micro_batches=1):
+    mesh = make_mesh(axes, devices)
+    program = compiled(config, optimizer, 20, micro_batches, mesh, fsdp, shard_optimizer=shard_optimizer)
     state = program.init(jax.random.key(0))
     start = np.asarray(checksum(state)).tolist()
     losses = []
     for batch in batches:
         state, metrics = program.step(state, jax.device_put(batch, program.rows))
         losses.append(float(metrics["loss"]))
-    leaf = state.params["blocks_0"]["mlp"]["W_in"]
-    return {"losses": losses, "start": start, "shard": leaf.addressable_shards[0].data.shape}
+    leaves = [tree["blocks_0"]["mlp"]["W_in"] for tree in (state.params, *moments(state.optimizer))]
+    return {"losses": losses, "start": start, "shards": [leaf.addressable_shards[0].data.shape for leaf in leaves]}
+
+def moments(optimizer):
+    return [part.mu for part in optimizer if hasattr(part, "mu")]
 
 result = {"one": curve("data=1", False, jax.devices()[:1])}
 for axes in ("data=8", "data=4,model=2", "model=8"):
     for fsdp in (False, True):
         result[axes + " fsdp" * fsdp] = curve(axes, fsdp)
+result["data=8 optimizer"] = curve("data=8", False, shard_optimizer=True)
+result["data=4,model=2 optimizer"] = curve("data=4,model=2", False, shard_optimizer=True, micro_batches=2)
 result["muon"] = [curve("data=1", False, jax.devices()[:1], muon), curve("data=4,model=2", True, None, muon)]
 print(json.dumps(result))
 """
@@ -166,12 +172,14 @@ def test_devices_exchange_parameters_and_gradients_over_data_and_never_activatio
 def test_every_mesh_gives_the_loss_curve_of_one_device() -> None:
     curves = on_eight_devices(CURVES)
     one, (muon, sharded_muon) = curves.pop("one"), curves.pop("muon")
-    assert len(curves) == 6
+    assert len(curves) == 8
     for name, curve in curves.items():
         assert curve["start"] == one["start"], f"{name}: the initial state must not depend on the mesh"
         # float32 sums in another order: 1e-5 on losses near 4
         np.testing.assert_allclose(curve["losses"], one["losses"], atol=1e-5, rtol=0, err_msg=name)
     np.testing.assert_allclose(sharded_muon["losses"], muon["losses"], atol=1e-5, rtol=0)
-    assert curves["data=8"]["shard"] == [64, 128]
-    assert curves["data=8 fsdp"]["shard"] == [8, 128]
-    assert curves["data=4,model=2 fsdp"]["shard"] == [16, 64]
+    assert curves["data=8"]["shards"] == [[64, 128]] * 2
+    assert curves["data=8 fsdp"]["shards"] == [[8, 128]] * 2
+    assert curves["data=8 optimizer"]["shards"] == [[64, 128], [8, 128]]
+    assert curves["data=4,model=2 fsdp"]["shards"] == [[16, 64]] * 2
+    assert curves["data=4,model=2 optimizer"]["shards"] == [[64, 64], [16, 64]]

@@ -122,13 +122,14 @@ def test_a_finished_run_is_lengthened_and_learns_on_at_the_rate_of_the_longer_sc
     assert "lengthened" not in said
 
 
-def test_eight_devices_go_on_with_the_curve_of_one(whole: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--fsdp", pytest.param("--shard-optimizer", marks=pytest.mark.slow)])
+def test_eight_devices_go_on_with_the_curve_of_one(option: str, whole: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "moved"
     shutil.copytree(whole, out)
     shutil.rmtree(out / "model")
     for step in (8, 12):
         shutil.rmtree(out / "checkpoints" / str(step))
-    finish(start(*arguments(data, out), "--mesh", "data=4,model=2", "--fsdp", devices=8))
+    finish(start(*arguments(data, out), "--mesh", "data=4,model=2", option, devices=8))
     moved, alone = metrics_of(out), metrics_of(whole)
     assert [line["step"] for line in moved] == list(range(1, STEPS + 1))
     # float32 sums in another order, as in tests/test_sharding.py

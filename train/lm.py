@@ -74,7 +74,10 @@ from train.trackers import NO_TRACKING, Tracking, require_trackers
 
 HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
-MAY_CHANGE = ("save_every", "eval_every", "mesh", "fsdp", "source")
+_WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+"""Option of the TPU compiler. Otherwise, it splits the products that compute scattered gradients into rings of small
+ones, which its own estimate makes a fifth slower (docs/tpu.md)."""
+MAY_CHANGE = ("save_every", "eval_every", "mesh", "fsdp", "shard_optimizer", "source")
 
 
 def lm(
@@ -94,6 +97,7 @@ def lm(
     eval_every: int = 500,
     mesh: str = "",
     fsdp: bool = False,
+    shard_optimizer: bool = False,
     compile_for: str | None = None,
     tracking: tyro.conf.OmitArgPrefixes[Tracking] = NO_TRACKING,
     publication: tyro.conf.OmitArgPrefixes[Publication] = NOT_PUBLISHED,
@@ -117,6 +121,8 @@ def lm(
         eval_every: steps between evaluations (held-out loss and a sample).
         mesh: device mesh, such as data=4,model=2; by default all devices are on data.
         fsdp: also shard parameters and optimizer state over the data axis.
+        shard_optimizer: shard only the optimizer state over the data axis: each device updates its part of the
+            parameters, which are then gathered.
         compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
             estimated time. Rows have 128 tokens unless --data is given; --out is not used.
         tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
@@ -141,7 +147,9 @@ def lm(
     )
     config, batch_size, steps = chosen.model, chosen.batch_size, chosen.steps
     _check_numbers(batch_size, micro_batches, devices, save_every, eval_every, seed)
-    program = compiled(config, chosen.optimizer, steps, micro_batches, devices, fsdp, chosen.initialization)
+    program = compiled(
+        config, chosen.optimizer, steps, micro_batches, devices, fsdp, chosen.initialization, shard_optimizer
+    )
     if compile_for is not None:
         row_length = token_data.row_length if token_data else DEFAULT_ROW_LENGTH
         _report_compiled(program, config, (batch_size, row_length), devices)
@@ -150,8 +158,9 @@ def lm(
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
     settings = {"kind": "lm", "preset": preset, **_preset_settings(chosen), "micro_batches": micro_batches}
     settings |= {"seed": seed, "eval_every": eval_every, "data": token_data.fingerprint}
-    settings |= {"mesh": {axis: size for axis, size in devices.shape.items() if size > 1}, "fsdp": fsdp}
-    settings |= {"save_every": save_every, "source": {"data": whole_path(data)}}
+    settings |= {"mesh": {axis: size for axis, size in devices.shape.items() if size > 1}}
+    settings |= {"fsdp": fsdp, "shard_optimizer": shard_optimizer, "save_every": save_every}
+    settings |= {"source": {"data": whole_path(data)}}
     with open_run(out, settings, MAY_CHANGE, tracking) as run:
         say(chosen.describe())
         _train(run, config, program, token_data, devices)
@@ -232,28 +241,38 @@ def compiled(
     mesh: Mesh,
     fsdp: bool,
     initialization: Initialization = "reference",
+    shard_optimizer: bool = False,
 ) -> Program:
     """Return the run's compiled functions; nothing is computed yet."""
     rows = NamedSharding(mesh, P("data", None))
     transformation = make_optimizer(optimizer, steps)
     init = functools.partial(init_state, config=config, optimizer=transformation, initialization=initialization)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    placed = shardings(shapes, (*(LM_FSDP_RULES if fsdp else LM_RULES), *STEP_RULES), mesh)
+    whole, split = (shardings(shapes.params, rules, mesh) for rules in (LM_RULES, LM_FSDP_RULES))
+    of_optimizer = (*(LM_FSDP_RULES if fsdp or shard_optimizer else LM_RULES), *STEP_RULES)
+    placed = LMState(
+        step=NamedSharding(mesh, P()),
+        params=split if fsdp else whole,
+        optimizer=shardings(shapes.optimizer, of_optimizer, mesh),
+    )
     step = functools.partial(
         train_step,
         config=config,
         optimizer=transformation,
         schedule=learning_rate_schedule(optimizer, steps),
         micro_batches=micro_batches,
-        computed_on=shardings(shapes.params, LM_RULES, mesh),
+        computed_on=whole,
+        updated_on=split if shard_optimizer else None,
     )
+    platform = mesh.devices.flat[0].platform
+    options = _WHOLE_PRODUCTS if platform == "tpu" and shard_optimizer else fast_compiler_options(platform)
     return Program(
         step=jax.jit(
             step,
             in_shardings=(placed, rows),
             out_shardings=(placed, NamedSharding(mesh, P())),
             donate_argnums=0,
-            compiler_options=fast_compiler_options(mesh.devices.flat[0].platform),
+            compiler_options=options,
         ),
         init=jax.jit(init, out_shardings=placed),
         abstract=abstract_arrays(shapes, placed),

@@ -178,19 +178,23 @@ def train_step(
     schedule: Schedule,
     micro_batches: int = 1,
     computed_on: Any = None,
+    updated_on: Any = None,
 ) -> tuple[LMState, dict[str, Array]]:
     """Take one step; the metrics are `loss` (nats), `gradient_norm` before clipping, `learning_rate`, `tokens`.
 
     Args:
         micro_batches: number of parts of the batch, computed one after the other to save memory; must divide the batch.
         computed_on: tree of the parameters' shardings during the computation; None if these are as stored.
+        updated_on: tree of their shardings, and those of the gradients, during the optimizer's update; None if these
+            are as stored.
     """
     # Otherwise, for parameters that are stored sharded over `data`, XLA splits the products along these shards and
     # exchanges the activations, which are far larger than the parameters.
-    params = state.params if computed_on is None else jax.lax.with_sharding_constraint(state.params, computed_on)
+    params = _placed(state.params, computed_on)
 
     def gradient(part: Array) -> Any:
-        return jax.value_and_grad(summed_loss, has_aux=True)(params, config, part, config.pad_id)
+        loss, gradients = jax.value_and_grad(summed_loss, has_aux=True)(params, config, part, config.pad_id)
+        return loss, _placed(gradients, updated_on)
 
     def add(total: Any, part: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(part)), None
@@ -204,14 +208,19 @@ def train_step(
         total, _ = jax.lax.scan(add, start, parts)
     (loss, tokens), gradients = total
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    params = _placed(state.params, updated_on)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
     metrics = {
         "loss": loss / tokens,
         "gradient_norm": optax.tree.norm(gradients),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "tokens": tokens,
     }
-    return LMState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), metrics
+    return LMState(state.step + 1, optax.apply_updates(params, updates), optimizer_state), metrics
+
+
+def _placed(tree: Any, where: Any) -> Any:
+    return tree if where is None else jax.lax.with_sharding_constraint(tree, where)
 
 
 def _decayed(params: Any) -> Any:
