@@ -265,7 +265,7 @@ def compiled(
         updated_on=split if shard_optimizer else None,
     )
     platform = mesh.devices.flat[0].platform
-    options = _WHOLE_PRODUCTS if platform == "tpu" and shard_optimizer else fast_compiler_options(platform)
+    options = _WHOLE_PRODUCTS if platform == "tpu" and (fsdp or shard_optimizer) else fast_compiler_options(platform)
     return Program(
         step=jax.jit(
             step,

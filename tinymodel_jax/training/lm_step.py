@@ -165,8 +165,15 @@ def summed_loss(
     counted = jnp.broadcast_to(jnp.arange(tok_ids.shape[1]) < tok_ids.shape[1] - 1, targets.shape)
     if ignored_id is not None:
         counted &= targets != ignored_id
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    losses = _cross_entropy(logits, targets)
     return jnp.sum(losses * counted), jnp.sum(counted, dtype=jnp.float32)
+
+
+def _cross_entropy(logits: Float[Array, "batch seq v"], targets: Int[Array, "batch seq"]) -> Float[Array, "batch seq"]:
+    """Return -log_softmax at the targets. A masked sum chooses them: to gather them, a TPU would copy all logits."""
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    chosen = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], shifted, 0), axis=-1)
+    return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
 
 
 def train_step(
