@@ -250,7 +250,7 @@ def compiled(
     shapes = jax.eval_shape(init, jax.random.key(0))
     whole, split = (shardings(shapes.params, rules, mesh) for rules in (LM_RULES, LM_FSDP_RULES))
     of_optimizer = (*(LM_FSDP_RULES if fsdp or shard_optimizer else LM_RULES), *STEP_RULES)
-    placed = LMState(
+    placed = shapes._replace(
         step=NamedSharding(mesh, P()),
         params=split if fsdp else whole,
         optimizer=shardings(shapes.optimizer, of_optimizer, mesh),
