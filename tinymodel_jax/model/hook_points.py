@@ -42,6 +42,10 @@ class HookPoint(nn.Module):
     def __call__(self, value: jax.Array) -> jax.Array:
         return value
 
+    def is_used(self) -> bool:
+        """Whether somebody may read or edit the value in this call; if not, it need not be computed."""
+        return False
+
 
 def hook_names(config: ModelConfig) -> tuple[str, ...]:
     """Return every hook point of a model, in the order of the forward pass (TransformerLens names).
@@ -259,11 +263,17 @@ def apply_with_hooks(
         earlier = {name: kept for name, hook in hooks.items() if (kept := _before_reading_ahead(hook)) is not None}
         _, first = apply_with_hooks(model, variables, *args, tok_ids=tok_ids, hooks=earlier, keep=sorted(ahead))
         seen |= {in_first_pass(name): value for name, value in first.items()}
+    used = {*hooks, *keep}
+    may_read_all = not all(hasattr(hook, "padded") for hook in hooks.values())  # edits that are not ours
 
     def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         value = call(*args, **kwargs)
-        if isinstance(context.module, HookPoint) and context.method_name == "__call__":
-            name = context.module.hook_name()
+        if not isinstance(context.module, HookPoint):
+            return value
+        name = context.module.hook_name()
+        if context.method_name == "is_used":
+            return may_read_all or name in used
+        if context.method_name == "__call__":
             if name in hooks:
                 value = _edited(name, value, hooks[name], seen)
             seen[name] = value

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.config import ModelConfig
+from tinymodel_jax.model import causal_attention
 from tinymodel_jax.model.hook_points import (
     Hook,
     HookPoint,
@@ -92,18 +93,36 @@ class Attention(ParamsModule):
         if cache is not None:
             cache = cache.followed_by(k, v) if positions is None else cache.with_token(k[:, 0], v[:, 0], positions)
             k, v = jnp.swapaxes(cache.keys, 1, 2), jnp.swapaxes(cache.values, 1, 2)
-        scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(cfg.d_head)
-        visible = _causal(x.shape[1], k.shape[1], positions)
-        masked = masked_score(scores.dtype)
-        scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # so that an overflow is seen, and not taken for a mask
-        scores = HookPoint(name="hook_attn_scores")(jnp.where(visible, scores, masked))
-        scores = jnp.where(visible, scores, masked)  # edits may mask more keys, not fewer
-        pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(cfg.dtype)
-        pattern = jnp.where(scores <= masked, 0, pattern)  # a query that sees no key attends to nothing
-        pattern = jnp.where(visible, HookPoint(name="hook_pattern")(pattern), 0)
-        z = HookPoint(name="hook_z")(jnp.einsum("bhst,bthk->bshk", pattern, v))
+        scores_point, pattern_point = HookPoint(name="hook_attn_scores"), HookPoint(name="hook_pattern")
+        looked_at = scores_point.is_used() or pattern_point.is_used()
+        if positions is None and not looked_at and causal_attention.worthwhile(q, k):
+            z = causal_attention.causal_attention(q, k, v)
+        else:
+            z = self._through_hooks(q, k, v, positions, scores_point, pattern_point)
+        z = HookPoint(name="hook_z")(z)
         z = z.reshape(*z.shape[:2], cfg.n_heads * cfg.d_head)
         return _affine(z, W_O.reshape(-1, cfg.d_model).astype(cfg.dtype), b_O.astype(cfg.dtype)), cache
+
+    def _through_hooks(
+        self,
+        q: Float[Array, "batch query n_heads d_head"],
+        k: Float[Array, "batch key n_heads d_head"],
+        v: Float[Array, "batch key n_heads d_head"],
+        positions: Int[Array, " batch"] | None,
+        scores_point: HookPoint,
+        pattern_point: HookPoint,
+    ) -> Float[Array, "batch query n_heads d_head"]:
+        """Return the values, weighted by a pattern that passes its hook points."""
+        scores = jnp.einsum("bshk,bthk->bhst", q, k) / math.sqrt(self.config.d_head)
+        visible = _causal(q.shape[1], k.shape[1], positions)
+        masked = masked_score(scores.dtype)
+        scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # so that an overflow is seen, and not taken for a mask
+        scores = scores_point(jnp.where(visible, scores, masked))
+        scores = jnp.where(visible, scores, masked)  # edits may mask more keys, not fewer
+        pattern = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.config.dtype)
+        pattern = jnp.where(scores <= masked, 0, pattern)  # a query that sees no key attends to nothing
+        pattern = jnp.where(visible, pattern_point(pattern), 0)
+        return jnp.einsum("bhst,bthk->bshk", pattern, v)
 
 
 class MLP(ParamsModule):
