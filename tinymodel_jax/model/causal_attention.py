@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tinymodel_jax.runtime.few_rows import few_rows_at_a_time
+
 BLOCK = 64
 """Queries in a block."""
 PARTS = 4
@@ -56,18 +58,10 @@ def _jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array
 
 
 def _of_rows(function: Callable[..., Any], *arrays: Array) -> Any:
-    """Apply a function of one row to every row: on a CPU a few rows at a time, whose scores stay in its cache."""
-    together = jax.vmap(function)
-    if jax.device_count() > 1:  # which may have the rows spread over them
-        return together(*arrays)
-    batch, _, n_heads, _ = arrays[0].shape
-    limit = max(1, BLOCK_BYTES // (4 * n_heads * BLOCK * arrays[1].shape[1]))
-    n_rows = max(n for n in range(1, min(limit, batch) + 1) if batch % n == 0)
-
-    def few_at_a_time(*arrays: Array) -> Any:
-        return jax.lax.map(lambda row: function(*row), arrays, batch_size=n_rows)
-
-    return jax.lax.platform_dependent(*arrays, cpu=few_at_a_time, default=together)
+    """Apply a function of a row's queries, keys and other arrays to every row."""
+    _, _, n_heads, _ = arrays[0].shape
+    most = BLOCK_BYTES // (4 * n_heads * BLOCK * arrays[1].shape[1])
+    return few_rows_at_a_time(function, *arrays, most=most)
 
 
 def _attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:

@@ -25,8 +25,11 @@ from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks
 from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
 from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.few_rows import few_rows_at_a_time
 
 Output = Literal["logprobs", "logits", "none"]
+LOGPROBS_AT_ONCE = 512
+"""Positions whose logits a CPU holds at once while it computes log-probabilities."""
 
 
 @struct.dataclass
@@ -118,15 +121,25 @@ def compiled_pass(function: Callable[..., Any], **options: Any) -> Callable[...,
     return call
 
 
-@partial(compiled_pass, static_argnames=("keep", "output"))
+@partial(compiled_pass, static_argnames=("keep", "output"), fast_sums=True)
 def forward(
     model: HookedModel, tok_ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = (), output: Output = "logprobs"
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
     """Return log-probabilities, logits or nothing, and the kept activations."""
-    logits, acts = model.run(tok_ids, keep)
+    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    logits, acts = model.run(tok_ids, (*keep, final))
+    kept = {name: acts[name] for name in keep}
     if output == "none":
-        return None, acts
-    return (jax.nn.log_softmax(logits) if output == "logprobs" else logits), acts
+        return None, kept
+    if output == "logits":
+        return logits, kept
+
+    def of_row(resid: Array) -> Array:
+        # the barrier keeps the product apart from the fast sums, which would take it over
+        return jax.nn.log_softmax(jax.lax.optimization_barrier(model.unembed(resid)))
+
+    most = LOGPROBS_AT_ONCE // tok_ids.shape[1]
+    return few_rows_at_a_time(of_row, acts[final], most=most), kept
 
 
 @partial(fast_jit, static_argnames=("dictionary_config",))
