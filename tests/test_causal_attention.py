@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tinymodel_jax import ModelConfig
-from tinymodel_jax.model.causal_attention import causal_attention, worthwhile
+from tinymodel_jax.model.causal_attention import _all_at_once, causal_attention, worthwhile
 from tinymodel_jax.model.transformer import Transformer, run_with_hooks
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=8, d_mlp=8, d_vocab=20, n_ctx=512)
@@ -54,17 +54,19 @@ DERIVED = {
 
 
 @pytest.mark.parametrize("derived", DERIVED)
-def test_blocks_give_the_values_and_derivatives_of_the_softmax(derived, qkv):
-    found, expected = (jax.jit(partial(DERIVED[derived], f))(*qkv) for f in (causal_attention, softmax_attention))
+@pytest.mark.parametrize("attention", [causal_attention, _all_at_once], ids=["blocks", "accelerators"])
+def test_the_values_and_derivatives_are_those_of_the_softmax(derived, attention, qkv):
+    found, expected = (jax.jit(partial(DERIVED[derived], f))(*qkv) for f in (attention, softmax_attention))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(other))))
 
 
-def test_a_score_that_overflows_gives_nan_and_leaves_other_rows_alone(qkv):
+@pytest.mark.parametrize("attention", [causal_attention, _all_at_once], ids=["blocks", "accelerators"])
+def test_a_score_that_overflows_gives_nan_and_leaves_other_rows_alone(attention, qkv):
     q, k, v = qkv
-    found = causal_attention(q.at[1].multiply(1e30), k.at[1].multiply(1e30), v)
+    found = attention(q.at[1].multiply(1e30), k.at[1].multiply(1e30), v)
     assert bool(jnp.isnan(found[1]).any())
-    np.testing.assert_array_equal(found[::2], causal_attention(q, k, v)[::2])
+    np.testing.assert_array_equal(found[::2], attention(q, k, v)[::2])
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
-"""Causal attention without the (batch, head, query, key) array, for passes whose scores and pattern nobody looks at.
+"""Causal attention for passes whose scores and pattern nobody looks at.
 
-Queries are taken in blocks, each against the keys up to the end of its part of the context. So most scores above the
-diagonal are not computed, and memory grows with the context, not with its square. Derivatives, forward and reverse,
-compute the pattern again from the softmax's normalizers instead of keeping it.
+On CPUs, and everywhere for long contexts, no (batch, head, query, key) array is made: queries are taken in blocks, each
+against the keys up to the end of its part of the context. So most scores above the diagonal are not computed, and
+memory grows with the context, not with its square. Derivatives, forward and reverse, compute the pattern again from the
+softmax's normalizers instead of keeping it. Accelerators compute all scores of a short context at once, which the TPU
+compiler estimates to be faster (`docs/tpu.md`).
 
 Source: FlashAttention-2 (Dao 2023, sections 3.1 and 3.2): the normalizers that are kept, and the gradient.
 """
@@ -28,15 +30,16 @@ PARTS = 4
 longer."""
 BLOCK_BYTES = 1 << 21
 """Size of the scores that are computed at once on a CPU: about a core's second-level cache."""
+LONG = 1024
+"""Keys from which on accelerators use blocks too, to save memory."""
 
 
 def worthwhile(q: Float[Array, "batch query n_heads d_head"], k: Float[Array, "batch key n_heads d_head"]) -> bool:
-    """Whether blocks are faster than computing all scores at once."""
+    """Whether `causal_attention` is faster than the form with hook points, which makes up to five arrays of scores."""
     batch, n_queries, n_heads, _ = q.shape
     return 4 * batch * n_heads * n_queries * k.shape[1] >= BLOCK_BYTES
 
 
-@jax.custom_jvp
 def causal_attention(
     q: Float[Array, "batch query n_heads d_head"],
     k: Float[Array, "batch key n_heads d_head"],
@@ -47,10 +50,24 @@ def causal_attention(
     The queries are at the last positions of the keys, and see the keys up to their own. A score that overflows gives
     NaN.
     """
+    others = _all_at_once if k.shape[1] < LONG else _by_blocks
+    return jax.lax.platform_dependent(q, k, v, cpu=_by_blocks, default=others)
+
+
+def _all_at_once(q: Array, k: Array, v: Array) -> Array:
+    """Return the result of all rows by the whole array of scores."""
+    scores = _scores(k.shape[1] - q.shape[1], *(jnp.swapaxes(x, 1, 2) for x in (q, k)))
+    pattern = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqt,bthk->bqhk", pattern, v)
+
+
+@jax.custom_jvp
+def _by_blocks(q: Array, k: Array, v: Array) -> Array:
+    """Return the result of all rows by blocks of queries."""
     return _of_rows(_attend, q, k, v)[0]
 
 
-@causal_attention.defjvp
+@_by_blocks.defjvp
 def _jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     z, normalizers = _of_rows(_attend, *primals)
     tangent = _of_rows(jax.checkpoint(_tangent, prevent_cse=False), *primals, z, normalizers, *tangents)
@@ -128,12 +145,12 @@ def _in_blocks(
 
 
 def _scores(
-    first: Array, q: Float[Array, "n_heads query d_head"], k: Float[Array, "n_heads key d_head"]
-) -> Float[Array, "n_heads query key"]:
+    first: Array | int, q: Float[Array, "*batch n_heads query d_head"], k: Float[Array, "*batch n_heads key d_head"]
+) -> Float[Array, "*batch n_heads query key"]:
     """Return the scores of queries at positions from `first`, with minus infinity for keys that they do not see."""
-    scores = _product("hqk,htk->hqt", q, k) / math.sqrt(q.shape[-1])
+    scores = _product("...qk,...tk->...qt", q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(scores > -jnp.inf, scores, jnp.nan)  # so that an overflow is seen, and not taken for a mask
-    visible = jnp.arange(k.shape[1]) <= first + jnp.arange(q.shape[1])[:, None]
+    visible = jnp.arange(k.shape[-2]) <= first + jnp.arange(q.shape[-2])[:, None]
     return jnp.where(visible, scores, -jnp.inf)
 
 
