@@ -2,14 +2,18 @@
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinymodel_jax import ModelConfig
+from tinymodel_jax import ModelConfig, interventions
+from tinymodel_jax.model import causal_attention as module
+from tinymodel_jax.model import forward
 from tinymodel_jax.model.causal_attention import _all_at_once, causal_attention, worthwhile
+from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import Transformer, run_with_hooks
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=8, d_mlp=8, d_vocab=20, n_ctx=512)
@@ -53,6 +57,13 @@ DERIVED = {
 }
 
 
+@pytest.fixture(params=["one row at a time", "all rows at once"])
+def rows_at_once(request, monkeypatch) -> None:
+    if request.param == "one row at a time":
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+
+
+@pytest.mark.usefixtures("rows_at_once")
 @pytest.mark.parametrize("derived", DERIVED)
 @pytest.mark.parametrize("attention", [causal_attention, _all_at_once], ids=["blocks", "accelerators"])
 def test_the_values_and_derivatives_are_those_of_the_softmax(derived, attention, qkv):
@@ -83,8 +94,10 @@ def test_the_model_uses_blocks_and_gives_the_logits_of_a_pass_whose_pattern_is_r
     heads = jnp.zeros((1, 300, CONFIG.n_heads, CONFIG.d_model // CONFIG.n_heads))
     assert worthwhile(heads, heads)
     assert not worthwhile(heads[:, :64], heads[:, :64])
-    blocks, _ = run_with_hooks(params, CONFIG, tok_ids)
-    whole, acts = run_with_hooks(params, CONFIG, tok_ids, keep=(PATTERN,))
+    with mock.patch.object(module, "causal_attention", wraps=causal_attention) as used:
+        blocks, _ = run_with_hooks(params, CONFIG, tok_ids)
+        whole, acts = run_with_hooks(params, CONFIG, tok_ids, keep=(PATTERN,))
+    used.assert_called_once()
     np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-6)
     np.testing.assert_allclose(acts[PATTERN].sum(-1), 1, rtol=1e-5)
 
@@ -96,7 +109,11 @@ def test_functions_may_edit_the_pattern_and_read_it_later(params, tok_ids):
     first = acts_at_z(params, tok_ids, {PATTERN: lambda pattern, acts: jnp.zeros_like(pattern).at[..., 0].set(1)})
     np.testing.assert_allclose(first, np.broadcast_to(first[:, :1], first.shape), atol=1e-7)
     plain = acts_at_z(params, tok_ids, {})
-    assert not np.allclose(acts_at_z(params, tok_ids, {"blocks.0.attn.hook_z": read}), plain)
+    z = "blocks.0.attn.hook_z"
+    read_later = acts_at_z(params, tok_ids, {z: read})
+    assert not np.allclose(read_later, plain)
+    in_chain = acts_at_z(params, tok_ids, combine({z: interventions.Scale(1.0)}, {z: read}))
+    np.testing.assert_allclose(in_chain, read_later, atol=1e-6)
 
 
 def acts_at_z(params, tok_ids, hooks):
@@ -112,3 +129,11 @@ def test_memory_grows_with_the_context_and_not_with_its_square(params):
         return memory.temp_size_in_bytes
 
     assert temporaries(512) < 2.3 * temporaries(256)
+
+
+def test_log_probabilities_of_groups_of_rows_are_those_of_all_rows(params, monkeypatch):
+    ids = jax.random.randint(jax.random.key(2), (6, 9), 0, 16)
+    monkeypatch.setattr(forward, "LOGPROBS_AT_ONCE", 2 * ids.shape[1])
+    logprobs, _ = forward.forward(forward.HookedModel(params, CONFIG), ids)
+    logits, _ = forward.forward(forward.HookedModel(params, CONFIG), ids, output="logits")
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits), rtol=0, atol=1e-6)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
+import traceback
 from collections.abc import Sequence
 
 
@@ -20,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = cli.main(argv)
     except KeyboardInterrupt:
         status = 130
+    except Exception:  # a defect; the other processes must not wait for this one
+        traceback.print_exc()
+        status = 1
     if status:
         from tinymodel_jax.runtime.hosts import end_all
 

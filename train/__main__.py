@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,7 +79,11 @@ if __name__ == "__main__":
     from tinymodel_jax.runtime.hosts import end_all
 
     keep_freed_memory()  # not in main: it changes the whole process, which belongs to whoever calls main
-    status = main()
+    try:
+        status = main()
+    except Exception:  # a defect; the other processes must not wait for this one
+        traceback.print_exc()
+        status = 1
     if status:
         end_all(status)
     sys.exit(status)

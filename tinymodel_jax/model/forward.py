@@ -138,7 +138,7 @@ def forward(
         # the barrier keeps the product apart from the fast sums, which would take it over
         return jax.nn.log_softmax(jax.lax.optimization_barrier(model.unembed(resid)))
 
-    most = LOGPROBS_AT_ONCE // tok_ids.shape[1]
+    most = LOGPROBS_AT_ONCE // max(1, tok_ids.shape[1])
     return few_rows_at_a_time(of_row, acts[final], most=most), kept
 
 

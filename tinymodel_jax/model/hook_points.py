@@ -264,7 +264,8 @@ def apply_with_hooks(
         _, first = apply_with_hooks(model, variables, *args, tok_ids=tok_ids, hooks=earlier, keep=sorted(ahead))
         seen |= {in_first_pass(name): value for name, value in first.items()}
     used = {*hooks, *keep}
-    may_read_all = not all(hasattr(hook, "padded") for hook in hooks.values())  # edits that are not ours
+    edits = [edit for hook in hooks.values() for edit in getattr(hook, "edits", (hook,))]
+    may_read_all = not all(hasattr(edit, "padded") for edit in edits)  # functions, which are not edits of ours
 
     def tap(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         value = call(*args, **kwargs)

@@ -183,7 +183,8 @@ class Transformer(ParamsModule):
     """The language model: token ids in, logits out.
 
     `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked,
-    because compiled functions cannot raise; `TinyModel` checks them.
+    because compiled functions cannot raise; `TinyModel` checks them. Read hook points with `run_with_hooks`: Flax's own
+    `capture_intermediates` does not see attention scores and patterns, which long inputs do not compute without need.
     """
 
     config: ModelConfig

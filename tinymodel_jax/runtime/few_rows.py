@@ -1,4 +1,4 @@
-"""`few_rows_at_a_time` applies a function to the rows of arrays in small groups on a CPU, whose caches are small."""
+"""A function of one row, applied to the rows of arrays in small groups on a CPU, whose caches are small."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from jax import Array
 
 
 def few_rows_at_a_time(function: Callable[..., Any], *arrays: Array, most: int) -> Any:
-    """Return `jax.vmap(function)(*arrays)`; a program for one CPU computes at most about `most` rows at once.
+    """Return `jax.vmap(function)(*arrays)`, computed at most `most` rows at once where JAX has one device, a CPU.
 
-    Other programs compute all rows at once: accelerators want large arrays, and several devices may share the rows.
+    Elsewhere, all rows are computed at once: accelerators want large arrays, and several devices, of this process or of
+    others, may share the rows.
     """
     together = jax.vmap(function)
     batch = arrays[0].shape[0]
