@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -121,11 +122,19 @@ def compiled_pass(function: Callable[..., Any], **options: Any) -> Callable[...,
     return call
 
 
-@partial(compiled_pass, static_argnames=("keep", "output"), fast_sums=True)
 def forward(
-    model: HookedModel, tok_ids: Int[Array, "batch seq"], *, keep: tuple[str, ...] = (), output: Output = "logprobs"
+    model: HookedModel,
+    tok_ids: Int[Array | np.ndarray, "batch seq"],
+    *,
+    keep: tuple[str, ...] = (),
+    output: Output = "logprobs",
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
     """Return log-probabilities, logits or nothing, and the kept activations."""
+    run = _forward_of_many if tok_ids.size > LOGPROBS_AT_ONCE else _forward_of_few
+    return run(model, tok_ids, keep=keep, output=output)
+
+
+def _forward(model: HookedModel, tok_ids: Array, *, keep: tuple[str, ...], output: Output) -> Any:
     final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
     logits, acts = model.run(tok_ids, (*keep, final))
     kept = {name: acts[name] for name in keep}
@@ -140,6 +149,10 @@ def forward(
 
     most = LOGPROBS_AT_ONCE // max(1, tok_ids.shape[1])
     return few_rows_at_a_time(of_row, acts[final], most=most), kept
+
+
+_forward_of_few = compiled_pass(_forward, static_argnames=("keep", "output"))
+_forward_of_many = compiled_pass(_forward, static_argnames=("keep", "output"), fast_sums=True)
 
 
 @partial(fast_jit, static_argnames=("dictionary_config",))
