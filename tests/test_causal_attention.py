@@ -136,4 +136,6 @@ def test_log_probabilities_of_groups_of_rows_are_those_of_all_rows(params, monke
     monkeypatch.setattr(forward, "LOGPROBS_AT_ONCE", 2 * ids.shape[1])
     logprobs, _ = forward.forward(forward.HookedModel(params, CONFIG), ids)
     logits, _ = forward.forward(forward.HookedModel(params, CONFIG), ids, output="logits")
+    assert logprobs is not None
+    assert logits is not None
     np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits), rtol=0, atol=1e-6)
