@@ -61,6 +61,11 @@ def stream_before(name: str) -> str:
     return f"blocks.{layer}.{[point for point in met if point in STREAM][-1]}"
 
 
+def final_stream(n_layers: int) -> str:
+    """Return the hook point of the stream after the last block."""
+    return f"blocks.{n_layers - 1}.hook_resid_post"
+
+
 def resumes_at(point: str) -> tuple[int, bool]:
     """Return the block that runs after a hook point of `STREAM` or `WRITERS`, and whether only its MLP is left."""
     layer, hook = block_and_hook(point)

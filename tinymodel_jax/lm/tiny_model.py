@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.block_order import final_stream
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary, resolve_indices
 from tinymodel_jax.dictionaries.readers import Reader
@@ -392,7 +393,7 @@ class TinyModel(WeightViews):
 def _residual_name(layer: int, n_layers: int) -> str:
     if not isinstance(layer, int | np.integer) or layer not in range(n_layers + 1):
         raise ValueError(f"residual: layer {layer!r} is outside 0..{n_layers} ({n_layers} is the final residual).")
-    return Site("Ra", layer).hook_in if layer < n_layers else f"blocks.{n_layers - 1}.hook_resid_post"
+    return Site("Ra", layer).hook_in if layer < n_layers else final_stream(n_layers)
 
 
 def _checked_arrays(params: Mapping[str, Any], config: ModelConfig) -> Any:

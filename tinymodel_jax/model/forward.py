@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from tinymodel_jax.block_order import resumes_at, stream_before
+from tinymodel_jax.block_order import final_stream, resumes_at, stream_before
 from tinymodel_jax.config import DictionaryConfig, ModelConfig
 from tinymodel_jax.dictionaries import dictionary
 from tinymodel_jax.dictionaries.encoding import DictionaryParams
@@ -135,7 +135,7 @@ def forward(
 
 
 def _forward(model: HookedModel, tok_ids: Array, *, keep: tuple[str, ...], output: Output) -> Any:
-    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    final = final_stream(model.config.n_layers)
     logits, acts = model.run(tok_ids, (*keep, final))
     kept = {name: acts[name] for name in keep}
     if output == "none":

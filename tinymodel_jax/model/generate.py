@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tinymodel_jax.block_order import final_stream
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.model.edits import can_be_padded, edits_after_prompt, is_array_tree, pad_edits
 from tinymodel_jax.model.forward import HookedModel
@@ -287,7 +288,7 @@ def _prefill(
 ) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
     """Return the logits after each prompt, and the cache with the prompts' keys and values."""
     n_layers, capacity = model.config.n_layers, tokens.shape[1]
-    final = f"blocks.{n_layers - 1}.hook_resid_post"
+    final = final_stream(n_layers)
     names = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in range(n_layers)]
     keep = (final, *(name for pair in names for name in pair))
     _, acts = model.run(tokens[:, :prompt_width], keep)

@@ -13,7 +13,7 @@ from tinymodel_jax.analysis.circuits.frozen import FrozenPass
 from tinymodel_jax.analysis.circuits.graph import AttributionGraph, texts_of
 from tinymodel_jax.analysis.circuits.sources import Place, encoder_place
 from tinymodel_jax.analysis.effects.metrics import LogitDifference
-from tinymodel_jax.block_order import block_and_hook
+from tinymodel_jax.block_order import block_and_hook, final_stream
 from tinymodel_jax.dictionaries.dictionary import resolve_indices
 from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import TinyModel
@@ -161,7 +161,7 @@ def _difference(lm: TinyModel, frozen: FrozenPass, target: LogitDifference) -> T
     if a[0] == b[0]:
         raise ValueError(f"attribution_graph: {target} names one token twice, so the difference is 0; name two tokens.")
     one, other = _logit(lm, frozen, int(a[0])), _logit(lm, frozen, int(b[0]))
-    site = f"blocks.{lm.config.n_layers - 1}.hook_resid_post"
+    site = final_stream(lm.config.n_layers)
     difference = {"direction": one.direction - other.direction, "bias": one.bias - other.bias}
     return one._replace(kind="direction", site=site, feature=-1, name=f"{one.name} - {other.name}", **difference)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from tinymodel_jax.block_order import final_stream
 from tinymodel_jax.lm import TinyModel
 from tinymodel_jax.lm.text import token_ids
 from tinymodel_jax.model.forward import HookedModel, compiled_pass
@@ -50,7 +51,7 @@ def logit_lens(
             `lm.run_with_hooks`.
     """
     n_layers = lm.config.n_layers
-    names = (*(f"blocks.{i}.hook_resid_pre" for i in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post")
+    names = (*(f"blocks.{i}.hook_resid_pre" for i in range(n_layers)), final_stream(n_layers))
     chosen = None if tokens is None else token_ids(lm, tokens)
     require_edits(hooks or {})
     require_hook_names(hooks or {}, lm.config)

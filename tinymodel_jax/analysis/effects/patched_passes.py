@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.metrics import Kind, Measured, Weights, value_from_logits, value_of_function
-from tinymodel_jax.block_order import stream_before
+from tinymodel_jax.block_order import final_stream, stream_before
 from tinymodel_jax.config import ModelConfig
 from tinymodel_jax.model.forward import HookedModel, forward
 from tinymodel_jax.runtime.compilation import fast_jit
@@ -105,7 +105,7 @@ def _streams(
 
 def values_of_both(model: HookedModel, pair: Pair, measured: Measured) -> Float[np.ndarray, "2"]:
     """Return the metric of the clean and of the corrupted run."""
-    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    final = final_stream(model.config.n_layers)
     streams = [forward(model, ids, keep=(final,), output="none")[1][final] for ids in (pair.clean, pair.corrupted)]
     return _values(model, jnp.concatenate(streams), pair, measured)
 

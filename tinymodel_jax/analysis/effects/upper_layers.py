@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.effects.metrics import Weights
 from tinymodel_jax.analysis.effects.stream_entry import Entry
-from tinymodel_jax.block_order import comes_after
+from tinymodel_jax.block_order import comes_after, final_stream
 from tinymodel_jax.config import DictionaryConfig, split_hooks
 from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
 from tinymodel_jax.model.forward import HookedModel
@@ -110,7 +110,7 @@ def clean_streams(
     linear, attention = entry.linear_hooks(config), entry.attention_hooks(config)
     blocks = range(entry.first_block, config.n_layers)
     keys_values = [(f"blocks.{layer}.attn.hook_k", f"blocks.{layer}.attn.hook_v") for layer in blocks]
-    final = f"blocks.{config.n_layers - 1}.hook_resid_post"
+    final = final_stream(config.n_layers)
     pairs = (name for pair in keys_values for name in pair)
     read_at = (name for source in sources for name in split_hooks(source))
     keep = {*entry.terms, entry.joined, *linear, *attention, *pairs, final, *read_at}
@@ -206,7 +206,7 @@ def _whole_passes(
     keep: tuple[str, ...],
 ) -> tuple[Float[Array, "rows seq d_model"], list[Array]]:
     """Do as `_changed_pass` for features that write to several hook points, by a pass of the model for each."""
-    final = f"blocks.{model.config.n_layers - 1}.hook_resid_post"
+    final = final_stream(model.config.n_layers)
 
     def one(feature: Array, amounts: Array) -> list[Array]:
         edit = EditFeatures(changes.params, feature, amounts[..., None], amounts != 0, config=config, change="add")

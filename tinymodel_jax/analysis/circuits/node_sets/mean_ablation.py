@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from tinymodel_jax.analysis.circuits.node_sets.nodes import NodeSpace
 from tinymodel_jax.analysis.circuits.node_sets.places import Aligned
+from tinymodel_jax.block_order import final_stream
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.encoding import encode
@@ -186,7 +187,7 @@ def _differences(
     gated: Gated, means: tuple[LayerMeans, ...], gates: Float[Array, " nodes"], batch: Batch
 ) -> Float[Array, " batch"]:
     hooks = gated.hooks(means, gates, batch.place)
-    final = f"blocks.{gated.model.config.n_layers - 1}.hook_resid_post"
+    final = final_stream(gated.model.config.n_layers)
     _, kept = gated.model.with_hooks(hooks).run(batch.tok_ids, final)
     rows = jnp.arange(len(batch.last))
     logits = gated.model.unembed(kept[final][rows, batch.last])
