@@ -146,12 +146,16 @@ class SharedTimer:
         self._started, self._turns = time.monotonic(), 0
 
 
-def settled(arrays: T) -> T:
-    """Return the arrays; with several processes on CPUs, first wait until they are computed.
+def settled(arrays: T, exchange: bool | None = None) -> T:
+    """Return the arrays; on CPUs, first wait until they are computed if devices exchange values in the program.
 
     There, the collectives of two programs that run at once can each hold a thread that the other waits for.
+
+    Args:
+        exchange: whether they do; None: if there are several processes.
     """
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    exchange = jax.process_count() > 1 if exchange is None else exchange
+    if exchange and jax.default_backend() == "cpu":
         jax.block_until_ready(arrays)
     return arrays
 

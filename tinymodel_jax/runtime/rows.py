@@ -96,12 +96,6 @@ class RowDevices(NamedTuple):
 
         return call
 
-    def settled(self, arrays: T) -> T:
-        """Return the arrays; on CPUs, first wait for them if devices exchange values (see `separately`)."""
-        if self.exchange and jax.default_backend() == "cpu":
-            jax.block_until_ready(arrays)
-        return arrays
-
 
 ONE_DEVICE = RowDevices(None)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from tinymodel_jax.analysis.effects.metrics import Metric
@@ -37,6 +37,7 @@ from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.lm import FeatureReader, TinyModel
 from tinymodel_jax.lm.dictionaries import DictionaryLike
 from tinymodel_jax.runtime.progress import Track, no_progress
+from tinymodel_jax.runtime.rows import row_devices
 
 MEMORY, SMALL = 2**28, 2**24
 """Bytes that the logits (or a readout's activations) of a chunk may take, and those below which dividing it further
@@ -237,7 +238,7 @@ def _chunks(amounts: Float[np.ndarray, "n batch seq"], widest: int) -> Iterator[
     left = np.argsort(first, kind="stable")[np.count_nonzero(first < 0) :]
     batch, seq = amounts.shape[1:]
     step = -(-seq // LENGTHS)
-    size = _chunk_size(len(left), 4 * widest * batch * seq, len(jax.local_devices()))
+    size = _chunk_size(len(left), 4 * widest * batch * seq, row_devices().n)
     for start in range(0, len(left), size):
         items = left[start : start + size]
         yield items, size, min(seq, -(-(seq - int(first[items[0]])) // step) * step)
@@ -314,5 +315,5 @@ def _metric_changes(prepared: SweepInput, found: ChangeEffects, n: int) -> Float
 
 
 def _over_devices() -> NamedSharding | None:
-    devices = np.array(jax.local_devices())
-    return None if len(devices) == 1 else NamedSharding(Mesh(devices, ("features",)), PartitionSpec("features"))
+    mesh = row_devices().mesh
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))

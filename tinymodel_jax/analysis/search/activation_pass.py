@@ -29,7 +29,7 @@ from tinymodel_jax.lm import FeatureReader
 from tinymodel_jax.lm.collection import BatchedPass
 from tinymodel_jax.model.hook_points import vectors_at
 from tinymodel_jax.model.padding import check_tok_ids, pad_below
-from tinymodel_jax.runtime.collectives import SharedTimer, gathered, summed
+from tinymodel_jax.runtime.collectives import SharedTimer, gathered, settled, summed
 from tinymodel_jax.runtime.progress import Track
 from tinymodel_jax.runtime.rows import rows_of_turn, turns
 
@@ -103,7 +103,9 @@ class ActivationPass:
         drawn = (uniform(self.seed, np.arange(first, first + inputs.batch)) * self.every).astype(np.int32)
         counted, drawn = inputs.devices.rows((real, drawn))
         options = {"config": inputs.config, "every": self.every, "devices": inputs.devices}
-        found = [inputs.devices.settled(statistics(chunk, x, counted, drawn, **options)) for chunk in self.chunks]
+        found = [
+            settled(statistics(chunk, x, counted, drawn, **options), inputs.devices.exchange) for chunk in self.chunks
+        ]
         sampled = sampled_tokens(real, first, self.share, self.seed)
         active = active_features(inputs.dictionary, inputs.config, x, sampled, inputs.devices)
         return MeasuredBatch(first, n_rows, found, sampled, active)

@@ -27,6 +27,7 @@ from scipy import sparse
 from tinymodel_jax.analysis.search.contexts import uniform
 from tinymodel_jax.config import DictionaryConfig
 from tinymodel_jax.dictionaries.encoding import DictionaryParams, encode
+from tinymodel_jax.runtime.collectives import settled
 from tinymodel_jax.runtime.compilation import fast_jit
 from tinymodel_jax.runtime.rows import RowDevices
 
@@ -72,7 +73,7 @@ def active_features(
     for own, places in zip(padded.reshape(len(positions), -1), positions, strict=True):
         own[: len(places)] = places
     parts = (padded[:, part] for part in range(n_parts))
-    return [devices.settled(_active(params, x, part, config=config, devices=devices)) for part in parts]
+    return [settled(_active(params, x, part, config=config, devices=devices), devices.exchange) for part in parts]
 
 
 def of_sampled_tokens(
