@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from tinymodel_jax.commands.frame import print_table
 from tinymodel_jax.training.flops import peak_flops
+from tinymodel_jax.training.sharding import axes_in_use
 from train.hlo import Collective, collectives, estimated_cycles
 
 TOPOLOGIES = "v5e:2x4, v6e:2x4, v5p:2x2x2"
@@ -165,7 +166,7 @@ def read_compiled(compiled: Any, mesh: Mesh, flops: float) -> StepReport:
 
 def print_report(report: StepReport, mesh: Mesh) -> None:
     """Print a report as two tables."""
-    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    axes = ", ".join(f"{axis}={size}" for axis, size in axes_in_use(mesh).items()) or "one device"
     share = f"{report.peak_bytes / report.hbm_bytes:.0%} of {_size(report.hbm_bytes)}" if report.hbm_bytes else "–"
     seconds, of_peak = report.estimated_seconds, report.share_of_peak
     rows = [

@@ -41,7 +41,7 @@ from tinymodel_jax.training.dictionary_step import (
     threshold_batches,
 )
 from tinymodel_jax.training.flops import dictionary_flops_per_vector
-from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, make_mesh, shardings
+from tinymodel_jax.training.sharding import DICTIONARY_RULES, abstract_arrays, axes_in_use, make_mesh, shardings
 from tinymodel_jax.training.warm_start import require_fit, start_from
 from train.activations import ActivationOptions, ActivationSource, Place, open_activations
 from train.compile_for import devices_for, report_step
@@ -126,7 +126,7 @@ def dictionaries(
         "init_from": None if start is None else fingerprint(*(array for _, array in sorted(start.params.items()))),
         "steps": steps,
         "eval_every": eval_every,
-        "mesh": {axis: size for axis, size in devices.shape.items() if size > 1},
+        "mesh": axes_in_use(devices),
         "save_every": save_every,
         "source": recorded_options(source),
     }

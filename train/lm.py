@@ -48,6 +48,7 @@ from tinymodel_jax.training.sharding import (
     LM_RULES,
     STEP_RULES,
     abstract_arrays,
+    axes_in_use,
     make_mesh,
     rows_on_devices,
     shardings,
@@ -121,8 +122,7 @@ def lm(
         eval_every: steps between evaluations (held-out loss and a sample).
         mesh: device mesh, such as data=4,model=2; by default all devices are on data.
         fsdp: also shard parameters and optimizer state over the data axis.
-        shard_optimizer: shard only the optimizer state over the data axis: each device updates its part of the
-            parameters, which are then gathered.
+        shard_optimizer: shard only the optimizer state over the data axis; updated parameters are gathered.
         compile_for: TPU slice, such as v5e:2x4: only compile the step for it and report memory, collectives and
             estimated time. Rows have 128 tokens unless --data is given; --out is not used.
         tracking: trackers that show the metrics in addition to OUT/metrics.jsonl.
@@ -145,33 +145,29 @@ def lm(
         initialization=initialization,
         dtype=number_format(dtype, devices),
     )
-    config, batch_size, steps = chosen.model, chosen.batch_size, chosen.steps
-    _check_numbers(batch_size, micro_batches, devices, save_every, eval_every, seed)
-    program = compiled(
-        config, chosen.optimizer, steps, micro_batches, devices, fsdp, chosen.initialization, shard_optimizer
-    )
+    _check_numbers(chosen.batch_size, micro_batches, devices, save_every, eval_every, seed)
+    of_preset = (chosen.model, chosen.optimizer, chosen.steps)
+    program = compiled(*of_preset, micro_batches, devices, fsdp, chosen.initialization, shard_optimizer)
     if compile_for is not None:
-        row_length = token_data.row_length if token_data else DEFAULT_ROW_LENGTH
-        _report_compiled(program, config, (batch_size, row_length), devices)
+        _report_compiled(program, chosen, token_data, devices)
         return
     if token_data is None or out is None:
         raise ValueError("give --data, a folder written by `python -m train prepare`, and --out, the run's folder.")
     settings = {"kind": "lm", "preset": preset, **_preset_settings(chosen), "micro_batches": micro_batches}
-    settings |= {"seed": seed, "eval_every": eval_every, "data": token_data.fingerprint}
-    settings |= {"mesh": {axis: size for axis, size in devices.shape.items() if size > 1}}
+    settings |= {"seed": seed, "eval_every": eval_every, "data": token_data.fingerprint, "mesh": axes_in_use(devices)}
     settings |= {"fsdp": fsdp, "shard_optimizer": shard_optimizer, "save_every": save_every}
-    settings |= {"source": {"data": whole_path(data)}}
-    with open_run(out, settings, MAY_CHANGE, tracking) as run:
+    with open_run(out, settings | {"source": {"data": whole_path(data)}}, MAY_CHANGE, tracking) as run:
         say(chosen.describe())
-        _train(run, config, program, token_data, devices)
+        _train(run, chosen.model, program, token_data, devices)
         if run.is_finished:
             push_model(publication, run.folder, token_data.meta)
 
 
-def _report_compiled(program: Program, config: ModelConfig, shape: tuple[int, int], devices: Mesh) -> None:
-    """Compile the step for a batch of (rows, tokens), and report what it needs."""
+def _report_compiled(program: Program, chosen: Preset, token_data: TokenData | None, devices: Mesh) -> None:
+    """Compile the step for a batch, and report what it needs."""
+    shape = (chosen.batch_size, token_data.row_length if token_data else DEFAULT_ROW_LENGTH)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows)
-    flops = training_flops_per_token(config, shape[1]) * math.prod(shape)
+    flops = training_flops_per_token(chosen.model, shape[1]) * math.prod(shape)
     report_step(program.step, (program.abstract, rows), devices, flops)
 
 

@@ -86,6 +86,11 @@ def make_mesh(axes: str = "", devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), MESH_AXES)
 
 
+def axes_in_use(mesh: Mesh) -> dict[str, int]:
+    """Return the axes of a mesh that divide something, with their sizes."""
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
 def rows_on_devices(matrix: np.ndarray, rows: np.ndarray, where: NamedSharding, dtype: Any) -> jax.Array:
     """Return rows of a host's matrix as one array; a process reads only the rows that its own devices hold.
 
