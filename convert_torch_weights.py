@@ -31,9 +31,8 @@ Destination = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DEST"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the converter; return its exit status."""
-    commands = {"lm": convert_lm, "dictionary": convert_dictionary, "export-lm": export_lm, "inspect": inspect}
     description = "Convert TinyModel checkpoints between PyTorch files and folders of safetensors."
-    return run_commands("tinymodel-convert", description, commands, argv)
+    return run_commands("tinymodel-convert", description, COMMANDS, argv)
 
 
 def convert_lm(
@@ -205,6 +204,9 @@ def _replaced(dest: Path) -> str:
         shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise FileExistsError(f"{dest} holds {shown}, but no {CONFIG_FILE}. Nothing was written; choose another DEST.")
     return "; it replaces what was there" if found else ""  # writing refuses a configuration that is not ours
+
+
+COMMANDS = {"lm": convert_lm, "dictionary": convert_dictionary, "export-lm": export_lm, "inspect": inspect}
 
 
 if __name__ == "__main__":

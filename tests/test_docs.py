@@ -14,7 +14,7 @@ from hub_server import TOKEN
 from tinymodel_jax.commands import quickstart
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEEDS_THE_HUB = "lm = TinyModel()"
 SMALLER = {
     "--limit 100000": "--limit 100 --tokenizer mini --workers 1",  # the published tokenizer is on the hub
@@ -40,7 +40,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its httpx
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_snippets_run_in_order(
     page: Path,
     standard_promotion: None,
@@ -81,7 +81,7 @@ def small_mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_story_model(tmp_path_factory.mktemp("docs") / "mini", 4, ("Ra0", "M0", "M1", "M2", "A3", "M3"), 160)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_run_in_order(
     page: Path,
     checkout: Path,
@@ -99,7 +99,7 @@ def test_commands_run_in_order(
             run(words, SMALLER | model)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_that_are_shown_have_the_options_that_they_name(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     transcripts = [
