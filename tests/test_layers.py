@@ -1,6 +1,7 @@
 """Which file may import which: the package's layers, and what importing it may load."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,11 @@ def test_every_public_name_is_listed_and_an_unknown_one_is_an_attribute_error():
 def test_an_analysis_is_imported_by_its_name(name):
     module = getattr(__import__("tinymodel_jax.analysis", fromlist=[name]), name)  # a `from` import
     assert module.__name__.split(".")[-1] == name
+
+
+def test_importing_the_plots_loads_neither_matplotlib_nor_jinja2():
+    code = "import sys; from tinymodel_jax.analysis import report; report.plot_pareto; print(sorted(sys.modules))"
+    assert not {"'matplotlib'", "'jinja2'"} & set(re.findall(r"'\w+'", run(code)))
 
 
 def test_interventions_are_imported_from_the_package():

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tinymodel_jax.analysis.evaluation.evaluation import numbers_of
-from tinymodel_jax.analysis.report.charts import plot_pareto
+from tinymodel_jax.analysis.report.charts import save_figure
+from tinymodel_jax.analysis.report.plots import plot_pareto
 from tinymodel_jax.commands.evaluate import print_dictionaries, say_units
 from tinymodel_jax.commands.frame import finite_or_none
 from tinymodel_jax.dictionaries.dictionary import Dictionary
@@ -82,7 +83,7 @@ def write_results(
             for dictionary, record, recipe in written:
                 _write_dictionary(folder / record["folder"], dictionary, settings, record, recipe)
             replace_file(folder / "sweep.json", _json(content))
-            plot_pareto(records, folder / "pareto.png")
+            save_figure(plot_pareto(records), folder / "pareto.png", dpi=150)
 
     on_first(publish)
     if is_first():

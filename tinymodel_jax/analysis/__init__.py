@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinymodel_jax.analysis import report as report
     from tinymodel_jax.analysis.concepts import labels as labels
     from tinymodel_jax.analysis.concepts import recovery as recovery
     from tinymodel_jax.analysis.effects import attribution as attribution
@@ -37,6 +38,7 @@ _MODULES = {
     "logit_effects": "search.logit_effects",
     "patching": "effects.patching",
     "recovery": "concepts.recovery",
+    "report": "report",
     "sweeps": "effects.sweeps",
     "top_activations": "search.top_activations",
 }

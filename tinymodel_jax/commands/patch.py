@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -78,6 +77,8 @@ def patch(
             "correspond."
         )
     from tinymodel_jax.analysis.effects import metrics, patching
+    from tinymodel_jax.analysis.report.charts import save_figure
+    from tinymodel_jax.analysis.report.plots import patching_labels, plot_patching
 
     if logit_difference is not None:
         tokens = [lm.to_single_token(text) for text in logit_difference]
@@ -99,14 +100,14 @@ def patch(
     words = [shown(lm, [token], False) for token in rows[0]]
     measured = _metric_title([shown(lm, [token], False) for token in tokens])
     title = f"{measured}: clean {signed(found.clean)}, corrupted {signed(found.corrupted)}"
-    labels = {table.kind: _labels(table.axis, table.effects.shape[1], words) for table in found.tables}
+    labels = {table.kind: patching_labels(table, words) for table in found.tables}
     if json:
         print_json(_as_json(lm, found, labels, metric, tokens))
     else:
         print(title)
         _print_strongest(found, labels)
     if out is not None:  # last: the effects are printed even if the picture cannot be written
-        _draw(found, labels, title, out)
+        save_figure(plot_patching(found, words, title), out, dpi=110, kind=out.suffix[1:])
 
 
 def _metric_title(words: list[str]) -> str:
@@ -115,12 +116,6 @@ def _metric_title(words: list[str]) -> str:
     if len(words) == 1:
         return f"log-probability of {words[0]!r}"
     return f"logit of {words[0]!r} minus {words[1]!r}"
-
-
-def _labels(axis: str, n: int, words: list[str]) -> list[str]:
-    if axis == "head":
-        return [f"head {head}" for head in range(n)]
-    return [f"{place} {word.strip(' ') or '␣'}".replace("\n", "↵") for place, word in enumerate(words)]
 
 
 def _as_json(
@@ -133,13 +128,6 @@ def _as_json(
     answer, wrong = (*(shown(lm, [token], False) for token in tokens), None, None)[:2]
     named = {"metric": metric or "logit_difference", "answer": answer, "wrong": wrong}
     return {**named, "clean": found.clean, "corrupted": found.corrupted, "tables": tables}
-
-
-def _draw(found: Patching, labels: dict[str, list[str]], title: str, out: Path) -> None:
-    from tinymodel_jax.analysis.report.charts import effects_figure, save_figure
-
-    figure = effects_figure({table.kind: table.effects for table in found.tables}, labels, title)
-    save_figure(figure, out, dpi=110, kind=out.suffix[1:])
 
 
 def _print_strongest(found: Patching, labels: dict[str, list[str]], count: int = 5) -> None:

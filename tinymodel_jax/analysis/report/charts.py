@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import XAxis
     from matplotlib.figure import Figure
+
+    from tinymodel_jax.analysis.report.notebook import NotebookFigure
 
 INK, ACCENT, SECOND = "#2b2b33", "#3b6fb6", "#c2571a"
 SHOWN = 20
@@ -43,6 +46,11 @@ def training_curve(steps: Sequence[int], explained: Sequence[float], l0: Sequenc
 
 def bars(values: Mapping[str, float], label: str, title: str) -> str:
     """Draw labelled horizontal bars, the first one at the top."""
+    return _svg(bars_figure(values, label), title)
+
+
+def bars_figure(values: Mapping[str, float], label: str) -> NotebookFigure:
+    """Return the figure of `bars`."""
     figure, axes = _figure(6.4, 0.8 + 0.26 * len(values))
     numbers = list(values.values())
     axes.barh(range(len(numbers)), numbers, color=[ACCENT if n >= 0 else SECOND for n in numbers])
@@ -50,7 +58,7 @@ def bars(values: Mapping[str, float], label: str, title: str) -> str:
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel(label, parse_math=False)
-    return _svg(figure, title)
+    return figure
 
 
 def heat_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
@@ -58,7 +66,7 @@ def heat_map(table: np.ndarray, rows: Sequence[str], columns: Sequence[str], tit
     return _svg(heat_map_figure(table, rows, columns), title)
 
 
-def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> NotebookFigure:
     """Return the figure of `heat_map`."""
     figure, axes = _figure(2.4 + 0.36 * len(columns), 1.2 + 0.17 * len(rows))
     image = axes.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
@@ -68,20 +76,26 @@ def heat_map_figure(table: np.ndarray, rows: Sequence[str], columns: Sequence[st
     return figure
 
 
-def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]], title: str) -> Figure:
-    """Return a figure of heat maps, one below the other, with one row per layer.
+def effects_figure(
+    tables: Mapping[str, np.ndarray],
+    columns: Mapping[str, Sequence[str]],
+    title: str,
+    rows: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> NotebookFigure:
+    """Return a figure of heat maps, one below the other.
 
     0 is white, 1 and more are blue, -1 and less are orange.
 
     Args:
-        tables: the effects (layers, columns) of each heat map, by its name.
+        tables: the effects (rows, columns) of each heat map, by its name.
         columns: the labels of the columns of each heat map.
+        rows: the labels of the rows of a heat map; by default there is one row per layer.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
     widest = max(table.shape[1] for table in tables.values())
     width = 2.2 + 0.26 * max(widest, 12)
-    figure = _empty_figure(width, 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
+    figure = empty_figure(width, 0.5 + sum(0.9 + 0.24 * len(t) for t in tables.values()))
     colours = LinearSegmentedColormap.from_list("effects", [SECOND, "white", ACCENT])
     panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     images = []
@@ -89,7 +103,9 @@ def effects_figure(tables: Mapping[str, np.ndarray], columns: Mapping[str, Seque
         aspect = "equal" if 2 * table.shape[1] < widest else "auto"  # few heads are not stretched to a long prompt
         images.append(axes.imshow(table, aspect=aspect, vmin=-1, vmax=1, cmap=colours, interpolation="nearest"))
         axes.set_xticks(range(table.shape[1]), list(columns[name]), rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(table)), [f"layer {layer}" for layer in range(len(table))], fontsize=7)
+        axes.set_yticks(
+            range(len(table)), rows.get(name, [f"layer {layer}" for layer in range(len(table))]), fontsize=7
+        )
         axes.set_title(name, fontsize=9, loc="left")
     figure.colorbar(images[0], ax=list(panels), label="effect", aspect=40, pad=0.15 / width)
     for axes in panels:
@@ -143,7 +159,7 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
     Args:
         table: the output of `tinymodel importance`, most important features first.
     """
-    figure = _empty_figure(10.4, 4.4)
+    figure = empty_figure(10.4, 4.4)
     first, share = figure.subplots(1, 2)
     shown = table["features"][:SHOWN]
     means, margins = zip(*((mean, margin or 0) for mean, margin in (one["kl_all"] for one in shown)), strict=True)
@@ -162,22 +178,12 @@ def plot_importance(table: Mapping[str, Any], path: Path) -> None:
 
 def plot_evaluations(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of L0 against explained variance, L0 against CE recovered, and feature densities."""
-    figure = _empty_figure(15.6, 4.4)
+    figure = empty_figure(15.6, 4.4)
     explained, recovered, densities = figure.subplots(1, 3)
     draw_pareto(explained, records, "explained_variance", "explained variance")
     draw_pareto(recovered, records, "ce_recovered", "CE recovered")
     draw_densities(densities, records)
     save_figure(figure, path, dpi=120)
-
-
-def plot_pareto(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of L0 against explained variance and, where it is known, CE recovered, with one line per site."""
-    qualities = {"explained_variance": "explained variance", "ce_recovered": "CE recovered"}
-    qualities = {key: label for key, label in qualities.items() if key in records[0]["results"]}
-    figure = _empty_figure(5.2 * len(qualities), 4.2)
-    for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
-        draw_pareto(axes, records, key, label)
-    save_figure(figure, path, dpi=150)
 
 
 def save_figure(figure: Figure, path: Path, dpi: int, kind: str = "png") -> None:
@@ -204,18 +210,19 @@ def _label_plainly(axis: XAxis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = _empty_figure(width, height)
+def _figure(width: float, height: float) -> tuple[NotebookFigure, Axes]:
+    figure = empty_figure(width, height)
     axes = figure.subplots()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
 
 
-def _empty_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # loaded when a chart is drawn
+def empty_figure(width: float, height: float) -> NotebookFigure:
+    """Return a figure of a size in inches."""
+    from tinymodel_jax.analysis.report.notebook import NotebookFigure  # Matplotlib is loaded when a chart is drawn
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def _svg(figure: Any, title: str) -> str:
