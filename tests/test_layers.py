@@ -54,8 +54,10 @@ SIBLINGS = {
 UPWARD = {
     # `Dictionary.from_pretrained` and `.save_pretrained` are methods for the user's sake; the import waits for a call
     ("dictionaries", "io"),
+    # `lm["M2N5"].show(text)` is a method for the same reason
+    ("lm", "analysis"),
 }
-"""Imports of a higher layer, inside functions only."""
+"""Imports of a higher layer, inside functions or for annotations only."""
 
 FORBIDDEN = {"torch": (), "optax": ("training",), "orbax": ("train", "training")}
 """Packages that only the given units may import."""
@@ -73,10 +75,14 @@ def unit_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the dotted name of everything a file imports, and whether it does so inside a function."""
+    """Yield the dotted name of everything a file imports, and whether it does so later than when it is imported.
+
+    Later is inside a function, or never, for annotations only.
+    """
     tree = ast.parse(path.read_text("utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {id(child) for function in functions for child in ast.walk(function)}
+    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    later += [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    inside = {id(child) for node in later for child in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in inside) for alias in node.names)
@@ -86,14 +92,14 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def our_imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the unit of the table behind each of a file's imports of this project."""
-    for name, in_function in imports(path):
+    """Yield the unit of the table behind each of a file's imports of this project, and whether it is one for later."""
+    for name, is_later in imports(path):
         parts = name.split(".")
         if parts[0] == "tinymodel_jax":
             # `from tinymodel_jax import TinyModel` goes through the public names, which include the façade
-            yield (parts[1] if len(parts) > 1 and parts[1] in LAYERS else "lm"), in_function
+            yield (parts[1] if len(parts) > 1 and parts[1] in LAYERS else "lm"), is_later
         elif parts[0] in ("train", "convert_torch_weights"):
-            yield parts[0], in_function
+            yield parts[0], is_later
 
 
 def test_every_file_has_a_layer():
@@ -103,12 +109,12 @@ def test_every_file_has_a_layer():
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_only_lower_layers_or_its_own_folder(path):
     importer = unit_of(path)
-    for imported, in_function in our_imports(path):
+    for imported, is_later in our_imports(path):
         allowed = (
             imported == importer
             or LAYERS[imported] < LAYERS[importer]
             or (importer, imported) in SIBLINGS
-            or ((importer, imported) in UPWARD and in_function)
+            or ((importer, imported) in UPWARD and is_later)
         )
         assert allowed, f"{importer} (layer {LAYERS[importer]}) imports {imported} (layer {LAYERS[imported]})"
 

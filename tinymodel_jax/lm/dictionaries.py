@@ -28,6 +28,7 @@ from tinymodel_jax.model.interventions import Splice, at_hook_points, combine
 from tinymodel_jax.model.padding import cut, feature_bucket, pad_to_bucket
 
 if TYPE_CHECKING:
+    from tinymodel_jax.analysis.report.notebook import NotebookHtml
     from tinymodel_jax.lm.tiny_model import TinyModel
 
 
@@ -209,6 +210,29 @@ class FeatureReader:
         acts = features(self.lm.hooked(before=self.site), self.dictionary.params, ids, chosen, dictionary_config=config)
         acts = cut(acts, (1,), length)
         return acts if n is None else cut(acts, (2,), n)
+
+    def show(self, tok_ids: Any, indices: Indices = None) -> NotebookHtml:
+        """Return texts coloured by activations, which a notebook shows; point at a token for its number.
+
+        Without a feature in the tag and without `indices`, it shows the five features with the largest activation in
+        each text. A feature's colours have one scale in all texts, from 0 to its largest activation.
+
+        Args:
+            tok_ids: a text or a list of texts, or token ids (batch, seq) or (seq,).
+            indices: features of a whole dictionary, as in a call.
+
+        Raises:
+            ValueError: as a call.
+
+        Example:
+            >>> from tinymodel_jax import TinyModel
+            >>> shown = TinyModel("mini")["M2N304"].show("The dog was scared.")
+            >>> "largest activation" in shown.html
+            True
+        """
+        from tinymodel_jax.analysis.report.text_activations import show_activations
+
+        return show_activations(self, tok_ids, indices)
 
     def counts(self, tok_ids: Any) -> Any:
         """Say which tokens count in statistics of the features: text at which the dictionary acts."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 from PIL import Image
+
+from tinymodel_jax.analysis.report.page import render
 
 DPI = 100
 """Pixels per inch of the PNGs."""
@@ -31,12 +34,18 @@ class NotebookFigure(Figure):
         return small.getvalue(), {"alt": self.alt}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NotebookHtml:
     """HTML that a notebook shows as the result of a cell."""
 
     html: str
     """The HTML, without empty lines, so that it can be put into Markdown."""
+
+    @classmethod
+    def of(cls, template: str, content: Mapping[str, Any]) -> NotebookHtml:
+        """Return what a template in `templates/notebook` makes of the content."""
+        lines = render(f"notebook/{template}", content).split("\n")
+        return cls("\n".join(line for line in lines if line.strip()))
 
     def _repr_html_(self) -> str:
         return self.html

@@ -1,6 +1,6 @@
-"""One HTML file from a template in `templates/`, with its style and script inside.
+"""HTML from the templates in `templates/`: whole files, with their style and script inside, and pieces for notebooks.
 
-The file opens from `file://` without a network. All text in the content is shown as text, never read as HTML.
+A file opens from `file://` without a network. All text in the content is shown as text, never read as HTML.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    text = render(template, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode())
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """Return the text that a template makes of the content."""
     import jinja2  # needed by pages only
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    text = environment.get_template(template).render(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text.encode())
+    return environment.get_template(template).render(content)
 
 
 def token_text(token: str) -> str:
