@@ -3,29 +3,58 @@
 Links and anchors of the resulting Markdown are checked like those of every other page.
 """
 
+import base64
+import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from nbconvert import MarkdownExporter
-from traitlets.config import Config
+
+DOWNLOAD = "[Download this notebook]({name}){{ .md-button }} to run it in Jupyter or in Colab."
+PICTURE = "PICTURE.png"
+"""Stands for the name of a cell's picture."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the page of every notebook, and the pictures of its outputs; the notebook itself can be downloaded."""
-    exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": PRIORITY}}))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         path = PurePosixPath(notebook.src_uri)
-        body, resources = exporter.from_filename(str(Path(config.docs_dir, path)))
-        for name, picture in resources["outputs"].items():
-            unique = f"{path.stem}_{name}"
-            body = body.replace(f"({name})", f"({unique})")
-            files.append(File.generated(config, str(path.with_name(unique)), content=picture))
-        title, _, rest = body.lstrip().partition("\n")
-        download = f"[Download this notebook]({path.name}){{ .md-button }} to run it in Jupyter or in Colab."
-        files.append(File.generated(config, str(path.with_suffix(".md")), content=f"{title}\n\n{download}\n\n{rest}"))
+        cells = nbformat.read(Path(config.docs_dir, path), as_version=4).cells
+        title, _, rest = cells[0].source.partition("\n")
+        parts = [title, DOWNLOAD.format(name=path.name), _linked(rest)]
+        for number, cell in enumerate(cells[1:]):
+            if cell.cell_type == "markdown":
+                parts.append(_linked(cell.source))
+                continue
+            parts.append(_fenced(cell.source, "python"))
+            for text, picture in map(_shown, cell.outputs):
+                name = f"{path.stem}_{number}.png"
+                parts.append(text.replace(PICTURE, name))
+                if picture:
+                    files.append(File.generated(config, str(path.with_name(name)), content=picture))
+        files.append(File.generated(config, str(path.with_suffix(".md")), content="\n\n".join(parts)))
     return files
 
 
-PRIORITY = ["text/html", "text/markdown", "image/png", "text/plain"]
-"""Forms of an output, best first."""
+def _shown(output: Any) -> tuple[str, bytes | None]:
+    """Return the Markdown of an output, and its picture if it has one. The best of several forms is taken."""
+    if output.output_type == "stream":
+        return _fenced(output.text, "{ .text .output }"), None
+    data = output.data
+    if "text/html" in data:
+        return f'<div class="output">\n{data["text/html"]}\n</div>', None
+    if "image/png" in data:
+        alt = output.metadata.get("image/png", output.metadata).get("alt", "picture").replace("]", "\\]")
+        return f"[![{alt}]({PICTURE})]({PICTURE})", base64.b64decode(data["image/png"])
+    return _fenced(data["text/plain"], "{ .text .output }"), None
+
+
+def _fenced(text: str, language: str) -> str:
+    return f"````{language}\n{text.rstrip()}\n````"
+
+
+def _linked(markdown: str) -> str:
+    """Lead links to other notebooks to their pages."""
+    return re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", markdown)
