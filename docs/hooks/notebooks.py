@@ -46,7 +46,7 @@ def _shown(output: Any) -> tuple[str, bytes | None]:
     if "text/html" in data:
         return f'<div class="output">\n{data["text/html"]}\n</div>', None
     if "image/png" in data:
-        alt = output.metadata.get("image/png", output.metadata).get("alt", "plot made by the code above").replace("]", "\\]")
+        alt = output.metadata.get("image/png", {}).get("alt", "plot made by the code above").replace("]", "\\]")
         return f"[![{alt}]({PICTURE})]({PICTURE})", base64.b64decode(data["image/png"])
     return _fenced(data["text/plain"], "{ .text .output }"), None
 
