@@ -1,4 +1,4 @@
-"""The tutorials' notebooks: saved as they ran, small, and without errors when they run again."""
+"""The notebooks of the documentation: saved as they ran, small, and without errors when they run again."""
 
 import json
 import os
@@ -10,8 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-TUTORIALS = Path(__file__).parent.parent / "docs" / "tutorials"
-NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs").rglob("*.ipynb"))
 LARGEST_NOTEBOOK, LARGEST_OUTPUT = 400_000, 100_000
 """Bytes of a notebook's file, and of one output in it."""
 SECONDS = 600

@@ -23,7 +23,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         path = PurePosixPath(notebook.src_uri)
         cells = nbformat.read(Path(config.docs_dir, path), as_version=4).cells
         title, _, rest = cells[0].source.partition("\n")
-        parts = [title, DOWNLOAD.format(name=path.name), _linked(rest)]
+        parts = [title, DOWNLOAD.format(name=path.name), _linked(rest.strip())]
         for number, cell in enumerate(cells[1:]):
             if cell.cell_type == "markdown":
                 parts.append(_linked(cell.source))

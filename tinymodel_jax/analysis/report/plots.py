@@ -105,7 +105,7 @@ def plot_logit_lens(
         word = _short(token_text(str(lm.to_string(best[column, row]))))
         ink = "white" if share > 0.55 else "black"
         axes.text(column, row, word, ha="center", va="center", fontsize=8, color=ink, parse_math=False)
-    figure.colorbar(image, ax=axes, label="probability of the token in the cell", aspect=30)
+    figure.colorbar(image, ax=axes, label="probability", aspect=30)
     figure.alt = "most likely next token at each position, from the residual stream in front of each layer"
     return figure
 
