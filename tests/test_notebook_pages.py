@@ -52,7 +52,7 @@ def test_a_page_has_the_cells_and_the_outputs_that_were_saved(page):
     assert '<a href="2_next.html#part">the next</a>' in page
     assert '<a class="md-button" href="1_first.ipynb">' in page
     assert "<p title='a'>shown\n_whole_</p>" in page
-    assert '<a href="1_first_0.png"><img alt="bars [of x]" src="1_first_0.png" /></a>' in page
+    assert '<a href="1_first_0.png"><img alt="bars [of x]" src="1_first_0.png"></a>' in page
     text = html.unescape(re.sub("<[^>]*>", "", page))
     places = [text.index(part) for part in ("x = '```'", "printed *as it is*", "shown", "{'a': 1}")]
     assert places == sorted(places)

@@ -4,6 +4,7 @@ Links and anchors of the resulting Markdown are checked like those of every othe
 """
 
 import base64
+import html
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,8 +47,9 @@ def _shown(output: Any) -> tuple[str, bytes | None]:
     if "text/html" in data:
         return f'<div class="output">\n{data["text/html"]}\n</div>', None
     if "image/png" in data:
-        alt = output.metadata.get("image/png", {}).get("alt", "plot made by the code above").replace("]", "\\]")
-        return f"[![{alt}]({PICTURE})]({PICTURE})", base64.b64decode(data["image/png"])
+        alt = html.escape(output.metadata.get("image/png", {}).get("alt", "plot made by the code above"))
+        picture = f'<p><a href="{PICTURE}"><img alt="{alt}" src="{PICTURE}"></a></p>'
+        return picture, base64.b64decode(data["image/png"])
     return _fenced(data["text/plain"], "{ .text .output }"), None
 
 
