@@ -457,6 +457,24 @@ def test_any_ids_of_the_vocabulary_decode(whole: Tokenizer, ids: list[int]) -> N
     assert whole.decode([ids, ids[:1]]) == [whole.decode(ids), whole.decode(ids[:1])]
 
 
+def test_a_trained_tokenizer_merges_frequent_words_and_reads_any_ascii_text() -> None:
+    texts = ["the cat  sat on the mat", "The caf\u00e9 sat"] * 9
+    trained = Tokenizer.train(iter(texts), vocab_size=120)
+    assert trained.vocab_size <= 120
+    assert trained.tok_see("the cat") == ["the", "⋅cat"]
+    assert trained.tok_see("cafe")[-1] == "e", "texts are cleaned before the training, as before encoding"
+    printable = "".join(map(chr, range(33, 127)))
+    assert trained.decode(trained.encode(printable)) == printable
+    assert Tokenizer.train(texts, vocab_size=120).fingerprint == trained.fingerprint
+
+
+def test_training_a_tokenizer_refuses_one_text_and_too_few_ids() -> None:
+    with pytest.raises(TypeError, match="got one str"):
+        Tokenizer.train("the cat", vocab_size=200)
+    with pytest.raises(ValueError, match="vocab_size=50 is too small: .* need 100 ids"):
+        Tokenizer.train(["the cat"], vocab_size=50)
+
+
 def test_tok_see_shows_each_token_by_itself(whole: Tokenizer) -> None:
     text = "Once upon\n a time"
     strings = whole.tok_see(text, symbolic_spaces=False, symbolic_newlines=False)

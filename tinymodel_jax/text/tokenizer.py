@@ -2,14 +2,14 @@
 
 The ids equal those of the reference package on everything that it can encode; docs/tokenizer.md lists the inputs on
 which it fails or drops text. A batch gives the same tokens as its stories one by one. Calls need no network, and
-importing this file loads neither JAX nor a vocabulary. Nothing here downloads files, trains a BPE or filters stories;
-`keep_story` says which stories the reference drops.
+importing this file loads neither JAX nor a vocabulary. Nothing here downloads files or filters stories; `keep_story`
+says which stories the reference drops.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeGuard, overload
 
 import numpy as np
@@ -20,6 +20,7 @@ from tokenizers import pre_tokenizers
 
 from tinymodel_jax.runtime.paths import user_path
 from tinymodel_jax.text.tokenizer_files import SPECIAL_TOKENS, read_gpt2, read_saved, saved_form, write_saved
+from tinymodel_jax.text.tokenizer_training import SMALLEST_VOCABULARY, train_bpe
 from tinymodel_jax.text.transliteration import to_ascii
 
 TokenIds = int | Sequence[Any] | npt.ArrayLike
@@ -99,6 +100,36 @@ class Tokenizer:
         Source: ids are ranks by frequency in TinyStoriesV2 (noanabeshima/tiny_model); BPE of openai-community/gpt2.
         """
         return cls(*read_gpt2(user_path(dir_or_file)))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train a byte-level BPE on texts, which are cleaned first.
+
+        Printable ASCII characters, space and newline always have an id. With the same version of `tokenizers`, the same
+        texts give the same tokenizer.
+
+        Args:
+            texts: stories, read once.
+            vocab_size: largest number of model ids, the four special ones included; few texts give fewer.
+
+        Raises:
+            TypeError: `texts` is one str.
+            ValueError: `vocab_size` has no room for the single characters and the special tokens.
+
+        Example:
+            >>> from tinymodel_jax import Tokenizer
+            >>> tokenizer = Tokenizer.train(["the cat sat on the mat"] * 9, vocab_size=110)
+            >>> tokenizer.tok_see("the cat")
+            ['the', '⋅cat']
+        """
+        if isinstance(texts, str):
+            raise TypeError("Tokenizer.train takes several texts, such as the lines of a file, got one str.")
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size={vocab_size} is too small: single characters and special tokens need "
+                f"{SMALLEST_VOCABULARY} ids."
+            )
+        return cls(train_bpe(map(clean_text, texts), vocab_size))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "Tokenizer":

@@ -2,6 +2,7 @@
 
     from tinymodel_jax.training import recipe_preset, train_on_arrays       # a dictionary, on arrays
     from tinymodel_jax.training import init_state, train_step, finalize     # a loop over dictionary steps
+    from tinymodel_jax.training import stack_members, sweep_step, member_of # the same for a sweep of dictionaries
     from tinymodel_jax.training import lm_step, open_data, host_batch       # a loop over a language model's steps
 
 The names exported here train dictionaries and read data; each is imported on first use. The language model's step is
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from tinymodel_jax.training.dictionary_state import ActivationStatistics as ActivationStatistics
     from tinymodel_jax.training.dictionary_state import finalize as finalize
     from tinymodel_jax.training.dictionary_state import init_state as init_state
+    from tinymodel_jax.training.dictionary_step import member_of as member_of
     from tinymodel_jax.training.dictionary_step import settle_threshold as settle_threshold
+    from tinymodel_jax.training.dictionary_step import stack_members as stack_members
+    from tinymodel_jax.training.dictionary_step import sweep_step as sweep_step
     from tinymodel_jax.training.dictionary_step import threshold_batches as threshold_batches
     from tinymodel_jax.training.dictionary_step import train_step as train_step
     from tinymodel_jax.training.warm_start import start_from as start_from
@@ -37,6 +41,9 @@ _HOMES = {
     "init_state": "dictionary_state",
     "start_from": "warm_start",
     "train_step": "dictionary_step",
+    "sweep_step": "dictionary_step",
+    "stack_members": "dictionary_step",
+    "member_of": "dictionary_step",
     "settle_threshold": "dictionary_step",
     "threshold_batches": "dictionary_step",
     "finalize": "dictionary_state",

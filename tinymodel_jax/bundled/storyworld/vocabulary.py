@@ -9,14 +9,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinymodel_jax.bundled.storyworld.generator import Story, stories
 from tinymodel_jax.text.tokenizer import Tokenizer
-from tinymodel_jax.text.tokenizer_files import SPECIAL_TOKENS
 
 VOCAB_SIZE = 1024
 """Number of ids, including the four special ones."""
@@ -24,26 +19,11 @@ TOKENIZER_SEED = 0
 TOKENIZER_STORIES = 20_000
 """The bundled tokenizer was trained on the first stories of this seed."""
 _FOLDER = Path(__file__).parent / "tokenizer"
-# Printable ASCII, space and newline in a byte-level BPE. Other characters become [UNK].
-_ALPHABET = [*map(chr, range(ord("!"), ord("~") + 1)), "Ġ", "Ċ"]
 
 
 def train_tokenizer(count: int = TOKENIZER_STORIES) -> Tokenizer:
     """Train a byte-level BPE of `VOCAB_SIZE` ids on the first `count` stories of `TOKENIZER_SEED`."""
-    bpe: Any = tokenizers.Tokenizer(models.BPE(unk_token="[UNK]"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer: Any = trainers.BpeTrainer
-    bpe.train_from_iterator(
-        (story.text for story in stories(TOKENIZER_SEED, count)),
-        trainer(
-            vocab_size=VOCAB_SIZE,
-            initial_alphabet=_ALPHABET,
-            special_tokens=list(SPECIAL_TOKENS),
-            show_progress=False,
-        ),
-    )
-    return Tokenizer(bpe)
+    return Tokenizer.train((story.text for story in stories(TOKENIZER_SEED, count)), VOCAB_SIZE)
 
 
 @functools.cache
