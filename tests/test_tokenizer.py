@@ -471,7 +471,7 @@ def test_a_trained_tokenizer_merges_frequent_words_and_reads_any_ascii_text() ->
 def test_training_a_tokenizer_refuses_one_text_and_too_few_ids() -> None:
     with pytest.raises(TypeError, match="got one str"):
         Tokenizer.train("the cat", vocab_size=200)
-    with pytest.raises(ValueError, match="vocab_size=50 is too small: .* need 100 ids"):
+    with pytest.raises(ValueError, match=r"vocab_size=50 is too small: .* need 100 ids"):
         Tokenizer.train(["the cat"], vocab_size=50)
 
 
