@@ -123,6 +123,15 @@ def plot_patching(found: Patching, tokens: Sequence[str] | None = None, title: s
 
     Raises:
         ValueError: `tokens` has another number of tokens than the prompts.
+
+    Example:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import patching, report
+        >>> lm = TinyModel("mini")
+        >>> found = patching.patch(lm, "Once upon", "Once there", "hook_resid_pre", metric="next_logprob")
+        >>> figure = report.plot_patching(found, lm.to_str_tokens("Once upon"))
+        >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        ['0 [BEGIN]', '1 Once', '2 upon']
     """
     tables, rows = {}, {}
     for table in found.tables:
@@ -161,6 +170,14 @@ def plot_attribution(
 
     Raises:
         IndexError: there is no such token, row or position.
+
+    Example:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import direct_logit_attribution, report
+        >>> found = direct_logit_attribution(TinyModel("mini"), "Once upon a time", ",")
+        >>> figure = report.plot_attribution(found, parts=3, title="logit of ','")
+        >>> len(figure.axes[0].patches)  # three parts, and the sum of all others
+        4
     """
     values = found.values[:, row, position]
     numbers = values[:, token] if minus is None else values[:, token] - values[:, minus]

@@ -28,6 +28,13 @@ def show_activations(reader: FeatureReader, tok_ids: Any, indices: Indices = Non
 
     Raises:
         ValueError: as a call of `reader`.
+
+    Example:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import report
+        >>> shown = report.show_activations(TinyModel("mini")["M2"], "The dog was sad.", [3, 5])
+        >>> "M2N3" in shown.html and "M2N5" in shown.html
+        True
     """
     ids = np.atleast_2d(reader.lm.to_tokens(tok_ids))
     acts = np.asarray(reader(ids, indices), np.float32)
