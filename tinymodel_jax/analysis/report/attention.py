@@ -30,7 +30,8 @@ def attention_patterns(
 
     Args:
         text: one text, or token ids (seq,) or (1, seq).
-        layer: the layer whose heads are shown; None shows all layers, which takes more space for a long text.
+        layer: the layer whose heads are shown; None shows all layers. A head takes n (n + 1) bytes for n tokens, so
+            choose a layer for a long text.
         hooks: edits, as `lm.run_with_hooks` takes them; the patterns are those after the edits.
 
     Raises:

@@ -3,6 +3,7 @@ const { tokens, layers, ...data } = JSON.parse(document.getElementById("data").t
 // Layer, head -> the rows of the pattern one after the other, in parts per thousand, without what is above the diagonal.
 const patterns = data.patterns.map((heads) => heads.map((text) => text.match(/../g).map((pair) => parseInt(pair, 36))));
 const SHOWN = 5; // keys that the panel lists
+const PIXELS = 44; // of a thumbnail, at most
 const root = document.documentElement;
 let query = tokens.length - 1;
 let kept = false; // whether the query stays, whatever the pointer passes over
@@ -17,15 +18,23 @@ function open() {
     if (largest > most) [most, place, head] = [largest, i, h];
   }));
 }
+// A pixel is the largest attention of the queries and keys that share it, so that few places of a long text stay visible.
 function thumbnail(flat) {
-  const canvas = element("canvas", { width: tokens.length, height: tokens.length, "aria-hidden": "true" });
-  const context = canvas.getContext("2d");
-  const colour = getComputedStyle(root).getPropertyValue("--accent");
+  const size = Math.min(tokens.length, PIXELS);
+  const largest = new Map();
   for (let row = 0, i = 0; row < tokens.length; row += 1)
     for (let key = 0; key <= row; key += 1, i += 1) {
-      context.fillStyle = `rgba(${colour}, ${flat[i] / 1000})`;
-      context.fillRect(key, row, 1, 1);
+      const pixel = [row, key].map((at) => Math.floor((at * size) / tokens.length)).join();
+      largest.set(pixel, Math.max(largest.get(pixel) ?? 0, flat[i]));
     }
+  const canvas = element("canvas", { width: size, height: size, "aria-hidden": "true" });
+  const context = canvas.getContext("2d");
+  const colour = getComputedStyle(root).getPropertyValue("--accent");
+  for (const [pixel, most] of largest) {
+    const [y, x] = pixel.split(",");
+    context.fillStyle = `rgba(${colour}, ${most / 1000})`;
+    context.fillRect(x, y, 1, 1);
+  }
   return canvas;
 }
 function drawHeads() {
