@@ -369,7 +369,7 @@ def test_a_file_with_another_checksum_than_the_published_one_is_refused(
 
 
 def test_the_published_checksums_are_those_of_the_documentation() -> None:
-    text = (REPOSITORY / "docs/hub.md").read_text("utf-8")
+    text = (REPOSITORY / "docs/how-to/work-offline.md").read_text("utf-8")
     assert all(f"`{name}`" in text and sha256 in text for name, sha256 in PUBLISHED_SHA256.items())
 
 

@@ -71,6 +71,6 @@ def test_only_tests_need_unidecode(requirements: dict[str, set[str]]) -> None:
 
 
 def test_the_page_of_licences_lists_every_direct_dependency(requirements: dict[str, set[str]]) -> None:
-    page = (REPOSITORY / "docs/licences.md").read_text("utf-8")
+    page = (REPOSITORY / "docs/reference/licences.md").read_text("utf-8")
     listed = {canonical(name) for name in re.findall(r"[\w-]+", page)}
     assert requirements["core"] | requirements["hub"] | requirements["train"] <= listed

@@ -77,7 +77,7 @@ HELD_OUT_ROWS = 512
 SAMPLE_TOKENS = 60
 _WHOLE_PRODUCTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 """Option of the TPU compiler. Otherwise, it splits the products that compute scattered gradients into rings of small
-ones, which its own estimate makes a fifth slower (docs/tpu.md)."""
+ones, which its own estimate makes a fifth slower (docs/results/tpu.md)."""
 MAY_CHANGE = ("save_every", "eval_every", "mesh", "fsdp", "shard_optimizer", "source")
 
 

@@ -31,7 +31,7 @@ FLAT = ModelConfig(n_layers=1, d_model=4, n_heads=4, d_mlp=16, n_ctx=9, d_vocab=
 
 
 def their_model(config: dict[str, Any], state: dict[str, Any]) -> Any:
-    """Load a model as docs/coming_from.md shows it, in either version."""
+    """Load a model as docs/coming-from/transformer-lens.md shows it, in either version."""
     if IS_VERSION_3:
         model = transformer_lens.HookedTransformer(config)
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -122,7 +122,7 @@ def test_an_edit_at_a_hook_point_has_the_same_effect(pair: tuple[TinyModel, Any,
 
 
 def test_a_model_that_is_saved_there_is_the_same_here(tmp_path: Path) -> None:
-    """From memory, and from the files of docs/coming_from.md: through the converter, and directly."""
+    """From memory, and from the files of docs/coming-from/transformer-lens.md: through the converter, and directly."""
     lm = TinyModel.from_params(WIDE, random_params(param_shapes(WIDE), 0))
     theirs = loaded(lm)
     for parameter in theirs.parameters():
@@ -162,7 +162,7 @@ def test_the_exported_files_load_there(tmp_path: Path, file: str) -> None:
 
 
 def test_the_code_of_the_page_loads_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "coming-from" / "transformer-lens.md").read_text(encoding="utf-8")
     version_3, version_4, saves = [code for code in re.findall(r"```py\n(.*?)```", page, re.S) if "model" in code][:3]
     monkeypatch.chdir(tmp_path)
     TinyModel("mini").save_pretrained("ours")

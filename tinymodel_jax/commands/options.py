@@ -166,7 +166,7 @@ def dictionary_folders(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(
             f"--dictionaries {folder} holds no dictionary: there is no {DICTIONARY_FILE} in it, nor the files of a "
-            "dictionary of another library (docs/interop.md)."
+            "dictionary of another library (docs/reference/files.md)."
         )
     return [folder] if found[0] == folder else found
 

@@ -117,8 +117,8 @@ class Dictionary:
         Args:
             path_or_name: a folder written by `save_pretrained`, a file with the reference's names (`.pt`,
                 `.safetensors`), what SAELens, dictionary_learning, sparsify or circuit-tracer wrote (recognized by its
-                content, docs/interop.md), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION` where
-                needed), or the tag of a published dictionary.
+                content, docs/reference/files.md), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION`
+                where needed), or the tag of a published dictionary.
             site: the dictionary's tag, such as "M2". Files that store no site need it.
         """
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above

@@ -232,7 +232,8 @@ def read_dictionary(path_or_name: str | os.PathLike[str], site: Site | None = No
     if not (path / DICTIONARY_FILE).is_file():
         raise FileNotFoundError(
             f"{path} holds no dictionary: it has neither {DICTIONARY_FILE} nor all files of a format of "
-            f"{', '.join(LIBRARIES)} (docs/interop.md). It holds {listed(sorted(p.name for p in path.iterdir()))}."
+            f"{', '.join(LIBRARIES)} (docs/reference/files.md). It holds "
+            f"{listed(sorted(p.name for p in path.iterdir()))}."
         )
     config = read_config("dictionary", DictionaryConfig, path)
     return Dictionary(config, read_safetensors(path / DICTIONARY_FILE))

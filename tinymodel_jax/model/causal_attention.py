@@ -4,7 +4,7 @@ On CPUs, and everywhere for long contexts, no (batch, head, query, key) array is
 against the keys up to the end of its part of the context. So most scores above the diagonal are not computed, and
 memory grows with the context, not with its square. Derivatives, forward and reverse, compute the pattern again from the
 softmax's normalizers instead of keeping it. Accelerators compute all scores of a short context at once, which the TPU
-compiler estimates to be faster (`docs/tpu.md`).
+compiler estimates to be faster (`docs/results/tpu.md`).
 
 Source: FlashAttention-2 (Dao 2023, sections 3.1 and 3.2): the normalizers that are kept, and the gradient.
 """

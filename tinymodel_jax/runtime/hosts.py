@@ -1,7 +1,7 @@
 """How the processes of one program, on one machine or many, connect and end.
 
-All processes run the same program with the same arguments. SLURM, gcloud or a shell starts them: docs/clusters.md.
-What they find out together is in `collectives.py`. An error in one of them ends all.
+All processes run the same program with the same arguments. SLURM, gcloud or a shell starts them
+(docs/how-to/several-gpus.md). What they find out together is in `collectives.py`. An error in one of them ends all.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Text to and from TinyModel's token ids: a byte-level BPE followed by a table of the ids that the model knows.
 
-The ids equal those of the reference package on everything that it can encode; docs/tokenizer.md lists the inputs on
-which it fails or drops text. A batch gives the same tokens as its stories one by one. Calls need no network, and
-importing this file loads neither JAX nor a vocabulary. Nothing here downloads files or filters stories; `keep_story`
-says which stories the reference drops.
+The ids equal those of the reference package on everything that it can encode; docs/coming-from/the-original.md lists
+the inputs on which it fails or drops text. A batch gives the same tokens as its stories one by one. Calls need no
+network, and importing this file loads neither JAX nor a vocabulary. Nothing here downloads files or filters stories;
+`keep_story` says which stories the reference drops.
 """
 
 import hashlib

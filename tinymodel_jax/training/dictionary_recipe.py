@@ -225,7 +225,7 @@ def recipe_preset(
 ) -> DictionaryRecipe:
     """Return the recipe of a preset with some fields changed.
 
-    `house` is this package's recipe, tuned on activations of small TinyStories models (docs/training_dictionaries.md).
+    `house` is this package's recipe, tuned on activations of small TinyStories models (docs/results/training.md).
     Encoder rows start at norm 1, because features with smaller rows are shut out by the first that grow; decoder rows
     start at norm 0.1. The learning rate falls with the square root of the dictionary's size, from 4e-3 at 1,024
     features. A feature is dead after 10 million silent inputs, or a fortieth of a shorter training; with `relu` and
