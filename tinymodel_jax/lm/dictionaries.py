@@ -224,7 +224,7 @@ class FeatureReader:
         Raises:
             ValueError: as a call.
 
-        Example:
+        Examples:
             >>> from tinymodel_jax import TinyModel
             >>> shown = TinyModel("mini")["M2N304"].show("The dog was scared.")
             >>> "largest activation" in shown.html

@@ -116,7 +116,7 @@ class Tokenizer:
             TypeError: `texts` is one str.
             ValueError: `vocab_size` has no room for the single characters and the special tokens.
 
-        Example:
+        Examples:
             >>> from tinymodel_jax import Tokenizer
             >>> tokenizer = Tokenizer.train(["the cat sat on the mat"] * 9, vocab_size=110)
             >>> tokenizer.tok_see("the cat")

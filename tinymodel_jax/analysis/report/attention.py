@@ -37,7 +37,7 @@ def attention_patterns(
     Raises:
         ValueError: there are several texts, the layer does not exist, or as `lm.run_with_hooks`.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import report
         >>> shown = report.attention_patterns(TinyModel("mini"), "Once upon a time", layer=3)

@@ -40,7 +40,7 @@ def plot_pareto(
     Raises:
         ValueError: there are no records.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax.analysis import report
         >>> results = {"l0": 8.0, "explained_variance": 0.9}
         >>> figure = report.plot_pareto([{"site": "M2", "results": results}])
@@ -76,7 +76,7 @@ def plot_logit_lens(
     Raises:
         ValueError: there are several texts, no position is chosen, or as `logit_lens`.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import report
         >>> figure = report.plot_logit_lens(TinyModel("mini"), "Once upon a time", positions=slice(1, None))
@@ -124,7 +124,7 @@ def plot_patching(found: Patching, tokens: Sequence[str] | None = None, title: s
     Raises:
         ValueError: `tokens` has another number of tokens than the prompts.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import patching, report
         >>> lm = TinyModel("mini")
@@ -171,7 +171,7 @@ def plot_attribution(
     Raises:
         IndexError: there is no such token, row or position.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import direct_logit_attribution, report
         >>> found = direct_logit_attribution(TinyModel("mini"), "Once upon a time", ",")

@@ -29,7 +29,7 @@ def show_activations(reader: FeatureReader, tok_ids: Any, indices: Indices = Non
     Raises:
         ValueError: as a call of `reader`.
 
-    Example:
+    Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import report
         >>> shown = report.show_activations(TinyModel("mini")["M2"], "The dog was sad.", [3, 5])
