@@ -1,46 +1,11 @@
 """Which file may import which: the package's layers, and what importing it may load."""
 
-import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-
-LAYERS = {
-    # 0: names, shapes and rules; how programs run here
-    "config": 0,
-    "json_config": 0,
-    "number_formats": 0,
-    "block_order": 0,
-    "params": 0,
-    "runtime": 0,
-    # 1: texts as rows of ids; dictionaries and their sites
-    "text": 1,
-    "dictionaries": 1,
-    # 2: the transformer and what runs it
-    "model": 2,
-    # 3: data that comes with the package
-    "bundled": 3,
-    # 4: files and the network
-    "io": 4,
-    # 5: the façade, and training without it
-    "lm": 5,
-    "training": 5,
-    # 6: what is built on it
-    "analysis": 6,
-    # 7: commands
-    "commands": 7,
-    "__main__": 7,
-    # 8: programs that are run from a clone
-    "convert_torch_weights": 8,
-    "train": 8,
-}
-"""A module or folder, and its layer. A file imports lower layers and its own folder."""
+from layers import LAYERS, ROOT, files, imports, our_imports, unit_of
 
 SIBLINGS = {
     # what the configurations are made of
@@ -61,45 +26,6 @@ UPWARD = {
 
 FORBIDDEN = {"torch": (), "optax": ("training",), "orbax": ("train", "training")}
 """Packages that only the given units may import."""
-
-
-def files() -> list[Path]:
-    paths = [*ROOT.glob("tinymodel_jax/**/*.py"), *ROOT.glob("train/**/*.py"), ROOT / "convert_torch_weights.py"]
-    return sorted(path for path in paths if path != ROOT / "tinymodel_jax/__init__.py")
-
-
-def unit_of(path: Path) -> str:
-    """Return the module or folder of the table that a file belongs to."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[1] if parts[0] == "tinymodel_jax" else parts[0]
-
-
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the dotted name of everything a file imports, and whether it does so later than when it is imported.
-
-    Later is inside a function, or never, for annotations only.
-    """
-    tree = ast.parse(path.read_text("utf-8"))
-    later = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    later += [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    inside = {id(child) for node in later for child in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the layer; write the package's name"
-            yield from ((f"{node.module}.{alias.name}", id(node) in inside) for alias in node.names)
-
-
-def our_imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the unit of the table behind each of a file's imports of this project, and whether it is one for later."""
-    for name, is_later in imports(path):
-        parts = name.split(".")
-        if parts[0] == "tinymodel_jax":
-            # `from tinymodel_jax import TinyModel` goes through the public names, which include the façade
-            yield (parts[1] if len(parts) > 1 and parts[1] in LAYERS else "lm"), is_later
-        elif parts[0] in ("train", "convert_torch_weights"):
-            yield parts[0], is_later
 
 
 def test_every_file_has_a_layer():
