@@ -128,14 +128,14 @@ def draw(path: Path) -> None:
             )
     for unit, (x, y) in places.items():
         box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": "#3b6fb6"}
-        axes.text(x, y - 0.1, _shown(unit), ha="center", va="center", fontsize=9, family="monospace", bbox=box)
+        axes.text(x, y - 0.1, shown(unit), ha="center", va="center", fontsize=9, family="monospace", bbox=box)
     axes.set(xlim=(0, 1), ylim=(-0.5, len(TITLES) - 0.5))
     axes.axis("off")
     with mpl.rc_context({"svg.hashsalt": "layers", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _shown(unit: str) -> str:
+def shown(unit: str) -> str:
     folder = ROOT / unit if LAYERS[unit] == len(TITLES) - 1 else ROOT / "tinymodel_jax" / unit
     return f"{unit}/" if folder.is_dir() else f"{unit}.py"
 

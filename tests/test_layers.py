@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from layers import LAYERS, ROOT, files, imports, our_imports, unit_of
+from layers import LAYERS, ROOT, TITLES, draw, files, imports, our_imports, shown, unit_of
 
 SIBLINGS = {
     # what the configurations are made of
@@ -116,3 +116,10 @@ def test_interventions_are_imported_from_the_package():
     from tinymodel_jax import interventions
 
     assert interventions.Add.__module__.startswith("tinymodel_jax.model.")
+
+
+def test_the_picture_names_every_layer_and_unit(tmp_path):
+    draw(tmp_path / "layers.svg")
+    for picture in (tmp_path / "layers.svg", ROOT / "docs/images/layers.svg"):
+        text = picture.read_text("utf-8")
+        assert not [name for name in (*TITLES, *map(shown, LAYERS)) if name not in text]
