@@ -1,9 +1,9 @@
 """Name copying in the bundled model: circuits of several sizes, what their nodes are, and why the head looks there.
 
-    python benchmarks/name_copying.py --pictures docs
+    python benchmarks/name_copying.py --pictures docs/results
 
 The circuits are found on some stories of the story world and scored on others; nothing in the package was trained on
-either. With `--pictures`, it draws the pictures of docs/name_copying.md.
+either. With `--pictures`, it draws the pictures of docs/results/name-copying.md.
 """
 
 import time

@@ -544,7 +544,7 @@ def test_the_fingerprint_changes_with_the_grammar(tmp_path: Path, monkeypatch: p
 
 
 def test_the_page_lists_every_concept() -> None:
-    page = (Path(__file__).parent.parent / "docs/storyworld.md").read_text("utf-8")
+    page = (Path(__file__).parent.parent / "docs/concepts/story-world.md").read_text("utf-8")
     listed = re.findall(r"^\| `([a-z_.]+)` \| (.*) \|$", page, flags=re.MULTILINE)
     assert dict(listed) == storyworld.CONCEPTS
 

@@ -191,7 +191,8 @@ def _check_options(site: str, top: int, limit: int, questions: tuple[Any, ...], 
 
         close = ", ".join(difflib.get_close_matches(concept, CONCEPTS, cutoff=0.3)) or "none"
         raise ValueError(
-            f"--concept {concept} is not a concept of the story world. Closest: {close}. All: docs/storyworld.md."
+            f"--concept {concept} is not a concept of the story world. Closest: {close}. "
+            "All: docs/concepts/story-world.md."
         )
     if data != STORY_WORLD:
         raise ValueError(f"--concept {concept}: only the story world's tokens have known concepts; leave --data out.")

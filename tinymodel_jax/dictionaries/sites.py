@@ -101,7 +101,8 @@ class Site:
         if match is None:
             close = f" Closest: {', '.join(_closest(tag))}." if isinstance(tag, str) else ""
             raise ValueError(
-                f"{tag!r:.80} is not a dictionary tag, such as 'M1' or 'Ra0N12'.{close} All: docs/dictionaries.md."
+                f"{tag!r:.80} is not a dictionary tag, such as 'M1' or 'Ra0N12'.{close} "
+                "All: docs/concepts/sites-and-tags.md."
             )
         feature = match["feature"]
         if match["hook"] is None:
