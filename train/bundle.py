@@ -151,8 +151,8 @@ def _card(work: Path, model: TinyModel, rows: np.ndarray, language_model: str) -
 `TinyModel("mini")`: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads, d_mlp {cfg.d_mlp}, context
 {cfg.n_ctx}, {cfg.d_vocab} ids, {cfg.n_params:,} parameters; trained on the story world
 (docs/concepts/story-world.md), with a dictionary at every site. float16 on disk, float32 in use.
-`python -m train bundle DEST --work WORK` makes both from scratch; with `--model mini` it keeps the language model and makes
-new dictionaries.
+`python -m train bundle DEST --work WORK` makes both from scratch; with `--model mini` it keeps the language model and
+makes new dictionaries.
 
 {language_model}
 - Dictionaries: `batch_topk`, {N_FEATURES} features, k {K}, recipe `house`, {DICTIONARY_STEPS:,} steps of 4,096
