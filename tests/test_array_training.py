@@ -218,6 +218,29 @@ def test_a_state_of_another_optimizer_is_an_error_that_says_what_to_do() -> None
         train_step(state, recipe.hyper(), jnp.asarray(x), recipe=recipe, optimizer=optax.sgd(1e-3))
 
 
+def test_a_dictionary_knows_the_site_that_its_arrays_come_from() -> None:
+    x = planted(40)
+    sae, _ = train_on_arrays(x, recipe=RECIPE, site="Rm2")
+    transcoder, _ = train_on_arrays(x, x, recipe=RECIPE, site="M2")
+    assert (sae.config.hook_in, sae.config.hook_out) == ("blocks.2.hook_resid_mid",) * 2
+    assert (transcoder.config.hook_in, transcoder.config.hook_out) == ("blocks.2.hook_mlp_in", "blocks.2.hook_mlp_out")
+
+
+@pytest.mark.parametrize(
+    ("tag", "with_targets", "message"),
+    [
+        ("M2", False, "site='M2' is not that of an SAE, as y is not given, at one hook point"),
+        ("Rm2", True, "site='Rm2' is not that of a transcoder, as y is given"),
+        ("Ra0+Ra1", False, "is not that of an SAE"),
+        ("M2N5", True, "site='M2N5' names a feature"),
+    ],
+)
+def test_a_site_that_does_not_fit_the_arrays_is_an_error(tag: str, with_targets: bool, message: str) -> None:
+    x = planted(40)
+    with pytest.raises(ValueError, match=message):
+        train_on_arrays(x, x if with_targets else None, recipe=RECIPE, site=tag)
+
+
 def test_progress_passes_through_the_callers_track() -> None:
     seen = []
 

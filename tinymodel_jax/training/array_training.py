@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tinymodel_jax.config import split_hooks
 from tinymodel_jax.dictionaries.dictionary import Dictionary
 from tinymodel_jax.dictionaries.readers import Reader
+from tinymodel_jax.dictionaries.sites import Site
 from tinymodel_jax.runtime.compilation import fast_compiler_options
 from tinymodel_jax.runtime.progress import Track, no_progress
 from tinymodel_jax.training.data import batch_indices
@@ -35,6 +37,7 @@ def train_on_arrays(
     y: np.ndarray | None = None,
     *,
     recipe: DictionaryRecipe,
+    site: str | None = None,
     seed: int = 0,
     init_from: Dictionary | Reader | None = None,
     track: Track = no_progress,
@@ -46,6 +49,8 @@ def train_on_arrays(
     Args:
         x: activations (rows, d_in) of any floating-point type, in memory or memory-mapped.
         y: targets (rows, d_out) of a transcoder; None trains an SAE.
+        site: tag of the place that the arrays come from, such as "Rm2", which the dictionary stores; None stores the
+            hook points "x" and "y".
         seed: seed of the initial parameters and of the order of the rows.
         init_from: a dictionary of the same sizes to start from, or `lm["M2"]`; None starts at random.
         track: wraps the iterator over steps, for example with a progress bar.
@@ -54,14 +59,16 @@ def train_on_arrays(
         optimizer: any optax transformation, instead of the recipe's clipping, Adam and learning rate.
 
     Returns:
-        The dictionary, with hook points "x" (and "y"), and every metric of `train_step` as an array over steps.
+        The dictionary, and every metric of `train_step` as an array over steps.
 
     Raises:
         ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
-            `init_from` is not a dictionary or does not fit; the training diverges.
+            `site` is not the tag of an SAE of one hook point, or with `y` of a transcoder; `init_from` is not a
+            dictionary or does not fit; the training diverges.
     """
     x, y = np.asarray(x), None if y is None else np.asarray(y)
     _check(x, y)
+    hooks = _hooks(site, is_sae=y is None)
     statistics = array_statistics(x, seed), None if y is None else array_statistics(y, seed)
     state = init_state(jax.random.key(seed), recipe, *statistics, optimizer=optimizer)
     if init_from is not None:
@@ -85,7 +92,7 @@ def train_on_arrays(
         for i in range(threshold_batches(recipe.batch_size)):
             rows = batch_indices(len(x), recipe.batch_size, seed, recipe.steps + i)
             state = settle(state, hyper, to_device(x[rows]), jnp.int32(i))
-    config, params = finalize(state, recipe, "x", "x" if y is None else "y")
+    config, params = finalize(state, recipe, *hooks)
     recorded = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
     return Dictionary.from_params(config, params), recorded
 
@@ -124,6 +131,17 @@ def require_finite_rows(array: np.ndarray, name: str) -> None:
                 f"{name}: row {start + bad[0]} (the first is 0) contains {value}; training needs finite numbers whose "
                 "squares do not overflow float32. Leave the row out, or correct its source."
             )
+
+
+def _hooks(tag: str | None, is_sae: bool) -> tuple[str, str]:
+    """Return the hook points of the input and of the target."""
+    if tag is None:
+        return "x", "x" if is_sae else "y"
+    site = Site.whole(tag, "train_on_arrays: site=")
+    if len(split_hooks(site.hook_in)) > 1 or (site.hook_in == site.hook_out) != is_sae:
+        wanted = "an SAE, as y is not given" if is_sae else "a transcoder, as y is given"
+        raise ValueError(f"train_on_arrays: site={tag!r} is not that of {wanted}, at one hook point.")
+    return site.hook_in, site.hook_out
 
 
 def _require_finite_step(metrics: dict[str, jax.Array], step: int) -> None:
