@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from tinymodel_jax.text.tokenizer import keep_story as keep_story
 
     tokenizer: Tokenizer
+    """The published model's tokenizer, read from the cache, the hub or `TINYMODEL_TOKENIZER` when it is first used."""
 
 __version__ = "0.1.0"
+"""Version of the package."""
 
 _HOMES = {
     # The model as an object

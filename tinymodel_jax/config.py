@@ -29,6 +29,13 @@ class ModelConfig(JsonConfig):
     """Shape and number formats of one TinyModel transformer. The defaults are the published 44M model's.
 
     Source: the reference's published checkpoints (noanabeshima/tiny_model).
+
+    Examples:
+        >>> from tinymodel_jax import ModelConfig
+        >>> ModelConfig().n_params
+        43896592
+        >>> ModelConfig(n_layers=2, d_model=64, n_heads=4, d_mlp=256, d_vocab=1024).d_head
+        16
     """
 
     n_layers: int = 4
@@ -133,6 +140,13 @@ class DictionaryConfig(JsonConfig):
     joined by "+" in the order of the forward pass, make a crosscoder, which is an SAE of their concatenated values, or
     a cross-layer transcoder: feature i is of layer `i // features_per_layer`, reads only the layer's hook point of
     `hook_in`, and writes to that of `hook_out` and to those of later layers.
+
+    Examples:
+        >>> from tinymodel_jax import DictionaryConfig
+        >>> hook = "blocks.0.hook_resid_pre"
+        >>> config = DictionaryConfig(hook, hook, d_in=128, d_out=128, n_features=512, architecture="topk", k=16)
+        >>> config.is_transcoder
+        False
     """
 
     hook_in: str

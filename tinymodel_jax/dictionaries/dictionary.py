@@ -38,10 +38,22 @@ class Dictionary:
 
     A dictionary from `from_pretrained` or `from_params` is called directly. `Dictionary(config)` has no parameters; use
     it like a Linen module, through `init` and `apply`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> dictionary = lm["M1"].dictionary
+        >>> _, kept = lm.run_with_cache("The dog ran", dictionary.config.hook_in, return_logprobs=False)
+        >>> x = kept[dictionary.config.hook_in]
+        >>> acts = dictionary.encode(x)
+        >>> acts.shape, dictionary.decode(acts).shape
+        ((1, 4, 511), (1, 4, 128))
     """
 
     config: DictionaryConfig = struct.field(pytree_node=False)
+    """Shape, architecture and hook points."""
     params: dict[str, Any] = struct.field(default_factory=dict)
+    """Parameters by name: `W_enc` (d_in, n_features), `W_dec` (n_features, d_out), `b_dec`, and the architecture's."""
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Return the prediction of the value at `hook_out`.
@@ -100,6 +112,13 @@ class Dictionary:
 
         Raises:
             ValueError: the directions are not a table of finite numbers with at least one row.
+
+        Examples:
+            >>> import numpy as np
+            >>> from tinymodel_jax import Dictionary
+            >>> neurons = Dictionary.from_directions("blocks.1.mlp.hook_post", np.eye(512))
+            >>> neurons.config.n_features, neurons.config.architecture
+            (512, 'relu')
         """
         rows = np.asarray(directions)
         if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "fiu" or not np.isfinite(rows).all():
@@ -120,6 +139,12 @@ class Dictionary:
                 content, docs/reference/files.md), one of these on the hub (`hub:OWNER/NAME/PATH`, with `@REVISION`
                 where needed), or the tag of a published dictionary.
             site: the dictionary's tag, such as "M2". Files that store no site need it.
+
+        Examples:
+            >>> from tinymodel_jax import Dictionary, TinyModel
+            >>> TinyModel("mini")["M2"].dictionary.save_pretrained("M2")
+            >>> Dictionary.from_pretrained("M2").config.n_features
+            512
         """
         from tinymodel_jax.io.artifacts import load_dictionary  # loading is a layer above
 
@@ -131,7 +156,12 @@ class Dictionary:
         return dict(_InitialParams(self.config).init(key))
 
     def apply(self, variables: Mapping[str, Any], *args: Any, method: str = "__call__", **kwargs: Any) -> Array:
-        """Call a method with the parameters of `variables`, as a Linen module does."""
+        """Call a method with the parameters of `variables`, as a Linen module does.
+
+        Args:
+            variables: `{"params": …}`, as `init` returns it.
+            method: name of the method; positional and keyword arguments (`args`, `kwargs`) are passed on to it.
+        """
         return getattr(Dictionary(self.config, variables["params"]), method)(*args, **kwargs)
 
     def with_features(self, indices: Indices) -> Dictionary:
@@ -143,6 +173,12 @@ class Dictionary:
             ValueError: no features are given, or fewer than topk's k, an index is out of range or repeated, the
                 architecture is groupmax, whose groups would change, or the features of a cross-layer transcoder would
                 change their layer.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm["M2"].dictionary.with_features(slice(64)).config.n_features
+            64
         """
         if self.config.architecture == "groupmax":
             raise ValueError("with_features: a groupmax dictionary compares all features of a group; keep it whole.")
@@ -169,6 +205,13 @@ class Dictionary:
 
         Raises:
             ValueError: a feature or `n` is out of range.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> near = lm["M2"].dictionary.neighbours(304, n=3)
+            >>> near.features.shape, bool(near.cosine[0] >= near.cosine[1])
+            ((3,), True)
         """
         W_dec, chosen = self._known_params()["W_dec"], resolve_indices(feature, self.config.n_features)
         return nearest_rows(W_dec, np.arange(len(W_dec)) if chosen is None else chosen, n)

@@ -20,6 +20,7 @@ class Neighbours(NamedTuple):
     """The nearest features, nearest first. With one feature, the arrays have no first axis."""
 
     features: Int[np.ndarray, "*chosen n"]
+    """Indices of the neighbours."""
     cosine: Float[np.ndarray, "*chosen n"]
     """Cosine of the two decoder directions; 0 if one of them is zero."""
 

@@ -68,7 +68,16 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class Site:
-    """Where a dictionary is attached: a kind (`A M T Mo Ra Rm`) and a layer, and optionally one published file."""
+    """Where a dictionary is attached: a kind (`A M T Mo Ra Rm`) and a layer, and optionally one published file.
+
+    Examples:
+        >>> from tinymodel_jax import Site
+        >>> site, feature = Site.parse("M2N304")
+        >>> site.hook_in, site.hook_out, feature
+        ('blocks.2.hook_mlp_in', 'blocks.2.hook_mlp_out', 304)
+        >>> site.meaning
+        'transcoder of the MLP, layer 2'
+    """
 
     kind: str
     """Key of `KINDS`, or a hook point of a block that none of them is an SAE of, such as `attn.hook_z`; "+" if the site

@@ -71,6 +71,14 @@ def load_torch_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
             global outside the allow-list. The message is one line and starts with the path.
         FileNotFoundError: the file does not exist.
         IsADirectoryError: the path is a folder.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax import Dictionary, load_torch_file
+        >>> dictionary = Dictionary.from_directions("blocks.1.hook_mlp_out", np.eye(128)[:3])
+        >>> dictionary.save_pretrained("Mo1.pt", "tinymodel-pt")
+        >>> sorted(load_torch_file("Mo1.pt"))
+        ['decoder.bias', 'decoder.weight', 'encoder.bias', 'encoder.weight']
     """
     with _opened(path) as (file, mapped):
         content, storages = _read(file, mapped)

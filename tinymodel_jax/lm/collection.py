@@ -40,6 +40,7 @@ class Collected(NamedTuple):
     position: Int[np.ndarray, " tokens"]
     """Position of each token in its row."""
     tok_id: Int[np.ndarray, " tokens"]
+    """Id of each token."""
 
 
 class BatchedPass:
@@ -91,6 +92,13 @@ def collect_activations(
         ValueError: a name is not such a hook point, the rows hold no token or are not valid, or `dtype` is neither of
             the two.
         FileExistsError: `out` already has one of the files.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, collect_activations
+        >>> lm = TinyModel("mini")
+        >>> found = collect_activations(lm, ["The dog ran."], "blocks.1.hook_mlp_*")
+        >>> {name: values.shape for name, values in found.acts.items()}
+        {'blocks.1.hook_mlp_in': (6, 128), 'blocks.1.hook_mlp_out': (6, 128)}
     """
     names = _checked_names(names, lm.config)
     if dtype not in ("float32", "float16"):

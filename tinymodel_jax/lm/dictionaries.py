@@ -148,11 +148,23 @@ class ModelDictionaries:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that `jax.jit(lm["M2"])` works
 class FeatureReader:
-    """The activations at one site as a function of token ids: what `lm[tag]` returns."""
+    """The activations at one site as a function of token ids: what `lm[tag]` returns.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm["M2"]("The dog ran").shape
+        (1, 4, 512)
+        >>> lm["M2N304"]("The dog ran").shape
+        (1, 4)
+    """
 
     lm: TinyModel
+    """The model."""
     site: Site
+    """Where the dictionary is."""
     dictionary: Dictionary
+    """The dictionary that is read."""
     feature: int | None
     """The one feature that the tag names; None for all."""
 

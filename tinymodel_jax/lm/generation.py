@@ -50,6 +50,15 @@ def generate(
     Raises:
         ValueError: a prompt is longer than the context, is not a text, or holds `[END]`, `[PAD]` or a second
             `[BEGIN]`; an option is out of range; or an edit does not fit the prompts.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.generate("Once upon a time", n_toks=5, temperature=0)
+        'Once upon a time, there was a young'
+        >>> stories = lm.generate(["The dog", "The cat"], n_toks=5, seed=1)
+        >>> [len(lm.to_str_tokens(story)) for story in stories]
+        [8, 8]
     """
     if not isinstance(prompt, Iterable):
         raise ValueError(f"generate takes a text or a list of texts, got {prompt!r:.80}.")
@@ -89,6 +98,13 @@ def generate_ids(
             token under the edited model, before temperature, top-k and top-p; NaN at the prompt and at `[PAD]`.
 
     The other options are those of `generate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> ids, logprobs = lm.generate_ids("Once upon a time", n_toks=5, temperature=0, return_logprobs=True)
+        >>> ids.shape == logprobs.shape
+        True
     """
     ids = check_tok_ids(lm.to_tokens(tok_ids), lm.config)
     end_id = lm.config.end_id if break_on_end else None

@@ -27,6 +27,11 @@ def push_to_hub(lm: TinyModel, address: str, *, license: str | None = None, priv
         ModuleNotFoundError: `huggingface_hub` is not installed.
         OSError: the upload failed, and changed no file; the message says how to go on.
         ValueError: it is not an address, or the repository has other files there, or is public and not to be.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.push_to_hub("me/my-model", license="mit")  # doctest: +SKIP
     """
     from tinymodel_jax.io.hub import cards, upload  # the network part loads when it is needed
 

@@ -28,6 +28,14 @@ def to_tokens(lm: TinyModel, text: Any, prepend_bos: bool = True) -> Any:
 
     Raises:
         ValueError: a text does not fit the context or holds another special token, or the model has no tokenizer.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.to_tokens(["The dog ran", "The dog"]).shape
+        (2, 4)
+        >>> lm.to_tokens("The dog", prepend_bos=False).shape
+        (1, 2)
     """
     if not _is_text(text):
         return text
@@ -44,6 +52,12 @@ def to_str_tokens(lm: TinyModel, text_or_ids: Any, prepend_bos: bool = True) -> 
 
     Raises:
         ValueError: as `to_tokens`, or an id is not in the vocabulary.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.to_str_tokens("The dog ran")
+        ['[BEGIN]', 'The', ' dog', ' ran']
     """
     if _is_text(text_or_ids) and not isinstance(text_or_ids, str):
         return [to_str_tokens(lm, text, prepend_bos) for text in text_or_ids]
@@ -57,6 +71,12 @@ def to_string(lm: TinyModel, tok_ids: Any) -> str | list[str]:
 
     Raises:
         ValueError: an id is not in the vocabulary.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.to_string(lm.to_tokens("The dog ran"))
+        ['[BEGIN]The dog ran']
     """
     return lm.tokenizer.decode(tok_ids)
 
@@ -66,6 +86,12 @@ def to_single_token(lm: TinyModel, text: str) -> int:
 
     Raises:
         ValueError: the text is not one token.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> lm.to_string(lm.to_single_token(" dog"))
+        ' dog'
     """
     ids = lm.tokenizer.encode(text, max_length=None)
     if len(ids) != 1:

@@ -65,10 +65,21 @@ class TinyModel(WeightViews):
     Raises:
         FileNotFoundError: the model was not found; the message says what was tried and what would work.
         ValueError: the file or folder does not hold a complete model, or `dtype` is not supported.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> lm = TinyModel("mini")
+        >>> logprobs = lm("The dog ran to the")
+        >>> logprobs.shape
+        (1, 6, 1024)
+        >>> lm.to_string(logprobs[0, -1].argmax().item())
+        ' woods'
     """
 
     config: ModelConfig
+    """Shape and number formats."""
     params: Mapping[str, Any]
+    """Parameter tree, float32; `W_E`, `W_Q` and so on are views of it with the layers stacked."""
 
     def __init__(
         self, name_or_path: str | os.PathLike[str] = "tiny_model", *, n_heads: int | None = None, dtype: Any = "float32"
@@ -85,9 +96,20 @@ class TinyModel(WeightViews):
     ) -> TinyModel:
         """Build a model from a parameter tree, such as `Transformer(config).init(key, tok_ids)["params"]`.
 
+        Args:
+            tokenizer: tokenizer of the ids; None takes the published one if the vocabulary has 10,000 ids.
+
         Raises:
             ValueError: an argument has the wrong type, the tree does not fit the configuration, the tokenizer's
                 vocabulary size differs, or the configuration's dtype is neither float32 nor bfloat16.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from tinymodel_jax import ModelConfig, TinyModel, Transformer
+            >>> config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=8, d_vocab=32)
+            >>> variables = Transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+            >>> TinyModel.from_params(config, variables["params"])([[1, 2, 3]]).shape
+            (1, 3, 32)
         """
         return cls._of(config, _checked_arrays(params, config), tokenizer, ModelDictionaries(config))
 
@@ -98,11 +120,20 @@ class TinyModel(WeightViews):
         """Build a model from a `HookedTransformer`: its `cfg.to_dict()` and its `state_dict()`.
 
         Args:
+            config: `HookedTransformer.cfg.to_dict()`.
             state: NumPy arrays, or PyTorch tensors on the CPU; TransformerLens 4 gives it as `tl_parameters()`.
+            tokenizer: as for `from_params`.
 
         Raises:
             ValueError: it has layer norm, another activation function or anything else that a TinyModel cannot
                 represent, which the message names; or as `from_params`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> config, state = lm.to_hooked_transformer_state_dict()
+            >>> TinyModel.from_transformer_lens(config, state).config == lm.config
+            True
         """
         found, params = transformer_lens.from_transformer_lens(config, state)
         return cls.from_params(found, unflatten(params), tokenizer)
@@ -112,6 +143,14 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: as `from_params`.
+
+        Examples:
+            >>> import jax
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> half = lm.with_params(lm.config, jax.tree.map(lambda leaf: leaf / 2, lm.params))
+            >>> half.dictionary_tags, bool((half.W_E == lm.W_E / 2).all())
+            ((), True)
         """
         return self._of(config, _checked_arrays(params, config), self._tokenizer, ModelDictionaries(config))
 
@@ -149,14 +188,33 @@ class TinyModel(WeightViews):
         return self._run(tok_ids, "logprobs", ())[0]
 
     def logits(self, tok_ids: Any) -> Float[Array, "batch seq d_vocab"]:
-        """Return float32 logits."""
+        """Return float32 logits.
+
+        Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm.logits("The dog ran").shape
+            (1, 4, 1024)
+        """
         return self._run(tok_ids, "logits", ())[0]
 
     def residual(self, tok_ids: Any, layer: int) -> Float[Array, "batch seq d_model"]:
         """Return the residual stream before block `layer`, or after the last block if `layer == n_layers`.
 
+        Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
+
         Raises:
             ValueError: `layer` is outside 0..n_layers.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm.residual("The dog ran", lm.config.n_layers).shape
+            (1, 4, 128)
         """
         name = _residual_name(layer, self.config.n_layers)
         return self._run(tok_ids, "none", (name,), before=Site("Ra", layer))[1][name]
@@ -167,6 +225,7 @@ class TinyModel(WeightViews):
         """Return the mean next-token cross-entropy in nats; `[PAD]` is never a target.
 
         Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
             attn_mask: (batch, seq), 1 where the token counts as a target. By default all tokens count but `[END]` and
                 `[PAD]`, as in the tokenizer's mask; to count `[END]`, as `evaluate` does, pass
                 `tok_ids != lm.config.pad_id`.
@@ -176,6 +235,14 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: the shapes of mask and ids differ, no token counts, or as `run_with_hooks`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> bool(lm.loss("The dog ran to the park.") < lm.loss("park the to ran dog The."))
+            True
+            >>> lm.loss("The dog ran", per_token=True).shape
+            (1, 3)
         """
         hooks, measure = hooks or {}, token_losses if per_token else mean_loss
         require_edits(hooks)
@@ -194,6 +261,7 @@ class TinyModel(WeightViews):
         """Return log-probabilities (batch, seq, d_vocab) and the activations at hook points.
 
         Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
             names: names, patterns in which `*` matches any characters, `?` one and `[01]` one of those
                 ("blocks.*.hook_mlp_out"), or a function of the name such as `lambda name: "resid" in name`. By default
                 all hook points.
@@ -202,6 +270,13 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: a name is not a hook point (the message lists the closest ones), or nothing is chosen.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> logprobs, acts = lm.run_with_cache("The dog ran", "blocks.*.hook_mlp_out")
+            >>> len(acts), acts["blocks.0.hook_mlp_out"].shape
+            (4, (1, 4, 128))
         """
         keep = hook_names(self.config) if names is None else chosen_names(names, self.config)
         return self._run(tok_ids, "logprobs" if return_logprobs else "none", keep)
@@ -212,6 +287,7 @@ class TinyModel(WeightViews):
         """Run the model with edits; return log-probabilities (batch, seq, d_vocab) and the activations to keep.
 
         Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
             hooks: hook name -> edit; None is no edit. Edits of `tinymodel_jax.interventions` are padded with the ids to
                 one of a few lengths, and compiled once per kind of edit. Plain functions `(value, acts) -> value` see
                 the exact length and are called on every pass, which then runs operation by operation.
@@ -221,6 +297,14 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: a name is not a hook point, a hook is not an edit, or an edit does not fit the value there.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel, interventions
+            >>> lm = TinyModel("mini")
+            >>> hooks = interventions.scale("blocks.1.hook_mlp_out", 0.0)
+            >>> logprobs, kept = lm.run_with_hooks("The dog ran", hooks, keep="blocks.3.hook_resid_post")
+            >>> logprobs.shape, kept["blocks.3.hook_resid_post"].shape
+            ((1, 4, 1024), (1, 4, 128))
         """
         hooks = {} if hooks is None else hooks
         require_edits(hooks)
@@ -275,6 +359,7 @@ class TinyModel(WeightViews):
         """Put a dictionary at a site, for `lm[tag]` and `splice`.
 
         Args:
+            tag: the site, such as "M2".
             dictionary: a folder written by `save_pretrained`, also on the hub (`hub:OWNER/NAME/PATH`), which must be
                 for this site; or a file with the reference's names, a `Dictionary` or another model's `lm[tag]`, which
                 may go to any site of the same width.
@@ -283,6 +368,14 @@ class TinyModel(WeightViews):
             FileNotFoundError: the file or folder does not exist.
             ValueError: the tag is not valid, the folder is for another site, the widths do not fit, or a parameter is
                 not finite.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from tinymodel_jax import Dictionary, TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm.attach("Ra2", Dictionary.from_directions("blocks.2.hook_resid_pre", jnp.eye(128)[:3]))
+            >>> lm["Ra2"]("The dog ran").shape
+            (1, 4, 3)
         """
         self._dictionaries.attach(Site.whole(tag, "attach: "), dictionary)
 
@@ -299,6 +392,7 @@ class TinyModel(WeightViews):
         Dictionaries act in the order of the forward pass. Splicing a site again replaces its options.
 
         Args:
+            tags: one tag or several, such as `["M1", "M2"]`.
             include_error: add the reconstruction error, so that values stay the same and gradients flow through the
                 dictionary.
             detach_error: stop gradients at the error.
@@ -308,6 +402,15 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: a tag is not valid or names a feature, a site has no dictionary, or `exclude` holds no tokens.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> sparse = lm.splice(["M1", "M2"])
+            >>> sparse.spliced, lm.spliced
+            (('M1', 'M2'), ())
+            >>> bool((sparse("The dog ran") != lm("The dog ran")).any())
+            True
         """
         switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
         sites = [Site.whole(tag, "splice: ") for tag in as_names(tags)]
@@ -326,6 +429,13 @@ class TinyModel(WeightViews):
 
         Args:
             before: leave out the dictionaries that act when this site is read, or later.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> model = lm.splice("M1").hooked()
+            >>> sorted(model.hooks)
+            ['blocks.1.hook_mlp_out']
         """
         return HookedModel(self.params, self.config, self._dictionaries.hooks(before))
 
@@ -336,8 +446,20 @@ class TinyModel(WeightViews):
 
         Traced ids are not padded, nor are ids under edits that are functions, which see the exact length.
 
+        Args:
+            tok_ids: integers (batch, seq) or (seq,), a text or a list of texts.
+            hooks: edits, as `run_with_hooks` takes them.
+            before: as for `hooked`.
+
         Raises:
             ValueError: as `run_with_hooks`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> model, ids, seq = lm.padded_pass("The dog ran", {})
+            >>> ids.shape, seq
+            ((1, 16), 4)
         """
         given, model = batch_of(self.to_tokens(tok_ids), self.config), self.hooked(before)
         batch, seq = given.shape
@@ -375,6 +497,13 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: the model has JumpReLU neurons.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> config, state = lm.to_hooked_transformer_state_dict()
+            >>> config["n_layers"], state["embed.W_E"].shape
+            (4, (1024, 128))
         """
         return transformer_lens.to_transformer_lens(self.config, flatten(self.params))
 
@@ -382,6 +511,19 @@ class TinyModel(WeightViews):
         """Write `config.json`, `model.safetensors`, the tokenizer's files if there is one, and the dictionaries.
 
         This includes all dictionaries that came with the model, but not its splices. `TinyModel(directory)` loads it.
+
+        Args:
+            directory: a folder, created if it does not exist. A file replaces an earlier one only when it is complete.
+
+        Raises:
+            ValueError: the folder holds another model's files.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm.save_pretrained("my_model")
+            >>> TinyModel("my_model").config == lm.config
+            True
         """
         tokenizer = saved_tokenizer(self._tokenizer) if isinstance(self._tokenizer, Path) else self._tokenizer
         dictionaries = self._dictionaries.load_own()

@@ -93,10 +93,23 @@ def is_array_tree(tree: Any) -> bool:
 
 @struct.dataclass
 class Add:
-    """Add a vector (broadcast to the value) at the positions."""
+    """Add a vector (broadcast to the value) at the positions.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax import TinyModel, run_with_hooks
+        >>> from tinymodel_jax.model.edits import Add
+        >>> lm = TinyModel("mini")
+        >>> ids, vectors = lm.to_tokens("The dog"), jnp.eye(128)[:3]
+        >>> logits_of = lambda v: run_with_hooks(lm.params, lm.config, ids, {"blocks.1.hook_mlp_out": Add(v)})[0]
+        >>> jax.vmap(logits_of)(vectors).shape
+        (3, 1, 3, 1024)
+    """
 
     vector: Any
+    """Numbers that broadcast to the value."""
     positions: Any = None
+    """Mask (seq,) or (batch, seq); None is all positions."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
@@ -109,10 +122,19 @@ class Add:
 
 @struct.dataclass
 class Replace:
-    """Replace the value by another one (broadcast) at the positions."""
+    """Replace the value by another one (broadcast) at the positions.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tinymodel_jax.model.edits import Replace
+        >>> Replace(3.0)(jnp.ones(2), {}).tolist()
+        [3.0, 3.0]
+    """
 
     value: Any
+    """Numbers that broadcast to the value."""
     positions: Any = None
+    """Mask (seq,) or (batch, seq); None is all positions."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
@@ -126,10 +148,19 @@ class Replace:
 
 @struct.dataclass
 class Scale:
-    """Multiply by a factor (broadcast) at the positions; 0 ablates."""
+    """Multiply by a factor (broadcast) at the positions; 0 ablates.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tinymodel_jax.model.edits import Scale
+        >>> Scale(0.5)(jnp.ones(2), {}).tolist()
+        [0.5, 0.5]
+    """
 
     factor: Any
+    """A number, or numbers that broadcast to the value."""
     positions: Any = None
+    """Mask (seq,) or (batch, seq); None is all positions."""
 
     def __call__(self, value: Array, acts: Acts) -> Array:
         del acts
@@ -146,6 +177,13 @@ class EditFeatures:
 
     Adds `(new - old activation) @ W_dec[features]` to the value at the dictionary's `hook_out`, times the size of its
     input for an SAE that normalizes it.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> edit = interventions.clamp(lm["M2"], [3, 304], 5.0)["blocks.2.hook_mlp_out"]
+        >>> edit.change, edit.features.tolist()
+        ('set', [3, 304])
     """
 
     params: Any
@@ -157,6 +195,7 @@ class EditFeatures:
     amount: Any
     """New activation, factor of the old one or number added to it; broadcasts to (batch, seq, n)."""
     positions: Any = None
+    """Mask (seq,) or (batch, seq); None is all positions."""
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
     change: Literal["set", "scale", "add"] = struct.field(pytree_node=False, kw_only=True)
     """What `amount` does to the old activation."""
@@ -219,7 +258,14 @@ class EditFeatures:
 
 @struct.dataclass
 class Splice:
-    """Replace the value that a dictionary predicts by its prediction."""
+    """Replace the value that a dictionary predicts by its prediction.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> interventions.splice(lm["M2"], include_error=True)["blocks.2.hook_mlp_out"].include_error
+        True
+    """
 
     params: Any
     config: DictionaryConfig = struct.field(pytree_node=False, kw_only=True)
@@ -263,9 +309,19 @@ class Splice:
 
 @struct.dataclass
 class Chain:
-    """Several edits of one hook point, applied in order; those that read ahead come last."""
+    """Several edits of one hook point, applied in order; those that read ahead come last.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hook = "blocks.1.hook_mlp_out"
+        >>> hooks = interventions.combine(interventions.scale(hook, 2.0), interventions.steer(hook, 1.0))
+        >>> [type(edit).__name__ for edit in hooks[hook].edits]
+        ['Scale', 'Add']
+    """
 
     edits: tuple[Any, ...]
+    """The edits, in order."""
     readers: tuple[int, ...] | None = struct.field(pytree_node=False, default=None, kw_only=True)
     """For each edit, the index of the first edit of the same dictionary; None if no two edits share a dictionary."""
     of_scores: bool = struct.field(pytree_node=False, default=False, kw_only=True)

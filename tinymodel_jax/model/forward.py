@@ -42,13 +42,20 @@ class HookedModel:
     """
 
     params: Params
+    """Parameter tree of the model."""
     config: ModelConfig = struct.field(pytree_node=False)
+    """Shape and number formats of the model."""
     hooks: Hooks = struct.field(default_factory=dict)
+    """Hook name -> edit."""
 
     def run(
         self, tok_ids: Int[Array, "batch seq"], keep: str | Iterable[str] = ()
     ) -> tuple[Float[Array, "batch seq d_vocab"], dict[str, Array]]:
-        """Return the logits and the activations to keep, as `run_with_hooks` does."""
+        """Return the logits and the activations to keep, as `run_with_hooks` does.
+
+        Args:
+            keep: hook points whose values are returned, as for `run_with_hooks`.
+        """
         return run_with_hooks(self.params, self.config, tok_ids, self.hooks, keep)
 
     def resume(

@@ -32,7 +32,19 @@ Names = str | Iterable[str] | Callable[[str], Any]
 
 
 class HookPoint(nn.Module):
-    """Identity that gives a value of the forward pass a name."""
+    """Identity that gives a value of the forward pass a name.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from tinymodel_jax import HookPoint
+        >>> class Doubled(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return HookPoint(name="hook_doubled")(2 * x)
+        ...
+        >>> Doubled().apply({}, jnp.float32(3)).item()
+        6.0
+    """
 
     @nn.nowrap
     def hook_name(self) -> str:
@@ -52,6 +64,12 @@ def hook_names(config: ModelConfig) -> tuple[str, ...]:
 
     Raises:
         ValueError: `config` is not a `ModelConfig`.
+
+    Examples:
+        >>> from tinymodel_jax import ModelConfig, hook_names
+        >>> names = hook_names(ModelConfig())
+        >>> len(names), names[0], names[-1]
+        (62, 'hook_embed', 'blocks.3.hook_resid_post')
     """
     ModelConfig.require(config, "hook_names")
     return _names(config.n_layers)

@@ -37,38 +37,137 @@ def steer(hook_name: str, vector: Any, positions: Any = None) -> Hooks:
     """Add `vector` (…, width) to the value at a hook point.
 
     Args:
-        positions: in all functions, a boolean mask of shape (seq,) or (batch, seq) of where to edit; None is all
-            positions. At attention scores and patterns, it selects query positions.
+        hook_name: one of `hook_names`, such as `blocks.1.hook_mlp_out`.
+        positions: a boolean mask of shape (seq,) or (batch, seq) of where to edit; None is all positions. At attention
+            scores and patterns, it selects query positions.
 
     Raises:
         ValueError: during the pass, if the vector does not broadcast to the value, or `positions` is not a mask that
             fits it.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.steer("blocks.1.hook_mlp_out", 3 * lm["M1"].dictionary.params["W_dec"][304])
+        >>> lm("The dog").shape == lm.run_with_hooks("The dog", hooks)[0].shape
+        True
+        >>> list(hooks)
+        ['blocks.1.hook_mlp_out']
     """
     return {hook_name: Add(vector, _mask_at(hook_name, positions))}
 
 
 def patch(hook_name: str, value: Any, positions: Any = None) -> Hooks:
-    """Replace the value at a hook point, for example by that of another prompt (activation patching)."""
+    """Replace the value at a hook point, for example by that of another prompt (activation patching).
+
+    Args:
+        hook_name: one of `hook_names`.
+        value: numbers that broadcast to the value, (batch, seq, …).
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: as `steer`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> _, clean = lm.run_with_cache("The dog ran", "blocks.1.hook_mlp_out")
+        >>> hooks = interventions.patch("blocks.1.hook_mlp_out", clean["blocks.1.hook_mlp_out"])
+        >>> _, kept = lm.run_with_hooks("The cat ran", hooks, keep="blocks.1.hook_mlp_out")
+        >>> bool((kept["blocks.1.hook_mlp_out"] == clean["blocks.1.hook_mlp_out"]).all())
+        True
+    """
     return {hook_name: Replace(value, _mask_at(hook_name, positions))}
 
 
 def scale(hook_name: str, factor: Any, positions: Any = None) -> Hooks:
-    """Multiply the value at a hook point. 0 ablates it; a (n_heads, 1) factor at `attn.hook_z` scales heads."""
+    """Multiply the value at a hook point. 0 ablates it; a (n_heads, 1) factor at `attn.hook_z` scales heads.
+
+    Args:
+        hook_name: one of `hook_names`.
+        factor: a number, or numbers that broadcast to the value.
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: as `steer`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.scale("blocks.1.hook_mlp_out", 0.0)
+        >>> _, kept = lm.run_with_hooks("The dog ran", hooks, keep="blocks.1.hook_mlp_out")
+        >>> float(abs(kept["blocks.1.hook_mlp_out"]).max())
+        0.0
+    """
     return {hook_name: Scale(factor, _mask_at(hook_name, positions))}
 
 
 def ablate(dictionary: Dictionary | Reader, features: Any, positions: Any = None) -> Hooks:
-    """Set features of a dictionary to zero. Its error and all other features remain."""
+    """Set features of a dictionary to zero. Its error and all other features remain.
+
+    Args:
+        dictionary: a `Dictionary`, or `lm["M2"]`.
+        features: one index or several; slice(None) is all features.
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: features are missing, named twice or out of range; or, during the pass, an array does not broadcast
+            to the value.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.ablate(lm["M2"], slice(None))
+        >>> logprobs, _ = lm.run_with_hooks("The dog ran", hooks)
+        >>> bool((logprobs != lm("The dog ran")).any())
+        True
+    """
     return scale_features(dictionary, features, 0.0, positions)
 
 
 def scale_features(dictionary: Dictionary | Reader, features: Any, factor: Any, positions: Any = None) -> Hooks:
-    """Multiply the activations of features by a factor."""
+    """Multiply the activations of features by a factor.
+
+    Args:
+        dictionary: a `Dictionary`, or `lm["M2"]`.
+        features: one index or several; slice(None) is all features.
+        factor: a number, or numbers that broadcast to (batch, seq, features).
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: as `ablate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.scale_features(lm["M2"], slice(None), 2.0)
+        >>> logprobs, _ = lm.run_with_hooks("The dog ran", hooks)
+        >>> bool((logprobs != lm("The dog ran")).any())
+        True
+    """
     return _edit_features(dictionary, features, factor, positions, "scale")
 
 
 def clamp(dictionary: Dictionary | Reader, features: Any, value: Any, positions: Any = None) -> Hooks:
-    """Set the activations of features to a value, including where they are inactive."""
+    """Set the activations of features to a value, including where they are inactive.
+
+    Args:
+        dictionary: a `Dictionary`, or `lm["M2"]`.
+        features: one index or several; slice(None) is all features.
+        value: new activation: a number, or numbers that broadcast to (batch, seq, features).
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: as `ablate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.clamp(lm["M2"], 304, 5.0)
+        >>> logprobs, _ = lm.run_with_hooks("The dog ran", hooks)
+        >>> bool((logprobs != lm("The dog ran")).any())
+        True
+    """
     return _edit_features(dictionary, features, value, positions, "set")
 
 
@@ -76,6 +175,23 @@ def steer_features(dictionary: Dictionary | Reader, features: Any, strength: Any
     """Add `strength x decoder direction` of features, as if their activations were higher by `strength`.
 
     Nothing is added at tokens that the dictionary excludes; `steer` adds a vector at every token.
+
+    Args:
+        dictionary: a `Dictionary`, or `lm["M2"]`.
+        features: one index or several; slice(None) is all features.
+        strength: change of the activation: a number, or numbers that broadcast to (batch, seq, features).
+        positions: as for `steer`.
+
+    Raises:
+        ValueError: as `ablate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.steer_features(lm["M2"], 304, 2.0)
+        >>> logprobs, _ = lm.run_with_hooks("The dog ran", hooks)
+        >>> bool((logprobs != lm("The dog ran")).any())
+        True
     """
     return _edit_features(dictionary, features, strength, positions, "add")
 
@@ -90,6 +206,7 @@ def splice(
     """Run the model through dictionaries. Those that replace the same value act in the given order.
 
     Args:
+        dictionaries: one or several `Dictionary` or `lm[tag]`.
         include_error: add the reconstruction error back: values remain, and gradients flow through the dictionary.
         detach_error: stop the gradient through the error.
         detach_pred: stop the gradient through the prediction.
@@ -97,6 +214,14 @@ def splice(
 
     Raises:
         ValueError: `exclude` is not made of ids, or as `ablate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.splice(lm["M2"])
+        >>> logprobs, _ = lm.run_with_hooks("The dog ran", hooks)
+        >>> bool(abs(logprobs - lm.splice("M2")("The dog ran")).max() < 1e-3)
+        True
     """
     switches = {"include_error": include_error, "detach_error": detach_error, "detach_pred": detach_pred}
     given = [dictionaries] if isinstance(dictionaries, Dictionary | Reader | str) else dictionaries
@@ -108,7 +233,15 @@ def splice(
 
 
 def at_hook_points(edit: Splice | EditFeatures) -> Hooks:
-    """Return the hooks of a dictionary's edit: one for each hook point that the dictionary predicts."""
+    """Return the hooks of a dictionary's edit: one for each hook point that the dictionary predicts.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> from tinymodel_jax.model.edits import Splice
+        >>> dictionary = TinyModel("mini")["M2"].dictionary
+        >>> list(interventions.at_hook_points(Splice(dictionary.params, config=dictionary.config)))
+        ['blocks.2.hook_mlp_out']
+    """
     return {name: dataclasses.replace(edit, part=part) for part, name in enumerate(edit.config.hooks_out)}
 
 
@@ -117,6 +250,17 @@ def combine(*hooks: Mapping[str, Hook]) -> Hooks:
 
     Edits and splices of one dictionary act on the same activations only if they contain the same array objects. Combine
     them before `jit`, which turns an array that is passed twice into two.
+
+    Args:
+        hooks: hooks that the functions here return, or your own {hook name: edit}.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions
+        >>> lm = TinyModel("mini")
+        >>> splice, double = interventions.splice(lm["M1"]), interventions.scale("blocks.1.hook_mlp_out", 2.0)
+        >>> hooks = interventions.combine(splice, double)
+        >>> list(hooks), len(hooks["blocks.1.hook_mlp_out"].edits)
+        (['blocks.1.hook_mlp_out'], 2)
     """
     merged: dict[str, list[Hook]] = {}
     for group in hooks:

@@ -185,9 +185,19 @@ class Transformer(ParamsModule):
     `model.apply({"params": params}, tok_ids)` gives float32 logits (batch, seq, d_vocab). Ids are not checked,
     because compiled functions cannot raise; `TinyModel` checks them. Read hook points with `run_with_hooks`: Flax's own
     `capture_intermediates` does not see attention scores and patterns, which long inputs do not compute without need.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax import ModelConfig, Transformer
+        >>> config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=8, d_vocab=32)
+        >>> tok_ids = jnp.zeros((1, 5), jnp.int32)
+        >>> variables = Transformer(config).init(jax.random.key(0), tok_ids)
+        >>> Transformer(config).apply(variables, tok_ids).shape
+        (1, 5, 32)
     """
 
     config: ModelConfig
+    """Shape and number formats."""
 
     def setup(self) -> None:
         cfg = self.config
@@ -208,7 +218,12 @@ class Transformer(ParamsModule):
     def decode(
         self, tok_ids: Int[Array, " batch"], positions: Int[Array, " batch"], cache: KVCache
     ) -> tuple[Float[Array, "batch d_vocab"], KVCache]:
-        """Return the logits after one more token per row, at `positions`, and the cache that includes it."""
+        """Return the logits after one more token per row, at `positions`, and the cache that includes it.
+
+        Args:
+            positions: position of each token in its row.
+            cache: keys and values of the earlier positions of every block.
+        """
         x = self._embed(tok_ids[:, None], self.W_pos[positions][:, None])
         layers = []
         for block, layer_cache in zip(self.blocks, cache, strict=True):
@@ -265,6 +280,14 @@ def run_with_hooks(
 
     Raises:
         ValueError: a hook name does not exist, or an edit changes a shape.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, interventions, run_with_hooks
+        >>> lm = TinyModel("mini")
+        >>> hooks = interventions.scale("blocks.1.hook_mlp_out", 0.0)
+        >>> logits, kept = run_with_hooks(lm.params, lm.config, lm.to_tokens("The dog"), hooks, "blocks.1.hook_mlp_out")
+        >>> logits.shape, float(abs(kept["blocks.1.hook_mlp_out"]).max())
+        ((1, 3, 1024), 0.0)
     """
     hooks = hooks or {}
     keep = chosen_names(keep, config, hooks)

@@ -37,6 +37,10 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path 
 
     Raises:
         OSError: the given folder cannot be written.
+
+    Examples:
+        >>> from tinymodel_jax import use_compilation_cache
+        >>> use_compilation_cache("programs")  # doctest: +SKIP
     """
     current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     named = os.environ.get(VARIABLE, "")

@@ -27,7 +27,13 @@ def with_progress(rows: Sequence[Any], what: str | Callable[[], str]) -> Iterato
     """Yield rows and show on stderr how many are done, as a bar on a terminal and as occasional lines elsewhere.
 
     Args:
+        rows: the work: any sequence.
         what: a description of the work, or a function that returns it anew after each row.
+
+    Examples:
+        >>> from tinymodel_jax.runtime.progress import with_progress
+        >>> [row for row in with_progress([1, 2], "counting")]
+        [1, 2]
     """
     words = what if callable(what) else lambda: what
     if len(rows) < 2 or not sys.stderr.isatty():

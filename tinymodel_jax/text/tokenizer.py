@@ -44,14 +44,27 @@ class Tokenizer:
 
     Model id `i` is BPE id `table[i]`; BPE ids outside the table become `[UNK]`. The last four model ids are
     `[BEGIN] [END] [PAD] [UNK]`. These literals in a text become the special ids, as in the reference.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> tokenizer = storyworld.tokenizer()
+        >>> ids, mask = tokenizer(["The dog ran.", "The dog"])
+        >>> ids.shape == mask.shape
+        True
+        >>> tokenizer.decode(tokenizer.encode("The dog ran."))
+        'The dog ran.'
     """
 
     vocab_size: int
     """Number of model ids, the special ones included."""
     begin_id: int
+    """Id of `[BEGIN]`."""
     end_id: int
+    """Id of `[END]`."""
     pad_id: int
+    """Id of `[PAD]`."""
     unk_id: int
+    """Id of `[UNK]`."""
 
     def __init__(self, bpe: tokenizers.Tokenizer, table: Sequence[int] | npt.NDArray[np.integer] | None = None):
         """Build a tokenizer from a BPE and a table.
@@ -247,6 +260,11 @@ class Tokenizer:
 
         A text is encoded without `[BEGIN]` and is not cut; ids are one id or one row. Errors are those of `encode` and
         `decode`.
+
+        Args:
+            text_or_ids: a text, an id or a row of ids.
+            symbolic_spaces: show a space as `⋅`.
+            symbolic_newlines: show a newline as `↵`.
         """
         ids = self.encode(text_or_ids, max_length=None) if isinstance(text_or_ids, str) else text_or_ids
         strings = self.decode(np.atleast_1d(np.asarray(ids))[:, None])
@@ -298,6 +316,11 @@ def keep_story(text: str) -> bool:
     """Return whether the reference keeps this story; it drops stories with `â`, `€`, `«` or `»`, signs of mojibake.
 
     To build data sets like the published ones, use `[story for story in stories if keep_story(story)]`.
+
+    Examples:
+        >>> from tinymodel_jax import keep_story
+        >>> keep_story("Tim said: “Hi!”"), keep_story("Tim said: â€œHi!")
+        (True, False)
     """
     return not any(sign in text for sign in "â€«»")
 

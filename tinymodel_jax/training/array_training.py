@@ -65,6 +65,15 @@ def train_on_arrays(
         ValueError: the arrays are not two-dimensional, empty, or of different lengths; a row is not finite in float32;
             `site` is not the tag of an SAE of one hook point, or with `y` of a transcoder; `init_from` is not a
             dictionary or does not fit; the training diverges.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.training import recipe_preset, train_on_arrays
+        >>> x = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=20, batch_size=64, k=4)
+        >>> dictionary, metrics = train_on_arrays(x, recipe=recipe)
+        >>> dictionary.config.n_features, metrics["loss"].shape
+        (32, (20,))
     """
     x, y = np.asarray(x), None if y is None else np.asarray(y)
     _check(x, y)
@@ -98,7 +107,19 @@ def train_on_arrays(
 
 
 def array_statistics(array: np.ndarray, seed: int) -> ActivationStatistics:
-    """Return the statistics of the first rows in the order of a seed, computed chunk by chunk."""
+    """Return the statistics of the first rows in the order of a seed, computed chunk by chunk.
+
+    Args:
+        array: activation vectors (rows, d), in memory or memory-mapped.
+        seed: seed of the order of the rows, as for `train_on_arrays`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.training import array_statistics
+        >>> statistics = array_statistics(np.ones((100, 4), np.float32), seed=0)
+        >>> statistics.mean.shape, round(float(statistics.scale), 3)
+        ((4,), 1.0)
+    """
     statistics = ActivationStatistics.zero(array.shape[1])
     chunk = min(len(array), 4096)
     for i in range(max(1, min(len(array), STATISTICS_ROWS) // chunk)):

@@ -38,6 +38,12 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> Int64[n
 
     Raises:
         ValueError: a number is out of its range.
+
+    Examples:
+        >>> from tinymodel_jax.training import batch_indices
+        >>> epoch = [batch_indices(n_rows=6, batch_size=3, seed=0, step=step) for step in (0, 1)]
+        >>> sorted(int(row) for batch in epoch for row in batch)
+        [0, 1, 2, 3, 4, 5]
     """
     _require_range("n_rows", n_rows, 1)
     _require_range("batch_size", batch_size, 1)
@@ -61,12 +67,19 @@ def host_batch(
     Args:
         data: the rows are read from `data.train`; only this host's rows are read from disk.
         batch_size: rows over all hosts.
-        seed, step: as in `batch_indices`.
+        seed: as in `batch_indices`.
+        step: as in `batch_indices`.
         process_index: 0 to `process_count` - 1.
         process_count: number of hosts; must divide `batch_size`.
 
     Raises:
         ValueError: a number is out of its range.
+
+    Examples:
+        >>> from tinymodel_jax.training import host_batch, open_data
+        >>> data = open_data("data")  # written by `python -m train prepare`
+        >>> host_batch(data, batch_size=4, seed=0, step=0).shape == (4, data.row_length)
+        True
     """
     _require_range("process_index", process_index, 0, process_count - 1)
     if batch_size % process_count:
@@ -91,6 +104,11 @@ def prefetch(
 
     Raises:
         ValueError: `depth` is below 1.
+
+    Examples:
+        >>> from tinymodel_jax.training import prefetch
+        >>> list(prefetch(lambda step: step * step, start_step=0, stop_step=3))
+        [(0, 0), (1, 1), (2, 4)]
     """
     _require_range("depth", depth, 1)
     return _prefetched(make_batch, range(start_step, stop_step), depth)

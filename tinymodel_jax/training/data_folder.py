@@ -103,6 +103,7 @@ class TokenData:
     valid: UInt16[np.ndarray, "held_out row_length"]
     """Held-out rows, possibly none."""
     meta: DataMeta
+    """How it was prepared: the content of `data.json`."""
     folder: Path
     """Location on this machine. The tokenizer is saved there, too."""
 
@@ -128,6 +129,12 @@ def open_data(path: str | os.PathLike[str]) -> TokenData:
     Raises:
         FileNotFoundError: there is no prepared folder, or its preparation was not finished.
         ValueError: the folder contains something else, or is damaged.
+
+    Examples:
+        >>> from tinymodel_jax.training import open_data
+        >>> data = open_data("data")  # written by `python -m train prepare`
+        >>> data.train.shape == (data.meta.rows["train"], data.row_length)
+        True
     """
     folder = _local_copy(os.fspath(path)) if is_remote(path) else user_path(path)
     meta = _read_meta(folder, path)

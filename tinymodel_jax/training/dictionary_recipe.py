@@ -54,7 +54,14 @@ class DictionaryHyper(NamedTuple):
 
 @dataclass(frozen=True)
 class DictionaryRecipe(JsonConfig):
-    """How to train one dictionary. Build one with `recipe_preset`, or field by field."""
+    """How to train one dictionary. Build one with `recipe_preset`, or field by field.
+
+    Examples:
+        >>> from tinymodel_jax.training import DictionaryRecipe
+        >>> recipe = DictionaryRecipe("batch_topk", n_features=512, steps=1000, k=16)
+        >>> recipe.takes_k, recipe.n_prefixes
+        (True, 1)
+    """
 
     architecture: TrainedArchitecture
     """Activation function, which decides which features are active."""
@@ -239,8 +246,21 @@ def recipe_preset(
     The L1 coefficient of both, 5, suits widths near 768. The loss of scaled inputs grows with their width and the
     penalty with its square root, so scale the coefficient with the square root of the width for other activations.
 
+    Args:
+        name: `house` or `reference`.
+        architecture: `relu`, `gated`, `jumprelu`, `topk` or `batch_topk`.
+        n_features: dictionary size (features).
+        steps: length of the training (steps).
+        changes: fields of `DictionaryRecipe` and their values.
+
     Raises:
         ValueError: the preset is unknown, or the fields do not fit together.
+
+    Examples:
+        >>> from tinymodel_jax.training import recipe_preset
+        >>> recipe = recipe_preset("house", "batch_topk", n_features=1024, steps=1000, k=16)
+        >>> recipe.learning_rate, recipe.decoder_norm
+        (0.004, 0.1)
     """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")

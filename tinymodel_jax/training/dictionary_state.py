@@ -30,7 +30,15 @@ TrainParams = dict[str, Array]
 
 
 class ActivationStatistics(NamedTuple):
-    """Sums over activation vectors, for the mean and the scale of training inputs; `update` adds a batch."""
+    """Sums over activation vectors, for the mean and the scale of training inputs; `update` adds a batch.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics
+        >>> statistics = ActivationStatistics.zero(4).update(jnp.ones((3, 4)))
+        >>> float(statistics.vectors), statistics.mean.tolist(), float(statistics.scale)
+        (3.0, [1.0, 1.0, 1.0, 1.0], 1.0)
+    """
 
     vectors: Float[Array, ""]
     """Number of vectors."""
@@ -44,6 +52,7 @@ class ActivationStatistics(NamedTuple):
         """Return the statistics of no vectors.
 
         Args:
+            width: width of the vectors.
             parts: number of hook points whose vectors are concatenated.
         """
         return cls(jnp.zeros(()), jnp.zeros(width), jnp.zeros(() if parts == 1 else parts))
@@ -144,12 +153,22 @@ def init_state(
     `b_dec` is the mean target.
 
     Args:
+        statistics_in: statistics of the inputs.
         statistics_out: statistics of a transcoder's targets; None makes an SAE.
         optimizer: the one that `train_step` gets, if it is not the recipe's Adam.
 
     Raises:
         ValueError: the recipe has a skip connection for an SAE, or `subtract_b_dec` for a transcoder, or does not suit
             a cross-layer transcoder.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, init_state, recipe_preset
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> state.params["W_dec"].shape, int(state.step)
+        ((32, 8), 0)
     """
     is_sae = statistics_out is None
     layers = 1 if is_sae else statistics_in.parts
@@ -192,8 +211,20 @@ def finalize(
 
     Args:
         state: state of one member.
-        hook_in, hook_out: hook points of the inputs and the targets; equal for an SAE. Several are joined by "+".
+        hook_in: hook point of the inputs. Several are joined by "+".
+        hook_out: hook point of the targets; equal to `hook_in` for an SAE.
         k: the member's k if the sweep varies it; None takes the recipe's.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, finalize, init_state, recipe_preset
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> from tinymodel_jax import Dictionary
+        >>> dictionary = Dictionary.from_params(*finalize(state, recipe, "x", "x"))
+        >>> dictionary.encode(x).shape
+        (64, 32)
     """
     params = state.params
     norms, scale_out = row_norms(params["W_dec"]), jnp.mean(state.scale_out)

@@ -59,7 +59,11 @@ def train_step(
     """Take one step on a batch of unscaled activations. Every row counts, so remove padding first.
 
     Args:
+        state: state of `init_state` or of the step before.
+        hyper: numbers of `recipe.hyper()`.
+        x: activation vectors.
         y: targets of a transcoder; None trains an SAE on `x`.
+        recipe: what the state was made with.
         execution: how to compute the step; None chooses for JAX's default backend.
         extra_loss: a function `(x, y, activations, reconstruction)` of the scaled batch, whose scalar is added to the
             loss: see `ExtraLoss`. Its coefficients can be traced.
@@ -75,6 +79,16 @@ def train_step(
 
     Raises:
         ValueError: the state was made for another optimizer.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, init_state, recipe_preset, train_step
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> state, metrics = jax.jit(train_step, static_argnames="recipe")(state, recipe.hyper(), x, recipe=recipe)
+        >>> int(state.step), float(metrics["l0"])
+        (1, 4.0)
     """
     execution = execution or execution_for(recipe)
     keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), 3)
@@ -139,9 +153,22 @@ def sweep_step(
     Args:
         states: `stack_members` of the members' states, all at the same step.
         hypers: `stack_members` of their `DictionaryHyper`s.
+        execution: as for `train_step`.
 
     Returns:
         The stacked next states and metrics, each metric with an axis of members.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, init_state, recipe_preset
+        >>> from tinymodel_jax.training import stack_members, sweep_step
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> hypers = stack_members([recipe.hyper(k=k) for k in (2, 4)])
+        >>> states, metrics = sweep_step(stack_members([state, state]), hypers, x, recipe=recipe)
+        >>> metrics["l0"].tolist()
+        [2.0, 4.0]
     """
     execution = execution or execution_for(recipe)
     step = states.step[0]  # the same for all members, so that what happens every n steps stays a branch under vmap
@@ -168,7 +195,20 @@ def settle_threshold(
     unchanged.
 
     Args:
+        state: state after the last `train_step`.
+        hyper: as for `train_step`.
+        x: activation vectors.
         counted: number of batches averaged before; 0 starts again.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, init_state, recipe_preset, settle_threshold
+        >>> recipe = recipe_preset("house", "batch_topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> state = settle_threshold(state, recipe.hyper(), x, 0, recipe=recipe)
+        >>> bool(state.threshold > 0)
+        True
     """
     if recipe.architecture != "batch_topk":
         return state
@@ -179,7 +219,13 @@ def settle_threshold(
 
 
 def threshold_batches(batch_size: int) -> int:
-    """Return how many batches to pass to `settle_threshold`."""
+    """Return how many batches to pass to `settle_threshold`.
+
+    Examples:
+        >>> from tinymodel_jax.training import threshold_batches
+        >>> threshold_batches(4096) * 4096
+        65536
+    """
     return max(THRESHOLD_BATCHES, -(-THRESHOLD_INPUTS // batch_size))
 
 
@@ -205,12 +251,31 @@ def _of_members(member: Callable[..., Any], execution: Execution, *stacked: Any)
 
 
 def stack_members(members: list[Any]) -> Any:
-    """Stack trees of equal shapes along a new leading axis of members."""
+    """Stack trees of equal shapes along a new leading axis of members.
+
+    Examples:
+        >>> from tinymodel_jax.training import recipe_preset, stack_members
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=8)
+        >>> stack_members([recipe.hyper(k=k) for k in (2, 4, 8)]).k.tolist()
+        [2, 4, 8]
+    """
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def member_of(stacked: Any, index: int | Int[Array, ""]) -> Any:
-    """Return one member of stacked trees; a traced index is compiled once for all members."""
+    """Return one member of stacked trees; a traced index is compiled once for all members.
+
+    Args:
+        stacked: trees that `stack_members` stacked.
+        index: number of the member.
+
+    Examples:
+        >>> from tinymodel_jax.training import member_of, recipe_preset, stack_members
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=8)
+        >>> hypers = stack_members([recipe.hyper(k=k) for k in (2, 4, 8)])
+        >>> int(member_of(hypers, 1).k)
+        4
+    """
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 

@@ -34,7 +34,13 @@ Schedule = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class LMOptimizer:
-    """The optimizer and its schedule."""
+    """The optimizer and its schedule.
+
+    Examples:
+        >>> from tinymodel_jax.training import lm_step
+        >>> lm_step.LMOptimizer(method="muon", schedule="cosine").learning_rate
+        0.001
+    """
 
     method: Literal["adamw", "muon"] = "adamw"
     """`muon` makes the updates of attention and MLP matrices orthogonal, and uses AdamW for all other parameters."""
@@ -81,13 +87,25 @@ class LMState(NamedTuple):
     step: Int[Array, ""]
     """Steps done."""
     params: Any
+    """Parameter tree of the model."""
     optimizer: Any
+    """State of the optax transformation."""
 
 
 def learning_rate_schedule(optimizer: LMOptimizer, steps: int) -> Schedule:
     """Return the learning rate as a function of the step, 0 … steps - 1: the lower of warm-up and decay.
 
     A warm-up that overlaps the decay, or is longer than the training, does not delay the decay.
+
+    Args:
+        optimizer: a `LMOptimizer`.
+        steps: length of the training (steps).
+
+    Examples:
+        >>> from tinymodel_jax.training import lm_step
+        >>> rate = lm_step.learning_rate_schedule(lm_step.LMOptimizer(warmup_steps=10), steps=100)
+        >>> [round(float(rate(step)), 4) for step in (0, 50, 90)]
+        [0.0001, 0.001, 0.0005]
     """
     peak, warmup = optimizer.learning_rate, min(optimizer.warmup_steps, steps)
     decay = max(int(optimizer.decay_fraction * steps), 1)
@@ -103,7 +121,20 @@ def learning_rate_schedule(optimizer: LMOptimizer, steps: int) -> Schedule:
 
 
 def make_optimizer(optimizer: LMOptimizer, steps: int) -> optax.GradientTransformation:
-    """Return the optax transformation."""
+    """Return the optax transformation.
+
+    Args:
+        optimizer: a `LMOptimizer`.
+        steps: length of the training (steps).
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tinymodel_jax.training import lm_step
+        >>> adamw = lm_step.make_optimizer(lm_step.LMOptimizer(), steps=10)
+        >>> updates, _ = adamw.update({"w": jnp.ones(2)}, adamw.init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})
+        >>> bool((updates["w"] < 0).all())
+        True
+    """
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
         _muon(optimizer)
@@ -141,6 +172,21 @@ def init_state(
 
     Without layer norm, the `reference` embeddings of 1e-4 make the residual stream almost zero at first, so `wide`
     learns faster.
+
+    Args:
+        key: key of the random draws.
+        optimizer: the optax transformation, such as that of `make_optimizer`.
+        initialization: `reference`, as the original draws its parameters, or `wide`, with larger embeddings.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax import ModelConfig
+        >>> from tinymodel_jax.training import lm_step
+        >>> config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=8, d_vocab=32)
+        >>> adamw = lm_step.make_optimizer(lm_step.LMOptimizer(), steps=10)
+        >>> state = lm_step.init_state(jax.random.key(0), config, adamw)
+        >>> state.params["W_E"].shape
+        (32, 16)
     """
     params: Any = Transformer(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     if initialization == "wide":
@@ -157,6 +203,17 @@ def summed_loss(
 
     Args:
         ignored_id: targets with this id are left out, usually `config.pad_id`; None counts all targets.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax import ModelConfig
+        >>> from tinymodel_jax.training import lm_step
+        >>> config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=8, d_vocab=32)
+        >>> adamw = lm_step.make_optimizer(lm_step.LMOptimizer(), steps=10)
+        >>> state = lm_step.init_state(jax.random.key(0), config, adamw)
+        >>> loss, tokens = lm_step.summed_loss(state.params, config, jnp.ones((2, 8), jnp.int32), config.pad_id)
+        >>> round(float(loss / tokens), 2), float(tokens)
+        (3.27, 14.0)
     """
     logits: Any = Transformer(config).apply({"params": params}, tok_ids)
     # The last position has no target. It gets weight 0 instead of being cut off, because logits are the largest array
@@ -190,10 +247,27 @@ def train_step(
     """Take one step; the metrics are `loss` (nats), `gradient_norm` before clipping, `learning_rate`, `tokens`.
 
     Args:
+        state: state of `init_state` or of the step before.
+        tok_ids: a batch of rows; `[PAD]` is never a target.
+        optimizer: the optax transformation that made the state.
+        schedule: learning rate by step, which only goes into the metrics.
         micro_batches: number of parts of the batch, computed one after the other to save memory; must divide the batch.
         computed_on: tree of the parameters' shardings during the computation; None if these are as stored.
         updated_on: tree of their shardings, and those of the gradients, during the optimizer's update; None if these
             are as stored.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax import ModelConfig
+        >>> from tinymodel_jax.training import lm_step
+        >>> config = ModelConfig(n_layers=1, d_model=16, n_heads=2, d_mlp=32, n_ctx=8, d_vocab=32)
+        >>> adamw = lm_step.make_optimizer(lm_step.LMOptimizer(), steps=10)
+        >>> state = lm_step.init_state(jax.random.key(0), config, adamw)
+        >>> rate = lm_step.learning_rate_schedule(lm_step.LMOptimizer(), steps=10)
+        >>> ids = jnp.ones((2, 8), jnp.int32)
+        >>> state, metrics = lm_step.train_step(state, ids, config=config, optimizer=adamw, schedule=rate)
+        >>> int(state.step), sorted(metrics)
+        (1, ['gradient_norm', 'learning_rate', 'loss', 'tokens'])
     """
     # Otherwise, for parameters that are stored sharded over `data`, XLA splits the products along these shards and
     # exchanges the activations, which are far larger than the parameters.

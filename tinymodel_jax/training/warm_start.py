@@ -60,8 +60,23 @@ def start_from(
     norm. Thresholds carry over where both architectures have them, and jumprelu's are 0 otherwise. A recipe with a skip
     connection starts it at 0, if the dictionary has none.
 
+    Args:
+        state: state of `init_state`, for the same recipe.
+        dictionary: dictionary of the same sizes, or `lm["M2"]`.
+
     Raises:
         ValueError: it is not a dictionary, or as `require_fit`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tinymodel_jax.training import ActivationStatistics, finalize, init_state, recipe_preset, start_from
+        >>> recipe = recipe_preset("house", "topk", n_features=32, steps=10, k=4)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> state = init_state(jax.random.key(1), recipe, ActivationStatistics.zero(8).update(x))
+        >>> from tinymodel_jax import Dictionary
+        >>> dictionary = Dictionary.from_params(*finalize(state, recipe, "x", "x"))
+        >>> start_from(state, recipe, dictionary).params["W_dec"].shape
+        (32, 8)
     """
     dictionary = dictionary_of(dictionary)
     before, config = state.params, dictionary.config

@@ -55,6 +55,14 @@ def attribution_graph(
 
     Raises:
         ValueError: as `frozen_pass`, a target does not exist, or `max_nodes` is too small for the targets and biases.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> graph = circuits.attribution_graph(lm, "The dog ran to the", targets=[" woods"], max_nodes=100)
+        >>> graph.labels[-1], round(graph.scores.replacement, 1)
+        ("logit ' woods' @5", 0.9)
     """
     if not 0 < influence_share <= 1:
         raise ValueError(f"attribution_graph: influence_share={influence_share}; it must be above 0 and at most 1.")

@@ -43,8 +43,10 @@ def save_circuit_tracer(
     attention of layer L, and layer 2L + 1 its MLP; otherwise layers have their own numbers.
 
     Args:
-        lm, prompt, targets: what `attribution_graph` was given.
+        lm: what `attribution_graph` was given.
+        prompt: what it was given.
         graph: its result, which may be pruned.
+        targets: what it was given.
         scan: the name under which the viewer knows the model.
         names: shown for the features, in place of their tags.
 
@@ -54,6 +56,17 @@ def save_circuit_tracer(
             and is not circuit-tracer's.
 
     Source: circuit-tracer, frontend/graph_models.py.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> prompt, targets = "The dog ran", [" to"]
+        >>> graph = circuits.attribution_graph(lm, prompt, targets, max_nodes=60)
+        >>> circuits.save_circuit_tracer("dog.json", lm, prompt, graph, targets)
+        >>> Path("dog.json").exists()
+        True
     """
     path, tok_ids = Path(path).expanduser(), np.asarray(lm.to_tokens(prompt)).reshape(-1)
     tok_ids = tok_ids[tok_ids != lm.config.pad_id]

@@ -52,6 +52,14 @@ def frozen_pass(
         ValueError: the prompt is not one row with a token, a layer has no transcoder, the value that a dictionary reads
             is not a linear function of what is written to the residual stream, or a spliced dictionary is not the
             attached one.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> frozen = circuits.frozen_pass(lm, "The dog ran")
+        >>> int(frozen.length), len(frozen.dictionaries)
+        (4, 4)
     """
     if dtype not in ("float32", "float64"):
         raise ValueError(f"circuits: dtype={dtype!r}; it must be 'float32' or 'float64'.")

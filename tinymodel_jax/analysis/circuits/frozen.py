@@ -36,16 +36,21 @@ class FrozenDictionary:
     tag: str = struct.field(pytree_node=False)
     """That of a dictionary of the model, or of neurons."""
     layer: int = struct.field(pytree_node=False)
+    """Its block, counted from 0."""
     part: Part = struct.field(pytree_node=False)
     """Whose output it predicts."""
     features: Int[Array, " u"]
     """Numbers of the features in the dictionary; -1 in the padding."""
     W_enc: Float[Array, "u d"]
+    """Encoder rows of the features."""
     b_enc: Float[Array, " u"]
     """The pre-activation of a zero input."""
     W_dec: Float[Array, "u d"]
+    """Decoder rows of the features."""
     b_dec: Float[Array, " d"]
+    """Bias of the prediction."""
     W_skip: Float[Array, "d d"] | None
+    """Skip connection, if it has one."""
     acting: Bool[Array, " s"]
     """Positions of the prompt whose tokens it does not exclude; at the others, all of the value is error."""
     where: Int[Array, "s n"]
@@ -60,18 +65,35 @@ class FrozenDictionary:
 
 @struct.dataclass
 class FrozenPass:
-    """The frozen pass of one prompt. Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d`, `k` d_head."""
+    """The frozen pass of one prompt. Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d`, `k` d_head.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> frozen = circuits.frozen_pass(lm, "The dog ran", dtype="float32")
+        >>> frozen.patterns.shape[:2], frozen.final.shape[1]
+        ((4, 8), 128)
+    """
 
     config: ModelConfig = struct.field(pytree_node=False)
+    """Of the model."""
     length: Int[Array, ""]
     """Tokens of the prompt; everything that is written at the other positions is 0."""
     tok_ids: Int[Array, " s"]
+    """Ids of the prompt."""
     embed: Float[Array, "s d"]
+    """Token embeddings."""
     pos_embed: Float[Array, "s d"]
+    """Position embeddings."""
     patterns: Float[Array, "l h s t"]
+    """Attention patterns of all layers and heads."""
     W_V: Float[Array, "l h d k"]
+    """Value matrices."""
     W_O: Float[Array, "l h k d"]
+    """Output matrices."""
     b_O: Float[Array, "l d"]
+    """Biases of the attention outputs."""
     dictionaries: tuple[FrozenDictionary, ...]
     """In the order of the forward pass: one of each layer's MLP, and those of attention outputs."""
     final: Float[Array, "s d"]
@@ -86,7 +108,12 @@ class FrozenPass:
         return jnp.where(jnp.arange(len(self.embed))[:, None] < self.length, bias, 0)
 
     def at(self, part: Part, layer: int) -> FrozenDictionary | None:
-        """Return the dictionary of the output of a layer's attention or MLP."""
+        """Return the dictionary of the output of a layer's attention or MLP.
+
+        Args:
+            part: "attn" or "mlp".
+            layer: block, counted from 0.
+        """
         return next((d for d in self.dictionaries if (d.part, d.layer) == (part, layer)), None)
 
 

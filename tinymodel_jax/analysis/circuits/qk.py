@@ -28,8 +28,11 @@ class Pair(NamedTuple):
     """One term of a score."""
 
     query: str
+    """Name of a source of the query."""
     key: str
+    """Name of a source of the key."""
     value: float
+    """What the pair adds to the score."""
 
 
 class QKAttribution(NamedTuple):
@@ -40,11 +43,13 @@ class QKAttribution(NamedTuple):
     query_sources: np.ndarray
     """The sources that the query is made of; fields as those of a graph's nodes."""
     key_sources: np.ndarray
+    """The sources that the key is made of."""
     tokens: tuple[str, ...]
     """Text of each token of the prompt."""
     query_parts: Float[np.ndarray, "query_sources d_head"]
     """What each source adds to the query, divided by sqrt(d_head)."""
     key_parts: Float[np.ndarray, "key_sources d_head"]
+    """What each source adds to the key."""
 
     @property
     def query_labels(self) -> tuple[str, ...]:
@@ -103,13 +108,27 @@ def qk_attribution(
 
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
-        query, key: positions; negative ones count from the end. The key is not after the query.
+        layer: block of the head, counted from 0.
+        head: number of the head, counted from 0.
+        query: position; negative ones count from the end.
+        key: position, at or before the query.
         versus: another position of a key. What is divided is then the score of `key` minus the score of this one, so
             that what every key gets, such as a source that earlier heads wrote everywhere, cancels.
         dictionaries: as for `frozen_pass`.
+        dtype: number format of all values and sums, "float32" or "float64".
 
     Raises:
         ValueError: as `frozen_pass`; the layer, the head or a position does not exist; or the key is after the query.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> parts = circuits.qk_attribution(lm, "Tim saw Lily. Tim", layer=1, head=0, query=-1, key=1)
+        >>> parts.matrix.shape == (len(parts.query_labels), len(parts.key_labels))
+        True
+        >>> bool(abs(parts.matrix.sum() - parts.score) < 1e-6)
+        True
     """
     for name, number, count in (("layer", layer, lm.config.n_layers), ("head", head, lm.config.n_heads)):
         if number not in range(count):

@@ -62,13 +62,38 @@ def direction(hook: str, vector: Any, position: int = -1) -> DirectionTarget:
     """Return the target `vector · value at a hook point`, at a position (negative ones count from the end).
 
     Args:
+        hook: a hook point of a block whose value is a linear function of the residual stream, such as
+            `blocks.3.hook_resid_post`.
         vector: (d,), or (n_heads, d_head) at the hook points of heads.
+        position: position in the prompt.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> target = circuits.direction("blocks.3.hook_resid_post", lm.W_U[:, 5], position=-1)
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", targets=target, max_nodes=50)
+        >>> len(graph.tokens)
+        4
     """
     return DirectionTarget(hook, vector, position)
 
 
 def feature(tag: str, position: int = -1) -> FeatureTarget:
-    """Return the target that is the pre-activation of a feature such as "M2N123", at a position."""
+    """Return the target that is the pre-activation of a feature such as "M2N123", at a position.
+
+    Args:
+        tag: a tag that names a feature.
+        position: position in the prompt; negative ones count from the end.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", circuits.feature("M2N304", position=2), max_nodes=50)
+        >>> [label for label in graph.labels if label.startswith("M2N304")]
+        ['M2N304 @2']
+    """
     return FeatureTarget(tag, position)
 
 

@@ -37,6 +37,7 @@ class ValidityRadius(NamedTuple):
     switches_below: str
     """The feature that switches at `below`, such as `M2N123 @5`; empty if none does."""
     switches_above: str
+    """The feature that switches at `above`; empty if none does."""
 
 
 def validity_radius(
@@ -48,11 +49,21 @@ def validity_radius(
     source's total effect. Computed in float64.
 
     Args:
+        prompt: a text, or token ids (seq,) or (1, seq): the prompt of the graph.
         source: one of `graph.nodes` that is written to the stream: a token, position, bias, feature or error.
         dictionaries: as for `frozen_pass`.
 
     Raises:
         ValueError: as `frozen_pass`, or the source is not written in this prompt's pass.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", targets=[" to"], max_nodes=60)
+        >>> radius = circuits.validity_radius(lm, "The dog ran", graph.nodes[2])
+        >>> radius.below < 0 < radius.above
+        True
     """
     if not isinstance(source, np.void):
         raise ValueError(f"validity_radius: source {source!r:.80} is not a node; give one of graph.nodes.")

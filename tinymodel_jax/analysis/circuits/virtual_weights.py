@@ -34,7 +34,9 @@ class Links(NamedTuple):
     """The strongest links of every feature, strongest first."""
 
     features: Int[np.ndarray, "n_features n"]
+    """Features of the target."""
     values: Float[np.ndarray, "n_features n"]
+    """Weight of each link: change of the target's pre-activation per unit of the source's activation."""
 
 
 def virtual_weights(
@@ -43,7 +45,8 @@ def virtual_weights(
     """Return the features of a later dictionary with the largest absolute weights, for each feature of a source.
 
     Args:
-        source, target: tags of dictionaries of the model, such as "M0" and "M2".
+        source: tag of a dictionary of the model, such as "M0".
+        target: tag of a later one, such as "M2".
         through: layer and head whose value and output matrices lie between; None for the direct weight. An SAE of an
             attention's output, such as "A2", is only reached through the heads of its own layer.
         top: links per feature, at most the features of the target.
@@ -51,6 +54,14 @@ def virtual_weights(
     Raises:
         ValueError: what the source writes is not in what the target reads, the head does not lie between, or
             a dictionary normalizes its input.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> links = circuits.virtual_weights(lm, "M0", "M2", top=3)
+        >>> links.features.shape
+        (428, 3)
     """
     own, theirs = lm[source].dictionary, lm[target].dictionary
     of_heads = through is not None and _reads_heads(theirs)

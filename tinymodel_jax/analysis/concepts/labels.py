@@ -77,8 +77,23 @@ def score_concepts(
 ) -> ConceptScores:
     """Choose the best unit for each concept on some positions, and score it on held-out ones.
 
+    Args:
+        acts: activations of the units (features, neurons) at the positions to choose on.
+        truth: whether each concept holds there.
+        held_out_acts: activations at the positions to score on.
+        held_out_truth: whether each concept holds there.
+
     Raises:
         ValueError: there are no units, or no positions to choose or score on.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.analysis import labels
+        >>> truth = np.array([[True], [False], [True], [False]])
+        >>> acts = np.array([[0.0, 2.0], [1.0, 0.0], [0.0, 3.0], [0.0, 0.5]], np.float32)
+        >>> scores = labels.score_concepts(acts, truth, acts, truth)
+        >>> int(scores.f1_unit[0]), float(scores.f1[0])
+        (1, 1.0)
     """
     return best_of([choose_units(acts, truth, held_out_acts, held_out_truth)], held_out_truth)
 

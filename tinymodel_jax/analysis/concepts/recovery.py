@@ -48,8 +48,11 @@ class Recovery(NamedTuple):
     name: str
     """`M1` or the name given to the dictionary; for baselines `neurons 1` or `random M1`."""
     kind: Kind
+    """What the units are: features of a dictionary, or one of the baselines."""
     layer: int
+    """Block of the units, counted from 0."""
     n_units: int
+    """Number of units to choose from."""
     scores: ConceptScores
     """In the order of `storyworld.CONCEPTS`."""
 
@@ -96,6 +99,16 @@ def recover_concepts(
     Raises:
         ValueError: there are fewer than two stories, a site has no dictionary, a tag names a feature, a dictionary
             does not fit the model, or the tokenizer does not fit the stories.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import recovery
+        >>> lm = TinyModel("mini")
+        >>> told = list(storyworld.stories(seed=1, count=8))
+        >>> (found,) = recovery.recover_concepts(lm, told, "M1", baselines=False)
+        >>> found.name, found.n_units, found.scores.f1.shape == (len(storyworld.CONCEPTS),)
+        ('M1', 511, True)
     """
     told = list(stories)
     if len(told) < 2:
@@ -113,7 +126,21 @@ def recover_concepts(
 
 
 def n_found(recovery: Recovery, f1: float = 0.8) -> int:
-    """Return the number of concepts for which a unit has at least this F1."""
+    """Return the number of concepts for which a unit has at least this F1.
+
+    Args:
+        recovery: one result of `recover_concepts`.
+        f1: smallest F1 that counts as found, 0 to 1.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import recovery
+        >>> lm = TinyModel("mini")
+        >>> (found,) = recovery.recover_concepts(lm, storyworld.stories(1, 8), "M1", baselines=False)
+        >>> 0 < recovery.n_found(found, f1=0.9) <= recovery.n_found(found)
+        True
+    """
     return int(np.sum(recovery.scores.f1 >= f1))
 
 

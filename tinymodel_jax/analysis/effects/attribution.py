@@ -30,7 +30,9 @@ class Attribution(NamedTuple):
     """The estimated change of the metric when each feature is ablated, in the metric's unit."""
 
     features: Int[np.ndarray, " n"]
+    """Indices of the features."""
     change: Float[np.ndarray, " n"]
+    """Estimated change of the metric."""
 
 
 def attribute(
@@ -50,6 +52,16 @@ def attribute(
 
     Raises:
         ValueError: as for `sweeps.ablate`, or the dictionary is a crosscoder.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import attribution, sweeps
+        >>> lm = TinyModel("mini")
+        >>> ids = lm.to_tokens("The dog ran to the park.")
+        >>> estimate = attribution.attribute(lm, "M2", ids)
+        >>> exact = sweeps.ablate(lm, "M2", ids)
+        >>> attribution.rank_correlation(estimate.change, exact.loss) > 0.5
+        True
     """
     reader = FeatureReader.of(lm, tag)
     if reader.dictionary.config.is_crosscoder:
@@ -74,7 +86,14 @@ def attribute(
 
 
 def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
-    """Return Spearman's rank correlation; equal values share a rank, and the result is NaN if all are equal."""
+    """Return Spearman's rank correlation; equal values share a rank, and the result is NaN if all are equal.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.analysis import attribution
+        >>> round(attribution.rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])), 6)
+        1.0
+    """
     ranks = np.stack([_ranks(values) for values in (one, other)])
     centred = ranks - ranks.mean(axis=1, keepdims=True)
     norm = np.sqrt(np.prod((centred**2).sum(axis=1)))

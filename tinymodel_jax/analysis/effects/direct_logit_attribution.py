@@ -56,6 +56,16 @@ def direct_logit_attribution(
     Raises:
         ValueError: an argument is not valid for the model, a dictionary is at another hook point, or it is an SAE
             that normalizes its input or has a skip connection.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import direct_logit_attribution
+        >>> lm = TinyModel("mini")
+        >>> parts = direct_logit_attribution(lm, "The dog ran to the", " woods")
+        >>> parts.values.shape == (len(parts.labels), 1, len(lm.to_str_tokens("The dog ran to the")), 1)
+        True
+        >>> parts.labels[:3]
+        ('embed', 'pos_embed', 'L0H0')
     """
     chosen, readers = token_ids(lm, tokens), _readers(lm, dictionaries)
     ids = check_tok_ids(lm.to_tokens(tok_ids), lm.config)

@@ -84,6 +84,15 @@ def causal_importance(
     Raises:
         ValueError: no row has a token to predict, the rows do not fit the model, the tag has no dictionary, or
             `work_file` belongs to another measurement.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import importance
+        >>> lm = TinyModel("mini")
+        >>> rows = ["The dog ran to the park.", "Lily saw a red ball."]
+        >>> measured = importance.causal_importance(lm, "M2", rows)
+        >>> measured.n_rows, measured.order().shape
+        (2, (512,))
     """
     ids = _rows_with_targets(lm, rows)
     if not ids.size:

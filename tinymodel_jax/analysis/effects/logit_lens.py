@@ -49,6 +49,16 @@ def logit_lens(
     Raises:
         ValueError: `tok_ids` are not valid for the model, an entry of `tokens` is not one token, or as
             `lm.run_with_hooks`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import logit_lens
+        >>> lm = TinyModel("mini")
+        >>> lens = logit_lens(lm, "The dog ran to the", " woods")
+        >>> lens.logprobs.shape
+        (5, 1, 6, 1)
+        >>> lens.names[0], lens.names[-1]
+        ('blocks.0.hook_resid_pre', 'blocks.3.hook_resid_post')
     """
     n_layers = lm.config.n_layers
     names = (*(f"blocks.{i}.hook_resid_pre" for i in range(n_layers)), final_stream(n_layers))

@@ -49,7 +49,17 @@ def logit_difference(a: Tokens, b: Tokens) -> LogitDifference:
     """Return the metric `logit of a - logit of b` after the last token of each row.
 
     Args:
-        a, b: ids or texts of one token, such as `" Tim"`; or one for each row.
+        a: id or text of one token, such as `" Tim"`; or one for each row.
+        b: as `a`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import logit_difference, sweeps
+        >>> lm = TinyModel("mini")
+        >>> metric = logit_difference(" woods", " dog")
+        >>> effects = sweeps.ablate(lm, "M2", lm.to_tokens("The dog ran to the"), [0, 1], metric=metric)
+        >>> effects.metric.shape
+        (2,)
     """
 
     def hashable(tokens: Any) -> Any:

@@ -52,9 +52,11 @@ class Patching(NamedTuple):
     """The effects of patching each kind of hook point, and the metric of the two runs."""
 
     tables: tuple[Patched, ...]
+    """One table for each kind of hook point."""
     clean: float
     """Metric of the clean runs, averaged over pairs, before it is normalised: nats, logits, or the function's unit."""
     corrupted: float
+    """Metric of the corrupted runs, averaged over pairs."""
 
 
 def patch(
@@ -71,9 +73,9 @@ def patch(
     """Patch values of the clean run into the corrupted run, for one pair of prompts or several.
 
     Args:
-        clean, corrupted: a text or row of token ids each, or as many of both: a list of texts, or ids (pairs, seq),
-            right-padded. Both prompts of a pair have equal length. Different pairs have too, unless only heads are
-            patched.
+        clean: a text or row of token ids, or several: a list of texts, or ids (pairs, seq), right-padded.
+        corrupted: as many prompts, in the same form. Both prompts of a pair have equal length. Different pairs have
+            too, unless only heads are patched.
         kinds: one or more names of hook points inside a block; `attn.hook_*` are patched by heads, the others by
             positions.
         metric: `"loss"`, `"next_logprob"`, a `logit_difference(a, b)`, or a function `(logits, tok_ids) -> (batch,)`,
@@ -85,6 +87,16 @@ def patch(
     Raises:
         ValueError: the prompts of a pair differ in length, pairs do where positions are patched, a kind does not exist,
             the metric does not fit, or it is the same in both runs, or not finite.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import logit_difference, patching
+        >>> lm = TinyModel("mini")
+        >>> metric = logit_difference(" Lily", " Tim")
+        >>> clean, corrupted = "Lily and Ben ran. Then Lily", "Tim and Ben ran. Then Tim"
+        >>> result = patching.patch(lm, clean, corrupted, "hook_resid_pre", metric=metric)
+        >>> result.tables[0].axis, result.tables[0].effects.shape
+        ('position', (4, 9))
     """
     kinds = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     _check_kinds(kinds)

@@ -57,6 +57,7 @@ class FeatureEffects(NamedTuple):
     """
 
     features: Int[np.ndarray, " n"]
+    """Index of the feature of each intervention."""
     kl: Float[np.ndarray, "n *strengths"]
     """KL divergence of the next-token distribution from the model's own, nats, averaged over positions; 0 or more."""
     loss: Float[np.ndarray, "n *strengths"]
@@ -102,6 +103,14 @@ def ablate(
     Raises:
         ValueError: a feature is out of range, the tag has no dictionary, an argument does not fit the rows, or an
             effect is not finite.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import sweeps
+        >>> lm = TinyModel("mini")
+        >>> effects = sweeps.ablate(lm, "M2", lm.to_tokens("The dog ran to the"))
+        >>> bool((effects.kl > -1e-6).all()), len(effects.features) == len(effects.loss)
+        (True, True)
     """
     reader = FeatureReader.of(lm, tag)
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
@@ -122,7 +131,16 @@ def clamp(
     metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
-    """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`."""
+    """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import sweeps
+        >>> lm = TinyModel("mini")
+        >>> effects = sweeps.clamp(lm, "M2", lm.to_tokens("The dog ran to the"), 2.0, features=[3, 304])
+        >>> effects.kl.shape
+        (2,)
+    """
     held = finite("value", value, ndim=0)
     reader = FeatureReader.of(lm, tag)
     prepared = prepare(lm, reader.site, tok_ids, positions, next_ids, readout, metric)
@@ -156,6 +174,17 @@ def steer(
         vectors: (n, width), added instead of decoder directions, at all tokens; the site then needs no dictionary.
 
     Other arguments as for `ablate`.
+
+    Raises:
+        ValueError: as for `ablate`, or `vectors` and `features` do not fit together.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import sweeps
+        >>> lm = TinyModel("mini")
+        >>> effects = sweeps.steer(lm, "M2", lm.to_tokens("The dog ran to the"), [1.0, 4.0], features=[304])
+        >>> effects.kl.shape, bool(effects.kl[0, 0] < effects.kl[0, 1])
+        ((1, 2), True)
     """
     amounts = finite("strengths", strengths, ndim=1)
     reader = None if vectors is not None and isinstance(tag, str) else FeatureReader.of(lm, tag)

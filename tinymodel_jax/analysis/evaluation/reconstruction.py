@@ -38,9 +38,13 @@ class ReconstructionEvaluation(NamedTuple):
     """
 
     l0: float
+    """Active features per vector."""
     explained_variance: float
+    """1 - squared error / squared distance from the mean."""
     dead_fraction: float
+    """Share of the features that were active on no vector."""
     tokens: int
+    """Number of vectors."""
 
 
 @partial(fast_jit, static_argnames=("config",))
@@ -83,6 +87,20 @@ def evaluate_reconstruction(
 
     Squared distances are taken from the first batch's mean and moved to the mean of all targets at the end, so that
     no digits are lost where that mean is far from 0.
+
+    Args:
+        batches: pairs of inputs and targets; the same array twice for an SAE.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis.evaluation.reconstruction import evaluate_reconstruction
+        >>> lm = TinyModel("mini")
+        >>> config = lm["M2"].dictionary.config
+        >>> _, kept = lm.run_with_cache("The dog ran", [config.hook_in, config.hook_out])
+        >>> batch = kept[config.hook_in][0, 1:], kept[config.hook_out][0, 1:]
+        >>> measured = evaluate_reconstruction(lm["M2"].dictionary, [batch])
+        >>> measured.tokens, 0 < measured.l0 < 512
+        (3, True)
     """
     config = dictionary.config
     sums, shift, active = np.zeros(len(RowTotals._fields)), np.zeros(config.d_out), np.zeros(config.n_features)

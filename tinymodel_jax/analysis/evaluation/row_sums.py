@@ -30,7 +30,9 @@ class Estimate(NamedTuple):
     """A measure and the half-width of its 95 % confidence interval; NaN where it is not defined."""
 
     value: float
+    """The measure."""
     margin: float
+    """Half-width of its confidence interval."""
 
 
 Quantity = str | tuple[str, str]

@@ -53,6 +53,7 @@ class SparseModelEvaluation(NamedTuple):
     """What the model loses when it runs through several dictionaries at once; nats, plain floats."""
 
     ce_clean: float
+    """Cross-entropy of the model."""
     ce_sparse: float
     """Cross-entropy with all predictions in place; each dictionary reads what those before it have changed."""
     ce_with_errors: float
@@ -64,6 +65,7 @@ class SparseModelEvaluation(NamedTuple):
     kl: float
     """KL divergence of the sparse model's next-token distribution from the clean one's."""
     kl_with_errors: float
+    """KL divergence with the errors added back; 0 up to rounding."""
     margins: dict[str, float]
     """Name of a number above -> half-width of its 95 % confidence interval over rows."""
 
@@ -90,6 +92,14 @@ def evaluate_sparse_model(
     Raises:
         ValueError: no site is named, one has no dictionary, the model is spliced there, or the rows hold no token to
             predict.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
+        >>> lm = TinyModel("mini")
+        >>> measured = evaluate_sparse_model(lm, ["The dog ran to the woods.", "Lily saw a red ball."])
+        >>> abs(measured.ce_with_errors - measured.ce_clean) < 1e-3
+        True
     """
     tags = _named(lm, tags)
     if not tags:
@@ -127,6 +137,13 @@ def export_sparse_lm(lm: TinyModel, tags: str | Iterable[str] | None = None) -> 
         ValueError: a site has no dictionary or is not an MLP, two are in one layer, a dictionary has no equal MLP
             (topk, skip), or the model is spliced already or computes in bfloat16, where neurons are rounded more than
             features, which are encoded in the dictionary's dtype.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, export_sparse_lm
+        >>> lm = TinyModel("mini")
+        >>> exported = export_sparse_lm(lm, "M2")
+        >>> lm.config.mlp_activation, exported.config.mlp_activation, exported.config.d_mlp
+        ('relu', 'jumprelu', 512)
     """
     tags = _named(lm, tags)
     if lm.config.dtype != "float32":

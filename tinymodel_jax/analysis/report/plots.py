@@ -120,6 +120,7 @@ def plot_patching(found: Patching, tokens: Sequence[str] | None = None, title: s
     Args:
         found: the result of `patching.patch`.
         tokens: text of each token of the clean prompt, `lm.to_str_tokens(clean)`, to label positions with.
+        title: title of the figure.
 
     Raises:
         ValueError: `tokens` has another number of tokens than the prompts.

@@ -29,6 +29,7 @@ class FoundFeatures(NamedTuple):
     """Features whose top contexts peak on a text, best first."""
 
     features: Int[np.ndarray, " n"]
+    """Indices of the features."""
     share: Float[np.ndarray, " n"]
     """Share of the feature's top contexts that peak on the text."""
     search: TopActivations
@@ -60,6 +61,15 @@ def find_features(
     Raises:
         ValueError: the text is empty, no top context peaks on it, `search` is of another model, dictionary or rows, or
             as `top_activations`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import feature_queries
+        >>> lm = TinyModel("mini")
+        >>> rows = ["The dog ran to the park.", "Lily saw a dog and a red ball."]
+        >>> found = feature_queries.find_features(lm, "M2", rows, " dog")
+        >>> len(found.features) == len(found.share), bool(found.share[0] == 1)
+        (True, True)
     """
     if not text:
         raise ValueError("find_features: the text is empty; give one, such as ' happy'.")
@@ -115,9 +125,22 @@ def concept_f1(
     Memory holds the dictionary's input at all tokens, and the activations of one chunk of features at a time.
 
     Args:
+        reader: `lm["M2"]`.
+        rows: token ids, right-padded with `[PAD]`.
         truth: which concepts hold at each token.
         features: indices of the features to score; None scores all.
         track: wraps the iterator over chunks, for example with a progress bar.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import feature_queries
+        >>> lm = TinyModel("mini")
+        >>> told = list(storyworld.stories(seed=1, count=2))
+        >>> rows = lm.tokenizer([one.text for one in told])[0]
+        >>> truth = storyworld.labels(told, lm.tokenizer)
+        >>> feature_queries.concept_f1(lm["M2"], rows, truth, features=[3, 304]).shape == (2, len(storyworld.CONCEPTS))
+        True
     """
     config, real = reader.dictionary.config, reader.counts(rows)
     x, told = _inputs(reader, rows)[real], truth[real]

@@ -37,11 +37,15 @@ class LogitEffects(NamedTuple):
     """The tokens that each feature promotes and suppresses most, strongest first."""
 
     features: Int[np.ndarray, " n"]
+    """Indices of the features."""
     promoted: Int[np.ndarray, "n top"]
+    """Ids of the tokens with the largest effects."""
     promoted_effect: Float[np.ndarray, "n top"]
     """Logits per `unit`."""
     suppressed: Int[np.ndarray, "n top"]
+    """Ids of the tokens with the most negative effects."""
     suppressed_effect: Float[np.ndarray, "n top"]
+    """Logits per `unit`."""
     unit: str = UNIT
     """What has these effects, in words: `UNIT`, or `UNIT_AT_SIZE_1` for an SAE that normalizes its input."""
 
@@ -57,6 +61,16 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
     Raises:
         ValueError: the site has no dictionary or no direct effect, the tag names a feature, a feature is out of range,
             or `top` is outside 1..d_vocab.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import logit_effects
+        >>> lm = TinyModel("mini")
+        >>> effects = logit_effects.logit_effects(lm, "M3", top=3, features=304)
+        >>> effects.promoted.shape
+        (1, 3)
+        >>> lm.to_str_tokens(effects.promoted[0])
+        [' hur', ' She', ' He']
     """
     dictionary = lm[Site.whole(tag, "logit_effects: ").tag].dictionary
     if not 1 <= top <= lm.config.d_vocab:
@@ -102,9 +116,18 @@ def strongest_tokens(
 
     Args:
         directions: for example decoder rows, or the `final_stream` of a sweep, whose logits are mean changes.
+        top: number of tokens promoted, and of tokens suppressed.
 
     Returns:
         Promoted tokens, their logits, suppressed tokens, their logits; strongest first.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis.search.logit_effects import strongest_tokens
+        >>> lm = TinyModel("mini")
+        >>> promoted, logits, _, _ = strongest_tokens(lm, lm["M3"].dictionary.params["W_dec"][:4], top=3)
+        >>> promoted.shape, logits.shape
+        ((4, 3), (4, 3))
     """
     starts = range(0, len(directions), TOGETHER)
     parts = (_strongest(jnp.asarray(directions[i : i + TOGETHER]), lm.params["W_U"], top=top) for i in starts)

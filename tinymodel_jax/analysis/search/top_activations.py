@@ -60,6 +60,14 @@ class TopActivations:
     """What the features of one dictionary react to, as `top_activations` finds it. Arrays hold all features.
 
     Rows are numbered from 0 in the order given: `rows[contexts.row, contexts.position]` is the token at a peak.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import top_activations
+        >>> lm = TinyModel("mini")
+        >>> found = top_activations.top_activations(lm, "M2", ["The dog ran to the woods."])
+        >>> found.n_features, found.density.shape, bool((found.mean <= found.largest).all())
+        (512, (512,), True)
     """
 
     tag: str
@@ -71,6 +79,7 @@ class TopActivations:
     dictionary: str
     """Fingerprint of the dictionary."""
     n_rows: int
+    """Number of rows searched."""
     n_tokens: int
     """Number of tokens, without `[BEGIN]`, `[END]` and `[PAD]`."""
     histogram: Int[np.ndarray, "n_features 32"]
@@ -189,6 +198,15 @@ def top_activations(
     Raises:
         ValueError: the site has no dictionary, the tag names a feature, the rows hold no text, a count is below 1, the
             seed is out of range, the rows are not valid input, or `work_file` belongs to a different search.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import top_activations
+        >>> lm = TinyModel("mini")
+        >>> rows = ["The dog ran to the woods.", "Lily saw a red ball."]
+        >>> found = top_activations.top_activations(lm, "M2", rows, k=2)
+        >>> found.n_rows, found.top.value.shape
+        (2, (512, 2))
     """
     rows = as_array(rows_of(lm, rows))
     reader = lm[Site.whole(tag, "top_activations: ").tag]
@@ -231,6 +249,15 @@ def load_top_activations(path: str | os.PathLike[str]) -> TopActivations:
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: it is damaged, or not the result of a search.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import top_activations
+        >>> lm = TinyModel("mini")
+        >>> found = top_activations.top_activations(lm, "M2", ["The dog ran to the woods."])
+        >>> found.save("M2.safetensors")
+        >>> top_activations.load_top_activations("M2.safetensors").n_rows
+        1
     """
     path = user_path(path)
     try:

@@ -42,9 +42,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Story:
-    """One story."""
+    """One story.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = storyworld.story(seed=0, index=0)
+        >>> "".join(told.text[span.start : span.end] for span in told.spans()) == told.text
+        True
+    """
 
     text: str
+    """The story."""
     plot: str
     """Name of its plot, one of `PLOTS`."""
     hero_kind: str
@@ -77,8 +85,20 @@ class Story:
 def story(seed: int, index: int) -> Story:
     """Return story `index` of a seed.
 
+    Args:
+        seed: 0 or more.
+        index: number of the story, 0 or more.
+
     Raises:
         ValueError: the seed or the index is negative or not below 2^63.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = storyworld.story(seed=0, index=3)
+        >>> told == storyworld.story(seed=0, index=3)
+        True
+        >>> told.plot
+        'sharing'
     """
     if not (0 <= seed < _LIMIT and 0 <= index < _LIMIT):
         raise ValueError(f"seed and index must be from 0 to 2^63 - 1, got {seed} and {index}.")
@@ -90,12 +110,25 @@ def story(seed: int, index: int) -> Story:
 
 
 def stories(seed: int, count: int, first: int = 0) -> Iterator[Story]:
-    """Yield `count` stories of a seed, starting with story `first`."""
+    """Yield `count` stories of a seed, starting with story `first`.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = list(storyworld.stories(seed=0, count=3))
+        >>> len(told), told[1] == storyworld.story(0, 1)
+        (3, True)
+    """
     return (story(seed, index) for index in range(first, first + count))
 
 
 def fingerprint() -> str:
-    """Return a SHA-256 of the grammar's files and of 100 stories, which changes when the stories change."""
+    """Return a SHA-256 of the grammar's files and of 100 stories, which changes when the stories change.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> len(storyworld.fingerprint())
+        64
+    """
     texts = "\0".join(told.text for told in stories(0, 100))
     return hashlib.sha256(f"{grammar_digest()}\0{texts}".encode()).hexdigest()
 

@@ -45,9 +45,17 @@ def questions(kind: Kind, seed: int, count: int, first: int = 0) -> Iterator[Que
         kind: "name": the first name that comes up twice before any other, against one that the story does not mention.
             "speaker": hero or friend after `" said`, against the other of the two. "animal": the small animal, the
             second time, against another one.
+        seed: seed of the stories, 0 or more.
+        count: number of questions.
 
     Raises:
         ValueError: there is no such kind, or as `story`.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> (question,) = storyworld.questions("name", seed=0, count=1)
+        >>> question.answer, question.wrong
+        (' Cleo', ' Coco')
     """
     makers: dict[str, Callable[[Story, int], Question | None]] = {
         "name": _name, "speaker": _speaker, "animal": _animal

@@ -57,6 +57,13 @@ def labels(
 
     Raises:
         ValueError: `width` or `max_length` is too small, or the tokenizer lacks a character of the stories.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = list(storyworld.stories(seed=0, count=2))
+        >>> truth = storyworld.labels(told, storyworld.tokenizer(), width=256)
+        >>> truth.shape == (2, 256, len(storyworld.CONCEPTS))
+        True
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2 (one token after [BEGIN]) or None, got {max_length}.")

@@ -22,13 +22,25 @@ _FOLDER = Path(__file__).parent / "tokenizer"
 
 
 def train_tokenizer(count: int = TOKENIZER_STORIES) -> Tokenizer:
-    """Train a byte-level BPE of `VOCAB_SIZE` ids on the first `count` stories of `TOKENIZER_SEED`."""
+    """Train a byte-level BPE of `VOCAB_SIZE` ids on the first `count` stories of `TOKENIZER_SEED`.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> storyworld.train_tokenizer(count=100).vocab_size
+        1024
+    """
     return Tokenizer.train((story.text for story in stories(TOKENIZER_SEED, count)), VOCAB_SIZE)
 
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """Return the bundled tokenizer, which has 1,024 ids, the four special ones last."""
+    """Return the bundled tokenizer, which has 1,024 ids, the four special ones last.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> storyworld.tokenizer().vocab_size
+        1024
+    """
     return Tokenizer.from_pretrained(_FOLDER)
 
 
@@ -49,6 +61,11 @@ def entropy(told: Iterable[Story], with_tokenizer: Tokenizer | None = None) -> f
 
     Raises:
         ValueError: there are no stories.
+
+    Examples:
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> round(storyworld.entropy(storyworld.stories(seed=0, count=200)), 1)
+        0.5
     """
     encode = (with_tokenizer or tokenizer()).encode
     nats, tokens = 0.0, 0

@@ -20,6 +20,13 @@ def load_transcoder_set(folder: str | Path) -> dict[str, Dictionary]:
         FileNotFoundError: the folder has no config.yaml, or lacks a layer's file.
         ValueError: a file is damaged or not of a transcoder set, a parameter is not finite, or its hook points are
             not those of a site here.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel, load_transcoder_set, save_transcoder_set
+        >>> lm = TinyModel("mini")
+        >>> save_transcoder_set({tag: lm[tag].dictionary for tag in ("M2", "M3")}, "transcoders")
+        >>> list(load_transcoder_set("transcoders"))
+        ['M2', 'M3']
     """
     folder = user_path(folder)
     found = {}
@@ -41,6 +48,14 @@ def save_transcoder_set(dictionaries: Mapping[str, Dictionary], folder: str | Pa
         ValueError: the format has no room for one of them, its tag is that of another site, two are of one layer, they
             differ in hook points, numbers of features or skip connections, or the folder holds something else or other
             layers, which would be mistaken for this set's.
+
+    Examples:
+        >>> import os
+        >>> from tinymodel_jax import TinyModel, save_transcoder_set
+        >>> lm = TinyModel("mini")
+        >>> save_transcoder_set({tag: lm[tag].dictionary for tag in ("M2", "M3")}, "transcoders")
+        >>> sorted(os.listdir("transcoders"))
+        ['config.yaml', 'layer_2.safetensors', 'layer_3.safetensors']
     """
     path = folder_for("circuit-tracer", folder)
     found = []

@@ -28,7 +28,18 @@ _MEANS = tuple(field.name for field in dataclasses.fields(LayerMeans))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Circuit:
-    """A set of nodes that carries a behaviour; `find` makes one."""
+    """A set of nodes that carries a behaviour; `find` makes one.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> from tinymodel_jax.analysis import logit_difference
+        >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
+        >>> circuit = circuits.find(lm, prompts, logit_difference([" Tim", " Lily"], [" Lily", " Tim"]), budget=5)
+        >>> circuit.dictionaries, len(circuit.labels)
+        (('M0', 'M1', 'M2', 'M3'), 5)
+    """
 
     nodes: np.ndarray
     """Structured array of dtype `CIRCUIT_NODE`, the largest effects first."""
@@ -88,6 +99,16 @@ def run(
 
     Raises:
         ValueError: the prompts or places do not fit those of the circuit, or the circuit is of another model.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> from tinymodel_jax.analysis import logit_difference
+        >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
+        >>> circuit = circuits.find(lm, prompts, logit_difference([" Tim", " Lily"], [" Lily", " Tim"]), budget=5)
+        >>> circuits.run(lm, circuit, prompts).shape
+        (2, 7, 1024)
     """
     aligned = aligned_like(lm, circuit, prompts, places)
     gated = gated_like(lm, circuit)

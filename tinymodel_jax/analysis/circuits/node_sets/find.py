@@ -80,6 +80,17 @@ def find(
     Raises:
         ValueError: the prompts, places, metric, budget or dictionaries are not valid for the model, or a layer has no
             transcoder.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> from tinymodel_jax.analysis import logit_difference
+        >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
+        >>> metric = logit_difference([" Tim", " Lily"], [" Lily", " Tim"])
+        >>> circuit = circuits.find(lm, prompts, metric, budget=5)
+        >>> len(circuit.nodes)
+        5
     """
     aligned = align(lm, prompts, places)
     tokens = _tokens(lm, metric, len(aligned.tok_ids))
@@ -120,13 +131,26 @@ def score(
     """Measure how faithful and complete a circuit is on prompts, beside random sets of nodes.
 
     Args:
-        prompts, places: as for `find`: other prompts, with the same names of places.
+        prompts: as for `find`; other prompts than the circuit was found on.
+        places: as for `find`, with the same names.
         metric: `logit_difference(a, b)`, with one token or one for each prompt.
         n_random: number of random sets.
         seed: seed of the random sets.
 
     Raises:
         ValueError: as `run`, the metric does not fit the prompts, or its change when every node is ablated may be 0.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import circuits
+        >>> lm = TinyModel("mini")
+        >>> from tinymodel_jax.analysis import logit_difference
+        >>> metric = logit_difference([" Tim", " Lily"], [" Lily", " Tim"])
+        >>> circuit = circuits.find(lm, ["Tim saw Lily. Then", "Lily saw Tim. Then"], metric, budget=5)
+        >>> others = ["Tim saw Lily. So", "Lily saw Tim. So"]
+        >>> found = circuits.score(lm, circuit, others, metric, n_random=2)
+        >>> len(found.random)
+        2
     """
     if n_random < 0:
         raise ValueError(f"circuits.score: n_random={n_random}; it must be at least 0.")
