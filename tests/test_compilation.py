@@ -85,3 +85,9 @@ def test_a_flag_that_this_jaxlib_does_not_know_is_not_used(monkeypatch):
     monkeypatch.setattr(compilation, "_YNN_FLAG", "xla_no_such_flag")
     assert fast_compiler_options() == {}
     assert float(fast_jit(lambda x: x + 1)(jnp.float32(1))) == 2
+
+
+@pytest.mark.parametrize(("rows", "ynnpack"), [(1, "nothing"), (8, "all"), (128, "all"), (129, "nothing")])
+def test_products_of_few_rows_and_only_those_are_left_to_ynnpack(rows, ynnpack):
+    assert compilation.ynnpack_of_rows(rows) == ynnpack
+    assert fast_compiler_options(ynnpack="all") == {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from tinymodel_jax.model.edits import Replace, is_array_tree
 from tinymodel_jax.model.hook_points import Hook, Hooks, apply_with_hooks, hooks_after, vectors_at
 from tinymodel_jax.model.interventions import combine
 from tinymodel_jax.model.transformer import KVCache, Params, Transformer, run_with_hooks
-from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.compilation import YNNPACK, fast_jit, ynnpack_of_rows
 from tinymodel_jax.runtime.few_rows import few_rows_at_a_time
 
 Output = Literal["logprobs", "logits", "none"]
@@ -137,8 +137,8 @@ def forward(
     output: Output = "logprobs",
 ) -> tuple[Float[Array, "batch seq d_vocab"] | None, dict[str, Array]]:
     """Return log-probabilities, logits or nothing, and the kept activations."""
-    run = _forward_of_many if tok_ids.size > LOGPROBS_AT_ONCE else _forward_of_few
-    return run(model, tok_ids, keep=keep, output=output)
+    ynnpack = "sums" if tok_ids.size > LOGPROBS_AT_ONCE else ynnpack_of_rows(tok_ids.size)
+    return _compiled_forward[ynnpack](model, tok_ids, keep=keep, output=output)
 
 
 def _forward(model: HookedModel, tok_ids: Array, *, keep: tuple[str, ...], output: Output) -> Any:
@@ -158,8 +158,10 @@ def _forward(model: HookedModel, tok_ids: Array, *, keep: tuple[str, ...], outpu
     return few_rows_at_a_time(of_row, acts[final], most=most), kept
 
 
-_forward_of_few = compiled_pass(_forward, static_argnames=("keep", "output"))
-_forward_of_many = compiled_pass(_forward, static_argnames=("keep", "output"), fast_sums=True)
+_compiled_forward = {
+    ynnpack: compiled_pass(_forward, static_argnames=("keep", "output"), ynnpack=ynnpack)
+    for ynnpack in get_args(YNNPACK)
+}
 
 
 @partial(fast_jit, static_argnames=("dictionary_config",))

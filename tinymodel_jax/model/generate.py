@@ -24,7 +24,7 @@ from tinymodel_jax.model.hook_points import Hook, apply_with_hooks, require_edit
 from tinymodel_jax.model.padding import bucket, is_traced, pad_right
 from tinymodel_jax.model.sampling import Method, Sampling, check_options, choose, prepare
 from tinymodel_jax.model.transformer import KVCache, LayerCache, Params, Transformer
-from tinymodel_jax.runtime.compilation import fast_jit
+from tinymodel_jax.runtime.compilation import YNNPACK, fast_jit, ynnpack_of_rows
 
 EditedPositions = Literal["all", "prompt", "generated"]
 """Where edits act during generation: on the prompt, on the generated tokens, or on both."""
@@ -102,7 +102,8 @@ def continue_in_steps(
     at_prompt, afterwards = _with_edits(model, hooks or {}, positions, prompts.shape, width)
     method, sampling = prepare(config.d_vocab, temperature, top_k, top_p, seed, same_noise)
     end = np.int32(-1 if end_id is None else end_id)
-    programs = _shared_programs() if is_array_tree((at_prompt, afterwards)) else _programs()
+    make_programs = _shared_programs if is_array_tree((at_prompt, afterwards)) else _programs
+    programs = make_programs(ynnpack_of_rows(len(prompts)))
     at_prompt, afterwards = _with_static_functions(at_prompt), _with_static_functions(afterwards)
     tokens = pad_right(prompts[:, :seen], capacity, config.pad_id)
     inputs = (tokens, lengths.astype(np.int32), np.int32(n_toks), end, sampling)
@@ -170,12 +171,13 @@ class _Programs(NamedTuple):
     advance: Callable[..., _State]
 
 
-def _programs() -> _Programs:
+def _programs(ynnpack: YNNPACK) -> _Programs:
+    compiled = functools.partial(fast_jit, ynnpack=ynnpack)
     of_prompt = ("method", "prompt_width", "with_logprobs")
     return _Programs(
-        fast_jit(functools.partial(_whole), static_argnames=of_prompt),
-        fast_jit(functools.partial(_start), static_argnames=of_prompt),
-        fast_jit(functools.partial(_advance), static_argnames=("method",), donate_argnames=("state",)),
+        compiled(functools.partial(_whole), static_argnames=of_prompt),
+        compiled(functools.partial(_start), static_argnames=of_prompt),
+        compiled(functools.partial(_advance), static_argnames=("method",), donate_argnames=("state",)),
     )
 
 

@@ -1,8 +1,8 @@
 """`fast_jit`: `jax.jit` with compiler options that make this package's programs faster.
 
-On a CPU it turns off the YNNPACK rewrite of matrix products, which slows this model's shapes by about a tenth
-(`benchmarks/vs_reference.py` shows it); on accelerators it is `jax.jit`. It never changes `XLA_FLAGS`, and has no
-effect if the user has set that flag there.
+On a CPU, XLA gives matrix products and sums to YNNPACK. That slows products of many rows by about a tenth and speeds up
+those of few rows by as much (`benchmarks/RESULTS.md`), so a program says what YNNPACK may compute. On accelerators,
+`fast_jit` is `jax.jit`. It never changes `XLA_FLAGS`, and has no effect if the user has set that flag there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,25 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
+YNNPACK = Literal["nothing", "sums", "all"]
+"""What YNNPACK computes in a program on a CPU.
+
+`sums` halves the time of sums and maxima. It also takes over the products whose results are only summed, and is slower
+at those.
+"""
 _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
+_FUSIONS: dict[YNNPACK, str] = {"nothing": "", "sums": "LIBRARY_FUSION_TYPE_REDUCE"}
+_FEW_ROWS = range(8, 129)
+"""Rows of a product that YNNPACK multiplies faster than XLA's own code."""
+
+
+def ynnpack_of_rows(rows: int) -> YNNPACK:
+    """Return what YNNPACK should compute in a program whose products have so many rows."""
+    return "all" if rows in _FEW_ROWS else "nothing"
 
 
 def fast_jit(
@@ -23,9 +37,9 @@ def fast_jit(
     *,
     static_argnames: Sequence[str] = (),
     donate_argnames: Sequence[str] = (),
-    fast_sums: bool = False,
+    ynnpack: YNNPACK = "nothing",
 ) -> Callable[..., Any]:
-    """Compile `function` like `jax.jit`, with `fast_compiler_options(fast_sums=fast_sums)`.
+    """Compile `function` like `jax.jit`, with `fast_compiler_options(ynnpack=ynnpack)`.
 
     The result may be called anywhere, also inside another `jit`, `grad` or `vmap`. XLA takes options for a whole
     program only, so inside another program the options of that program apply. A `ValueError` of `function` costs a
@@ -38,7 +52,7 @@ def fast_jit(
 
     @functools.cache
     def outer() -> Callable[..., Any]:
-        return compile_(compiler_options=fast_compiler_options(fast_sums=fast_sums))
+        return compile_(compiler_options=fast_compiler_options(ynnpack=ynnpack))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,18 +65,15 @@ def fast_jit(
 
 
 @functools.cache
-def fast_compiler_options(platform: str | None = None, fast_sums: bool = False) -> dict[str, str]:
+def fast_compiler_options(platform: str | None = None, ynnpack: YNNPACK = "nothing") -> dict[str, str]:
     """Return the compiler options for a platform, by default that of the default backend; `{}` where none helps.
-
-    Args:
-        fast_sums: let YNNPACK compute sums and maxima, in half the time. It also takes over the products whose results
-            are only summed, and is slower at those.
 
     The flag's name depends on the jaxlib version, so it is tried on a trivial program first.
     """
-    if (platform or jax.default_backend()) != "cpu" or _YNN_FLAG in os.environ.get("XLA_FLAGS", ""):
+    chosen_by_user = _YNN_FLAG in os.environ.get("XLA_FLAGS", "")
+    if ynnpack == "all" or chosen_by_user or (platform or jax.default_backend()) != "cpu":
         return {}
-    options = {_YNN_FLAG: "LIBRARY_FUSION_TYPE_REDUCE" if fast_sums else ""}
+    options = {_YNN_FLAG: _FUSIONS[ynnpack]}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:
