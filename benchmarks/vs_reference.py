@@ -162,7 +162,7 @@ def ynn_fusion() -> str:
     """Say which matrix products XLA uses in this package's programs."""
     from tinymodel_jax.runtime.compilation import fast_compiler_options
 
-    return "turned off for products by this package" if fast_compiler_options() else "as XLA's default"
+    return "chosen by this package for every program" if fast_compiler_options() else "as XLA's default"
 
 
 def floor(name: str, rates: Rates) -> float:
