@@ -40,7 +40,9 @@ def attribution_graph(
     """Return the graph of direct effects behind a prompt's predictions.
 
     Attention patterns are those of the prompt. Everything else between sources and targets is linear, so each target's
-    incoming edges and its bias add up to its value.
+    incoming edges and its bias add up to its value:
+
+        sum of the weights of its incoming edges + bias = pre-activation of a feature, or logit
 
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
@@ -49,12 +51,15 @@ def attribution_graph(
             `circuits.direction(hook, vector, position)`.
         max_nodes: nodes of the graph at most, with targets, biases and the rest.
         dictionaries: as for `frozen_pass`.
-        influence_share: stop when the nodes have this share of the influence on the targets.
+        influence_share: stop when the nodes have this share of the influence on the targets, above 0 to 1.
         dtype: number format, "float32" or "float64".
         track: wraps the iterator over the batches of nodes that a round expands, for example with a progress bar.
 
     Raises:
         ValueError: as `frozen_pass`, a target does not exist, or `max_nodes` is too small for the targets and biases.
+
+    Source: transcoder circuits (Dunefsky et al. 2024); circuit tracing (Ameisen et al. 2025) and its implementation
+    circuit-tracer.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

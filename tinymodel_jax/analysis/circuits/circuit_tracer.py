@@ -43,10 +43,11 @@ def save_circuit_tracer(
     attention of layer L, and layer 2L + 1 its MLP; otherwise layers have their own numbers.
 
     Args:
-        lm: what `attribution_graph` was given.
-        prompt: what it was given.
+        path: the file to write, such as `graphs/lily.json`; its folder must exist.
+        lm: the model, as `attribution_graph` was given it.
+        prompt: likewise.
         graph: its result, which may be pruned.
-        targets: what it was given.
+        targets: as `attribution_graph` was given them; None for the most likely next tokens.
         scan: the name under which the viewer knows the model.
         names: shown for the features, in place of their tags.
 

@@ -30,27 +30,28 @@ Precision = Literal["float32", "float64"]
 class FrozenDictionary:
     """The active features of one dictionary on one prompt, and its error.
 
-    Axes: `u` features active at some position, `n` features active at one position, `s` positions; all padded.
+    Axes: `u` features active at some position, `n` features active at one position, `s` positions, `d` d_model; all but
+    `d` are padded. Weights are those of the active features alone.
     """
 
     tag: str = struct.field(pytree_node=False)
     """That of a dictionary of the model, or of neurons."""
     layer: int = struct.field(pytree_node=False)
-    """Its block, counted from 0."""
+    """Layer, counted from 0."""
     part: Part = struct.field(pytree_node=False)
-    """Whose output it predicts."""
+    """Whose output it predicts: "attn" or "mlp"."""
     features: Int[Array, " u"]
     """Numbers of the features in the dictionary; -1 in the padding."""
     W_enc: Float[Array, "u d"]
-    """Encoder rows of the features."""
+    """Encoder directions, one per row."""
     b_enc: Float[Array, " u"]
     """The pre-activation of a zero input."""
     W_dec: Float[Array, "u d"]
-    """Decoder rows of the features."""
+    """Decoder directions, one per row."""
     b_dec: Float[Array, " d"]
-    """Bias of the prediction."""
+    """The prediction without features."""
     W_skip: Float[Array, "d d"] | None
-    """Skip connection, if it has one."""
+    """Matrix of the skip connection; None without one."""
     acting: Bool[Array, " s"]
     """Positions of the prompt whose tokens it does not exclude; at the others, all of the value is error."""
     where: Int[Array, "s n"]
@@ -65,7 +66,9 @@ class FrozenDictionary:
 
 @struct.dataclass
 class FrozenPass:
-    """The frozen pass of one prompt. Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d`, `k` d_head.
+    """The frozen pass of one prompt, as `frozen_pass` returns it.
+
+    Axes: `l` layers, `h` heads, `s` and `t` positions (padded), `d` d_model, `k` d_head.
 
     Examples:
         >>> from tinymodel_jax import TinyModel
@@ -77,23 +80,23 @@ class FrozenPass:
     """
 
     config: ModelConfig = struct.field(pytree_node=False)
-    """Of the model."""
+    """Shape of the model."""
     length: Int[Array, ""]
-    """Tokens of the prompt; everything that is written at the other positions is 0."""
+    """Number of tokens of the prompt; everything that is written at the other positions is 0."""
     tok_ids: Int[Array, " s"]
-    """Ids of the prompt."""
+    """Token ids, with padding."""
     embed: Float[Array, "s d"]
     """Token embeddings."""
     pos_embed: Float[Array, "s d"]
     """Position embeddings."""
     patterns: Float[Array, "l h s t"]
-    """Attention patterns of all layers and heads."""
+    """Attention patterns: query position, key position."""
     W_V: Float[Array, "l h d k"]
-    """Value matrices."""
+    """Value matrices of the heads."""
     W_O: Float[Array, "l h k d"]
-    """Output matrices."""
+    """Output matrices of the heads."""
     b_O: Float[Array, "l d"]
-    """Biases of the attention outputs."""
+    """Output biases of the attention layers."""
     dictionaries: tuple[FrozenDictionary, ...]
     """In the order of the forward pass: one of each layer's MLP, and those of attention outputs."""
     final: Float[Array, "s d"]
@@ -104,15 +107,15 @@ class FrozenPass:
         return tuple(d for d in self.dictionaries if d.layer == layer)
 
     def everywhere(self, bias: Float[Array, " d"]) -> Float[Array, "s d"]:
-        """Return a bias at each of the prompt's positions."""
+        """Return a bias at each of the prompt's positions, and 0 in the padding."""
         return jnp.where(jnp.arange(len(self.embed))[:, None] < self.length, bias, 0)
 
     def at(self, part: Part, layer: int) -> FrozenDictionary | None:
-        """Return the dictionary of the output of a layer's attention or MLP.
+        """Return the dictionary of the output of a layer's attention or MLP; None if there is none.
 
         Args:
             part: "attn" or "mlp".
-            layer: block, counted from 0.
+            layer: layer, counted from 0.
         """
         return next((d for d in self.dictionaries if (d.part, d.layer) == (part, layer)), None)
 

@@ -29,20 +29,25 @@ NODE = np.dtype(
     [("kind", "U9"), ("site", "U32"), ("layer", "i4"), ("position", "i4"), ("feature", "i4"), ("value", "f8"),
      ("pre", "f8"), ("bias", "f8"), ("expanded", "?")]
 )  # fmt: skip
-"""Fields of a node.
+"""Fields of a node, a NumPy structured dtype.
 
-kind        "token", "position", "bias", "feature", "error", "rest", or as a target "logit", "feature", "direction"
-site        a dictionary's tag, or the name of a parameter or hook point
-layer       -1 for the embeddings and the rest, n_layers for logits
-position    -1 for biases and the rest, which are of all positions
-feature     the feature, the token's id for tokens and logits, -1 for the others
-value       a feature's activation, a logit or a reading; 1 for the others
-pre         the pre-activation; the logit or reading; 0 for the others
-bias        the encoder's bias; b_U of a logit
-expanded    whether the incoming edges are known
+- `kind`: "token", "position", "bias", "feature", "error", "rest", or as a target "logit", "feature", "direction"
+- `site`: a dictionary's tag, or the name of a parameter or hook point
+- `layer`: -1 for the embeddings and the rest, n_layers for logits
+- `position`: -1 for biases and the rest, which are of all positions
+- `feature`: the feature, the token's id for tokens and logits, -1 for the others
+- `value`: a feature's activation, a logit or a reading; 1 for the others
+- `pre`: the pre-activation; the logit or reading; 0 for the others
+- `bias`: the encoder's bias; b_U of a logit
+- `expanded`: whether the incoming edges are known
 """
 EDGE = np.dtype([("source", "i4"), ("target", "i4"), ("weight", "f8")])
-"""Fields of an edge: indices of two nodes, and what the source adds to the target's `pre`."""
+"""Fields of an edge, a NumPy structured dtype.
+
+- `source`: index of the node that the edge starts at
+- `target`: index of the node that it leads to
+- `weight`: what the source adds to the target's `pre`
+"""
 
 
 class Scores(NamedTuple):
@@ -59,7 +64,10 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttributionGraph:
-    """The direct effects between the parts of one prompt's frozen pass.
+    """The direct effects between the parts of one prompt's frozen pass, as `attribution_graph` returns them.
+
+    What is not a node of its own is part of the node "rest", so that the edges to every expanded node and its bias add
+    up to its `pre`.
 
     Examples:
         >>> from tinymodel_jax import TinyModel
@@ -74,15 +82,15 @@ class AttributionGraph:
     """
 
     nodes: np.ndarray
-    """Structured array of dtype `NODE`."""
+    """Structured array (nodes,) of dtype `NODE`; sources first, then targets."""
     edges: np.ndarray
-    """Structured array of dtype `EDGE`, sorted by target."""
+    """Structured array (edges,) of dtype `EDGE`, sorted by target."""
     tokens: tuple[str, ...]
     """Text of each token of the prompt."""
     weights: Float[np.ndarray, " nodes"]
     """Share of the influence that starts at each node: the probabilities of the logits; 0 for all but targets."""
     unexplained: float
-    """See `Scores`."""
+    """As in `Scores`: a share between 0 and 1."""
     labels: tuple[str, ...]
     """Name of each node, such as `M2N123 @5`."""
 
@@ -118,11 +126,19 @@ class AttributionGraph:
         return float(np.abs(sums - self.nodes["pre"])[known].max())
 
     def incoming(self, node: int) -> np.ndarray:
-        """Return the edges to a node, the largest first."""
+        """Return the edges to a node, of dtype `EDGE`, the largest absolute weight first.
+
+        Args:
+            node: index into `nodes`.
+        """
         return self._largest_first("target", node)
 
     def outgoing(self, node: int) -> np.ndarray:
-        """Return the edges from a node, the largest first."""
+        """Return the edges from a node, of dtype `EDGE`, the largest absolute weight first.
+
+        Args:
+            node: index into `nodes`.
+        """
         return self._largest_first("source", node)
 
     def prune(self, node_share: float = 0.8, edge_share: float = 0.98) -> AttributionGraph:
@@ -134,6 +150,8 @@ class AttributionGraph:
 
         Raises:
             ValueError: a share is not above 0 and at most 1.
+
+        Source: circuit-tracer, whose defaults these are.
         """
         for name, share in (("node_share", node_share), ("edge_share", edge_share)):
             if not 0 < share <= 1:
@@ -188,7 +206,11 @@ class AttributionGraph:
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `graph.safetensors` (the numbers) and `graph.json` (the texts) into a folder."""
+        """Write `graph.safetensors` (the numbers) and `graph.json` (the texts) into a folder.
+
+        Raises:
+            OSError: the folder or a file cannot be written.
+        """
         from safetensors.numpy import save
 
         folder = Path(folder).expanduser()

@@ -25,12 +25,12 @@ from tinymodel_jax.lm import TinyModel
 
 
 class Pair(NamedTuple):
-    """One term of a score."""
+    """One term of a score: a source of the query with a source of the key."""
 
     query: str
-    """Name of a source of the query."""
+    """Label of the source of the query, such as `M2N123 @5`."""
     key: str
-    """Name of a source of the key."""
+    """Label of the source of the key."""
     value: float
     """What the pair adds to the score."""
 
@@ -41,15 +41,15 @@ class QKAttribution(NamedTuple):
     score: float
     """Attention score before the softmax; with `versus`, the difference of two."""
     query_sources: np.ndarray
-    """The sources that the query is made of; fields as those of a graph's nodes."""
+    """The sources that the query is made of, a structured array with the fields of a graph's nodes (`NODE`)."""
     key_sources: np.ndarray
-    """The sources that the key is made of."""
+    """Those of the key; with `versus`, of both keys."""
     tokens: tuple[str, ...]
     """Text of each token of the prompt."""
     query_parts: Float[np.ndarray, "query_sources d_head"]
     """What each source adds to the query, divided by sqrt(d_head)."""
     key_parts: Float[np.ndarray, "key_sources d_head"]
-    """What each source adds to the key."""
+    """What each source adds to the key; with `versus`, to the difference of the keys."""
 
     @property
     def query_labels(self) -> tuple[str, ...]:
@@ -106,12 +106,14 @@ def qk_attribution(
 ) -> QKAttribution:
     """Divide the score with which a head's query attends to a key among pairs of sources.
 
+        score = sum over sources i, j of (what i adds to the query) . (what j adds to the key) / sqrt(d_head)
+
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
-        layer: block of the head, counted from 0.
-        head: number of the head, counted from 0.
-        query: position; negative ones count from the end.
-        key: position, at or before the query.
+        layer: layer of the head, counted from 0.
+        head: the head, counted from 0.
+        query: position of the query; negative ones count from the end.
+        key: position of the key, which is not after the query; negative ones count from the end.
         versus: another position of a key. What is divided is then the score of `key` minus the score of this one, so
             that what every key gets, such as a source that earlier heads wrote everywhere, cancels.
         dictionaries: as for `frozen_pass`.
@@ -119,6 +121,8 @@ def qk_attribution(
 
     Raises:
         ValueError: as `frozen_pass`; the layer, the head or a position does not exist; or the key is after the query.
+
+    Source: the QK circuit of Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

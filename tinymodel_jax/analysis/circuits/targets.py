@@ -46,8 +46,11 @@ class DirectionTarget:
     """A direction at a hook point, made by `direction`."""
 
     hook: str
+    """Full name of the hook point."""
     vector: Any
+    """Coefficients, (d,), or (n_heads, d_head) at the hook points of heads."""
     position: int
+    """Position in the prompt; negative ones count from the end."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,17 @@ class FeatureTarget:
     """A feature's pre-activation, made by `feature`."""
 
     tag: str
+    """Tag of the feature, such as "M2N123"."""
     position: int
+    """Position in the prompt; negative ones count from the end."""
 
 
 def direction(hook: str, vector: Any, position: int = -1) -> DirectionTarget:
     """Return the target `vector · value at a hook point`, at a position (negative ones count from the end).
 
     Args:
-        hook: a hook point of a block whose value is a linear function of the residual stream, such as
-            `blocks.3.hook_resid_post`.
+        hook: full name of a hook point whose value is linear in the residual stream, such as
+            `blocks.2.hook_resid_pre`.
         vector: (d,), or (n_heads, d_head) at the hook points of heads.
         position: position in the prompt.
 
@@ -80,11 +85,11 @@ def direction(hook: str, vector: Any, position: int = -1) -> DirectionTarget:
 
 
 def feature(tag: str, position: int = -1) -> FeatureTarget:
-    """Return the target that is the pre-activation of a feature such as "M2N123", at a position.
+    """Return the target that is the pre-activation of a feature, at a position (negative ones count from the end).
 
     Args:
-        tag: a tag that names a feature.
-        position: position in the prompt; negative ones count from the end.
+        tag: tag of the feature, such as "M2N123".
+        position: position in the prompt.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

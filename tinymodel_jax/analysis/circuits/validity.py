@@ -45,11 +45,13 @@ def validity_radius(
 ) -> ValidityRadius:
     """Return how far the write of a source can change before a feature that is computed after it switches on or off.
 
+        pre(delta) = pre + delta * slope        for a source written 1 + delta times
+
     Patterns and errors are held, features respond. Within the range, the change of any reading is delta times the
     source's total effect. Computed in float64.
 
     Args:
-        prompt: a text, or token ids (seq,) or (1, seq): the prompt of the graph.
+        prompt: a text, or token ids (seq,) or (1, seq), as `attribution_graph` was given it.
         source: one of `graph.nodes` that is written to the stream: a token, position, bias, feature or error.
         dictionaries: as for `frozen_pass`.
 

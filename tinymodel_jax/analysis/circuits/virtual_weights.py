@@ -34,15 +34,20 @@ class Links(NamedTuple):
     """The strongest links of every feature, strongest first."""
 
     features: Int[np.ndarray, "n_features n"]
-    """Features of the target."""
+    """For each feature of the source, indices of features of the target."""
     values: Float[np.ndarray, "n_features n"]
-    """Weight of each link: change of the target's pre-activation per unit of the source's activation."""
+    """Weight of each link: what one unit of the source's activation adds to the target's pre-activation."""
 
 
 def virtual_weights(
     lm: TinyModel, source: str, target: str, through: tuple[int, int] | None = None, top: int = 10
 ) -> Links:
     """Return the features of a later dictionary with the largest absolute weights, for each feature of a source.
+
+        direct          written(W_dec)[source] @ read(W_enc)[:, target]
+        through a head  written(W_dec)[source] @ W_V @ W_O @ read(W_enc)[:, target]
+
+    `written` and `read` map directions at the dictionaries' hook points to directions of the residual stream.
 
     Args:
         source: tag of a dictionary of the model, such as "M0".
@@ -54,6 +59,8 @@ def virtual_weights(
     Raises:
         ValueError: what the source writes is not in what the target reads, the head does not lie between, or
             a dictionary normalizes its input.
+
+    Source: virtual weights (Elhage et al. 2021); between transcoders, Dunefsky et al. 2024.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

@@ -77,11 +77,16 @@ def score_concepts(
 ) -> ConceptScores:
     """Choose the best unit for each concept on some positions, and score it on held-out ones.
 
+        AUC = P(activation where the concept holds > activation where it does not), counting ties half
+        F1  = 2 * hits / (predicted + true)
+
+    Chance is 0.5 for the AUC, and 2 p / (1 + p) for the F1 of a concept that holds at a share p of the positions.
+
     Args:
-        acts: activations of the units (features, neurons) at the positions to choose on.
-        truth: whether each concept holds there.
+        acts: activations of the units at the positions to choose on.
+        truth: which concepts hold there.
         held_out_acts: activations at the positions to score on.
-        held_out_truth: whether each concept holds there.
+        held_out_truth: which concepts hold there.
 
     Raises:
         ValueError: there are no units, or no positions to choose or score on.
@@ -143,7 +148,20 @@ def best_of(parts: Sequence[ChosenUnits], held_out_truth: Bool[np.ndarray, "scor
 def concepts_of_units(
     acts: Float[np.ndarray, "positions units"], truth: Bool[np.ndarray, "positions concepts"]
 ) -> tuple[Int[np.ndarray, " units"], Float[np.ndarray, " units"]]:
-    """Return the concept that each unit's activity (above 0) predicts best, and its F1."""
+    """Return the concept that each unit's activity (above 0) predicts best, and its F1.
+
+    Args:
+        acts: activations.
+        truth: which concepts hold at the positions.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.analysis import labels
+        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> concepts, f1 = labels.concepts_of_units(acts, truth)
+        >>> concepts, f1.round(2)  # active at two positions, right at one
+        (array([0]), array([0.67]))
+    """
     f1 = _f1_of_all(np.asarray(acts) > 0, truth)
     return f1.argmax(axis=1), f1.max(axis=1)
 
@@ -155,6 +173,17 @@ def best_f1_of_all(
 
     The threshold that predicts a concept everywhere is left out. No positions are held out, so the maximum over many
     units is biased upwards.
+
+    Args:
+        acts: activations.
+        truth: which concepts hold at the positions.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.analysis import labels
+        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> labels.best_f1_of_all(acts, truth)
+        array([[1.]])
     """
     found = []
     for start in range(0, acts.shape[1], CHUNK):
@@ -169,6 +198,17 @@ def auc_of_all(
     """Return the AUC of every unit for every concept; NaN where a concept never or always holds.
 
     It is computed from the average ranks of the activations (Mann and Whitney 1947), which is exact with ties, too.
+
+    Args:
+        acts: activations.
+        truth: which concepts hold at the positions.
+
+    Examples:
+        >>> import numpy as np
+        >>> from tinymodel_jax.analysis import labels
+        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> labels.auc_of_all(acts, truth)
+        array([[1.]])
     """
     above_middle = np.stack([_centred_ranks(column) for column in acts.T]).astype(np.float32)
     positives = truth.sum(axis=0)

@@ -48,11 +48,11 @@ class Recovery(NamedTuple):
     name: str
     """`M1` or the name given to the dictionary; for baselines `neurons 1` or `random M1`."""
     kind: Kind
-    """What the units are: features of a dictionary, or one of the baselines."""
+    """One of "dictionary", "neurons" and "random directions"."""
     layer: int
-    """Block of the units, counted from 0."""
+    """Layer of the site, counted from 0."""
     n_units: int
-    """Number of units to choose from."""
+    """Number of units that were scored."""
     scores: ConceptScores
     """In the order of `storyworld.CONCEPTS`."""
 
@@ -129,8 +129,8 @@ def n_found(recovery: Recovery, f1: float = 0.8) -> int:
     """Return the number of concepts for which a unit has at least this F1.
 
     Args:
-        recovery: one result of `recover_concepts`.
-        f1: smallest F1 that counts as found, 0 to 1.
+        recovery: one of the results of `recover_concepts`.
+        f1: smallest F1 that counts, between 0 and 1.
 
     Examples:
         >>> from tinymodel_jax.bundled import storyworld
@@ -145,7 +145,20 @@ def n_found(recovery: Recovery, f1: float = 0.8) -> int:
 
 
 def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
-    """Return a record for each recovery and concept, for JSON or a table. NaN becomes None."""
+    """Return a record for each recovery and concept, for JSON or a table. NaN becomes None.
+
+    Args:
+        recoveries: results of `recover_concepts`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import recovery
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> recovery.concept_records(found)[0]["concept"]
+        'word.color'
+    """
     rows: list[dict[str, object]] = []
     for recovery in recoveries:
         scores = recovery.scores
@@ -176,6 +189,19 @@ def concept_table(
     """Return the F1 of every concept in every recovery, best concepts first, and the names of both.
 
     Concepts that hold nowhere in the scored stories have no F1 and are left out.
+
+    Args:
+        recoveries: results of `recover_concepts`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import recovery
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> f1, concepts, names = recovery.concept_table(found)
+        >>> f1.shape == (len(concepts), len(names))
+        True
     """
     table = np.stack([recovery.scores.f1 for recovery in recoveries], axis=1)
     order = np.argsort(-np.nan_to_num(table).max(axis=1), kind="stable")
@@ -185,7 +211,25 @@ def concept_table(
 
 
 def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
-    """Draw the F1 of every concept (rows) in every recovery (columns) as a heat map, as PNG."""
+    """Draw the F1 of every concept (rows) in every recovery (columns) as a heat map, as PNG.
+
+    Args:
+        recoveries: results of `recover_concepts`.
+        path: the file to write.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import recovery
+        >>> from tinymodel_jax.bundled import storyworld
+        >>> told = storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     recovery.plot_concepts(found, pathlib.Path(folder) / "concepts.png")
+    """
     save_figure(heat_map_figure(*concept_table(recoveries)), path, dpi=130)
 
 

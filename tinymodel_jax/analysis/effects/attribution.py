@@ -27,12 +27,12 @@ from tinymodel_jax.runtime.compilation import fast_jit
 
 
 class Attribution(NamedTuple):
-    """The estimated change of the metric when each feature is ablated, in the metric's unit."""
+    """The estimated change of the metric when each feature is ablated."""
 
     features: Int[np.ndarray, " n"]
     """Indices of the features."""
     change: Float[np.ndarray, " n"]
-    """Estimated change of the metric."""
+    """Estimate for each, in the metric's unit: nats, logits, or the function's unit."""
 
 
 def attribute(
@@ -45,13 +45,17 @@ def attribute(
     positions: Any = None,
     next_ids: Sequence[int] | None = None,
 ) -> Attribution:
-    """Estimate the effect of ablating each feature on a metric.
+    """Estimate the effect of ablating each feature on a metric, for all features by one backward pass.
+
+        estimate = - sum over positions of  activation x (d metric / d value at hook_out) . W_dec[feature]
 
     The estimates are of `metric` of `sweeps.ablate`, whose arguments these are. A function must be differentiable by
-    JAX.
+    JAX. The estimate is exact if the layers above are linear.
 
     Raises:
         ValueError: as for `sweeps.ablate`, or the dictionary is a crosscoder.
+
+    Source: attribution patching (Nanda 2023; Syed et al. 2023), with ablation in place of a patch.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

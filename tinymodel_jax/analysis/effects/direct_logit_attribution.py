@@ -33,7 +33,7 @@ class DirectLogitAttribution(NamedTuple):
     """`embed`, `pos_embed`, `L0H2` (layer 0, head 2), `L0 b_O`, `L0 MLP`, `L0 b_out`, `b_U`; of a dictionary at M1,
     `M1N123` (active features only), `M1 b_dec`, `M1 skip` and `M1 error`."""
     values: Float[np.ndarray, "parts batch seq tokens"]
-    """Logits."""
+    """What each part adds, in logits."""
     tokens: Int[np.ndarray, " tokens"]
     """Ids of the tokens."""
 
@@ -42,6 +42,8 @@ def direct_logit_attribution(
     lm: TinyModel, tok_ids: Any, tokens: Any, dictionaries: str | Iterable[str] = ()
 ) -> DirectLogitAttribution:
     """Divide the logits of tokens, at every position, among the parts of the model.
+
+        logit = b_U + sum over parts of  (what the part writes to the residual stream) . W_U[:, token]
 
     The effect is direct: what a part changes through later layers is counted as theirs. In bfloat16, the sum differs
     from the logits by the rounding of the model's own additions.
@@ -56,6 +58,8 @@ def direct_logit_attribution(
     Raises:
         ValueError: an argument is not valid for the model, a dictionary is at another hook point, or it is an SAE
             that normalizes its input or has a skip connection.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; exact without layer norm.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

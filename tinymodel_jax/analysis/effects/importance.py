@@ -31,29 +31,29 @@ _MEASURES = ("kl", "loss")
 
 
 class MeanEffect(NamedTuple):
-    """A mean per feature with its 95 % confidence interval, `mean - half_width` to `mean + half_width`."""
+    """A mean over rows per feature with its 95 % confidence interval, `mean - half_width` to `mean + half_width`."""
 
     mean: Float[np.ndarray, " n_features"]
-    """NaN for features without a row to average over."""
+    """Mean over rows, in nats; NaN for features without a row to average over."""
     half_width: Float[np.ndarray, " n_features"]
-    """NaN for features with fewer than two rows."""
+    """1.96 standard errors of the mean, in nats; NaN for features with fewer than two rows."""
 
 
 class CausalImportance(NamedTuple):
     """The effects of ablating each feature of a dictionary, in nats."""
 
     n_rows: int
-    """Rows with a token to predict."""
+    """Number of rows with a token to predict."""
     active_rows: Int[np.ndarray, " n_features"]
-    """Rows on which the feature is active."""
+    """Number of rows on which the feature is active."""
     kl: MeanEffect
-    """KL divergence per position, averaged over the rows where the feature is active."""
+    """KL divergence in nats per position, averaged over the rows where the feature is active."""
     loss: MeanEffect
-    """Change of the loss, averaged over the rows where the feature is active; positive if the feature helps."""
+    """Change of the loss in nats, averaged over the rows where the feature is active; positive if the feature helps."""
     kl_all: MeanEffect
-    """KL divergence averaged over all `n_rows`, which gives frequent features more weight."""
+    """KL divergence in nats averaged over all `n_rows`, which gives frequent features more weight."""
     loss_all: MeanEffect
-    """Change of the loss averaged over all `n_rows`."""
+    """Change of the loss in nats averaged over all `n_rows`."""
     final_stream: Float[np.ndarray, "n_features d_model"]
     """`FeatureEffects.final_stream`, averaged over the rows where the feature is active; 0 if there are none."""
 
@@ -70,7 +70,7 @@ def causal_importance(
     work_file: Path | None = None,
     track: Track = no_progress,
 ) -> CausalImportance:
-    """Ablate every feature on every row.
+    """Ablate every feature of a dictionary on every row, and average the effects over the rows.
 
     Args:
         tag: the dictionary's tag, such as M2, or `lm["M2"]`, or a `Dictionary`.

@@ -28,15 +28,17 @@ class LogitLens(NamedTuple):
     """The predictions from the residual stream before each layer, and after the last one."""
 
     names: tuple[str, ...]
-    """Hook point of each stream."""
+    """Hook point of each stream: `hook_resid_pre` of every layer, and `hook_resid_post` of the last."""
     logprobs: Float[np.ndarray, "streams batch seq tokens"]
-    """Log-probabilities of the next token; the last stream's are the model's own."""
+    """Log-probabilities of the next token, in nats; the last stream's are the model's own."""
 
 
 def logit_lens(
     lm: TinyModel, tok_ids: Any, tokens: Any = None, *, hooks: Mapping[str, Hook] | None = None
 ) -> LogitLens:
     """Return the log-probabilities of the next token that each layer's residual stream gives.
+
+        logprobs = log_softmax(stream @ W_U + b_U)
 
     With splices or edits, the streams are those of the changed pass, after any change of the stream itself.
 
@@ -49,6 +51,8 @@ def logit_lens(
     Raises:
         ValueError: `tok_ids` are not valid for the model, an entry of `tokens` is not one token, or as
             `lm.run_with_hooks`.
+
+    Source: nostalgebraist 2020, interpreting GPT: the logit lens.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

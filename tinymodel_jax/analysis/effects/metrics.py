@@ -37,8 +37,9 @@ class LogitDifference:
     """The logit of one token minus that of another, after the last token of each row; made by `logit_difference`."""
 
     a: Token | tuple[Token, ...]
-    """One token, or one for each row."""
+    """One token (its id or text), or one for each row."""
     b: Token | tuple[Token, ...]
+    """The same."""
 
 
 MetricFunction = Callable[[Float[Array, "batch seq d_vocab"], Int[Array, "batch seq"]], Any]
@@ -50,7 +51,12 @@ def logit_difference(a: Tokens, b: Tokens) -> LogitDifference:
 
     Args:
         a: id or text of one token, such as `" Tim"`; or one for each row.
-        b: as `a`.
+        b: the same.
+
+    Returns:
+        A metric for `sweeps`, `attribution`, `patching` and `circuits`. Its unit is logits.
+
+    Functions that take the metric raise a ValueError if a text is not one token, or an id is out of range.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

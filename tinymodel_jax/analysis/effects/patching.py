@@ -42,7 +42,8 @@ class Patched(NamedTuple):
     axis: Literal["position", "head", "head and position"]
     """Meaning of the axes of `effects` after the first."""
     effects: Float[np.ndarray, "n_layers *places"]
-    """1 where patching restores the clean answer, 0 where it changes nothing; other values are possible."""
+    """Normalised effect: 1 where patching restores the clean answer, 0 where it changes nothing; other values are
+    possible."""
     half_width: Float[np.ndarray, "n_layers *places"]
     """Half-width of the 95 % confidence interval over pairs, NaN for a single pair: 1.96 standard errors of the ratio
     of sums (`row_sums`), which is too narrow with fewer than a few dozen pairs."""
@@ -52,11 +53,11 @@ class Patching(NamedTuple):
     """The effects of patching each kind of hook point, and the metric of the two runs."""
 
     tables: tuple[Patched, ...]
-    """One table for each kind of hook point."""
+    """One for each of the `kinds`, in their order."""
     clean: float
     """Metric of the clean runs, averaged over pairs, before it is normalised: nats, logits, or the function's unit."""
     corrupted: float
-    """Metric of the corrupted runs, averaged over pairs."""
+    """Metric of the corrupted runs, likewise."""
 
 
 def patch(
@@ -72,10 +73,13 @@ def patch(
 ) -> Patching:
     """Patch values of the clean run into the corrupted run, for one pair of prompts or several.
 
+        effect = sum of (metric patched - metric corrupted) / sum of (metric clean - metric corrupted)
+
     Args:
-        clean: a text or row of token ids, or several: a list of texts, or ids (pairs, seq), right-padded.
-        corrupted: as many prompts, in the same form. Both prompts of a pair have equal length. Different pairs have
-            too, unless only heads are patched.
+        clean: one prompt, as a text or a row of token ids; or several, as a list of texts or ids (pairs, seq),
+            right-padded.
+        corrupted: as many prompts in the same form. Both prompts of a pair have the same number of tokens.
+            Different pairs do, too, unless only heads are patched.
         kinds: one or more names of hook points inside a block; `attn.hook_*` are patched by heads, the others by
             positions.
         metric: `"loss"`, `"next_logprob"`, a `logit_difference(a, b)`, or a function `(logits, tok_ids) -> (batch,)`,
@@ -87,6 +91,8 @@ def patch(
     Raises:
         ValueError: the prompts of a pair differ in length, pairs do where positions are patched, a kind does not exist,
             the metric does not fit, or it is the same in both runs, or not finite.
+
+    Source: the convention of TransformerLens' `patching` (denoising).
 
     Examples:
         >>> from tinymodel_jax import TinyModel

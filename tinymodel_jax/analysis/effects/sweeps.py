@@ -54,10 +54,11 @@ class FeatureEffects(NamedTuple):
     """The change caused by each intervention: the value with it minus the value without it.
 
     Arrays have the shape (n,) of `features`, or (n, strengths) if `steer` was called with several strengths.
+    Averages are over all tokens but `[PAD]`.
     """
 
     features: Int[np.ndarray, " n"]
-    """Index of the feature of each intervention."""
+    """Indices of the features; with `vectors`, those of the vectors."""
     kl: Float[np.ndarray, "n *strengths"]
     """KL divergence of the next-token distribution from the model's own, nats, averaged over positions; 0 or more."""
     loss: Float[np.ndarray, "n *strengths"]
@@ -65,14 +66,16 @@ class FeatureEffects(NamedTuple):
     next_logprob: Float[np.ndarray, "n *strengths"]
     """Change of the log-probability of `next_ids` after the last position, averaged over rows, nats."""
     final_stream: Float[np.ndarray, "n *strengths d_model"]
-    """Change of the last layer's residual stream, averaged over positions: times W_U, the mean change of the logits, as
-    there is no layer norm. `logit_effects.strongest_tokens` names the tokens that it moves most."""
+    """Change of the last layer's residual stream, averaged over positions. Times W_U, it is the mean change of the
+    logits, as there is no layer norm. `logit_effects.strongest_tokens` names the tokens that it moves most."""
     readout_features: Int[np.ndarray, "n *strengths top"] | None = None
-    """Features of the readout dictionary that change most, the most changed first."""
+    """Indices of the 20 features of the readout dictionary that change most, the most changed first; None without a
+    readout."""
     readout_changes: Float[np.ndarray, "n *strengths top"] | None = None
-    """Change of their activation, averaged over positions."""
+    """Change of their activations, averaged over positions."""
     metric: Float[np.ndarray, "n *strengths"] | None = None
-    """Change of the requested metric, averaged over rows (`"loss"`: over all predicted tokens)."""
+    """Change of the requested metric in its unit, averaged over rows (`"loss"`: over all predicted tokens); None if
+    none is requested."""
 
 
 def ablate(
@@ -90,9 +93,10 @@ def ablate(
     """Set each feature of a dictionary to zero, one at a time.
 
     Args:
+        lm: the model; its splices are part of the pass with and without the intervention.
         tag: the dictionary's tag, such as M2, or `lm["M2"]`, or a `Dictionary`.
-        tok_ids: integers (batch, seq), right-padded.
-        features: indices; None is every feature that is active at the selected positions.
+        tok_ids: a text, a list of texts, or token ids (batch, seq) or (seq,), right-padded.
+        features: indices (n,); None is every feature that is active at the selected positions.
         positions: boolean mask, (seq,) or (batch, seq), of where to intervene; None is all positions.
         next_ids: one token per row, whose log-probability is measured; None is the model's most likely token.
         readout: a later dictionary, named in the same ways; report which of its features change most.
@@ -131,7 +135,15 @@ def clamp(
     metric: Metric | None = None,
     track: Track = no_progress,
 ) -> FeatureEffects:
-    """Hold each feature at a value, including where it is inactive. Other arguments as for `ablate`.
+    """Hold each feature at a value, including where it is inactive.
+
+    Args:
+        value: the activation that each feature gets at the selected positions.
+
+    Other arguments as for `ablate`.
+
+    Raises:
+        ValueError: as for `ablate`, or the value is not finite.
 
     Examples:
         >>> from tinymodel_jax import TinyModel
@@ -171,12 +183,15 @@ def steer(
 
     Args:
         strengths: one strength, or several, which become the last axis of the result.
-        vectors: (n, width), added instead of decoder directions, at all tokens; the site then needs no dictionary.
+        vectors: (n, d_model), added instead of decoder directions, at all tokens; the site then needs no dictionary.
 
     Other arguments as for `ablate`.
 
     Raises:
-        ValueError: as for `ablate`, or `vectors` and `features` do not fit together.
+        ValueError: as for `ablate`; strengths or vectors are not finite; both vectors and features are given; or
+            vectors are given for a site of several hook points.
+
+    Source: activation addition (Turner et al. 2023).
 
     Examples:
         >>> from tinymodel_jax import TinyModel

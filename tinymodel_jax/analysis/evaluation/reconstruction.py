@@ -38,13 +38,13 @@ class ReconstructionEvaluation(NamedTuple):
     """
 
     l0: float
-    """Active features per vector."""
+    """Active features per token."""
     explained_variance: float
-    """1 - squared error / squared distance from the mean."""
+    """1 - squared error / squared distance from the mean; at most 1."""
     dead_fraction: float
-    """Share of the features that were active on no vector."""
+    """Share of the features that were active on none of the tokens."""
     tokens: int
-    """Number of vectors."""
+    """Number of vectors that were measured."""
 
 
 @partial(fast_jit, static_argnames=("config",))
@@ -89,7 +89,8 @@ def evaluate_reconstruction(
     no digits are lost where that mean is far from 0.
 
     Args:
-        batches: pairs of inputs and targets; the same array twice for an SAE.
+        dictionary: the dictionary to measure.
+        batches: pairs of inputs (n, d_in) and targets (n, d_out); for an SAE, both are the same.
 
     Examples:
         >>> from tinymodel_jax import TinyModel

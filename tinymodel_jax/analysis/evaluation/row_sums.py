@@ -30,9 +30,9 @@ class Estimate(NamedTuple):
     """A measure and the half-width of its 95 % confidence interval; NaN where it is not defined."""
 
     value: float
-    """The measure."""
+    """The measure, in its unit."""
     margin: float
-    """Half-width of its confidence interval."""
+    """Half-width of the interval, in the same unit."""
 
 
 Quantity = str | tuple[str, str]

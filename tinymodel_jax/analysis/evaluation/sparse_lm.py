@@ -53,7 +53,7 @@ class SparseModelEvaluation(NamedTuple):
     """What the model loses when it runs through several dictionaries at once; nats, plain floats."""
 
     ce_clean: float
-    """Cross-entropy of the model."""
+    """Cross-entropy of the model, nats per predicted token."""
     ce_sparse: float
     """Cross-entropy with all predictions in place; each dictionary reads what those before it have changed."""
     ce_with_errors: float
@@ -63,11 +63,11 @@ class SparseModelEvaluation(NamedTuple):
     ce_recovered: float
     """(zero-ablated - sparse) / (zero-ablated - clean)."""
     kl: float
-    """KL divergence of the sparse model's next-token distribution from the clean one's."""
+    """KL divergence of the sparse model's next-token distribution from the clean one's, nats per predicted token."""
     kl_with_errors: float
-    """KL divergence with the errors added back; 0 up to rounding."""
+    """The same with each dictionary's error added back: 0 up to rounding."""
     margins: dict[str, float]
-    """Name of a number above -> half-width of its 95 % confidence interval over rows."""
+    """Name of a number above -> half-width of its 95 % confidence interval over rows; NaN for a single row."""
 
 
 def mlp_tags(lm: TinyModel) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ Rank = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Contexts(NamedTuple):
-    """Contexts of every feature, in order of rank."""
+    """Contexts of every feature, in order of rank. Each is a row of the data, and the token in it where the feature
+    peaks."""
 
     value: Float[np.ndarray, "n_features n"]
     """Activation at the peak; 0 where the feature has fewer contexts."""

@@ -31,7 +31,7 @@ class FoundFeatures(NamedTuple):
     features: Int[np.ndarray, " n"]
     """Indices of the features."""
     share: Float[np.ndarray, " n"]
-    """Share of the feature's top contexts that peak on the text."""
+    """Share of each feature's top contexts that peak on the text."""
     search: TopActivations
     """The search that they were found in, to ask about another text."""
 
@@ -125,8 +125,8 @@ def concept_f1(
     Memory holds the dictionary's input at all tokens, and the activations of one chunk of features at a time.
 
     Args:
-        reader: `lm["M2"]`.
-        rows: token ids, right-padded with `[PAD]`.
+        reader: `lm[tag]`.
+        rows: token ids, right-padded with `[PAD]`. Special tokens are not scored.
         truth: which concepts hold at each token.
         features: indices of the features to score; None scores all.
         track: wraps the iterator over chunks, for example with a progress bar.

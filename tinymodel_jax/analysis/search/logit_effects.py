@@ -39,19 +39,21 @@ class LogitEffects(NamedTuple):
     features: Int[np.ndarray, " n"]
     """Indices of the features."""
     promoted: Int[np.ndarray, "n top"]
-    """Ids of the tokens with the largest effects."""
+    """Ids of the tokens whose logits each feature raises most."""
     promoted_effect: Float[np.ndarray, "n top"]
-    """Logits per `unit`."""
+    """Their effects, in logits per `unit`."""
     suppressed: Int[np.ndarray, "n top"]
-    """Ids of the tokens with the most negative effects."""
+    """Ids of the tokens whose logits each feature lowers most."""
     suppressed_effect: Float[np.ndarray, "n top"]
-    """Logits per `unit`."""
+    """Their effects, in logits per `unit`."""
     unit: str = UNIT
     """What has these effects, in words: `UNIT`, or `UNIT_AT_SIZE_1` for an SAE that normalizes its input."""
 
 
 def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = None) -> LogitEffects:
     """Return the direct effect of features on the logits.
+
+        effect of one unit of feature f on token t = (what W_dec[f] adds to the residual stream) . W_U[:, t]
 
     Args:
         tag: the dictionary's site, such as M2.
@@ -61,6 +63,8 @@ def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = No
     Raises:
         ValueError: the site has no dictionary or no direct effect, the tag names a feature, a feature is out of range,
             or `top` is outside 1..d_vocab.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; exact without layer norm.
 
     Examples:
         >>> from tinymodel_jax import TinyModel
@@ -94,8 +98,20 @@ def logit_histogram(
     The bins of a feature reach from its smallest to its largest effect, in logits per unit of activation. Those of an
     SAE that normalizes its input are at an input of size 1.
 
+    Args:
+        tag: the dictionary's site, such as M2.
+        features: one index or several; None takes all.
+        n_bins: number of bins.
+
     Raises:
         ValueError: as `logit_effects`.
+
+    Examples:
+        >>> from tinymodel_jax import TinyModel
+        >>> from tinymodel_jax.analysis import logit_effects
+        >>> counts, centres = logit_effects.logit_histogram(TinyModel("mini"), "M2", [5, 17], n_bins=20)
+        >>> counts.shape, counts.sum(axis=1)  # every token of the vocabulary is in one bin
+        ((2, 20), array([1024, 1024]))
     """
     dictionary = lm[Site.whole(tag, "logit_histogram: ").tag].dictionary
     chosen = np.atleast_1d(resolve_indices(features, dictionary.config.n_features))

@@ -71,19 +71,20 @@ class TopActivations:
     """
 
     tag: str
-    """The dictionary's site."""
+    """Tag of the dictionary's site, such as `M2`."""
     data: str
-    """`resumable.fingerprint_of_rows`."""
+    """Fingerprint of the rows."""
     model: str
     """Fingerprint of the model, with its splices, that computes the dictionary's input."""
     dictionary: str
     """Fingerprint of the dictionary."""
     n_rows: int
-    """Number of rows searched."""
+    """Number of rows."""
     n_tokens: int
     """Number of tokens, without `[BEGIN]`, `[END]` and `[PAD]`."""
     histogram: Int[np.ndarray, "n_features 32"]
-    """Number of active tokens in each bin of activations, bounded by `EDGES`."""
+    """Number of active tokens in each bin of activations. Bins reach from 2^-8 to 2^8, two for each doubling; the first
+    also counts all smaller activations, the last all larger ones."""
     histogram_every: int
     """The histogram counts one token in `histogram_every`."""
     active: Int[np.ndarray, " n_features"]
@@ -126,6 +127,9 @@ class TopActivations:
         It is interpolated in the histogram. From 2^-8 to 2^8, the error is below a factor of 1.5, plus that of
         sampling. A feature that is active, but at none of the tokens that the histogram counts, gets its mean.
 
+        Args:
+            share: quantile between 0 and 1; 0.5 is the median.
+
         Raises:
             ValueError: `share` is outside 0..1.
         """
@@ -145,6 +149,10 @@ class TopActivations:
 
         Band i holds the peaks from quantile 1 - (i+1)/n to 1 - i/n over the rows on which the feature is active.
 
+        Args:
+            feature: index of the feature.
+            n: number of bands.
+
         Raises:
             ValueError: the feature is out of range, or `n` is below 1.
         """
@@ -157,6 +165,9 @@ class TopActivations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically. `load_top_activations` reads it.
+
+        Args:
+            path: the file, in a folder that exists.
 
         Raises:
             OSError: it cannot be written.

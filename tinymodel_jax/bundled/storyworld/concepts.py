@@ -134,7 +134,7 @@ CONCEPTS: dict[str, str] = {
     **{f"phase.{name}": f"phase of the story: {text}" for name, text in PHASES.items()},
     **{f"plot.{name}": f"the plot, from the trouble phase on: {text}" for name, text in PLOTS.items()},
 }
-"""Description of every concept by its name."""
+"""Description of each of the 109 concepts by its name, in the order of the columns of `labels`."""
 
 
 @functools.cache

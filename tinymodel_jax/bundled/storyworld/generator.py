@@ -52,15 +52,15 @@ class Story:
     """
 
     text: str
-    """The story."""
+    """The text, five paragraphs."""
     plot: str
-    """Name of its plot, one of `PLOTS`."""
+    """Name of its plot, such as "lost"; the concepts `plot.…` describe them."""
     hero_kind: str
-    """girl, boy or animal."""
+    """One of "girl", "boy" and "animal"."""
     paragraphs: tuple[tuple[Piece, ...], ...]
     """The text by phase, in pieces with their concepts, without those of the phase, plot and hero."""
     nats: float
-    """Minus the log-probability of all choices that made the story (see `entropy`)."""
+    """Minus the log-probability of all choices that made the story, nats (see `entropy`)."""
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the text in pieces, each with the set (`concepts.mask`) of all its concepts."""
@@ -83,11 +83,11 @@ class Story:
 
 
 def story(seed: int, index: int) -> Story:
-    """Return story `index` of a seed.
+    """Return a story of a seed. It is always the same.
 
     Args:
-        seed: 0 or more.
-        index: number of the story, 0 or more.
+        seed: seed of the stories, from 0 on.
+        index: number of the story, from 0 on.
 
     Raises:
         ValueError: the seed or the index is negative or not below 2^63.
@@ -111,6 +111,14 @@ def story(seed: int, index: int) -> Story:
 
 def stories(seed: int, count: int, first: int = 0) -> Iterator[Story]:
     """Yield `count` stories of a seed, starting with story `first`.
+
+    Args:
+        seed: seed of the stories, from 0 on.
+        count: number of stories.
+        first: index of the first one. Nothing in the package was trained on stories of seed 0 from `FIRST_UNSEEN` on.
+
+    Raises:
+        ValueError: as `story`.
 
     Examples:
         >>> from tinymodel_jax.bundled import storyworld

@@ -45,8 +45,9 @@ def questions(kind: Kind, seed: int, count: int, first: int = 0) -> Iterator[Que
         kind: "name": the first name that comes up twice before any other, against one that the story does not mention.
             "speaker": hero or friend after `" said`, against the other of the two. "animal": the small animal, the
             second time, against another one.
-        seed: seed of the stories, 0 or more.
+        seed: seed of the stories.
         count: number of questions.
+        first: index of the first story to ask about.
 
     Raises:
         ValueError: there is no such kind, or as `story`.

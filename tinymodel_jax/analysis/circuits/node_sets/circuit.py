@@ -42,13 +42,14 @@ class Circuit:
     """
 
     nodes: np.ndarray
-    """Structured array of dtype `CIRCUIT_NODE`, the largest effects first."""
+    """Structured array (nodes,) of dtype `CIRCUIT_NODE`, the largest effects first."""
     places: tuple[str, ...]
     """Names of the places; "0", "1", … for prompts of equal length."""
     dictionaries: tuple[str, ...]
     """Tag of each layer's transcoder, or `("neurons",)`."""
     means: tuple[LayerMeans, ...]
-    """The means of each layer's values at each place."""
+    """What nodes outside the circuit are replaced by, for each layer: means over the positions of each place, `z`
+    (places, n_heads, d_head) of the heads, `out` (places, d_model) of the MLP, and `acts` (places, n_features)."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -56,7 +57,11 @@ class Circuit:
         return labels(self.nodes, self.places)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `circuit.safetensors` (the means) and `circuit.json` (everything else) into a folder."""
+        """Write `circuit.safetensors` (the means) and `circuit.json` (everything else) into a folder.
+
+        Raises:
+            OSError: the folder or a file cannot be written.
+        """
         from safetensors.numpy import save
 
         folder = Path(folder).expanduser()

@@ -30,12 +30,14 @@ from tinymodel_jax.lm import TinyModel
 
 
 class CircuitScore(NamedTuple):
-    """How much of a behaviour a circuit carries; each share with its 95 % interval over prompts.
+    """How much of a behaviour a circuit carries; each share is an `Estimate` with its 95 % interval over prompts.
 
     With m(S), the metric with all nodes outside S ablated, summed over prompts, C the circuit and M the model:
 
         faithfulness = (m(C) - m(nothing)) / (m(M) - m(nothing))
         completeness = (m(M) - m(everything but C)) / (m(M) - m(nothing))
+
+    Source: faithfulness of Marks et al. 2024 (sparse feature circuits); completeness is 1 minus that of the complement.
     """
 
     faithfulness: Estimate
@@ -47,11 +49,11 @@ class CircuitScore(NamedTuple):
     model: float
     """Mean of the metric in the model, in logits."""
     circuit: float
-    """With everything outside the circuit ablated."""
+    """Mean of the metric with everything outside the circuit ablated, in logits."""
     complement: float
-    """With the circuit ablated."""
+    """Mean of the metric with the circuit ablated, in logits."""
     nothing: float
-    """With every node ablated."""
+    """Mean of the metric with every node ablated, in logits."""
 
 
 def find(
@@ -80,6 +82,8 @@ def find(
     Raises:
         ValueError: the prompts, places, metric, budget or dictionaries are not valid for the model, or a layer has no
             transcoder.
+
+    Source: attribution patching (Nanda 2023; Syed et al. 2023), repeated as the circuit shrinks by halves.
 
     Examples:
         >>> from tinymodel_jax import TinyModel
@@ -131,9 +135,10 @@ def score(
     """Measure how faithful and complete a circuit is on prompts, beside random sets of nodes.
 
     Args:
-        prompts: as for `find`; other prompts than the circuit was found on.
-        places: as for `find`, with the same names.
+        circuit: result of `find`.
+        prompts: as for `find`: other prompts than the circuit was found on.
         metric: `logit_difference(a, b)`, with one token or one for each prompt.
+        places: as for `find`: the same names, for these prompts.
         n_random: number of random sets.
         seed: seed of the random sets.
 

@@ -42,9 +42,11 @@ class LayerMeans:
     """What a layer's nodes are replaced by: means over the positions of each place, float32."""
 
     z: Float[Array, "places n_heads d_head"]
+    """Mean of what each head reads (`attn.hook_z`)."""
     out: Float[Array, "places d_model"]
-    """Of the MLP's output."""
+    """Mean of the MLP's output."""
     acts: Float[Array, "places n_features"]
+    """Mean activation of each feature of the layer's transcoder, or of each neuron."""
 
 
 class Batch(NamedTuple):

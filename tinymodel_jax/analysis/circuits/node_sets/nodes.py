@@ -21,14 +21,14 @@ from jaxtyping import Int
 CIRCUIT_NODE = np.dtype(
     [("kind", "U7"), ("site", "U32"), ("layer", "i4"), ("place", "i4"), ("index", "i4"), ("effect", "f8")]
 )
-"""Fields of a node.
+"""Fields of a node, a NumPy structured dtype.
 
-kind      "head", "feature" or "error"
-site      a dictionary's tag, `L2 MLP` for neurons, or `L3` for heads
-layer     counted from 0
-place     index into the circuit's `places`
-index     head or feature; 0 for errors
-effect    estimated loss of the metric when this node alone is ablated from the circuit
+- `kind`: "head", "feature" or "error"
+- `site`: a dictionary's tag, `L2 MLP` for neurons, or `L3` for heads
+- `layer`: counted from 0
+- `place`: index into the circuit's `places`
+- `index`: head or feature; 0 for errors
+- `effect`: estimated loss of the metric, in logits, when this node alone is ablated from the circuit
 """
 
 
