@@ -132,6 +132,13 @@ def test_every_link_between_pages_leads_somewhere() -> None:
                 assert is_there(page.parent / target), f"{page.name} -> {target}"
 
 
+def test_the_list_of_tasks_links_every_page_about_a_task() -> None:
+    folder = ROOT / "docs" / "how-to"
+    listed = re.findall(r"\]\(([\w-]+)\.md", (folder / "index.md").read_text(encoding="utf-8"))
+    pages = {page.stem for page in folder.iterdir() if page.suffix in (".md", ".ipynb")}
+    assert pages - {"index"} == set(listed)
+
+
 def is_there(target: Path) -> bool:
     """Whether a file exists, or the site makes it of a notebook or of the `--help` of a program."""
     return target.exists() or target.with_suffix(".ipynb").exists() or target.parent.name == "commands"
