@@ -34,6 +34,8 @@ OWN_TYPES = (
     r"tinymodel_jax|\b(TinyModel|Dictionary|Circuit|AttributionGraph|Reader|Story)\b|(Float|Int|Bool|Array)\w*\["
 )
 """Types that say what an argument is: those of this package, and arrays of named axes."""
+MAIN_CLASSES = ("tinymodel_jax.TinyModel", "tinymodel_jax.Dictionary", "tinymodel_jax.Tokenizer")
+"""Classes of which every method has an example."""
 CODE = ("function", "class", "method", "property")
 PLAIN = {"self", "cls", "lm", "path", "folder", "directory", "config", "recipe", "params", "key"}
 """Arguments that mean the same everywhere and need no description."""
@@ -84,7 +86,8 @@ def of_class(name: str, cls: type, only: list[str] | None) -> Iterator[Public]:
     yield Public(name, cls, "class")
     for attribute, value in vars(cls).items():
         value = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-        if attribute.startswith("_") or (only is not None and attribute not in only):
+        called = attribute in ("__call__", "__getitem__") and getattr(value, "__doc__", None)
+        if (attribute.startswith("_") and not called) or (only is not None and attribute not in only):
             continue
         if isinstance(value, property | functools.cached_property):
             getter = value.fget if isinstance(value, property) else value.func
@@ -219,10 +222,10 @@ def test_fields_of_public_classes_are_documented() -> None:
 
 
 def needs_an_example(one: Public, returned: str) -> bool:
-    """Whether it is a function, a method of `TinyModel`, or a class that is not just what a function returns."""
+    """Whether it is a function, a method of a main class, or a class that is not just what a function returns."""
     if one.kind == "class":
         return not (issubclass(one.found, tuple) or re.search(rf"\b{one.found.__name__}\b", returned))
-    return one.kind == "function" or (one.kind == "method" and one.name.startswith("tinymodel_jax.TinyModel."))
+    return one.kind == "function" or (one.kind == "method" and one.name.rpartition(".")[0] in MAIN_CLASSES)
 
 
 def test_public_names_have_an_example() -> None:

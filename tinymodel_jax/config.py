@@ -141,6 +141,10 @@ class DictionaryConfig(JsonConfig):
     a cross-layer transcoder: feature i is of layer `i // features_per_layer`, reads only the layer's hook point of
     `hook_in`, and writes to that of `hook_out` and to those of later layers.
 
+    Source: transcoders, Dunefsky et al. 2024; with a skip connection, Paulo et al. 2025; crosscoders, Lindsey et al.
+    2024; cross-layer transcoders, Ameisen et al. 2025. Architectures: `topk`, Gao et al. 2024; `batch_topk`, Bussmann
+    et al. 2024; `jumprelu` and `gated`, Rajamanoharan et al. 2024; `groupmax`, sparsify.
+
     Examples:
         >>> from tinymodel_jax import DictionaryConfig
         >>> hook = "blocks.0.hook_resid_pre"

@@ -58,8 +58,18 @@ class Dictionary:
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """Return the prediction of the value at `hook_out`.
 
+        Args:
+            x: value at `hook_in`; the values of several hook points are concatenated.
+
         Raises:
             ValueError: `x` has another width than d_in.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from tinymodel_jax import TinyModel
+            >>> dictionary = TinyModel("mini")["M2"].dictionary
+            >>> dictionary(jnp.ones((1, 4, 128))).shape
+            (1, 4, 128)
         """
         return reconstruct(self._known_params(), self.config, _of_width(x, "x", "d_in", self.config.d_in))
 
@@ -71,6 +81,14 @@ class Dictionary:
 
         Raises:
             ValueError: `x` has another width than d_in, or an index is out of range.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from tinymodel_jax import TinyModel
+            >>> dictionary = TinyModel("mini")["M2"].dictionary
+            >>> x = jnp.ones((1, 4, 128))
+            >>> dictionary.encode(x).shape, dictionary.encode(x, [3, 5]).shape, dictionary.encode(x, 3).shape
+            ((1, 4, 512), (1, 4, 2), (1, 4))
         """
         x = _of_width(x, "x", "d_in", self.config.d_in)
         return encode(self._known_params(), self.config, x, resolve_indices(indices, self.config.n_features))
@@ -82,6 +100,14 @@ class Dictionary:
 
         Raises:
             ValueError: `acts` has another width than n_features.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from tinymodel_jax import TinyModel
+            >>> dictionary = TinyModel("mini")["M2"].dictionary
+            >>> nothing_active = dictionary.decode(jnp.zeros(512))
+            >>> bool((nothing_active == dictionary.params["b_dec"]).all())
+            True
         """
         acts = _of_width(acts, "acts", "n_features", self.config.n_features)
         return decode(self._known_params(), self.config, acts)
@@ -92,6 +118,15 @@ class Dictionary:
 
         Raises:
             ValueError: an argument is of another type, or parameters are missing, unexpected or of the wrong shape.
+
+        Examples:
+            >>> import numpy as np
+            >>> from tinymodel_jax import Dictionary, DictionaryConfig
+            >>> hook = "blocks.1.hook_resid_pre"
+            >>> config = DictionaryConfig(hook, hook, d_in=8, d_out=8, n_features=16)
+            >>> biases = {"b_enc": np.zeros(16), "b_dec": np.zeros(8)}
+            >>> Dictionary.from_params(config, {"W_enc": np.ones((8, 16)), "W_dec": np.ones((16, 8)), **biases})
+            Dictionary(blocks.1.hook_resid_pre -> blocks.1.hook_resid_pre, relu, 16 features)
         """
         DictionaryConfig.require(config, "Dictionary.from_params")
         require_tree(params)
@@ -140,6 +175,10 @@ class Dictionary:
                 where needed), or the tag of a published dictionary.
             site: the dictionary's tag, such as "M2". Files that store no site need it.
 
+        Raises:
+            FileNotFoundError: the file, folder or published dictionary was not found; the message says what was tried.
+            ValueError: it does not hold a complete dictionary, is not for `site`, or needs one.
+
         Examples:
             >>> from tinymodel_jax import Dictionary, TinyModel
             >>> TinyModel("mini")["M2"].dictionary.save_pretrained("M2")
@@ -151,7 +190,16 @@ class Dictionary:
         return load_dictionary(path_or_name, site)
 
     def init(self, key: Array, x: Any = None) -> dict[str, Any]:
-        """Return `{"params": initial parameters}`, as a Linen module does. `x` is ignored."""
+        """Return `{"params": initial parameters}`, as a Linen module does. `x` is ignored.
+
+        Examples:
+            >>> import jax
+            >>> from tinymodel_jax import Dictionary, DictionaryConfig
+            >>> config = DictionaryConfig("x", "x", d_in=8, d_out=8, n_features=16)
+            >>> variables = Dictionary(config).init(jax.random.key(0))
+            >>> variables["params"]["W_enc"].shape
+            (8, 16)
+        """
         del x
         return dict(_InitialParams(self.config).init(key))
 
@@ -161,6 +209,14 @@ class Dictionary:
         Args:
             variables: `{"params": …}`, as `init` returns it.
             method: name of the method; positional and keyword arguments (`args`, `kwargs`) are passed on to it.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from tinymodel_jax import Dictionary, DictionaryConfig
+            >>> dictionary = Dictionary(DictionaryConfig("x", "x", d_in=8, d_out=8, n_features=16))
+            >>> variables = dictionary.init(jax.random.key(0))
+            >>> dictionary.apply(variables, jnp.ones((3, 8)), method="encode").shape
+            (3, 16)
         """
         return getattr(Dictionary(self.config, variables["params"]), method)(*args, **kwargs)
 
@@ -225,6 +281,13 @@ class Dictionary:
 
         Raises:
             ValueError: the format is unknown or has no room for the dictionary, or the folder holds something else.
+
+        Examples:
+            >>> import os
+            >>> from tinymodel_jax import TinyModel
+            >>> TinyModel("mini")["M2"].dictionary.save_pretrained("M2")
+            >>> sorted(os.listdir("M2"))
+            ['config.json', 'dictionary.safetensors']
         """
         from tinymodel_jax.io.artifacts import save_dictionary  # saving is a layer above
 
@@ -246,7 +309,14 @@ class Dictionary:
                 holds a file for each layer, the address of this layer's file is returned.
 
         Raises:
-            ModuleNotFoundError, OSError, ValueError: as `TinyModel.push_to_hub` and `save_pretrained`.
+            ModuleNotFoundError: `huggingface_hub` is not installed.
+            OSError: the upload failed, and changed no file.
+            ValueError: as `TinyModel.push_to_hub` and `save_pretrained`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> dictionary = TinyModel("mini")["M2"].dictionary
+            >>> dictionary.push_to_hub("me/my-model/dictionaries/M2", license="mit")  # doctest: +SKIP
         """
         from tinymodel_jax.io.hub.upload import push_dictionary  # the hub is a layer above
 

@@ -184,6 +184,16 @@ class TinyModel(WeightViews):
         Args:
             tok_ids: in all methods, integers (batch, seq), or (seq,) for a batch of one; or a text or a list of
                 texts, as `to_tokens` reads them. Right-padded rows need no mask.
+
+        Raises:
+            ValueError: the ids are not in the vocabulary or do not fit the context, or a text as for `to_tokens`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> logprobs = lm("Once upon a")
+            >>> logprobs.shape, lm.to_string(logprobs[0, -1].argmax())
+            ((1, 4, 1024), ' time')
         """
         return self._run(tok_ids, "logprobs", ())[0]
 
@@ -348,6 +358,12 @@ class TinyModel(WeightViews):
 
         Raises:
             ValueError: the tag is not valid, its layer or feature does not exist, or the site has no dictionary.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> lm = TinyModel("mini")
+            >>> lm["M2"]("The dog ran").shape, lm["M2N304"]("The dog ran").shape
+            ((1, 4, 512), (1, 4))
         """
         site, feature = Site.parse(tag)
         dictionary = self._dictionaries.at(site)

@@ -111,6 +111,11 @@ class Tokenizer:
             ValueError: a file cannot be read, or is not GPT-2's vocabulary.
 
         Source: ids are ranks by frequency in TinyStoriesV2 (noanabeshima/tiny_model); BPE of openai-community/gpt2.
+
+        Examples:
+            >>> from tinymodel_jax import Tokenizer
+            >>> Tokenizer.from_gpt2("gpt2")  # a folder with GPT-2's tokenizer.json  # doctest: +SKIP
+            Tokenizer(vocab_size=10000)
         """
         return cls(*read_gpt2(user_path(dir_or_file)))
 
@@ -151,6 +156,12 @@ class Tokenizer:
         Raises:
             FileNotFoundError: the folder, its `tokenizer.json` or its `token_table.json` is missing.
             ValueError: a file cannot be read, or the two do not belong together.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel, Tokenizer
+            >>> TinyModel("mini").tokenizer.save_pretrained("tokenizer")
+            >>> Tokenizer.from_pretrained("tokenizer")
+            Tokenizer(vocab_size=1024)
         """
         return cls(*read_saved(user_path(directory)))
 
@@ -158,6 +169,13 @@ class Tokenizer:
         """Write `tokenizer.json`, which the `tokenizers` library reads, and `token_table.json`.
 
         The folder is created if it does not exist. Each file is replaced only when the new one is complete.
+
+        Examples:
+            >>> import os
+            >>> from tinymodel_jax import TinyModel
+            >>> TinyModel("mini").tokenizer.save_pretrained("tokenizer")
+            >>> sorted(os.listdir("tokenizer"))
+            ['token_table.json', 'tokenizer.json']
         """
         write_saved(user_path(directory), self._bpe, self._table.tolist())
 
@@ -195,6 +213,12 @@ class Tokenizer:
         Raises:
             TypeError: a text is not a str.
             ValueError: `max_length` leaves no room for a token, or rows of different lengths are not to be padded.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> tok_ids, attn_mask = TinyModel("mini").tokenizer(["The dog ran.", "The dog"])
+            >>> tok_ids.shape, attn_mask.tolist()
+            ((2, 5), [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
         """
         stories = _as_stories(texts)
         _check_layout(max_length, padding, add_begin)
@@ -225,6 +249,12 @@ class Tokenizer:
         Raises:
             TypeError: the text is not a str.
             ValueError: `max_length` is below 1.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> tokenizer = TinyModel("mini").tokenizer
+            >>> tokenizer.decode(tokenizer.encode("The dog ran.", max_length=2))
+            'The dog'
         """
         if not isinstance(text, str):
             raise TypeError(f"encode takes one str, got {type(text).__name__}; for a list call the tokenizer itself.")
@@ -244,6 +274,12 @@ class Tokenizer:
 
         Raises:
             ValueError: an id is not an integer or not in the vocabulary, or there are more than two dimensions.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> tokenizer = TinyModel("mini").tokenizer
+            >>> tokenizer.decode([tokenizer.begin_id, *tokenizer.encode("The dog")])
+            '[BEGIN]The dog'
         """
         nested = _is_nested(ids)
         rows = [np.asarray(row) for row in ids] if nested else list(np.atleast_2d(np.asarray(ids)))
@@ -265,6 +301,11 @@ class Tokenizer:
             text_or_ids: a text, an id or a row of ids.
             symbolic_spaces: show a space as `⋅`.
             symbolic_newlines: show a newline as `↵`.
+
+        Examples:
+            >>> from tinymodel_jax import TinyModel
+            >>> TinyModel("mini").tokenizer.tok_see("The dog ran.\\nIt ran.")
+            ['The', '⋅dog', '⋅ran', '.', '↵', 'It', '⋅ran', '.']
         """
         ids = self.encode(text_or_ids, max_length=None) if isinstance(text_or_ids, str) else text_or_ids
         strings = self.decode(np.atleast_1d(np.asarray(ids))[:, None])

@@ -56,6 +56,12 @@ class DictionaryHyper(NamedTuple):
 class DictionaryRecipe(JsonConfig):
     """How to train one dictionary. Build one with `recipe_preset`, or field by field.
 
+    Source: topk and AuxK, Gao et al. 2024; batch_topk, Bussmann et al. 2024; jumprelu and its L0 loss, Rajamanoharan et
+    al. 2024 (JumpReLU); gated, Rajamanoharan et al. 2024 (Gated SAEs); Matryoshka prefixes, Bussmann et al. 2025.
+
+    Raises:
+        ValueError: a number is out of its range, or fields do not fit together; the message names all problems.
+
     Examples:
         >>> from tinymodel_jax.training import DictionaryRecipe
         >>> recipe = DictionaryRecipe("batch_topk", n_features=512, steps=1000, k=16)
