@@ -226,7 +226,7 @@ class Dictionary:
         Its predictions lack the contributions of all other features.
 
         Raises:
-            ValueError: no features are given, or fewer than topk's k, an index is out of range or repeated, the
+            ValueError: no features are given, or fewer than `k`, an index is out of range or repeated, the
                 architecture is groupmax, whose groups would change, or the features of a cross-layer transcoder would
                 change their layer.
 
