@@ -42,7 +42,7 @@ def attribution_graph(
     Attention patterns are those of the prompt. Everything else between sources and targets is linear, so each target's
     incoming edges and its bias add up to its value:
 
-        sum of the weights of its incoming edges + bias = pre-activation of a feature, or logit
+        sum of the weights of its incoming edges + bias = pre-activation or logit
 
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
@@ -65,7 +65,7 @@ def attribution_graph(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> graph = circuits.attribution_graph(lm, "The dog ran to the", targets=[" woods"], max_nodes=100)
+        >>> graph = circuits.attribution_graph(lm, "The dog ran to the", " woods", max_nodes=100)
         >>> graph.labels[-1], round(graph.scores.replacement, 1)
         ("logit ' woods' @5", 0.9)
     """

@@ -73,7 +73,7 @@ class AttributionGraph:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> graph = circuits.attribution_graph(lm, "The dog ran", targets=[" to"], max_nodes=60)
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", " to", max_nodes=60)
         >>> len(graph.nodes) <= 60, graph.imbalance < 1e-3
         (True, True)
         >>> smaller = graph.prune(node_share=0.5)

@@ -106,7 +106,8 @@ def qk_attribution(
 ) -> QKAttribution:
     """Divide the score with which a head's query attends to a key among pairs of sources.
 
-        score = sum over sources i, j of (what i adds to the query) . (what j adds to the key) / sqrt(d_head)
+        score = sum over sources i, j of
+                (what i adds to the query) . (what j adds to the key) / sqrt(d_head)
 
     Args:
         prompt: a text, or token ids (seq,) or (1, seq).
@@ -128,7 +129,8 @@ def qk_attribution(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> parts = circuits.qk_attribution(lm, "Tim saw Lily. Tim", layer=1, head=0, query=-1, key=1)
+        >>> text = "Tim saw Lily. Tim"
+        >>> parts = circuits.qk_attribution(lm, text, layer=1, head=0, query=-1, key=1)
         >>> parts.matrix.shape == (len(parts.query_labels), len(parts.key_labels))
         True
         >>> bool(abs(parts.matrix.sum() - parts.score) < 1e-6)

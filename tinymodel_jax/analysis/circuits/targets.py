@@ -76,8 +76,8 @@ def direction(hook: str, vector: Any, position: int = -1) -> DirectionTarget:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> target = circuits.direction("blocks.3.hook_resid_post", lm.W_U[:, 5], position=-1)
-        >>> graph = circuits.attribution_graph(lm, "The dog ran", targets=target, max_nodes=50)
+        >>> target = circuits.direction("blocks.3.hook_resid_post", lm.W_U[:, 5])
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", target, max_nodes=50)
         >>> len(graph.tokens)
         4
     """
@@ -95,7 +95,8 @@ def feature(tag: str, position: int = -1) -> FeatureTarget:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> graph = circuits.attribution_graph(lm, "The dog ran", circuits.feature("M2N304", position=2), max_nodes=50)
+        >>> target = circuits.feature("M2N304", position=2)
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", target, max_nodes=50)
         >>> [label for label in graph.labels if label.startswith("M2N304")]
         ['M2N304 @2']
     """

@@ -62,7 +62,7 @@ def validity_radius(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import circuits
         >>> lm = TinyModel("mini")
-        >>> graph = circuits.attribution_graph(lm, "The dog ran", targets=[" to"], max_nodes=60)
+        >>> graph = circuits.attribution_graph(lm, "The dog ran", " to", max_nodes=60)
         >>> radius = circuits.validity_radius(lm, "The dog ran", graph.nodes[2])
         >>> radius.below < 0 < radius.above
         True

@@ -77,7 +77,7 @@ def score_concepts(
 ) -> ConceptScores:
     """Choose the best unit for each concept on some positions, and score it on held-out ones.
 
-        AUC = P(activation where the concept holds > activation where it does not), counting ties half
+        AUC = P(activation where it holds > activation where it does not) + P(equal) / 2
         F1  = 2 * hits / (predicted + true)
 
     Chance is 0.5 for the AUC, and 2 p / (1 + p) for the F1 of a concept that holds at a share p of the positions.
@@ -157,7 +157,8 @@ def concepts_of_units(
     Examples:
         >>> import numpy as np
         >>> from tinymodel_jax.analysis import labels
-        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> acts = np.array([[0.0], [2.0], [1.0]])
+        >>> truth = np.array([[False], [True], [False]])
         >>> concepts, f1 = labels.concepts_of_units(acts, truth)
         >>> concepts, f1.round(2)  # active at two positions, right at one
         (array([0]), array([0.67]))
@@ -181,7 +182,8 @@ def best_f1_of_all(
     Examples:
         >>> import numpy as np
         >>> from tinymodel_jax.analysis import labels
-        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> acts = np.array([[0.0], [2.0], [1.0]])
+        >>> truth = np.array([[False], [True], [False]])
         >>> labels.best_f1_of_all(acts, truth)
         array([[1.]])
     """
@@ -206,7 +208,8 @@ def auc_of_all(
     Examples:
         >>> import numpy as np
         >>> from tinymodel_jax.analysis import labels
-        >>> acts, truth = np.array([[0.0], [2.0], [1.0]]), np.array([[False], [True], [False]])
+        >>> acts = np.array([[0.0], [2.0], [1.0]])
+        >>> truth = np.array([[False], [True], [False]])
         >>> labels.auc_of_all(acts, truth)
         array([[1.]])
     """

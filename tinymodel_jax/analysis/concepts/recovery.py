@@ -137,7 +137,8 @@ def n_found(recovery: Recovery, f1: float = 0.8) -> int:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import recovery
         >>> lm = TinyModel("mini")
-        >>> (found,) = recovery.recover_concepts(lm, storyworld.stories(1, 8), "M1", baselines=False)
+        >>> told = storyworld.stories(1, 8)
+        >>> (found,) = recovery.recover_concepts(lm, told, "M1", baselines=False)
         >>> 0 < recovery.n_found(found, f1=0.9) <= recovery.n_found(found)
         True
     """
@@ -154,8 +155,8 @@ def concept_records(recoveries: Sequence[Recovery]) -> list[dict[str, object]]:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import recovery
         >>> from tinymodel_jax.bundled import storyworld
-        >>> told = storyworld.stories(seed=0, count=8)
-        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> lm, told = TinyModel("mini"), storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(lm, told, "M2", baselines=False)
         >>> recovery.concept_records(found)[0]["concept"]
         'word.color'
     """
@@ -197,8 +198,8 @@ def concept_table(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import recovery
         >>> from tinymodel_jax.bundled import storyworld
-        >>> told = storyworld.stories(seed=0, count=8)
-        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> lm, told = TinyModel("mini"), storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(lm, told, "M2", baselines=False)
         >>> f1, concepts, names = recovery.concept_table(found)
         >>> f1.shape == (len(concepts), len(names))
         True
@@ -225,8 +226,8 @@ def plot_concepts(recoveries: Sequence[Recovery], path: Path) -> None:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import recovery
         >>> from tinymodel_jax.bundled import storyworld
-        >>> told = storyworld.stories(seed=0, count=8)
-        >>> found = recovery.recover_concepts(TinyModel("mini"), told, "M2", baselines=False)
+        >>> lm, told = TinyModel("mini"), storyworld.stories(seed=0, count=8)
+        >>> found = recovery.recover_concepts(lm, told, "M2", baselines=False)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     recovery.plot_concepts(found, pathlib.Path(folder) / "concepts.png")
     """

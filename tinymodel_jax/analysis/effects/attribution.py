@@ -47,7 +47,8 @@ def attribute(
 ) -> Attribution:
     """Estimate the effect of ablating each feature on a metric, for all features by one backward pass.
 
-        estimate = - sum over positions of  activation x (d metric / d value at hook_out) . W_dec[feature]
+        estimate = - sum over positions of
+                   activation x (d metric / d value at hook_out) . W_dec[feature]
 
     The estimates are of `metric` of `sweeps.ablate`, whose arguments these are. A function must be differentiable by
     JAX. The estimate is exact if the layers above are linear.
@@ -95,7 +96,8 @@ def rank_correlation(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"
     Examples:
         >>> import numpy as np
         >>> from tinymodel_jax.analysis import attribution
-        >>> round(attribution.rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])), 6)
+        >>> one, other = np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3])
+        >>> round(attribution.rank_correlation(one, other), 6)
         1.0
     """
     ranks = np.stack([_ranks(values) for values in (one, other)])

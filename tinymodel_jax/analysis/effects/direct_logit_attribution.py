@@ -43,7 +43,7 @@ def direct_logit_attribution(
 ) -> DirectLogitAttribution:
     """Divide the logits of tokens, at every position, among the parts of the model.
 
-        logit = b_U + sum over parts of  (what the part writes to the residual stream) . W_U[:, token]
+        logit = b_U + sum over parts of  (what the part writes) . W_U[:, token]
 
     The effect is direct: what a part changes through later layers is counted as theirs. In bfloat16, the sum differs
     from the logits by the rounding of the model's own additions.
@@ -66,8 +66,8 @@ def direct_logit_attribution(
         >>> from tinymodel_jax.analysis import direct_logit_attribution
         >>> lm = TinyModel("mini")
         >>> parts = direct_logit_attribution(lm, "The dog ran to the", " woods")
-        >>> parts.values.shape == (len(parts.labels), 1, len(lm.to_str_tokens("The dog ran to the")), 1)
-        True
+        >>> parts.values.shape  # parts, rows, positions, tokens
+        (47, 1, 6, 1)
         >>> parts.labels[:3]
         ('embed', 'pos_embed', 'L0H0')
     """

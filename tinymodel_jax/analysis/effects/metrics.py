@@ -63,7 +63,7 @@ def logit_difference(a: Tokens, b: Tokens) -> LogitDifference:
         >>> from tinymodel_jax.analysis import logit_difference, sweeps
         >>> lm = TinyModel("mini")
         >>> metric = logit_difference(" woods", " dog")
-        >>> effects = sweeps.ablate(lm, "M2", lm.to_tokens("The dog ran to the"), [0, 1], metric=metric)
+        >>> effects = sweeps.ablate(lm, "M2", "The dog ran to the", [0, 1], metric=metric)
         >>> effects.metric.shape
         (2,)
     """

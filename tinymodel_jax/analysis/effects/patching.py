@@ -73,7 +73,7 @@ def patch(
 ) -> Patching:
     """Patch values of the clean run into the corrupted run, for one pair of prompts or several.
 
-        effect = sum of (metric patched - metric corrupted) / sum of (metric clean - metric corrupted)
+        effect = sum of (patched - corrupted) / sum of (clean - corrupted)    of the metric
 
     Args:
         clean: one prompt, as a text or a row of token ids; or several, as a list of texts or ids (pairs, seq),

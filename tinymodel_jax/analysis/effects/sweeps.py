@@ -149,7 +149,7 @@ def clamp(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import sweeps
         >>> lm = TinyModel("mini")
-        >>> effects = sweeps.clamp(lm, "M2", lm.to_tokens("The dog ran to the"), 2.0, features=[3, 304])
+        >>> effects = sweeps.clamp(lm, "M2", "The dog ran to the", 2.0, features=[3, 304])
         >>> effects.kl.shape
         (2,)
     """
@@ -197,7 +197,7 @@ def steer(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import sweeps
         >>> lm = TinyModel("mini")
-        >>> effects = sweeps.steer(lm, "M2", lm.to_tokens("The dog ran to the"), [1.0, 4.0], features=[304])
+        >>> effects = sweeps.steer(lm, "M2", "The dog ran to the", [1.0, 4.0], features=[304])
         >>> effects.kl.shape, bool(effects.kl[0, 0] < effects.kl[0, 1])
         ((1, 2), True)
     """

@@ -139,7 +139,8 @@ def evaluate(
     Examples:
         >>> from tinymodel_jax import TinyModel, evaluate
         >>> lm = TinyModel("mini")
-        >>> (measured,) = evaluate(lm, "M2", ["The dog ran to the park.", "Lily saw a red ball."])
+        >>> rows = ["The dog ran to the park.", "Lily saw a red ball."]
+        >>> (measured,) = evaluate(lm, "M2", rows)
         >>> measured.ce_clean < measured.ce_zero_ablated, 0 < measured.explained_variance < 1
         (True, True)
     """

@@ -97,7 +97,8 @@ def evaluate_sparse_model(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis.evaluation.sparse_lm import evaluate_sparse_model
         >>> lm = TinyModel("mini")
-        >>> measured = evaluate_sparse_model(lm, ["The dog ran to the woods.", "Lily saw a red ball."])
+        >>> rows = ["The dog ran to the woods.", "Lily saw a red ball."]
+        >>> measured = evaluate_sparse_model(lm, rows)
         >>> abs(measured.ce_with_errors - measured.ce_clean) < 1e-3
         True
     """

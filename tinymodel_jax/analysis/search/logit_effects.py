@@ -53,7 +53,7 @@ class LogitEffects(NamedTuple):
 def logit_effects(lm: TinyModel, tag: str, top: int = 10, features: Indices = None) -> LogitEffects:
     """Return the direct effect of features on the logits.
 
-        effect of one unit of feature f on token t = (what W_dec[f] adds to the residual stream) . W_U[:, t]
+        effect of feature f on token t = (what W_dec[f] adds to the stream) . W_U[:, t]
 
     Args:
         tag: the dictionary's site, such as M2.
@@ -109,7 +109,8 @@ def logit_histogram(
     Examples:
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis import logit_effects
-        >>> counts, centres = logit_effects.logit_histogram(TinyModel("mini"), "M2", [5, 17], n_bins=20)
+        >>> lm = TinyModel("mini")
+        >>> counts, centres = logit_effects.logit_histogram(lm, "M2", [5, 17], n_bins=20)
         >>> counts.shape, counts.sum(axis=1)  # every token of the vocabulary is in one bin
         ((2, 20), array([1024, 1024]))
     """
@@ -141,7 +142,8 @@ def strongest_tokens(
         >>> from tinymodel_jax import TinyModel
         >>> from tinymodel_jax.analysis.search.logit_effects import strongest_tokens
         >>> lm = TinyModel("mini")
-        >>> promoted, logits, _, _ = strongest_tokens(lm, lm["M3"].dictionary.params["W_dec"][:4], top=3)
+        >>> directions = lm["M3"].dictionary.params["W_dec"][:4]
+        >>> promoted, logits, _, _ = strongest_tokens(lm, directions, top=3)
         >>> promoted.shape, logits.shape
         ((4, 3), (4, 3))
     """

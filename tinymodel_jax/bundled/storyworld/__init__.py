@@ -1,7 +1,7 @@
 """The story world: an endless supply of short stories, with known concepts for every token.
 
     told = list(storyworld.stories(seed=0, count=1000))
-    truth = storyworld.labels(told, storyworld.tokenizer())     # (stories, seq, concepts), True or False
+    truth = storyworld.labels(told, storyworld.tokenizer())  # (stories, seq, concepts)
 
 Story i of a seed is always the same, and nothing is downloaded. `CONCEPTS` describes the columns of `labels`.
 """

@@ -23,7 +23,7 @@ from tinymodel_jax.bundled.storyworld.parts import Draw, Piece
 MAX_LENGTH = 175
 """Largest number of spaces and punctuation marks in a story; a story with more is drawn again."""
 FIRST_UNSEEN = 1_000_000
-"""Index of the first story of seed 0 that nothing in the package was trained on; nor on any later one."""
+"""1,000,000: nothing in the package was trained on the stories of seed 0 from this index on."""
 _LIMIT = 1 << 63
 """Seeds and indices must be smaller."""
 _PLOT_NAMES = tuple(PLOTS)

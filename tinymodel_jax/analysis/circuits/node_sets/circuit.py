@@ -36,7 +36,8 @@ class Circuit:
         >>> lm = TinyModel("mini")
         >>> from tinymodel_jax.analysis import logit_difference
         >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
-        >>> circuit = circuits.find(lm, prompts, logit_difference([" Tim", " Lily"], [" Lily", " Tim"]), budget=5)
+        >>> metric = logit_difference([" Tim", " Lily"], [" Lily", " Tim"])
+        >>> circuit = circuits.find(lm, prompts, metric, budget=5)
         >>> circuit.dictionaries, len(circuit.labels)
         (('M0', 'M1', 'M2', 'M3'), 5)
     """
@@ -111,7 +112,8 @@ def run(
         >>> lm = TinyModel("mini")
         >>> from tinymodel_jax.analysis import logit_difference
         >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
-        >>> circuit = circuits.find(lm, prompts, logit_difference([" Tim", " Lily"], [" Lily", " Tim"]), budget=5)
+        >>> metric = logit_difference([" Tim", " Lily"], [" Lily", " Tim"])
+        >>> circuit = circuits.find(lm, prompts, metric, budget=5)
         >>> circuits.run(lm, circuit, prompts).shape
         (2, 7, 1024)
     """

@@ -151,7 +151,8 @@ def score(
         >>> lm = TinyModel("mini")
         >>> from tinymodel_jax.analysis import logit_difference
         >>> metric = logit_difference([" Tim", " Lily"], [" Lily", " Tim"])
-        >>> circuit = circuits.find(lm, ["Tim saw Lily. Then", "Lily saw Tim. Then"], metric, budget=5)
+        >>> prompts = ["Tim saw Lily. Then", "Lily saw Tim. Then"]
+        >>> circuit = circuits.find(lm, prompts, metric, budget=5)
         >>> others = ["Tim saw Lily. So", "Lily saw Tim. So"]
         >>> found = circuits.score(lm, circuit, others, metric, n_random=2)
         >>> len(found.random)
