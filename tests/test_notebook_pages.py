@@ -12,7 +12,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 HOOK = Path(__file__).parent.parent / "docs" / "hooks" / "notebooks.py"
 EXTENSIONS = ["attr_list", "md_in_html", "pymdownx.superfences"]
-pytest.importorskip("mkdocs")
 
 
 @pytest.fixture
@@ -29,6 +28,7 @@ def page(tmp_path: Path) -> str:
             {"image/png": base64.b64encode(b"a picture").decode()},
             metadata={"image/png": {"alt": "bars [of x]"}},
         ),
+        new_output("display_data", {"image/png": base64.b64encode(b"another").decode()}),
         new_output("execute_result", {"text/plain": "{'a': 1}"}),
     ]
     cells = [
@@ -43,6 +43,7 @@ def page(tmp_path: Path) -> str:
     (tmp_path / "mkdocs.yml").write_text(json.dumps(settings))
     build(load_config(str(tmp_path / "mkdocs.yml"), strict=True))
     assert (tmp_path / "site" / "1_first_0.png").read_bytes() == b"a picture"
+    assert (tmp_path / "site" / "1_first_1.png").read_bytes() == b"another"
     assert (tmp_path / "site" / "1_first.ipynb").exists()
     return (tmp_path / "site" / "1_first.html").read_text("utf-8")
 

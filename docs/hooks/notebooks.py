@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 DOWNLOAD = "[Download this notebook]({name}){{ .md-button }} to run it in Jupyter or in Colab."
 PICTURE = "PICTURE.png"
-"""Stands for the name of a cell's picture."""
+"""Stands for the name of an output's picture."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,17 +24,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         path = PurePosixPath(notebook.src_uri)
         cells = nbformat.read(Path(config.docs_dir, path), as_version=4).cells
         title, _, rest = cells[0].source.partition("\n")
-        parts = [title, DOWNLOAD.format(name=path.name), _linked(rest.strip())]
-        for number, cell in enumerate(cells[1:]):
+        parts, pictures = [title, DOWNLOAD.format(name=path.name), _linked(rest.strip())], 0
+        for cell in cells[1:]:
             if cell.cell_type == "markdown":
                 parts.append(_linked(cell.source))
                 continue
             parts.append(_fenced(cell.source, "python"))
             for text, picture in map(_shown, cell.outputs):
-                name = f"{path.stem}_{number}.png"
+                name = f"{path.stem}_{pictures}.png"
                 parts.append(text.replace(PICTURE, name))
                 if picture:
                     files.append(File.generated(config, str(path.with_name(name)), content=picture))
+                    pictures += 1
         files.append(File.generated(config, str(path.with_suffix(".md")), content="\n\n".join(parts)))
     return files
 

@@ -58,9 +58,8 @@ def attention_patterns(
     special = np.flatnonzero(ids[0] >= lm.config.begin_id).tolist()
     data = {"tokens": tokens, "special": special, "layers": layers, "patterns": parts}
     page = render("notebook/attention.html.jinja", {"data": data})
-    lines = [line for line in page.split("\n") if line.strip()]
     rough = 190 + 52 * len(layers) + 26 * (sum(map(len, tokens)) // 60)  # until the page measures itself
-    return NotebookHtml.of("frame.html.jinja", {"page": "\n".join(lines), "height": rough, "title": "".join(tokens)})
+    return NotebookHtml.of("frame.html.jinja", {"page": page, "height": rough, "title": "".join(tokens)})
 
 
 def _packed(shares: Float[np.ndarray, " n"]) -> str:
