@@ -14,7 +14,17 @@ from browsers import chromium, needs_browser, problems, wait
 
 ROOT = Path(__file__).parent.parent
 PHONE, LAPTOP = (390, 844), (1280, 900)
-SEARCHES = ("logit lens", "steer", "train from python", "attention pattern", "run_with_cache", "ablate")
+SEARCHES = (
+    "logit lens",
+    "steer",
+    "train from python",
+    "attention pattern",
+    "run_with_cache",
+    "ablate",
+    "SAETrainingRunner",
+    "circuitsvis",
+    "contributing",
+)
 """What users of other libraries look for."""
 
 

@@ -50,7 +50,7 @@ def plot_pareto(
     if isinstance(records, Mapping):
         records = [{"site": name, "results": one._asdict()} for name, found in records.items() for one in found]
     if not records:
-        raise ValueError("plot_pareto: there are no records; give results of evaluate, or of a training run.")
+        raise ValueError("plot_pareto: there are no records; give {name: evaluations}, or the records of sweep.json.")
     qualities = {key: label for key, label in QUALITIES.items() if key in records[0]["results"]}
     figure = empty_figure(5.2 * len(qualities), 4.2)
     for axes, (key, label) in zip(figure.subplots(1, len(qualities), squeeze=False)[0], qualities.items(), strict=True):
